@@ -1,0 +1,270 @@
+/* The applier: durable writes come to the volumes, each block once.
+ *
+ * WAL tail pages are rewritten dozens of times; waiting a little lets all but the last version of a block fall out. A window
+ * of batches is taken from the tail, its blocks are sorted, the newest version of each stays, neighbours are merged into one
+ * pwritev. A zero or discard ends a run of data: what came before it is written first. After that the blocks leave the map,
+ * and their space in the ring is free.
+ *
+ * The applied mark follows from time to time: volumes synced, then the mark (journal_write.c). A sync that failed is never
+ * tried again as if nothing had happened: what lies behind the mark stays in the journal until a restart replays it.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cleanup.h"
+#include "io.h"
+#include "log.h"
+#include "util.h"
+#include "volume_set.h"
+
+#define WINDOW_BYTES ((uint64_t)16 << 20)
+#define WINDOW_BLOCKS ((WINDOW_BYTES + MAX_BATCH_BYTES) / BLOCK)
+#define LAG_NS 500000000             /* how long a durable write may wait for its block to be written again */
+#define SYNC_BYTES ((uint64_t)64 << 20)
+#define SYNC_NS 5000000000u
+#define RETRY_NS 999999999
+#define MAX_IOV 256
+
+/* Called with the lock. */
+static void wait_ns(struct volume_set *vs, long ns)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += ns;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    pthread_cond_timedwait(&vs->to_apply, &vs->lock, &until);
+}
+
+struct block {
+    uint64_t key; /* volume in the upper 16 bits, block below */
+    uint64_t order;
+    const uint8_t *data;
+};
+
+struct window {
+    uint64_t batch_end, data_end, record_end, last_write, bytes;
+    struct block *blocks;
+    size_t count;
+};
+
+static int by_place_then_newest(const void *a, const void *b)
+{
+    const struct block *x = a, *y = b;
+    if (x->key != y->key)
+        return x->key < y->key ? -1 : 1;
+    return x->order > y->order ? -1 : 1;
+}
+
+static int write_run(struct volume_set *vs, uint64_t key, struct iovec *iov, int iovs)
+{
+    const struct volume *v = &vs->volumes[key >> 48];
+    uint64_t block = key & (((uint64_t)1 << 48) - 1);
+    int rc = io_pwritev(v->fd, iov, iovs, block * BLOCK);
+    if (rc)
+        vs_note_error(vs, "volume %s: cannot write at block %lu: %s", v->name, block, strerror(-rc));
+    return rc;
+}
+
+/* Writes the blocks gathered so far, newest version of each. */
+static int write_blocks(struct volume_set *vs, struct window *w)
+{
+    struct iovec iov[MAX_IOV];
+    int iovs = 0, rc = 0;
+    uint64_t run = 0, next = 0;
+    qsort(w->blocks, w->count, sizeof *w->blocks, by_place_then_newest);
+    for (size_t i = 0; i < w->count && rc == 0; i++) {
+        const struct block *b = &w->blocks[i];
+        if (i > 0 && b->key == b[-1].key)
+            continue;
+        if (iovs && (b->key != next || iovs == MAX_IOV)) {
+            rc = write_run(vs, run, iov, iovs);
+            iovs = 0;
+        }
+        if (iovs == 0)
+            run = b->key;
+        if (iovs && (const uint8_t *)iov[iovs - 1].iov_base + iov[iovs - 1].iov_len == b->data)
+            iov[iovs - 1].iov_len += BLOCK;
+        else
+            iov[iovs++] = (struct iovec){.iov_base = (void *)(uintptr_t)b->data, .iov_len = BLOCK};
+        next = b->key + 1;
+    }
+    if (rc == 0 && iovs)
+        rc = write_run(vs, run, iov, iovs);
+    if (rc == 0)
+        w->count = 0;
+    return rc;
+}
+
+static int apply_zero(struct volume_set *vs, struct window *w, const struct fmt_record *r)
+{
+    int rc = write_blocks(vs, w);
+    if (rc)
+        return rc;
+    const struct volume *v = &vs->volumes[r->volume];
+    rc = io_zero(v->fd, r->offset, r->length);
+    if (rc)
+        vs_note_error(vs, "volume %s: cannot zero %lu bytes at %lu: %s", v->name, r->length, r->offset, strerror(-rc));
+    return rc;
+}
+
+/* The batches from the tail that are durable, up to a window's size. Called with the lock; nobody else moves the tail. */
+static void choose_window(struct volume_set *vs, struct window *w)
+{
+    w->count = 0;
+    w->bytes = 0;
+    w->batch_end = vs->batch_tail;
+    while (w->batch_end < vs->batch_commit && w->bytes < WINDOW_BYTES) {
+        const struct batch *b = batch_at(vs, w->batch_end++);
+        w->bytes += b->data_length;
+        w->data_end = b->data0 + b->data_length;
+        w->record_end = b->record0 + b->records;
+        w->last_write = vs->records[(w->record_end - 1) % RECORDS].number;
+    }
+}
+
+/* Calls `each` for every record of the window with its data. */
+static int for_each_record(struct volume_set *vs, struct window *w,
+                           int (*each)(struct volume_set *, struct window *, const struct fmt_record *, const uint8_t *))
+{
+    for (uint64_t i = vs->batch_tail; i < w->batch_end; i++) {
+        const struct batch *b = batch_at(vs, i);
+        const uint8_t *data = vs->ring + b->data0 % RING_BYTES;
+        for (uint32_t k = 0; k < b->records; k++) {
+            const struct fmt_record *r = &vs->records[(b->record0 + k) % RECORDS];
+            int rc = each(vs, w, r, data);
+            if (rc)
+                return rc;
+            data += round_block(r->data_length);
+        }
+    }
+    return 0;
+}
+
+static int gather(struct volume_set *vs, struct window *w, const struct fmt_record *r, const uint8_t *data)
+{
+    if (r->kind == FMT_ZERO || r->kind == FMT_DISCARD)
+        return apply_zero(vs, w, r);
+    for (uint64_t i = 0; r->kind == FMT_WRITE && i < r->length / BLOCK; i++)
+        w->blocks[w->count++] = (struct block){.key = (uint64_t)r->volume << 48 | (r->offset / BLOCK + i),
+                                               .order = r->number,
+                                               .data = data + i * BLOCK};
+    return 0;
+}
+
+static int forget(struct volume_set *vs, struct window *w, const struct fmt_record *r, const uint8_t *data)
+{
+    (void)w;
+    (void)data;
+    for (uint64_t i = 0; r->kind == FMT_WRITE && i < r->length / BLOCK; i++)
+        extmap_drop(vs->map, r->volume, r->offset / BLOCK + i, r->number);
+    return 0;
+}
+
+static void finish_window(struct volume_set *vs, struct window *w)
+{
+    HOLD_LOCK(&vs->lock);
+    for_each_record(vs, w, forget);
+    extmap_drop_zeros(vs->map, w->last_write);
+    vs->batch_tail = w->batch_end;
+    vs->data_tail = w->data_end;
+    vs->record_tail = w->record_end;
+    vs->applied_write = w->last_write;
+    vs->unsynced_bytes += w->bytes;
+    vs_take_parked(vs);
+    pthread_cond_broadcast(&vs->progress);
+}
+
+/* Volumes synced, then the mark. */
+static void sync_and_mark(struct volume_set *vs)
+{
+    struct err e = {.message = ""};
+    uint64_t applied = vs->applied_write; /* only this thread changes it */
+    for (unsigned i = 0; i < vs->count && !vs->volume_failed; i++) {
+        int rc = io_fdatasync(vs->volumes[i].fd);
+        if (rc) {
+            vs->volume_failed = true;
+            vs_note_error(vs, "volume %s: sync failed: %s; the journal keeps everything since write %lu until a restart",
+                          vs->volumes[i].name, strerror(-rc), vs->synced_write);
+        }
+    }
+    bool marked = !vs->volume_failed && jw_set_applied(vs->jw, applied, false, &e) == 0;
+    if (e.message[0])
+        vs_note_error(vs, "%s", e.message);
+    HOLD_LOCK(&vs->lock);
+    vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
+    if (marked) {
+        vs->synced_write = applied;
+        vs->unsynced_bytes = 0;
+        if (vs->sync_wanted <= applied)
+            vs->sync_wanted = 0;
+    } else {
+        wait_ns(vs, RETRY_NS);
+    }
+    pthread_cond_broadcast(&vs->progress);
+}
+
+static bool sync_due(struct volume_set *vs)
+{
+    struct jw_status js;
+    jw_get_status(vs->jw, &js);
+    HOLD_LOCK(&vs->lock);
+    if (vs->volume_failed)
+        return false;
+    bool behind = vs->synced_write < vs->applied_write;
+    bool old = clock_ns(CLOCK_MONOTONIC) - vs->last_sync_ns > SYNC_NS;
+    bool wanted = vs->sync_wanted && vs->sync_wanted <= vs->applied_write;
+    return js.needs_applied || (behind && (old || vs->unsynced_bytes > SYNC_BYTES)) || wanted;
+}
+
+/* Waits until there is a window to apply (true) or time to look at the mark (false). Called with the lock. */
+static bool wait_for_work(struct volume_set *vs)
+{
+    if (vs->batch_tail < vs->batch_commit) {
+        uint64_t age = clock_ns(CLOCK_MONOTONIC) - batch_at(vs, vs->batch_tail)->opened_ns;
+        bool full = vs->data_head - vs->data_tail > RING_BYTES / 2 || vs->record_head - vs->record_tail > RECORDS / 2 ||
+                    vs->batch_commit - vs->batch_tail > BATCHES / 2;
+        if (age > (uint64_t)LAG_NS || full || vs->parked_first || vs->sync_wanted || vs->stop_applier || !extmap_zero_room(vs->map))
+            return true;
+    }
+    if (vs->stop_applier || (vs->sync_wanted && vs->sync_wanted <= vs->applied_write && !vs->volume_failed))
+        return false;
+    wait_ns(vs, LAG_NS);
+    return false;
+}
+
+void *applier_main(void *arg)
+{
+    struct volume_set *vs = arg;
+    struct window w = {.blocks = malloc(WINDOW_BLOCKS * sizeof *w.blocks)};
+    if (!w.blocks)
+        abort();
+    for (;;) {
+        pthread_mutex_lock(&vs->lock);
+        bool work = wait_for_work(vs);
+        if (work)
+            choose_window(vs, &w);
+        bool stop = !work && vs->stop_applier;
+        pthread_mutex_unlock(&vs->lock);
+        if (stop)
+            break;
+        if (work) {
+            int rc = for_each_record(vs, &w, gather);
+            if (rc == 0)
+                rc = write_blocks(vs, &w);
+            if (rc == 0) {
+                finish_window(vs, &w);
+            } else {
+                HOLD_LOCK(&vs->lock);
+                if (vs->stop_applier)
+                    break; /* the journal keeps what could not be applied */
+                wait_ns(vs, RETRY_NS);
+            }
+        }
+        if (sync_due(vs))
+            sync_and_mark(vs);
+    }
+    free(w.blocks);
+    return NULL;
+}

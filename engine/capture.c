@@ -1,0 +1,455 @@
+/* One capture process: lock, replay the journal to the volumes, then serve.
+ *
+ * Order at the start: the journal's lock, the backings' locks, replay of everything behind the applied mark, sync, the mark,
+ * then the journal is opened for writing, then the door. So no reader ever sees a volume that lacks what was answered.
+ */
+#include "capture.h"
+
+#include <fcntl.h>
+#include <getopt.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "cleanup.h"
+#include "control.h"
+#include "front_fuse.h"
+#include "io.h"
+#include "journal_read.h"
+#include "journal_write.h"
+#include "log.h"
+#include "util.h"
+#include "volume.h"
+
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57
+#endif
+
+struct capture {
+    const char *journal, *fuse_dir, *socket;
+    uint8_t set_id[16];
+    bool has_set_id, create;
+    uint64_t segment_bytes, limit;
+
+    struct volume volumes[MAX_VOLUMES];
+    unsigned volume_count;
+    int lock_fd;
+    struct jw *jw;
+    struct volume_set *set;
+    struct front *front;
+    struct control *control;
+};
+
+/* ---- command line ---- */
+
+static const char USAGE[] =
+    "usage: pgcdp-engine capture --set-id HEX --journal DIR [--create] --fuse DIR --control SOCKET\n"
+    "                            [--segment-bytes N] [--journal-limit N] NAME=PATH [NAME=PATH ...]\n";
+
+static int parse_set_id(const char *text, uint8_t out[16])
+{
+    if (strlen(text) != 32 || strspn(text, "0123456789abcdefABCDEF") != 32)
+        return -EINVAL;
+    for (int i = 0; i < 16; i++) {
+        char pair[3] = {text[2 * i], text[2 * i + 1], '\0'};
+        out[i] = (uint8_t)strtoul(pair, NULL, 16);
+    }
+    return 0;
+}
+
+static int parse_bytes(const char *text, uint64_t *out)
+{
+    char *end;
+    errno = 0;
+    *out = strtoull(text, &end, 10);
+    return errno || *end || end == text || *text == '-' ? -EINVAL : 0;
+}
+
+static int parse_arguments(struct capture *c, int argc, char **argv, struct err *e)
+{
+    static const struct option OPTIONS[] = {{"set-id", required_argument, NULL, 's'},
+                                            {"journal", required_argument, NULL, 'j'},
+                                            {"create", no_argument, NULL, 'c'},
+                                            {"segment-bytes", required_argument, NULL, 'b'},
+                                            {"journal-limit", required_argument, NULL, 'l'},
+                                            {"fuse", required_argument, NULL, 'f'},
+                                            {"control", required_argument, NULL, 'k'},
+                                            {NULL, 0, NULL, 0}};
+    int option;
+    while ((option = getopt_long(argc, argv, "", OPTIONS, NULL)) != -1) {
+        int rc = 0;
+        switch (option) {
+        case 's': rc = parse_set_id(optarg, c->set_id); c->has_set_id = true; break;
+        case 'j': c->journal = optarg; break;
+        case 'c': c->create = true; break;
+        case 'b': rc = parse_bytes(optarg, &c->segment_bytes); break;
+        case 'l': rc = parse_bytes(optarg, &c->limit); break;
+        case 'f': c->fuse_dir = optarg; break;
+        case 'k': c->socket = optarg; break;
+        default: return err_set(e, ERR_USAGE, "unknown option\n%s", USAGE);
+        }
+        if (rc)
+            return err_set(e, ERR_USAGE, "\"%s\" is not a valid value", optarg);
+    }
+    if (!c->has_set_id || !c->journal || !c->fuse_dir || !c->socket || optind == argc)
+        return err_set(e, ERR_USAGE, "an option is missing\n%s", USAGE);
+    if (c->segment_bytes < ((uint64_t)8 << 20) || c->segment_bytes % BLOCK)
+        return err_set(e, ERR_USAGE, "--segment-bytes is %lu: at least 8388608 and a multiple of 4096", c->segment_bytes);
+    if (c->limit < 4 * c->segment_bytes)
+        return err_set(e, ERR_USAGE, "--journal-limit is %lu: at least four segments of %lu", c->limit, c->segment_bytes);
+    return 0;
+}
+
+static int open_volumes(struct capture *c, int argc, char **argv, struct err *e)
+{
+    for (int i = optind; i < argc; i++) {
+        char *equals = strchr(argv[i], '=');
+        if (!equals || c->volume_count == MAX_VOLUMES)
+            return err_set(e, ERR_USAGE, "\"%s\" is not NAME=PATH, or there are more than %u", argv[i], MAX_VOLUMES);
+        *equals = '\0';
+        for (unsigned k = 0; k < c->volume_count; k++)
+            if (strcmp(c->volumes[k].name, argv[i]) == 0)
+                return err_set(e, ERR_USAGE, "volume %s is named twice", argv[i]);
+        int rc = volume_open(&c->volumes[c->volume_count], argv[i], equals + 1, e);
+        if (rc)
+            return rc;
+        c->volume_count++;
+    }
+    return 0;
+}
+
+/* ---- journal: lock, replay ---- */
+
+static int lock_journal(struct capture *c, struct err *e)
+{
+    if (c->create && mkdir(c->journal, 0700) < 0 && errno != EEXIST)
+        return err_sys(e, -errno, "cannot make the journal %s", c->journal);
+    int dir = open(c->journal, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dir < 0) {
+        err_sys(e, -errno, "cannot open the journal %s", c->journal);
+        err_hint(e, "without its journal the set would lose writes; bring the directory back before anything else");
+        return ERR_PRECONDITION;
+    }
+    bool exists = faccessat(dir, "applied", F_OK, 0) == 0;
+    c->lock_fd = openat(dir, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    int rc = c->lock_fd < 0 ? -errno : 0;
+    close(dir);
+    if (rc)
+        return err_sys(e, rc, "cannot open the journal's lock in %s", c->journal);
+    if (flock(c->lock_fd, LOCK_EX | LOCK_NB) < 0) {
+        err_set(e, ERR_PRECONDITION, "the journal %s is locked by another capture process", c->journal);
+        err_hint(e, "there can be one for each set; see: pgcdp status");
+        return ERR_PRECONDITION;
+    }
+    if (c->create == exists) {
+        err_set(e, ERR_PRECONDITION, c->create ? "%s holds a journal already" : "%s holds no journal", c->journal);
+        err_hint(e, c->create ? "leave out --create" : "bring the journal's files back; only a new set starts without");
+        return ERR_PRECONDITION;
+    }
+    return 0;
+}
+
+static int replay_record(struct capture *c, const struct fmt_record *r, const uint8_t *data, struct err *e)
+{
+    if (r->kind == FMT_MARK || r->kind == FMT_FLUSH)
+        return 0;
+    if (r->volume >= c->volume_count || r->offset + r->length > c->volumes[r->volume].size) {
+        err_set(e, ERR_PRECONDITION, "write %lu of the journal lies outside volume %u", r->number, r->volume);
+        err_hint(e, "give the same volumes in the same order as when it was written");
+        return ERR_PRECONDITION;
+    }
+    const struct volume *v = &c->volumes[r->volume];
+    int rc = r->kind == FMT_WRITE ? io_pwrite(v->fd, data, r->length, r->offset) : io_zero(v->fd, r->offset, r->length);
+    return rc ? err_sys(e, rc, "cannot replay write %lu to volume %s", r->number, v->name) : 0;
+}
+
+static int replay_batches(struct capture *c, struct jr *jr, uint64_t applied, uint64_t *replayed, struct err *e)
+{
+    struct jr_batch b;
+    int rc;
+    while ((rc = jr_next(jr, &b, e)) == 1) {
+        const uint8_t *data = b.data;
+        for (uint32_t i = 0; i < b.records; i++) {
+            if (b.record[i].number > applied) {
+                rc = replay_record(c, &b.record[i], data, e);
+                if (rc)
+                    return rc;
+                ++*replayed;
+            }
+            data += round_block(b.record[i].data_length);
+        }
+    }
+    return rc;
+}
+
+/* Brings the volumes to the journal's end and opens it for writing. */
+static int replay(struct capture *c, struct err *e)
+{
+    CLEANUP_FREE struct jw_segment *segments = NULL;
+    struct jr *jr;
+    struct jr_end end;
+    uint64_t replayed = 0;
+    int rc = jr_open(&jr, c->journal, c->set_id, e);
+    if (rc)
+        return rc == -EPERM ? ERR_PRECONDITION : rc;
+    jr_end(jr, &end); /* only the mark is known yet */
+    uint64_t applied = end.applied_write;
+    rc = jr_seek(jr, applied + 1, e);
+    if (rc == 0)
+        rc = replay_batches(c, jr, applied, &replayed, e);
+    if (rc == 0) {
+        jr_end(jr, &end);
+        for (unsigned i = 0; rc == 0 && i < c->volume_count; i++)
+            if ((rc = io_fdatasync(c->volumes[i].fd)) != 0)
+                err_sys(e, rc, "cannot sync volume %s", c->volumes[i].name);
+    }
+    size_t count = 0;
+    const struct jr_segment *found = jr_segments(jr, &count);
+    if (rc == 0 && !(segments = calloc(count + 1, sizeof *segments)))
+        rc = err_sys(e, -ENOMEM, "journal");
+    if (rc == 0) {
+        for (size_t i = 0; i < count; i++)
+            segments[i] = (struct jw_segment){.sequence = found[i].sequence,
+                                              .size = found[i].size,
+                                              .first_write = found[i].first_write,
+                                              .last_write = found[i].last_write};
+        struct jw_options o = {.directory = c->journal,
+                               .segment_bytes = c->segment_bytes,
+                               .limit = c->limit,
+                               .segments = segments,
+                               .segment_count = count,
+                               .last_write = end.last_write,
+                               .last_batch = end.last_batch,
+                               .end_segment = end.segment,
+                               .end_offset = end.offset};
+        memcpy(o.set_id, c->set_id, 16);
+        o.mark.sequence = end.mark_sequence;
+        o.mark.applied_write = end.last_write;
+        o.mark.released_write = end.released_write;
+        rc = jw_open(&c->jw, &o, e);
+    }
+    jr_close(jr);
+    if (rc == 0)
+        log_info("journal: last write %lu, %lu replayed behind the applied mark%s", end.last_write, replayed,
+                 end.torn ? ", torn tail left out" : "");
+    if (rc == 0)
+        rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, end.last_write, e);
+    return rc;
+}
+
+/* ---- control ---- */
+
+static long rss_kib(void)
+{
+    long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (f && fscanf(f, "%*d %ld", &pages) != 1)
+        pages = 0;
+    if (f)
+        fclose(f);
+    return pages * (sysconf(_SC_PAGESIZE) / 1024);
+}
+
+static json_t *status(struct capture *c)
+{
+    struct jw_status j;
+    struct volume_status v;
+    jw_get_status(c->jw, &j);
+    vs_get_status(c->set, &v);
+    json_t *volumes = json_array();
+    for (unsigned i = 0; i < c->volume_count; i++)
+        json_array_append_new(volumes, json_pack("{s:s, s:i, s:I, s:s, s:b}", "name", c->volumes[i].name, "number", (int)i,
+                                                 "bytes", (json_int_t)c->volumes[i].size, "backing", c->volumes[i].path,
+                                                 "open", front_open_count(c->front, i) > 0));
+    json_t *errors = json_array();
+    if (j.error[0])
+        json_array_append_new(errors, json_sprintf("journal: %s", j.error));
+    if (v.error[0])
+        json_array_append_new(errors, json_string(v.error));
+    return json_pack(
+        "{s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:{s:I, s:I}, s:{s:I, s:I, s:I, s:I}, s:o, s:I, s:I, s:I, s:I, s:I, s:I, "
+        "s:o, s:I}",
+        "state", v.stalled ? "stalled" : "capturing", "pid", (int)getpid(), "last_write", (json_int_t)v.last_write,
+        "durable_write", (json_int_t)j.durable_write, "applied_write", (json_int_t)v.applied_write, "synced_write",
+        (json_int_t)j.synced_write, "released_write", (json_int_t)j.released_write, "batch", (json_int_t)j.durable_batch,
+        "position", "segment", (json_int_t)j.durable_segment, "offset", (json_int_t)j.durable_offset, "journal", "bytes",
+        (json_int_t)j.bytes, "limit", (json_int_t)j.limit, "segments", (json_int_t)j.segments, "segment_bytes",
+        (json_int_t)j.segment_bytes, "volumes", volumes, "unapplied_bytes", (json_int_t)v.unapplied_bytes, "parked_bytes",
+        (json_int_t)v.parked_bytes, "writes", (json_int_t)v.writes, "bytes_written", (json_int_t)v.bytes_written, "reads",
+        (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read, "errors", errors, "rss_kib", (json_int_t)rss_kib());
+}
+
+static json_t *stop(struct capture *c, struct err *e, const char **kind)
+{
+    for (unsigned i = 0; i < c->volume_count; i++)
+        if (front_open_count(c->front, i)) {
+            *kind = "busy";
+            err_set(e, -EBUSY, "volume %s is open", c->volumes[i].name);
+            err_hint(e, "unmount its filesystem and detach its loop device first");
+            return NULL;
+        }
+    front_stop(c->front);
+    return json_pack("{s:b}", "stopping", 1);
+}
+
+static json_t *handle(void *self, const json_t *request, struct err *e, const char **kind)
+{
+    struct capture *c = self;
+    const char *cmd = json_string_value(json_object_get(request, "cmd"));
+    uint64_t write = 0;
+    if (!cmd)
+        cmd = "";
+    if (strcmp(cmd, "status") == 0)
+        return status(c);
+    if (strcmp(cmd, "stop") == 0)
+        return stop(c, e, kind);
+    if (strcmp(cmd, "cut") == 0) {
+        int rc = vs_cut(c->set, &write);
+        return rc ? (err_sys(e, rc, "cut"), NULL) : json_pack("{s:I}", "durable_write", (json_int_t)write);
+    }
+    if (strcmp(cmd, "sync") == 0)
+        return vs_sync(c->set, &write, e) ? NULL : json_pack("{s:I}", "applied_write", (json_int_t)write);
+    if (strcmp(cmd, "mark") == 0) {
+        const char *name = json_string_value(json_object_get(request, "name"));
+        if (!name || !*name || strlen(name) > 1024) {
+            *kind = "usage";
+            err_set(e, ERR_USAGE, "a mark needs a name of 1 to 1024 bytes");
+            return NULL;
+        }
+        int rc = vs_mark(c->set, name, &write);
+        return rc ? (err_sys(e, rc, "mark"), NULL) : json_pack("{s:I}", "write", (json_int_t)write);
+    }
+    if (strcmp(cmd, "release") == 0) {
+        const json_t *value = json_object_get(request, "write");
+        if (!json_is_integer(value) || json_integer_value(value) < 0) {
+            *kind = "usage";
+            err_set(e, ERR_USAGE, "release needs a write number");
+            return NULL;
+        }
+        jw_release(c->jw, (uint64_t)json_integer_value(value));
+        vs_wake(c->set);
+        struct jw_status j;
+        jw_get_status(c->jw, &j);
+        return json_pack("{s:I}", "released_write", (json_int_t)j.released_write);
+    }
+    *kind = "usage";
+    err_set(e, ERR_USAGE, "unknown command \"%s\"", cmd);
+    return NULL;
+}
+
+/* ---- serving ---- */
+
+/* The kernel writes dirty pages back through this process: it must never wait for memory that only it can free. */
+static void settle_in(void)
+{
+    if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) < 0)
+        log_warn("cannot become an I/O flusher: %s", strerror(errno));
+    if (mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) < 0)
+        log_warn("cannot lock memory: %s", strerror(errno));
+    FILE *f = fopen("/proc/self/oom_score_adj", "we");
+    if (!f || fputs("-1000", f) < 0)
+        log_warn("cannot leave the out-of-memory killer's list: %s", strerror(errno));
+    if (f)
+        fclose(f);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+static void *signal_main(void *arg)
+{
+    struct capture *c = arg;
+    sigset_t set;
+    int number;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    for (;;) {
+        if (sigwait(&set, &number) != 0)
+            continue;
+        struct err e;
+        const char *kind;
+        json_t *reply = stop(c, &e, &kind);
+        if (reply) {
+            json_decref(reply);
+            return NULL;
+        }
+        /* Going away now would make production's filesystem see I/O errors. */
+        log_warn("signal %d not followed: %s", number, e.message);
+    }
+}
+
+static int serve(struct capture *c, struct err *e)
+{
+    struct backend backend = vs_backend(c->set);
+    int rc = front_open(&c->front, &backend, c->fuse_dir, e);
+    if (rc == 0)
+        rc = control_start(&c->control, c->socket, handle, c, e);
+    pthread_t signals;
+    if (rc == 0 && (rc = -pthread_create(&signals, NULL, signal_main, c)) != 0)
+        err_sys(e, rc, "cannot start a thread");
+    if (rc == 0) {
+        pthread_detach(signals);
+        log_info("capturing %u volumes, pid %d", c->volume_count, (int)getpid());
+        rc = front_serve(c->front);
+        if (rc)
+            err_sys(e, rc, "the FUSE connection failed");
+        log_info("stopping");
+    }
+    return rc;
+}
+
+static int run(struct capture *c, int argc, char **argv, struct err *e)
+{
+    int rc = parse_arguments(c, argc, argv, e);
+    if (rc == 0)
+        rc = lock_journal(c, e);
+    if (rc == 0)
+        rc = open_volumes(c, argc, argv, e);
+    if (rc == 0)
+        settle_in();
+    if (rc == 0)
+        rc = replay(c, e);
+    if (rc == 0)
+        rc = serve(c, e);
+    return rc;
+}
+
+int cmd_capture(int argc, char **argv)
+{
+    struct capture c = {.segment_bytes = (uint64_t)64 << 20, .limit = (uint64_t)16 << 30, .lock_fd = -1};
+    struct err e = {.message = "", .hint = ""};
+    sigset_t set;
+    umask(0077);
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &set, NULL); /* for signal_main */
+    int rc = run(&c, argc, argv, &e);
+    if (c.set) {
+        struct err late = {.message = ""};
+        int stopped = vs_stop(c.set, &late);
+        if (rc == 0 && stopped) {
+            rc = stopped;
+            e = late;
+        }
+    }
+    jw_close(c.jw);
+    control_stop(c.control);
+    if (c.front)
+        front_close(c.front);
+    if (c.lock_fd >= 0)
+        close(c.lock_fd);
+    if (rc) {
+        fprintf(stderr, "pgcdp-engine: error: %s\n", e.message);
+        if (e.hint[0])
+            fprintf(stderr, "hint: %s\n", e.hint);
+    } else {
+        log_info("stopped");
+    }
+    return err_exit_code(rc);
+}

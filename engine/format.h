@@ -1,0 +1,91 @@
+/* The on-disk structs of FORMAT.md, section 1 (journal). Little-endian machines only; sizes are asserted. */
+#ifndef PGCDP_FORMAT_H
+#define PGCDP_FORMAT_H
+
+#include <assert.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the formats are little-endian"
+#endif
+
+#define FORMAT_VERSION 1u
+#define FMT_HEADER_BYTES 4096u
+#define FMT_SET_ID_SIZE 16u
+#define FMT_NO_VOLUME 65535u
+
+static const char FMT_SEGMENT_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'S', 'E', 'G'};
+static const char FMT_BATCH_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'B', 'A', 'T'};
+static const char FMT_APPLIED_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'A', 'P', 'L'};
+
+struct fmt_segment { /* FORMAT.md 1.1; the first 4096 bytes of a segment begin with it */
+    char magic[8];
+    uint32_t version;
+    uint32_t header_length;
+    uint8_t set_id[16];
+    uint64_t sequence;
+    uint64_t salt;
+    uint64_t size;
+    uint64_t created_ns;
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_segment) == 72, "FORMAT.md 1.1");
+static_assert(offsetof(struct fmt_segment, checksum) == 64, "FORMAT.md 1.1");
+
+struct fmt_batch { /* FORMAT.md 1.2 */
+    char magic[8];
+    uint64_t salt;
+    uint64_t number;
+    uint64_t first_write;
+    uint32_t records;
+    uint32_t header_length;
+    uint64_t length;
+    uint64_t prev_segment;
+    uint64_t prev_end;
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_batch) == 72, "FORMAT.md 1.2");
+static_assert(offsetof(struct fmt_batch, checksum) == 64, "FORMAT.md 1.2");
+
+enum fmt_kind { FMT_WRITE = 1, FMT_ZERO = 2, FMT_DISCARD = 3, FMT_FLUSH = 4, FMT_MARK = 5 };
+
+struct fmt_record { /* FORMAT.md 1.3 */
+    uint8_t kind;
+    uint8_t flags;
+    uint16_t volume;
+    uint32_t data_length;
+    uint64_t number;
+    uint64_t wall_ns;
+    uint64_t boot_ns;
+    uint64_t offset;
+    uint64_t length;
+};
+static_assert(sizeof(struct fmt_record) == 48, "FORMAT.md 1.3");
+
+struct fmt_applied { /* FORMAT.md 1.4; each of the two slots begins with it */
+    char magic[8];
+    uint32_t version;
+    uint32_t flags;
+    uint8_t set_id[16];
+    uint64_t sequence;
+    uint64_t applied_write;
+    uint64_t released_write;
+    uint64_t durable_write;
+    uint64_t durable_batch;
+    uint64_t durable_segment;
+    uint64_t durable_offset;
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_applied) == 96, "FORMAT.md 1.4");
+static_assert(offsetof(struct fmt_applied, checksum) == 88, "FORMAT.md 1.4");
+
+#define FMT_APPLIED_CLEAN 1u
+
+/* Header length of a batch with so many records. */
+static inline uint64_t fmt_batch_header(uint64_t records)
+{
+    return (sizeof(struct fmt_batch) + records * sizeof(struct fmt_record) + 4095u) & ~(uint64_t)4095u;
+}
+
+#endif

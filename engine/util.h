@@ -1,0 +1,24 @@
+/* Small things that every floor uses. No state, no I/O. */
+#ifndef PGCDP_UTIL_H
+#define PGCDP_UTIL_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#define BLOCK ((uint64_t)4096) /* unit of journal alignment, captured writes and maps */
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
+static inline uint64_t max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+/* Up to the next multiple of a block. */
+static inline uint64_t round_block(uint64_t n) { return (n + BLOCK - 1) & ~(BLOCK - 1); }
+
+static inline uint64_t clock_ns(clockid_t clock)
+{
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+#endif

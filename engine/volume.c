@@ -1,0 +1,550 @@
+/* Notes on the design.
+ *
+ *   reader (the door's one thread)      committer                       applier (apply.c)
+ *   number, copy header and data        batch: jw_append (durable)      each block once to the volumes,
+ *   into the open batch                 answer every write in it        then sync, then the applied mark
+ *
+ * Journal before data: the applier only sees batches behind batch_commit, that is, durable ones. A write is answered by
+ * the committer after jw_append, nowhere else. One total order: numbers are given under the lock in the order of arrival;
+ * what was answered before another was sent has left the reader before it, so it has the lower number.
+ *
+ * A read must see every write answered before it was sent. Its blocks are looked up in the map of what is not yet applied,
+ * hits are copied under the lock, and only then the volume is read for the misses: a miss means that the volume already
+ * holds what had been answered. The other order would be wrong: a block could be applied and dropped from the map between
+ * reading the volume and looking it up.
+ *
+ * When a write does not fit (ring full, journal stalled), it is parked, and all later ones behind it, so that the reader
+ * goes on and reads are still answered; when the parking space is full, the reader waits.
+ */
+#include "volume.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "cleanup.h"
+#include "io.h"
+#include "log.h"
+#include "util.h"
+#include "volume_set.h"
+
+void vs_note_error(struct volume_set *vs, const char *format, ...)
+{
+    va_list args;
+    HOLD_LOCK(&vs->lock);
+    va_start(args, format);
+    vsnprintf(vs->error, sizeof vs->error, format, args);
+    va_end(args);
+    log_error("%s", vs->error);
+}
+
+/* ---- opening ---- */
+
+int volume_open(struct volume *v, const char *name, const char *path, struct err *e)
+{
+    struct stat st;
+    *v = (struct volume){.fd = -1};
+    if (strlen(name) >= sizeof v->name || strlen(path) >= sizeof v->path || strchr(name, '/') || !*name)
+        return err_set(e, ERR_USAGE, "volume name or path is not usable: %s=%s", name, path);
+    if (stat(path, &st) < 0)
+        return err_sys(e, -errno, "cannot open the backing %s of volume %s", path, name);
+    int exclusive = S_ISBLK(st.st_mode) ? O_EXCL : 0; /* the kernel refuses what is mounted or held */
+    int fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC | exclusive);
+    if (fd < 0 && errno == EBUSY)
+        return err_set(e, ERR_PRECONDITION, "the backing %s of volume %s is in use", path, name);
+    if (fd < 0)
+        return err_sys(e, -errno, "cannot open the backing %s of volume %s", path, name);
+    int rc = 0;
+    if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
+        rc = err_set(e, ERR_PRECONDITION, "the backing %s of volume %s is locked by another process", path, name);
+        err_hint(e, "another capture process serves it; stop it with: pgcdp down");
+    } else if ((rc = io_size(fd, &v->size)) != 0) {
+        err_sys(e, rc, "cannot tell the size of %s", path);
+    } else if (v->size == 0 || v->size % BLOCK) {
+        rc = err_set(e, ERR_USAGE, "the backing %s has %lu bytes, not a multiple of 4096", path, v->size);
+    }
+    if (rc) {
+        close(fd);
+        return rc;
+    }
+    v->fd = fd;
+    snprintf(v->name, sizeof v->name, "%s", name);
+    snprintf(v->path, sizeof v->path, "%s", path);
+    return 0;
+}
+
+/* ---- taking writes (under the lock) ---- */
+
+/* Puts a record into the open batch; false when it does not fit now. */
+static bool take(struct volume_set *vs, struct fmt_record *r, const void *data, void *cookie)
+{
+    uint64_t need = round_block(r->data_length);
+    struct batch *b = batch_at(vs, vs->batch_open);
+    uint64_t data_at = vs->data_head, record_at = vs->record_head, open = vs->batch_open;
+    bool wraps = data_at % RING_BYTES + need > RING_BYTES;
+    bool at_start = data_at % RING_BYTES == 0 && b->data_length; /* it ended exactly at the ring's end */
+    bool full = b->records && (b->records >= MAX_BATCH_RECORDS || b->data_length + need > MAX_BATCH_BYTES ||
+                               record_at % RECORDS == 0 || wraps || at_start);
+    if (full)
+        open++;
+    if (wraps)
+        data_at += RING_BYTES - data_at % RING_BYTES;
+    bool zero = r->kind == FMT_ZERO || r->kind == FMT_DISCARD;
+    if (data_at + need - vs->data_tail > RING_BYTES || record_at + 1 - vs->record_tail > RECORDS ||
+        open + 1 - vs->batch_tail >= BATCHES || (zero && !extmap_zero_room(vs->map)))
+        return false;
+    if (full || b->records == 0) {
+        vs->batch_open = open;
+        b = batch_at(vs, open);
+        *b = (struct batch){.record0 = record_at, .data0 = data_at, .opened_ns = clock_ns(CLOCK_MONOTONIC)};
+    }
+    uint8_t *to = vs->ring + data_at % RING_BYTES;
+    r->number = ++vs->last_write;
+    r->wall_ns = clock_ns(CLOCK_REALTIME);
+    r->boot_ns = clock_ns(CLOCK_BOOTTIME);
+    if (need) {
+        memcpy(to, data, r->data_length);
+        memset(to + r->data_length, 0, need - r->data_length);
+    }
+    if (r->kind == FMT_WRITE)
+        for (uint64_t i = 0; i < r->length; i += BLOCK)
+            extmap_put(vs->map, r->volume, (r->offset + i) / BLOCK, to + i, r->number);
+    else if (zero)
+        extmap_put_zeros(vs->map, r->volume, r->offset / BLOCK, r->length / BLOCK, r->number);
+    vs->records[record_at % RECORDS] = *r;
+    vs->cookies[record_at % RECORDS] = cookie;
+    b->records++;
+    b->data_length += need;
+    vs->data_head = data_at + need;
+    vs->record_head = record_at + 1;
+    vs->writes++;
+    vs->bytes_written += r->length;
+    return true;
+}
+
+void vs_take_parked(struct volume_set *vs)
+{
+    bool any = false;
+    while (vs->parked_first) {
+        struct parked *p = vs->parked_first;
+        if (!take(vs, &p->record, p->data, p->cookie))
+            break;
+        vs->parked_first = p->next;
+        if (!p->next)
+            vs->parked_last = &vs->parked_first;
+        vs->parked_bytes -= p->record.data_length;
+        free(p);
+        any = true;
+    }
+    if (any) {
+        pthread_cond_signal(&vs->to_commit);
+        pthread_cond_broadcast(&vs->progress);
+    }
+}
+
+static void submit(struct volume_set *vs, struct fmt_record *r, const void *data, void *cookie)
+{
+    HOLD_LOCK(&vs->lock);
+    for (;;) {
+        if (!vs->parked_first && take(vs, r, data, cookie)) {
+            pthread_cond_signal(&vs->to_commit);
+            return;
+        }
+        pthread_cond_signal(&vs->to_apply);
+        if (vs->parked_bytes + r->data_length <= PARKED_BYTES)
+            break;
+        pthread_cond_wait(&vs->progress, &vs->lock);
+    }
+    struct parked *p = malloc(sizeof *p + r->data_length);
+    if (!p) { /* nothing was taken, nothing is promised */
+        vs->done.write(cookie, 0, -ENOMEM);
+        return;
+    }
+    *p = (struct parked){.record = *r, .cookie = cookie};
+    if (r->data_length)
+        memcpy(p->data, data, r->data_length);
+    *vs->parked_last = p;
+    vs->parked_last = &p->next;
+    vs->parked_bytes += r->data_length;
+}
+
+static void set_write(void *self, unsigned volume, uint64_t offset, const void *data, size_t length, void *cookie)
+{
+    struct fmt_record r = {.kind = FMT_WRITE,
+                           .volume = (uint16_t)volume,
+                           .data_length = (uint32_t)length,
+                           .offset = offset,
+                           .length = length};
+    submit(self, &r, data, cookie);
+}
+
+static void set_zero(void *self, unsigned volume, uint64_t offset, uint64_t length, bool discard, void *cookie)
+{
+    struct fmt_record r = {
+        .kind = discard ? FMT_DISCARD : FMT_ZERO, .volume = (uint16_t)volume, .offset = offset, .length = length};
+    submit(self, &r, NULL, cookie);
+}
+
+/* ---- committing ---- */
+
+struct committer {
+    uint8_t *header; /* room for the largest batch header */
+    void *cookies[MAX_BATCH_RECORDS];
+    size_t lengths[MAX_BATCH_RECORDS];
+};
+
+/* Closes the next batch and copies its header; false when the committer shall end. */
+static bool next_batch(struct volume_set *vs, struct committer *c, struct batch *out)
+{
+    HOLD_LOCK(&vs->lock);
+    while (batch_at(vs, vs->batch_commit)->records == 0 || vs->batch_commit > vs->batch_open) {
+        if (vs->stop_committer)
+            return false;
+        pthread_cond_wait(&vs->to_commit, &vs->lock);
+    }
+    if (vs->batch_commit == vs->batch_open) {
+        vs->batch_open++;
+        *batch_at(vs, vs->batch_open) = (struct batch){.records = 0};
+    }
+    *out = *batch_at(vs, vs->batch_commit);
+    memset(c->header, 0, fmt_batch_header(out->records));
+    struct fmt_record *records = (struct fmt_record *)(c->header + sizeof(struct fmt_batch));
+    uint64_t at = out->record0 % RECORDS;
+    memcpy(records, vs->records + at, out->records * sizeof *records);
+    memcpy(c->cookies, vs->cookies + at, out->records * sizeof *c->cookies);
+    for (uint32_t i = 0; i < out->records; i++)
+        c->lengths[i] = records[i].length;
+    return true;
+}
+
+static void set_stalled(struct volume_set *vs, bool stalled)
+{
+    HOLD_LOCK(&vs->lock);
+    if (vs->stalled != stalled)
+        log_warn(stalled ? "the journal is full: writes wait" : "the journal has space again: writes go on");
+    vs->stalled = stalled;
+}
+
+static void *committer_main(void *arg)
+{
+    struct volume_set *vs = arg;
+    struct committer c = {.header = io_alloc(fmt_batch_header(MAX_BATCH_RECORDS))};
+    struct batch b;
+    while (next_batch(vs, &c, &b)) {
+        const uint8_t *data = vs->ring + b.data0 % RING_BYTES;
+        bool stalled = false, given_up = false;
+        for (int tries = 0; jw_append(vs->jw, c.header, b.records, data, b.data_length) != 0; tries++) {
+            if (tries > 0) /* the next segment is often just being made ready */
+                set_stalled(vs, stalled = true);
+            jw_wait_space(vs->jw);
+            pthread_mutex_lock(&vs->lock);
+            given_up = vs->stop_committer; /* nobody waits for an answer any more */
+            pthread_cond_signal(&vs->to_apply);
+            pthread_mutex_unlock(&vs->lock);
+            if (given_up)
+                break;
+        }
+        if (given_up)
+            break;
+        if (stalled)
+            set_stalled(vs, false);
+        const struct fmt_record *records = (const struct fmt_record *)(c.header + sizeof(struct fmt_batch));
+        {
+            HOLD_LOCK(&vs->lock);
+            vs->durable_write = records[b.records - 1].number;
+            vs->batch_commit++;
+            uint64_t waiting = vs->data_head - vs->data_tail;
+            if (vs->batch_commit - vs->batch_tail == 1 || waiting > RING_BYTES / 2 || vs->sync_wanted || vs->parked_first)
+                pthread_cond_signal(&vs->to_apply);
+            if (vs->sync_wanted || vs->parked_first)
+                pthread_cond_broadcast(&vs->progress);
+        }
+        for (uint32_t i = 0; i < b.records; i++)
+            if (c.cookies[i])
+                vs->done.write(c.cookies[i], c.lengths[i], 0);
+        pthread_cond_broadcast(&vs->progress);
+    }
+    io_free(c.header, fmt_batch_header(MAX_BATCH_RECORDS));
+    return NULL;
+}
+
+/* ---- reading ---- */
+
+/* Copies what is newer than the volume; returns how many blocks those were. Called with the lock. */
+static size_t copy_hits(struct volume_set *vs, unsigned volume, uint64_t offset, size_t length, uint8_t *to, uint8_t *hits)
+{
+    size_t found = 0;
+    for (size_t i = 0; i < length / BLOCK; i++) {
+        const uint8_t *data = NULL;
+        enum extmap_hit hit = extmap_get(vs->map, volume, offset / BLOCK + i, &data);
+        hits[i] = hit != EXTMAP_MISS;
+        if (hit == EXTMAP_DATA)
+            memcpy(to + i * BLOCK, data, BLOCK);
+        else if (hit == EXTMAP_ZEROS)
+            memset(to + i * BLOCK, 0, BLOCK);
+        found += hits[i];
+    }
+    return found;
+}
+
+static void set_read(void *self, unsigned volume, uint64_t offset, size_t length, void *cookie)
+{
+    struct volume_set *vs = self;
+    uint8_t hits[BACKEND_MAX_REQUEST / 4096];
+    size_t found = 0;
+    pthread_mutex_lock(&vs->lock);
+    vs->reads++;
+    vs->bytes_read += length;
+    if (!extmap_empty(vs->map))
+        found = copy_hits(vs, volume, offset, length, vs->hit_buffer, hits);
+    pthread_mutex_unlock(&vs->lock);
+    if (found == length / BLOCK) {
+        vs->done.read(cookie, vs->hit_buffer, length, 0);
+        return;
+    }
+    struct read_job *job = malloc(sizeof *job);
+    if (!job) {
+        vs->done.read(cookie, NULL, 0, -ENOMEM);
+        return;
+    }
+    job->next = NULL;
+    job->volume = volume;
+    job->offset = offset;
+    job->length = length;
+    job->cookie = cookie;
+    job->overlay = NULL;
+    if (found) {
+        job->overlay = malloc(length);
+        if (!job->overlay) {
+            free(job);
+            vs->done.read(cookie, NULL, 0, -ENOMEM);
+            return;
+        }
+        memcpy(job->overlay, vs->hit_buffer, length);
+        memcpy(job->hits, hits, length / BLOCK);
+    }
+    HOLD_LOCK(&vs->lock);
+    *vs->reads_last = job;
+    vs->reads_last = &job->next;
+    pthread_cond_signal(&vs->to_read);
+}
+
+static void read_one(struct volume_set *vs, const struct read_job *job, uint8_t *buffer)
+{
+    const struct volume *v = &vs->volumes[job->volume];
+    int rc = io_pread(v->fd, buffer, job->length, job->offset);
+    if (rc)
+        vs_note_error(vs, "volume %s: cannot read %zu bytes at %lu: %s", v->name, job->length, job->offset, strerror(-rc));
+    else if (job->overlay)
+        for (size_t i = 0; i < job->length / BLOCK; i++)
+            if (job->hits[i])
+                memcpy(buffer + i * BLOCK, job->overlay + i * BLOCK, BLOCK);
+    vs->done.read(job->cookie, buffer, rc ? 0 : job->length, rc);
+}
+
+static void *read_main(void *arg)
+{
+    struct volume_set *vs = arg;
+    uint8_t *buffer = io_alloc(BACKEND_MAX_REQUEST);
+    for (;;) {
+        pthread_mutex_lock(&vs->lock);
+        while (!vs->reads_first && !vs->stop_readers)
+            pthread_cond_wait(&vs->to_read, &vs->lock);
+        struct read_job *job = vs->reads_first;
+        if (job && !(vs->reads_first = job->next))
+            vs->reads_last = &vs->reads_first;
+        pthread_mutex_unlock(&vs->lock);
+        if (!job)
+            break;
+        read_one(vs, job, buffer);
+        free(job->overlay);
+        free(job);
+    }
+    io_free(buffer, BACKEND_MAX_REQUEST);
+    return NULL;
+}
+
+/* ---- control ---- */
+
+int vs_mark(struct volume_set *vs, const char *name, uint64_t *write)
+{
+    struct fmt_record r = {.kind = FMT_MARK, .volume = FMT_NO_VOLUME, .data_length = (uint32_t)strlen(name)};
+    HOLD_LOCK(&vs->lock);
+    while (vs->parked_first || !take(vs, &r, name, NULL)) {
+        if (vs->stop_committer)
+            return -ECANCELED;
+        pthread_cond_wait(&vs->progress, &vs->lock);
+    }
+    *write = r.number;
+    pthread_cond_signal(&vs->to_commit);
+    while (vs->durable_write < r.number && !vs->stop_committer)
+        pthread_cond_wait(&vs->progress, &vs->lock);
+    return vs->durable_write < r.number ? -ECANCELED : 0;
+}
+
+int vs_cut(struct volume_set *vs, uint64_t *durable_write)
+{
+    HOLD_LOCK(&vs->lock);
+    uint64_t wanted = vs->last_write;
+    while (vs->durable_write < wanted && !vs->stop_committer)
+        pthread_cond_wait(&vs->progress, &vs->lock);
+    *durable_write = vs->durable_write;
+    return vs->durable_write < wanted ? -ECANCELED : 0;
+}
+
+int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e)
+{
+    HOLD_LOCK(&vs->lock);
+    uint64_t wanted = vs->durable_write;
+    vs->sync_wanted = max_u64(vs->sync_wanted, wanted);
+    pthread_cond_signal(&vs->to_apply);
+    while (vs->synced_write < wanted && !vs->volume_failed && !vs->stop_applier)
+        pthread_cond_wait(&vs->progress, &vs->lock);
+    *applied_write = vs->synced_write;
+    return vs->synced_write < wanted ? err_set(e, -EIO, "%s", vs->error[0] ? vs->error : "stopping") : 0;
+}
+
+void vs_wake(struct volume_set *vs)
+{
+    HOLD_LOCK(&vs->lock);
+    pthread_cond_signal(&vs->to_apply);
+}
+
+void vs_get_status(struct volume_set *vs, struct volume_status *out)
+{
+    HOLD_LOCK(&vs->lock);
+    *out = (struct volume_status){
+        .stalled = vs->stalled,
+        .last_write = vs->last_write,
+        .applied_write = vs->applied_write,
+        .unapplied_bytes = vs->data_head - vs->data_tail,
+        .parked_bytes = vs->parked_bytes,
+        .writes = vs->writes,
+        .reads = vs->reads,
+        .bytes_written = vs->bytes_written,
+        .bytes_read = vs->bytes_read,
+    };
+    memcpy(out->error, vs->error, sizeof out->error);
+}
+
+/* ---- life ---- */
+
+static const char *set_name(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].name; }
+static uint64_t set_size(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].size; }
+static void set_done(void *self, const struct done *done) { ((struct volume_set *)self)->done = *done; }
+
+struct backend vs_backend(struct volume_set *vs)
+{
+    return (struct backend){.self = vs,
+                            .volumes = vs->count,
+                            .name = set_name,
+                            .size = set_size,
+                            .read = set_read,
+                            .write = set_write,
+                            .zero = set_zero,
+                            .set_done = set_done};
+}
+
+static void free_set(struct volume_set *vs)
+{
+    for (unsigned i = 0; i < vs->count; i++)
+        if (vs->volumes[i].fd >= 0)
+            close(vs->volumes[i].fd);
+    io_free(vs->ring, RING_BYTES);
+    io_free(vs->hit_buffer, BACKEND_MAX_REQUEST);
+    free(vs->records);
+    free(vs->cookies);
+    free(vs->batches);
+    extmap_free(vs->map);
+    while (vs->parked_first) {
+        struct parked *p = vs->parked_first;
+        vs->parked_first = p->next;
+        free(p);
+    }
+    free(vs);
+}
+
+static int start_threads(struct volume_set *vs)
+{
+    int rc = pthread_create(&vs->committer, NULL, committer_main, vs);
+    if (rc == 0 && ++vs->threads)
+        rc = pthread_create(&vs->applier, NULL, applier_main, vs);
+    if (rc == 0 && ++vs->threads)
+        for (int i = 0; i < READERS && rc == 0; i++)
+            if ((rc = pthread_create(&vs->readers[i], NULL, read_main, vs)) == 0)
+                vs->threads++;
+    return -rc;
+}
+
+int vs_start(struct volume_set **out, const struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
+             struct err *e)
+{
+    struct volume_set *vs = calloc(1, sizeof *vs);
+    if (!vs)
+        return err_sys(e, -ENOMEM, "volume set");
+    memcpy(vs->volumes, volumes, count * sizeof *volumes);
+    vs->count = count;
+    vs->jw = jw;
+    vs->last_write = vs->durable_write = vs->applied_write = vs->synced_write = last_write;
+    vs->parked_last = &vs->parked_first;
+    vs->reads_last = &vs->reads_first;
+    vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
+    pthread_mutex_init(&vs->lock, NULL);
+    pthread_cond_init(&vs->to_commit, NULL);
+    pthread_cond_init(&vs->to_apply, NULL);
+    pthread_cond_init(&vs->to_read, NULL);
+    pthread_cond_init(&vs->progress, NULL);
+    vs->ring = io_alloc(RING_BYTES);
+    vs->hit_buffer = io_alloc(BACKEND_MAX_REQUEST);
+    vs->records = calloc(RECORDS, sizeof *vs->records);
+    vs->cookies = calloc(RECORDS, sizeof *vs->cookies);
+    vs->batches = calloc(BATCHES, sizeof *vs->batches);
+    vs->map = extmap_new(RING_BYTES / BLOCK);
+    if (!vs->ring || !vs->hit_buffer || !vs->records || !vs->cookies || !vs->batches || !vs->map) {
+        free_set(vs);
+        return err_sys(e, -ENOMEM, "volume set");
+    }
+    int rc = start_threads(vs);
+    if (rc) {
+        err_sys(e, rc, "cannot start a thread");
+        vs_stop(vs, NULL);
+        return rc;
+    }
+    *out = vs;
+    return 0;
+}
+
+static void stop_thread(struct volume_set *vs, bool *flag, pthread_cond_t *cond, pthread_t thread)
+{
+    pthread_mutex_lock(&vs->lock);
+    *flag = true;
+    pthread_cond_broadcast(cond);
+    pthread_cond_broadcast(&vs->progress);
+    pthread_mutex_unlock(&vs->lock);
+    pthread_join(thread, NULL);
+}
+
+int vs_stop(struct volume_set *vs, struct err *e)
+{
+    int rc = 0;
+    if (vs->threads > 0)
+        stop_thread(vs, &vs->stop_committer, &vs->to_commit, vs->committer);
+    if (vs->threads > 1) {
+        uint64_t applied;
+        rc = vs_sync(vs, &applied, e);
+        stop_thread(vs, &vs->stop_applier, &vs->to_apply, vs->applier);
+    }
+    for (unsigned i = 2; i < vs->threads; i++)
+        stop_thread(vs, &vs->stop_readers, &vs->to_read, vs->readers[i - 2]);
+    if (rc == 0 && vs->threads > 1)
+        rc = jw_set_applied(vs->jw, vs->synced_write, vs->synced_write == vs->durable_write, e);
+    free_set(vs);
+    return rc;
+}
+

@@ -1,0 +1,58 @@
+/* The volume set: journal first, then the volumes. Fills the vtable of backend.h. */
+#ifndef PGCDP_VOLUME_H
+#define PGCDP_VOLUME_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "backend.h"
+#include "err.h"
+#include "journal_write.h"
+
+#define MAX_VOLUMES 256u
+
+struct volume_set;
+
+struct volume { /* one opened backing */
+    char name[64];
+    char path[512];
+    int fd; /* O_DIRECT, locked */
+    uint64_t size;
+};
+
+struct volume_status {
+    bool stalled;         /* the journal cannot grow: writes wait */
+    uint64_t last_write;  /* newest number given */
+    uint64_t applied_write; /* on the volumes, perhaps not yet synced */
+    uint64_t unapplied_bytes, parked_bytes;
+    uint64_t writes, reads, bytes_written, bytes_read;
+    char error[256]; /* newest failure of a volume, or "" */
+};
+
+/* Opens and locks a backing. O_EXCL, flock: one capture process a backing (exit 6 when it is in use). */
+int volume_open(struct volume *v, const char *name, const char *path, struct err *e);
+
+/* Starts committer, applier and readers. All writes up to `last_write` are applied and synced. Owns the fds from now on. */
+int vs_start(struct volume_set **out, const struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
+             struct err *e);
+
+struct backend vs_backend(struct volume_set *vs);
+
+/* A mark with this name, durable when it returns 0. */
+int vs_mark(struct volume_set *vs, const char *name, uint64_t *write);
+
+/* Everything taken so far is durable when it returns 0. */
+int vs_cut(struct volume_set *vs, uint64_t *durable_write);
+
+/* Everything durable at the call is on the volumes and synced when it returns 0. */
+int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e);
+
+/* Looks at once whether segments have become free (after jw_release). */
+void vs_wake(struct volume_set *vs);
+
+void vs_get_status(struct volume_set *vs, struct volume_status *out);
+
+/* No method of the backend is called any more. Applies everything, syncs, marks the journal clean; then all is freed. */
+int vs_stop(struct volume_set *vs, struct err *e);
+
+#endif

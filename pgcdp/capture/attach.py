@@ -1,0 +1,269 @@
+"""Attach a protected cluster and take it down: what `pgcdp up` and `pgcdp down` do around the agent.
+
+Order of up:    clean leftovers -> engine (replays its journal) -> loop devices -> mounts -> Postgres.
+Order of down:  Postgres -> syncfs -> unmount -> detach -> engine (applies all, marks its journal clean).
+Each step looks at what is there, so both may be repeated after a kill at any place.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pgcdp import fsio
+from pgcdp.capture import volumes
+from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone, spawn_capture
+from pgcdp.config import Config, SetPaths, VolumeConfig
+from pgcdp.errors import PreconditionError
+from pgcdp.postgres import cluster
+from pgcdp.progress import Progress, Report, silent
+
+DEAD_OPTIONS = frozenset({"ro", "emergency_ro", "shutdown"})
+"""Mount options that tell that a filesystem has given up after I/O errors (pgcdp never mounts a set read-only)."""
+BUSY_SECONDS = 20.0
+T = TypeVar("T")
+
+
+def up(config: Config, progress: Report = silent) -> None:
+    """Attach, mount and start the cluster; afterwards the engine captures and Postgres runs.
+
+    After a crash of any part: ends a postmaster on a dead filesystem, unmounts, detaches, replays. Nothing is done
+    when all is up. Raises PreconditionError for what must be mended first, DamageError for a damaged journal.
+    """
+    with hold(config.paths):
+        refuse_pending(config.paths)
+        attach(config, progress)
+        start_cluster(config, progress)
+
+
+def down(config: Config, progress: Report = silent) -> None:
+    """Stop Postgres (fast), unmount, detach, stop the engine with its journal clean. Nothing is done when all is down.
+
+    When the engine has died, its journal is replayed first, so that the volumes are plain afterwards.
+    """
+    with hold(config.paths):
+        refuse_pending(config.paths)
+        if not EngineClient(config.paths.control).alive():
+            if not _anything_left(config):
+                return
+            clean_leftovers(config, progress)
+            progress(Progress("replaying the journal"))
+            spawn_capture(config)
+        elif is_attached(config):
+            stop_cluster(config, progress)
+        else:
+            end_postgres(config, progress)
+        detach(config, progress)
+
+
+def hold(paths: SetPaths) -> fsio.FileLock:
+    """The lock that protect, unprotect, up and down of a set hold. Raises PreconditionError naming who has it."""
+    paths.lock.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    return fsio.FileLock(paths.lock, "another pgcdp protect, unprotect, up or down")
+
+
+def refuse_pending(paths: SetPaths) -> None:
+    """Raises PreconditionError when a killed protect or unprotect waits to be finished."""
+    if paths.protect_state.exists():
+        doing = fsio.read_json(paths.protect_state)["doing"]
+        raise PreconditionError(
+            f'{doing} of "{paths.name}" was interrupted',
+            f"run pgcdp {doing} {paths.name} again: it finishes or puts back",
+        )
+
+
+def attach(config: Config, progress: Report = silent, create: bool = False) -> EngineClient:
+    """`up` without Postgres. `create` begins a new journal."""
+    client = EngineClient(config.paths.control)
+    if not create and is_attached(config):
+        return client
+    for volume in config.volumes:
+        _refuse_foreign(config, volume)
+    if not client.alive():
+        if _anything_left(config):
+            clean_leftovers(config, progress)
+        progress(Progress("starting capture" if create else "starting capture, replaying the journal"))
+        client = spawn_capture(config, create=create)
+    elif any(_our_mount(config, volume) and not _healthy(config, volume) for volume in config.volumes):
+        end_postgres(config, progress)
+        _unmount_all(config, progress)
+        _detach_all(config)
+    progress(Progress("attaching the volumes"))
+    for volume in config.volumes:
+        device = _loop_of(config, volume) or volumes.attach_loop(config.paths.fuse / volume.name)
+        volumes.set_write_through(device)
+        if volumes.mount_at(volume.mountpoint) is None:
+            volumes.mount(device, volume.mountpoint, volume.fs)
+    return client
+
+
+def detach(config: Config, progress: Report = silent) -> None:
+    """`down` without stopping Postgres; raises PreconditionError when something still uses the mounts."""
+    _unmount_all(config, progress)
+    progress(Progress("stopping capture"))
+    _detach_all(config)
+    client = EngineClient(config.paths.control)
+    _retry(client.stop, EngineBusy)
+    volumes.unmount_lazily(config.paths.fuse)
+
+
+def is_attached(config: Config) -> bool:
+    """Whether the engine answers and every volume is mounted, readable and writable."""
+    return all(_healthy(config, volume) for volume in config.volumes) and EngineClient(config.paths.control).alive()
+
+
+def clean_leftovers(config: Config, progress: Report = silent) -> None:
+    """After a crash of the engine: end Postgres processes on the set's mounts, unmount, detach, drop the dead FUSE mount."""
+    progress(Progress("cleaning up what a crash left"))
+    end_postgres(config, progress)
+    _unmount_all(config, silent, sync=False)
+    _detach_all(config)
+    volumes.unmount_lazily(config.paths.fuse)
+
+
+def discard(config: Config) -> None:
+    """Take everything down at once, without applying the journal: for volumes that are given up."""
+    end_postgres(config)
+    _unmount_all(config, silent, sync=False)
+    _detach_all(config)
+    try:
+        kill_and_wait(EngineClient(config.paths.control).status().pid)
+    except EngineGone:
+        pass
+    volumes.unmount_lazily(config.paths.fuse)
+
+
+def end_postgres(config: Config, progress: Report = silent) -> None:
+    """Kill every Postgres process whose working directory is on the set's mounts, by process id, and await their ends.
+
+    For filesystems that are dead, where Postgres can neither stop cleanly nor lose anything by it. Processes in a
+    plain directory of the same name are not touched.
+    """
+    found = postgres_processes([volume.mountpoint for volume in config.volumes if _our_mount(config, volume)])
+    if found:
+        progress(Progress("ending Postgres on the dead volume"))
+    for pid in found:
+        kill_and_wait(pid)
+
+
+def postgres_processes(mountpoints: Sequence[Path]) -> list[int]:
+    """Pids of Postgres processes that run in one of these directories (every backend's directory is the data directory)."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            directory = Path(os.readlink(process / "cwd"))
+            name = (process / "comm").read_text().strip()
+        except OSError:
+            continue
+        if name in ("postgres", "postmaster") and any(
+            directory == place or place in directory.parents for place in mountpoints
+        ):
+            found.append(int(process.name))
+    return sorted(found)
+
+
+def kill_and_wait(pid: int, timeout: float = 60.0) -> None:
+    """SIGKILL and await the end. Raises PreconditionError when it does not end. Harmless when it is gone."""
+    try:
+        ended = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(ended, signal.SIGKILL)
+        if not select.select([ended], [], [], timeout)[0]:
+            raise PreconditionError(
+                f"process {pid} does not end after SIGKILL", f"see /proc/{pid}/stack for what it waits"
+            )
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(ended)
+
+
+def syncfs(mountpoints: Sequence[Path]) -> None:
+    """Everything written to these filesystems is on their devices when this returns."""
+    for mountpoint in mountpoints:
+        volumes.sync_filesystem(mountpoint)
+
+
+def start_cluster(config: Config, progress: Report = silent) -> None:
+    """Start Postgres as it ran before protect, unless it runs."""
+
+
+def stop_cluster(config: Config, progress: Report = silent) -> None:
+    """Stop Postgres (fast), if it runs."""
+
+
+def _healthy(config: Config, volume: VolumeConfig) -> bool:
+    mount = volumes.mount_at(volume.mountpoint)
+    if mount is None or mount.options & DEAD_OPTIONS:
+        return False
+    device = _loop_of(config, volume)
+    return device is not None and os.fspath(device) == mount.source and volumes.device_answers(device)
+
+
+def _loop_of(config: Config, volume: VolumeConfig) -> Path | None:
+    return next(iter(volumes.loops_over(config.paths.fuse / volume.name)), None)
+
+
+def _our_mount(config: Config, volume: VolumeConfig) -> volumes.Mount | None:
+    """What is mounted at the volume's place, if it is a loop device over a file of this set's FUSE directory.
+
+    When the FUSE mount has left the tree already, the kernel shows the file as if it lay in the root.
+    """
+    mount = volumes.mount_at(volume.mountpoint)
+    backing = volumes.loop_backing(Path(mount.source)) if mount else None
+    ours = (config.paths.fuse / volume.name, Path("/") / volume.name)
+    return mount if backing in ours else None
+
+
+def _refuse_foreign(config: Config, volume: VolumeConfig) -> None:
+    mount = volumes.mount_at(volume.mountpoint)
+    if mount is not None and _our_mount(config, volume) is None:
+        raise PreconditionError(
+            f"{volume.mountpoint} is mounted from {mount.source}, which is not of the set {config.name}",
+            f"umount {volume.mountpoint}",
+        )
+
+
+def _anything_left(config: Config) -> bool:
+    return (
+        any(_our_mount(config, volume) for volume in config.volumes)
+        or bool(volumes.loops_over(config.paths.fuse))
+        or volumes.mount_at(config.paths.fuse) is not None
+    )
+
+
+def _unmount_all(config: Config, progress: Report, sync: bool = True) -> None:
+    mounted = [volume.mountpoint for volume in config.volumes if _our_mount(config, volume)]
+    if not mounted:
+        return
+    progress(Progress("unmounting"))
+    if sync:
+        syncfs(mounted)
+    for mountpoint in reversed(mounted):
+        _retry(lambda place=mountpoint: volumes.unmount(place), PreconditionError)  # type: ignore[misc]
+
+
+def _detach_all(config: Config) -> None:
+    for device in volumes.loops_over(config.paths.fuse):
+        _retry(lambda busy=device: volumes.detach_loop(busy), PreconditionError)  # type: ignore[misc]
+
+
+def _retry(action: Callable[[], T], busy: type[Exception]) -> T:
+    """Do it again while `busy` is raised: what a process held is let go a moment after it ended."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return action()
+        except busy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)

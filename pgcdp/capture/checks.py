@@ -1,0 +1,251 @@
+"""What must be so before a cluster is put behind capture. Everything here only looks; nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import secrets
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgcdp import config as settings
+from pgcdp import fsio
+from pgcdp.capture import volumes
+from pgcdp.capture.copying import measure
+from pgcdp.capture.engine import find_engine
+from pgcdp.config import ClusterConfig, Config, SetPaths, VolumeConfig
+from pgcdp.errors import PreconditionError, UsageError
+from pgcdp.postgres import cluster
+from pgcdp.units import format_size
+
+PROGRAMS = {
+    "losetup": "util-linux",
+    "mount": "mount",
+    "umount": "mount",
+    "wipefs": "util-linux",
+    "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "fusermount3": "fuse3",
+}
+INITDB_BYTES = 128 << 20
+"""Room that a fresh cluster and its first WAL need."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectRequest:
+    """What `pgcdp protect` is asked for. Exactly one of `volume` (a block device) and `size` (bytes of an image file).
+
+    `wal_volume` or `wal_size` give pg_wal a volume of its own, in the same write order. `journal` defaults to the
+    set's state directory, `bindir` to the programs of the cluster's version. `initdb` makes a new cluster at `pgdata`,
+    owned by `owner`, with these extra options of initdb, listening on `port`.
+    """
+
+    name: str
+    pgdata: Path
+    store: Path
+    volume: Path | None = None
+    size: int | None = None
+    wal_volume: Path | None = None
+    wal_size: int | None = None
+    fs: str = "ext4"
+    journal: Path | None = None
+    journal_limit: int | None = None
+    segment_size: int | None = None
+    cut: tuple[str, ...] | None = None
+    apply: str | None = None
+    compression_level: int | None = None
+    bindir: Path | None = None
+    initdb: bool = False
+    initdb_options: tuple[str, ...] = ()
+    version: int | None = None
+    owner: str = "postgres"
+    port: int | None = None
+    yes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What protect will do: the settings to be, and how it is now."""
+
+    config: Config
+    was_running: bool
+
+
+def check_root() -> None:
+    """Raises PreconditionError for anybody but root."""
+    if os.geteuid() != 0:
+        raise PreconditionError(f"pgcdp runs as user id {os.geteuid()}, but mounts need root", "run it with sudo")
+
+
+def check_machine(fs: str) -> None:
+    """FUSE, loop devices, the engine and the programs that are needed. Raises PreconditionError naming the first missing."""
+    for node, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
+        try:
+            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise PreconditionError(f"cannot open {node}: {error.strerror}", f"modprobe {module}") from None
+    for program, package in PROGRAMS.items():
+        if program.startswith("mkfs.") and program != f"mkfs.{fs}":
+            continue
+        if shutil.which(program) is None:
+            raise PreconditionError(f"{program} is not installed", f"apt-get install {package}")
+    find_engine()
+
+
+def check_name(paths: SetPaths) -> None:
+    """Raises PreconditionError when the set exists or left something behind."""
+    if paths.config_file.exists():
+        raise PreconditionError(
+            f'the set "{paths.name}" exists already', "choose another name, or pgcdp unprotect it first"
+        )
+    if paths.volumes.is_dir() and any(paths.volumes.iterdir()):
+        raise PreconditionError(
+            f"{paths.volumes} is not empty", "choose another name, or remove what an earlier set left"
+        )
+
+
+def check_tree(pgdata: Path) -> None:
+    """The data directory must lie wholly on an ordinary filesystem, without mounts and links that lead out of it."""
+    if volumes.mount_at(pgdata) is not None:
+        raise PreconditionError(
+            f"{pgdata} is a mount point, which cannot be moved aside",
+            "move the cluster into a directory below the mount point first",
+        )
+    below = volumes.mounts_below(pgdata)
+    if below:
+        raise PreconditionError(
+            f"{below[0].mountpoint} is mounted inside the data directory",
+            f"umount it, or move its content into {pgdata}",
+        )
+    if (pgdata / "pg_wal").is_symlink():
+        raise PreconditionError(
+            f"{pgdata}/pg_wal is a link to {os.readlink(pgdata / 'pg_wal')}, outside the data directory",
+            "move pg_wal into the data directory; protect can give it a volume of its own",
+        )
+    spaces = pgdata / "pg_tblspc"
+    for link in sorted(spaces.iterdir()) if spaces.is_dir() else []:
+        if link.is_symlink():
+            raise PreconditionError(
+                f"tablespace {link.name} lies outside the data directory, in {os.readlink(link)}",
+                "move its relations with ALTER TABLE ... SET TABLESPACE pg_default and drop it",
+            )
+
+
+def check_places(request: ProtectRequest, pgdata: Path, journal: Path) -> None:
+    """Store and journal: outside the data directory, apart from each other, empty or absent."""
+    for what, place in (("store", request.store), ("journal", journal)):
+        if not place.is_absolute():
+            raise UsageError(f"{what} {place} is not an absolute path", f"give --{what} as an absolute path")
+        real = Path(os.path.realpath(place))
+        if real == pgdata or pgdata in real.parents:
+            raise PreconditionError(
+                f"{what} {place} is inside the data directory {pgdata}",
+                f"choose a --{what} elsewhere, best on another disk",
+            )
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise PreconditionError(f"{what} {place} exists and is not empty", f"choose an empty --{what} directory")
+    one, other = Path(os.path.realpath(request.store)), Path(os.path.realpath(journal))
+    if one == other or one in other.parents or other in one.parents:
+        raise PreconditionError(f"store {one} and journal {other} lie in each other", "choose separate directories")
+
+
+def nearest_existing(place: Path) -> Path:
+    """The directory on whose filesystem `place` is, or would be made."""
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def need_space(place: Path, need: int, what: str, option: str | None) -> None:
+    """Raises PreconditionError when the filesystem of `place` has less than `need` bytes for `what`."""
+    free = fsio.free_space(nearest_existing(place))
+    if free < need:
+        raise PreconditionError(
+            f"{what} needs {format_size(need)}, but {place} has {format_size(free)} free",
+            f"free space there, or choose another {option}" if option else "free space there",
+        )
+
+
+def check_space(wanted: list[tuple[str, Path, int, str]]) -> None:
+    """Space for (what, where, bytes, option), summed over those that share a filesystem."""
+    claims: dict[int, list[tuple[str, Path, int, str]]] = defaultdict(list)
+    for claim in wanted:
+        claims[nearest_existing(claim[1]).stat().st_dev].append(claim)
+    for shared in claims.values():
+        need = sum(claim[2] for claim in shared)
+        names = " and ".join(f"{what} ({format_size(size)})" for what, _, size, _ in shared)
+        options = " or ".join(dict.fromkeys(option for _, _, _, option in shared))
+        need_space(shared[0][1], need, names, options)
+
+
+def planned_volumes(request: ProtectRequest, paths: SetPaths, pgdata: Path) -> Iterator[VolumeConfig]:
+    """The volumes to be, checked: "data" at the data directory and, if asked for, "wal" at its pg_wal."""
+    rows = [("data", request.volume, request.size, "--volume", "--size", pgdata)]
+    if request.wal_volume is not None or request.wal_size is not None:
+        rows.append(("wal", request.wal_volume, request.wal_size, "--wal-volume", "--wal-volume", pgdata / "pg_wal"))
+    for name, device, size, by_device, by_size, mountpoint in rows:
+        if (device is None) == (size is None):
+            raise UsageError(
+                f"the {name} volume needs exactly one of a device and a size", f"give {by_device} DEV or {by_size} 20G"
+            )
+        if device is not None:
+            backing, count = Path(os.path.realpath(device)), volumes.check_device(device, request.yes)
+        else:
+            backing, count = paths.volumes / f"{name}.img", (size or 0) // volumes.SECTOR * volumes.SECTOR
+        least = volumes.LEAST_BYTES[request.fs]
+        if count < least:
+            raise PreconditionError(
+                f"the {name} volume has {format_size(count)}, but {request.fs} needs {format_size(least)}",
+                f"choose a larger {by_size}",
+            )
+        yield VolumeConfig(name, backing, device is not None, request.fs, mountpoint, count)
+
+
+def check(request: ProtectRequest) -> Plan:
+    """All checks of protect, in the order in which a user would mend them. Changes nothing.
+
+    Raises UsageError for a wrong request, PreconditionError for what must be mended first.
+    """
+    paths = settings.set_paths(request.name)
+    check_name(paths)
+    check_machine(request.fs)
+    if not request.pgdata.is_absolute():
+        raise UsageError(f"{request.pgdata} is not an absolute path", "give --pgdata as an absolute path")
+    pgdata = Path(os.path.realpath(request.pgdata))
+    holder = settings.set_of_pgdata(pgdata)
+    if holder is not None:
+        raise PreconditionError(f'{pgdata} is already protected by the set "{holder}"', f"see pgcdp status {holder}")
+    journal = request.journal or paths.journal
+    if request.initdb:
+        facts, running = _facts_of_new(request, pgdata), False
+    else:
+        facts, running = _facts_of_existing(request, pgdata)
+        check_tree(pgdata)
+    check_places(request, pgdata, journal)
+    planned = tuple(planned_volumes(request, paths, pgdata))
+    config = _config(request, pgdata, journal, planned, facts)
+    aside = [pgdata.with_name(f"{pgdata.name}.pgcdp-{word}-{request.name}") for word in ("before", "plain")]
+    for place in aside:
+        if os.path.lexists(place):
+            raise PreconditionError(f"{place} exists", "it is left from an earlier run: move it away or remove it")
+    data = INITDB_BYTES if request.initdb else measure(pgdata).allocated
+    if sum(volume.bytes for volume in planned) < data + data // 20:
+        raise PreconditionError(
+            f"the cluster has {format_size(data)}, which does not fit on a volume of "
+            f"{format_size(sum(volume.bytes for volume in planned))}",
+            "choose a larger --size",
+        )
+    images = [
+        (f"the {volume.name} volume", volume.backing, volume.bytes, "--size") for volume in planned if not volume.device
+    ]
+    check_space(
+        [
+            *images,
+            ("the journal", journal, config.journal_limit, "--journal or --journal-limit"),
+            ("the store", request.store, data + data // 10, "--store"),
+        ]
+    )
+    return Plan(config, running)

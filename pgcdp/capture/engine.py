@@ -1,0 +1,310 @@
+"""Run the C engine and talk to it: the only place that spawns it.
+
+The control socket takes one JSON object a line and answers one a line; an error comes as
+`{"error":{"kind","message","hint"}}`. Exit codes of the engine are those of `pgcdp.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgcdp.config import Config
+from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
+from pgcdp.records import Position, Volume
+
+_BY_EXIT_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
+_BY_KIND: dict[str, type[PgcdpError]] = {
+    "usage": UsageError,
+    "target": TargetError,
+    "damage": DamageError,
+    "precondition": PreconditionError,
+    "busy": PreconditionError,
+    "bug": BugError,
+}
+
+
+class EngineGone(PreconditionError):
+    """No engine answers at the control socket."""
+
+
+class EngineBusy(PreconditionError):
+    """The engine refuses to stop while a volume file is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """The engine's `status` reply. Writes are write numbers, sizes bytes; `raw` is the whole reply.
+
+    `state` is "capturing" or "stalled"; `position` is where the last durable batch ends.
+    `open_volumes` names the volumes whose file is held open (by a loop device).
+    """
+
+    state: str
+    pid: int
+    last_write: int
+    durable_write: int
+    applied_write: int
+    synced_write: int
+    released_write: int
+    batch: int
+    position: Position
+    journal_bytes: int
+    journal_limit: int
+    segments: int
+    segment_bytes: int
+    volumes: tuple[Volume, ...]
+    open_volumes: tuple[str, ...]
+    rss_kib: int
+    raw: dict[str, Any]
+
+
+class EngineClient:
+    """Requests to the engine at `control`; each opens a connection of its own, so a client survives the engine."""
+
+    def __init__(self, control: Path, timeout: float = 60.0) -> None:
+        self.control = control
+        self.timeout = timeout
+
+    def request(self, command: str, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """Send one request and return its reply. Raises EngineGone, EngineBusy, or the error that the engine names."""
+        line = json.dumps({"cmd": command, **arguments}).encode() + b"\n"
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
+                door.settimeout(self.timeout if timeout is None else timeout)
+                door.connect(os.fspath(self.control))
+                door.sendall(line)
+                answer = _line_of(door)
+        except TimeoutError:
+            raise PreconditionError(
+                f"the engine at {self.control} did not answer {command} in {self.timeout if timeout is None else timeout:g} s",
+                "look at its log and at the load of its disks",
+            ) from None
+        except OSError as error:
+            raise EngineGone(
+                f"no engine answers at {self.control}: {error.strerror or error}", "start it with pgcdp up"
+            ) from None
+        if not answer:
+            raise EngineGone(
+                f"the engine at {self.control} closed the connection without an answer", "start it with pgcdp up"
+            )
+        return _reply(command, answer)
+
+    def alive(self) -> bool:
+        """Whether an engine answers."""
+        try:
+            self.request("status", timeout=10.0)
+        except EngineGone:
+            return False
+        return True
+
+    def status(self) -> EngineStatus:
+        return parse_status(self.request("status"))
+
+    def cut(self) -> dict[str, Any]:
+        """Ask for a cut; the reply tells write and position."""
+        return self.request("cut")
+
+    def mark(self, name: str) -> dict[str, Any]:
+        """Put a mark into the write order; the reply tells its write number."""
+        return self.request("mark", name=name)
+
+    def release(self, write: int) -> None:
+        """The store holds all writes up to `write` durably: their segments may be used again."""
+        self.request("release", write=write)
+
+    def sync(self, timeout: float = 3600.0) -> int:
+        """Bring everything that is durable now to the volumes and sync them. Returns the write up to which that is so."""
+        return int(self.request("sync", timeout=timeout)["applied_write"])
+
+    def stop(self, timeout: float = 3600.0) -> None:
+        """Apply all, sync, mark the journal clean, unmount, end; waits until the process has ended.
+
+        Raises EngineBusy while a volume file is open. Harmless when no engine runs.
+        """
+        try:
+            pid = self.status().pid
+        except EngineGone:
+            return
+        ended = _pidfd(pid)
+        try:
+            self.request("stop", timeout=timeout)
+            if ended is not None and not select.select([ended], [], [], timeout)[0]:
+                raise PreconditionError(f"the engine (pid {pid}) did not end in {timeout:g} s", "look at its log")
+        finally:
+            if ended is not None:
+                os.close(ended)
+            _reap()
+
+
+def parse_status(reply: dict[str, Any]) -> EngineStatus:
+    """EngineStatus of a `status` reply. Raises BugError when it lacks a key."""
+    try:
+        journal, position = reply["journal"], reply["position"]
+        return EngineStatus(
+            state=str(reply["state"]),
+            pid=int(reply["pid"]),
+            last_write=int(reply["last_write"]),
+            durable_write=int(reply["durable_write"]),
+            applied_write=int(reply["applied_write"]),
+            synced_write=int(reply["synced_write"]),
+            released_write=int(reply["released_write"]),
+            batch=int(reply["batch"]),
+            position=Position(int(position["segment"]), int(position["offset"])),
+            journal_bytes=int(journal["bytes"]),
+            journal_limit=int(journal["limit"]),
+            segments=int(journal["segments"]),
+            segment_bytes=int(journal["segment_bytes"]),
+            volumes=tuple(Volume(int(row["number"]), str(row["name"]), int(row["bytes"])) for row in reply["volumes"]),
+            open_volumes=tuple(str(row["name"]) for row in reply["volumes"] if row["open"]),
+            rss_kib=int(reply["rss_kib"]),
+            raw=reply,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BugError(f"the engine's status reply is not understood: {error!r}") from None
+
+
+def find_engine() -> Path:
+    """The engine's program: `PGCDP_ENGINE`, else the one inside the package. Raises PreconditionError."""
+    given = os.environ.get("PGCDP_ENGINE")
+    program = Path(given) if given else Path(__file__).resolve().parent.parent / "_bin" / "pgcdp-engine"
+    if not os.access(program, os.X_OK) or program.is_dir():
+        raise PreconditionError(f"no engine at {program}", "install pgcdp with its engine, or set PGCDP_ENGINE to it")
+    return program
+
+
+def capture_command(config: Config, create: bool) -> list[str]:
+    """The command line that captures the volumes of a set, numbered in their order."""
+    paths = config.paths
+    return [
+        os.fspath(find_engine()), "capture",
+        "--set-id", config.set_id,
+        "--journal", os.fspath(config.journal),
+        *(["--create"] if create else []),
+        "--segment-bytes", str(config.segment_size),
+        "--journal-limit", str(config.journal_limit),
+        "--fuse", os.fspath(paths.fuse),
+        "--control", os.fspath(paths.control),
+        *(f"{volume.name}={volume.backing}" for volume in config.volumes),
+    ]  # fmt: skip
+
+
+def spawn_capture(config: Config, create: bool = False, timeout: float = 3600.0) -> EngineClient:
+    """Start capture in a session of its own and wait until it answers (after it replayed the journal).
+
+    Its output goes to the set's engine log, 0600. Raises what the engine died of, by its exit code.
+    """
+    paths = config.paths
+    for directory in (paths.state, paths.run, paths.fuse, config.journal):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    paths.control.unlink(missing_ok=True)
+    log = os.open(paths.engine_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        begin = os.fstat(log).st_size
+        child = subprocess.Popen(
+            capture_command(config, create),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+    _children.append(child)
+    client = EngineClient(paths.control)
+    _await_answer(client, child, paths.engine_log, begin, timeout)
+    return client
+
+
+def run_engine(arguments: Sequence[str]) -> str:
+    """Run another sub-command (`check`, `dump`) to its end and return what it prints. Raises by its exit code."""
+    done = subprocess.run(
+        [os.fspath(find_engine()), *arguments], stdin=subprocess.DEVNULL, capture_output=True, cwd="/", check=False
+    )
+    if done.returncode:
+        raise _died(done.returncode, done.stderr.decode("utf-8", "replace"), None)
+    return done.stdout.decode("utf-8", "replace")
+
+
+_children: list[subprocess.Popen[bytes]] = []
+"""Engines that this process started: kept so that their ends are collected and no child stays a zombie."""
+
+
+def _reap() -> None:
+    _children[:] = [child for child in _children if child.poll() is None]
+
+
+def _await_answer(client: EngineClient, child: subprocess.Popen[bytes], log: Path, begin: int, timeout: float) -> None:
+    ended = _pidfd(child.pid)
+    deadline = time.monotonic() + timeout
+    try:
+        while not client.alive():
+            if ended is None or select.select([ended], [], [], 0.02)[0]:
+                code = child.wait()
+                _reap()
+                with log.open("rb") as text:
+                    text.seek(begin)
+                    raise _died(code, text.read().decode("utf-8", "replace"), log)
+            if time.monotonic() > deadline:
+                raise PreconditionError(
+                    f"the engine (pid {child.pid}) did not answer in {timeout:g} s", f"look at {log}"
+                )
+    finally:
+        if ended is not None:
+            os.close(ended)
+
+
+def _died(code: int, text: str, log: Path | None) -> PgcdpError:
+    """The error that an engine's exit code and last lines make."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    hint = next((line[5:].strip() for line in reversed(lines) if line.lower().startswith("hint:")), None)
+    said = next((line for line in reversed(lines) if not line.lower().startswith("hint:")), "")
+    for prefix in ("pgcdp-engine:", "error:"):
+        said = said.removeprefix(prefix).strip()
+    if code < 0:
+        said = f"the engine was killed by signal {-code}" + (f" after: {said}" if said else "")
+    elif not said:
+        said = f"the engine ended with exit code {code} and said nothing"
+    kind = _BY_EXIT_CODE.get(code, PgcdpError)
+    return kind(said, hint or (f"look at {log}" if log else None))
+
+
+def _reply(command: str, answer: bytes) -> dict[str, Any]:
+    try:
+        reply = json.loads(answer)
+    except ValueError:
+        raise BugError(f"the engine's answer to {command} is not JSON: {answer[:80]!r}") from None
+    if not isinstance(reply, dict):
+        raise BugError(f"the engine's answer to {command} is not an object: {answer[:80]!r}")
+    error = reply.get("error")
+    if error is None:
+        return reply
+    kind = EngineBusy if error.get("kind") == "busy" else _BY_KIND.get(str(error.get("kind")), PgcdpError)
+    raise kind(str(error.get("message")), error.get("hint"))
+
+
+def _line_of(door: socket.socket) -> bytes:
+    parts: list[bytes] = []
+    while not parts or not parts[-1].endswith(b"\n"):
+        part = door.recv(65536)
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _pidfd(pid: int) -> int | None:
+    """A descriptor that is readable when the process has ended; None when it has already."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None

@@ -1,0 +1,376 @@
+"""Reads the journal that the engine writes (FORMAT.md section 1), also while it is being written.
+
+The reader judges only what it was told is durable: whoever calls `batches` passes a write that the engine has
+reported as durable, and bytes behind its batch are never looked at. A segment is listed after that report, so every
+segment that holds such a write is in the list. Segments disappear only when all their writes are released, and the
+reader never opens one below the write it starts from.
+
+Batches are small (about 12 KB under pgbench), so they are handed out in runs of several: per batch there is one
+unpack and one hash, everything else is numpy over the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pgcdp.capture.segment import CHUNK_BYTES, SEGMENT_HEADER_BYTES, Head, Segment
+from pgcdp.errors import DamageError
+from pgcdp.records import BLOCK, RECORD, Position
+
+MARK_BYTES = 4096
+
+_MARK = struct.Struct("<8sII16sQQQQQQQQ")
+_NO_DATA: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedMark:
+    """The applied mark (FORMAT.md 1.4). `position` is where batch `durable_batch` ended."""
+
+    sequence: int
+    clean: bool
+    applied_write: int
+    released_write: int
+    durable_write: int
+    durable_batch: int
+    position: Position
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchRun:
+    """One or several consecutive batches, or the part of them that was asked for.
+
+    `records` is an array RECORD, `data` the uint8 data areas one after another, `data_offsets` (int64) where each
+    record's data begins in `data`. `batch_ends` (int64) are the last writes of the batches. `number` is the number of
+    the first batch, `position` its place; `end` is where write `last_write + 1` is looked for: the `start` of the
+    next call.
+    """
+
+    number: int
+    records: NDArray[np.void]
+    data: NDArray[np.uint8]
+    data_offsets: NDArray[np.int64]
+    batch_ends: NDArray[np.int64]
+    position: Position
+    end: Position
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def first_write(self) -> int:
+        """Number of the first write; the run must not be empty."""
+        return int(self.records["number"][0])
+
+    @property
+    def last_write(self) -> int:
+        """Number of the last write; the run must not be empty."""
+        return int(self.records["number"][-1])
+
+    def data_of(self, i: int) -> NDArray[np.uint8]:
+        """Data of record `i`, without padding."""
+        begin = int(self.data_offsets[i])
+        return self.data[begin : begin + int(self.records["data_length"][i])]
+
+    def _part(self, begin: int, end: int) -> BatchRun:
+        records = self.records[begin:end]
+        if not len(records):
+            return replace(self, records=records, data=_NO_DATA, data_offsets=self.data_offsets[:0])
+        first = int(self.data_offsets[begin])
+        last = int(self.data_offsets[end]) if end < len(self.records) else len(self.data)
+        return replace(
+            self, records=records, data=self.data[first:last], data_offsets=self.data_offsets[begin:end] - first
+        )
+
+    def upto(self, write: int) -> BatchRun:
+        """The part with writes up to `write`; may be empty. Its `end` is still that of the whole run."""
+        if not len(self) or write >= self.last_write:
+            return self
+        return self._part(0, max(0, write + 1 - self.first_write))
+
+    def after(self, write: int) -> BatchRun:
+        """The part with writes behind `write`; may be empty."""
+        if not len(self) or write < self.first_write:
+            return self
+        return self._part(min(len(self), write + 1 - self.first_write), len(self))
+
+
+class _Gather:
+    """Batches on their way into one run."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.position = Position(0, 0)
+        self.records: list[bytes] = []
+        self.data: list[bytes] = []
+        self.ends: list[int] = []
+        self.bytes = 0
+
+    def add(self, head: Head, position: Position, records: bytes, data: bytes) -> None:
+        if not self.records:
+            self.number, self.position = head.number, position
+        self.records.append(records)
+        self.data.append(data)
+        self.ends.append(head.last)
+        self.bytes += head.length
+
+    def run(self, end: Position) -> BatchRun:
+        records = np.frombuffer(b"".join(self.records), dtype=RECORD)
+        data = np.frombuffer(b"".join(self.data), dtype=np.uint8)
+        padded = (records["data_length"].astype(np.int64) + (BLOCK - 1)) & -BLOCK
+        offsets = np.cumsum(padded) - padded
+        numbers = records["number"]
+        begin = int(numbers[0])
+        if int(padded.sum()) != len(data) or not np.array_equal(
+            numbers, np.arange(begin, begin + len(records), dtype=np.uint64)
+        ):
+            raise DamageError(
+                f"segment {self.position.segment} has records that contradict their batch, in batches from "
+                f"{self.number} on, offset {self.position.offset}",
+                f"everything up to write {begin - 1} can still be restored",
+            )
+        ends = np.array(self.ends, dtype=np.int64)
+        return BatchRun(self.number, records, data, offsets, ends, self.position, end)
+
+
+class Journal:
+    """Read-only access to a journal directory. Raises DamageError naming segment file and offset."""
+
+    def __init__(self, directory: Path, set_id: bytes) -> None:
+        self.directory = directory
+        self.set_id = set_id
+
+    def path(self, sequence: int) -> Path:
+        """File of a segment."""
+        return self.directory / f"{sequence:016d}.seg"
+
+    def segments(self) -> list[int]:
+        """Sequence numbers of the segments present, in order."""
+        names = os.listdir(self.directory)
+        return sorted(int(name[:16]) for name in names if re.fullmatch(r"\d{16}\.seg", name))
+
+    def applied_mark(self) -> AppliedMark | None:
+        """The newest valid slot of the applied mark; None if there is no mark file. DamageError if no slot is valid."""
+        path = self.directory / "applied"
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        marks = [mark for slot in (0, 1) if (mark := self._slot(raw[slot * MARK_BYTES : (slot + 1) * MARK_BYTES]))]
+        if not marks:
+            raise DamageError(
+                f"{path} has no valid slot at offsets 0 and {MARK_BYTES}",
+                "the store's intervals are not touched by this and can still be restored",
+            )
+        return max(marks, key=lambda mark: mark.sequence)
+
+    def _slot(self, slot: bytes) -> AppliedMark | None:
+        if len(slot) < MARK_BYTES:
+            return None
+        magic, version, flags, owner, sequence, applied, released, durable, batch, segment, offset, checksum = (
+            _MARK.unpack_from(slot)
+        )
+        plain = slot[:88] + bytes(8) + slot[96:]
+        if magic != b"PGCDPAPL" or version != 1 or owner != self.set_id or xxhash.xxh3_64_intdigest(plain) != checksum:
+            return None
+        return AppliedMark(sequence, bool(flags & 1), applied, released, durable, batch, Position(segment, offset))
+
+    def batches(self, after_write: int, upto_write: int | None, start: Position | None = None) -> Iterator[BatchRun]:
+        """Runs of batches with the writes behind `after_write`, up to and including `upto_write`.
+
+        `upto_write` must be durable as the engine reports it, or None: to the end of a journal that nobody writes,
+        by the rules of FORMAT.md 1.5. `start` is the `end` of the last run of an earlier call that ended at
+        `after_write`. Raises DamageError for everything at or below `upto_write` that is not as it was written.
+        """
+        if upto_write is not None and upto_write <= after_write:
+            return
+        walk = _Walk(self, after_write, upto_write)
+        try:
+            yield from walk.runs(start)
+        finally:
+            walk.close()
+
+    def last_write(self, after_write: int = 0) -> int:
+        """Last write of a journal that nobody writes; `after_write` when it holds none behind it. Checks all of it."""
+        last = after_write
+        for run in self.batches(after_write, None):
+            last = run.last_write
+        return last
+
+
+class _Walk:
+    """One pass over the journal by the rules of FORMAT.md 1.5."""
+
+    def __init__(self, journal: Journal, after: int, upto: int | None) -> None:
+        self.journal = journal
+        self.after = after
+        self.upto = upto
+        self.sequences = journal.segments()
+        self.current: Segment | None = None
+        self.exits: dict[int, int] = {}
+        self.number = 0
+        self.last = after
+
+    def close(self) -> None:
+        """Close the segment that is being read."""
+        if self.current is not None:
+            self.current.close()
+            self.current = None
+
+    def damage(self, what: str) -> DamageError:
+        """The error for something unreadable: which writes are gone and which are not."""
+        good = max(self.last, self.after)
+        lost = f"from {good + 1} on" if self.upto is None else f"{good + 1} to {self.upto}"
+        return DamageError(f"{what}: writes {lost} are lost", f"everything up to write {good} can still be restored")
+
+    def peek(self, sequence: int) -> Head | None:
+        """The first batch of a segment if it is valid; None also when the segment is gone."""
+        try:
+            segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
+        except FileNotFoundError:
+            return None
+        try:
+            return segment.batch(SEGMENT_HEADER_BYTES, whole_window=False)
+        finally:
+            segment.close()
+
+    def enter(self, sequence: int) -> Segment:
+        """Open a segment and learn where it is left: offset -> next segment (rule 3).
+
+        The newest segment that names an offset counts: one whose very first batch could not be synced holds a batch
+        that was given up, and the segment behind it begins with the same number at the same place.
+        """
+        self.close()
+        try:
+            self.current = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
+        except FileNotFoundError:
+            raise self.damage(f"{self.journal.path(sequence)} is missing") from None
+        self.exits = {}
+        for later in self.sequences[bisect_right(self.sequences, sequence) :]:
+            head = self.peek(later)
+            if head is not None and head.previous.segment != sequence:
+                break
+            if head is not None:
+                self.exits[head.previous.offset] = later
+        return self.current
+
+    def runs(self, start: Position | None) -> Iterator[BatchRun]:
+        """Everything that was asked for, in runs of about CHUNK_BYTES."""
+        place = start if start is not None else self.find()
+        if place is None:
+            if self.upto is not None:
+                raise self.damage(f"{self.journal.directory} holds no valid batch with write {self.after + 1}")
+            self.judge_end(Position(self.sequences[0], SEGMENT_HEADER_BYTES) if self.sequences else None)
+            return
+        came_from = place if start is not None else None
+        segment = self.enter(place.segment)
+        gather = _Gather()
+        while self.upto is None or self.last < self.upto:
+            place, head = self.next_batch(segment, place, came_from)
+            if head is None:
+                break
+            if self.current is not None:
+                segment = self.current
+            if head.last > self.after:
+                gather.add(head, place, *segment.parts(place.offset, head))
+            self.last, self.number = head.last, head.number + 1
+            came_from = end = Position(place.segment, place.offset + head.length)
+            done = self.upto is not None and self.last >= self.upto
+            if gather.bytes >= CHUNK_BYTES or (done and gather.bytes):
+                yield from self.trimmed(gather.run(end), place)
+                gather = _Gather()
+            place = end
+        if gather.bytes:
+            yield from self.trimmed(gather.run(place), place)
+
+    def next_batch(self, segment: Segment, place: Position, came_from: Position | None) -> tuple[Position, Head | None]:
+        """The batch that follows, and its place; None at the end of the journal."""
+        exit_to = self.exits.get(place.offset)
+        if exit_to is not None:
+            head = self.peek(exit_to)
+            if head is not None and (not self.number or head.number == self.number) and self.follows(head):
+                segment = self.enter(exit_to)
+                segment.batch(SEGMENT_HEADER_BYTES)
+                return Position(exit_to, SEGMENT_HEADER_BYTES), head
+        head = segment.batch(place.offset)
+        if head is not None and (
+            (self.number and head.number != self.number)
+            or not self.follows(head)
+            or (came_from is not None and head.previous != came_from)
+        ):
+            head = None
+        if head is None:
+            if self.upto is not None:
+                raise self.unreadable(segment, place)
+            self.judge_end(place)
+        return place, head
+
+    def follows(self, head: Head) -> bool:
+        """Whether its first write is the one after the last; the very first batch may begin earlier."""
+        if self.number:
+            return head.first == self.last + 1
+        return head.first <= self.after + 1
+
+    def trimmed(self, run: BatchRun, last_batch: Position) -> Iterator[BatchRun]:
+        """The run without the writes nobody asked for. A batch used in part is where the next call begins."""
+        if self.upto is not None and run.last_write > self.upto:
+            run = replace(run.upto(self.upto), end=last_batch)
+        run = run.after(self.after)
+        if len(run):
+            yield run
+
+    def find(self) -> Position | None:
+        """Beginning of the newest segment whose first batch is not behind the first write wanted."""
+        first = self.after + 1
+        lowest: int | None = None
+        for sequence in reversed(self.sequences):
+            if not self.journal.path(sequence).exists():
+                break
+            head = self.peek(sequence)
+            if head is None:
+                continue
+            if head.first <= first:
+                return Position(sequence, SEGMENT_HEADER_BYTES)
+            lowest = head.first
+        if lowest is not None:
+            raise self.damage(f"{self.journal.directory} begins with write {lowest}, write {first} is wanted")
+        return None
+
+    def unreadable(self, segment: Segment, place: Position) -> DamageError:
+        """Which file to name: the next segment, if this one may well end here and that one has no valid batch."""
+        later = self.sequences[bisect_right(self.sequences, place.segment) :]
+        if later and later[0] != place.segment + 1:
+            return self.damage(f"{self.journal.path(place.segment + 1)} is missing")
+        if later and not self.exits and not segment.has_magic(place.offset):
+            return self.damage(f"{self.journal.path(later[0])} has a damaged batch at offset {SEGMENT_HEADER_BYTES}")
+        return self.damage(f"{segment.path} has a damaged batch at offset {place.offset}")
+
+    def judge_end(self, place: Position | None) -> None:
+        """Rule 4: raises DamageError unless the journal ends at `place`, with at most a torn tail behind it."""
+        mark = self.journal.applied_mark()
+        reached = max(self.last, self.after)
+        if place is not None:
+            segment = self.current or self.enter(place.segment)
+            path = self.journal.path(place.segment)
+            for offset in range(place.offset + BLOCK, segment.size, BLOCK):
+                head = segment.batch(offset) if segment.has_magic(offset) else None
+                if head is not None and head.number >= self.number:
+                    raise self.damage(f"{path} has a damaged batch at offset {place.offset}, a valid one follows")
+            for later in self.sequences[bisect_right(self.sequences, place.segment) :]:
+                if self.peek(later) is not None:
+                    raise self.damage(f"{path} has a damaged batch at offset {place.offset}, segment {later} follows")
+        if mark is not None and mark.durable_write > reached:
+            where = f"{self.journal.path(place.segment)} ends at offset {place.offset}" if place else "it is empty"
+            raise self.damage(
+                f"{self.journal.directory} is damaged: {where}, but write {mark.durable_write} was durable"
+            )

@@ -1,0 +1,417 @@
+"""Put a cluster behind capture and take it out again.
+
+Both go through named steps. Before each, the step is written to a small state file in the set's state directory.
+What a failure or a kill leaves is judged by that file and by what is there:
+
+    protect     volume -> stop -> copy -> capture -> switch | start -> remove
+    unprotect   stop -> copy                                | switch -> start -> remove
+
+Left of the bar everything is put back and the cluster runs as before; right of it, it is finished: once Postgres has
+run on the new place, only that place holds what its clients wrote. The one exception: when Postgres does not start on
+the new volume at all, protect puts back, since no client was served. The old copy goes last.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgcdp import config as settings
+from pgcdp import fsio, log
+from pgcdp.capture import attach, checks, volumes
+from pgcdp.capture.checks import ProtectRequest
+from pgcdp.capture.copying import copy_tree, measure
+from pgcdp.capture.engine import EngineClient, spawn_capture
+from pgcdp.config import Config, SetPaths, VolumeConfig
+from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.progress import Progress, Report, silent
+
+__all__ = ["ProtectRequest", "before_directory", "plain_directory", "protect", "recover", "unprotect"]
+
+PROTECT_STEPS = ("volume", "stop", "copy", "capture", "switch", "start", "remove")
+UNPROTECT_STEPS = ("stop", "copy", "switch", "start", "remove")
+FINISH_FROM = {"protect": "start", "unprotect": "switch"}
+"""From this step on a killed run is finished, before it, it is put back."""
+PUTTING_BACK = "back"
+"""The step while putting back, so that a kill there never leads forward."""
+
+_log = log.get(__name__)
+
+
+def before_directory(config: Config) -> Path:
+    """Where the old data directory waits until protect has ended."""
+    return config.pgdata.with_name(f"{config.pgdata.name}.pgcdp-before-{config.name}")
+
+
+def plain_directory(config: Config) -> Path:
+    """Where unprotect gathers the plain copy, on the filesystem of the mount point."""
+    return config.pgdata.with_name(f"{config.pgdata.name}.pgcdp-plain-{config.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """The state file: what is done to which set, at which step, and what must be put back."""
+
+    doing: str
+    step: str
+    config: Config
+    was_running: bool
+    initdb: bool
+    made: tuple[str, ...]
+
+    def save(self) -> None:
+        fsio.write_json(
+            self.config.paths.protect_state,
+            {
+                "doing": self.doing,
+                "step": self.step,
+                "config": settings.render_config(self.config),
+                "was_running": self.was_running,
+                "initdb": self.initdb,
+                "made": list(self.made),
+            },
+        )
+
+    def at(self, step: str) -> _Pending:
+        """The same at its next step, on disk before this returns."""
+        later = replace(self, step=step)
+        later.save()
+        return later
+
+
+def _load_pending(paths: SetPaths) -> _Pending | None:
+    try:
+        content: dict[str, Any] = fsio.read_json(paths.protect_state)
+    except FileNotFoundError:
+        return None
+    return _Pending(
+        doing=content["doing"],
+        step=content["step"],
+        config=settings.parse_config(content["config"], paths.name, paths.protect_state, paths.root),
+        was_running=content["was_running"],
+        initdb=content["initdb"],
+        made=tuple(content["made"]),
+    )
+
+
+# --- the three verbs
+
+
+def protect(request: ProtectRequest, progress: Report = silent) -> Config:
+    """Move a cluster onto captured volumes and start it there; the caller then starts the agent.
+
+    Everything is checked before anything is changed. If a later step fails, all is put back and the cluster runs as
+    before; after a kill, the same command (or `recover`) puts back or finishes. Raises UsageError, PreconditionError.
+    """
+    checks.check_root()
+    paths = settings.set_paths(request.name)
+    with attach.hold(paths):
+        if _recover(paths, progress) == "protected":
+            return settings.load_config(request.name)
+        progress(Progress("checking"))
+        plan = checks.check(request)
+        config, made = plan.config, plan.missing_directories
+        paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        pending = _Pending("protect", "volume", config, plan.was_running, request.initdb, made)
+        pending.save()
+        with _put_back_on_error(paths, progress):
+            if request.initdb:
+                progress(Progress("making the cluster"))
+                config = checks.make_cluster(request, config)
+                pending = replace(pending, config=config)
+                pending.save()
+            pending = _fill_volumes(pending, progress)
+            pending = pending.at("switch")
+            _switch_to_volumes(config, progress)
+            pending = pending.at("start")
+            attach.start_cluster(config, progress)
+        _finish_protect(pending, progress)
+    return config
+
+
+def unprotect(config: Config, progress: Report = silent) -> None:
+    """Bring the cluster back to plain files at the same path; the store stays. The agent must be stopped.
+
+    If a step before the switch fails, the cluster runs on behind capture. Raises PreconditionError.
+    """
+    checks.check_root()
+    paths = config.paths
+    with attach.hold(paths):
+        if _recover(paths, progress) == "unprotected":
+            return
+        was_running, was_attached = attach.cluster_runs(config), attach.is_attached(config)
+        attach.attach(config, progress)
+        try:
+            _check_room(config)
+        except PgcdpError:
+            if not was_attached:
+                attach.detach(config, progress)
+            raise
+        pending = _Pending("unprotect", "stop", config, was_running, False, ())
+        pending.save()
+        with _put_back_on_error(paths, progress):
+            attach.stop_cluster(config, progress)
+            pending = pending.at("copy")
+            _copy_to_plain(config, progress)
+        _finish_unprotect(pending.at("switch"), progress)
+
+
+def recover(name: str, progress: Report = silent) -> str | None:
+    """Finish or put back a protect or unprotect that was killed.
+
+    Returns "protected" or "unprotected" for what the set is now, None when nothing was pending.
+    """
+    checks.check_root()
+    paths = settings.set_paths(name)
+    with attach.hold(paths):
+        return _recover(paths, progress)
+
+
+def _recover(paths: SetPaths, progress: Report) -> str | None:
+    pending = _load_pending(paths)
+    if pending is None:
+        return None
+    steps = PROTECT_STEPS if pending.doing == "protect" else UNPROTECT_STEPS
+    if pending.step == PUTTING_BACK or steps.index(pending.step) < steps.index(FINISH_FROM[pending.doing]):
+        _put_back(pending, progress)
+        return "unprotected" if pending.doing == "protect" else "protected"
+    if pending.doing == "protect":
+        attach.attach(pending.config, progress)
+        attach.start_cluster(pending.config, progress)
+        _finish_protect(pending, progress)
+        return "protected"
+    _finish_unprotect(pending, progress)
+    return "unprotected"
+
+
+@contextmanager
+def _put_back_on_error(paths: SetPaths, progress: Report) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        pending = _load_pending(paths)
+        interrupted = not isinstance(error, Exception)
+        if pending is not None and not (interrupted and pending.step == "start"):
+            try:
+                _put_back(pending, progress)
+            except PgcdpError as second:
+                raise PgcdpError(
+                    f"{error}; and putting back failed: {second}",
+                    f"mend that, then run pgcdp {pending.doing} {paths.name} again: it puts back what is left",
+                ) from error
+        raise
+
+
+# --- steps of protect
+
+
+def _fill_volumes(pending: _Pending, progress: Report) -> _Pending:
+    """Make the volumes and their filesystems, stop the cluster, copy it, start capture."""
+    config = pending.config
+    progress(Progress("making the volume"))
+    owner = config.pgdata.stat()
+    for volume in config.volumes:
+        if not volume.device:
+            volumes.make_image(volume.backing, volume.bytes)
+        device = volumes.attach_loop(volume.backing)
+        try:
+            volumes.make_filesystem(device, volume.fs, owner.st_uid, owner.st_gid, zeroed=not volume.device)
+        finally:
+            volumes.detach_loop(device)
+    with _mounted_plain(config) as place:
+        _check_fits(config, place)
+        pending = pending.at("stop")
+        attach.stop_cluster(config, progress)
+        pending = pending.at("copy")
+        total = measure(config.pgdata).content
+        copy_tree(config.pgdata, place, lambda done: progress(Progress("copying the cluster", done, total)))
+        attach.syncfs([_below(config, volume, place) for volume in config.volumes])
+    for volume in config.volumes:
+        _sync_backing(volume)
+    pending = pending.at("capture")
+    progress(Progress("starting capture"))
+    spawn_capture(config, create=True)
+    return pending
+
+
+def _switch_to_volumes(config: Config, progress: Report) -> None:
+    """The old directory steps aside, an empty mount point takes its place, the volumes are mounted there."""
+    progress(Progress("switching to the volume"))
+    status = config.pgdata.stat()
+    config.pgdata.rename(before_directory(config))
+    config.pgdata.mkdir(mode=0o700)
+    os.chown(config.pgdata, status.st_uid, status.st_gid)
+    os.chmod(config.pgdata, stat.S_IMODE(status.st_mode))
+    fsio.sync_directory(config.pgdata.parent)
+    attach.attach(config, progress)
+
+
+def _finish_protect(pending: _Pending, progress: Report) -> None:
+    """From here on the volumes are the truth: the set exists, the old copy goes."""
+    config = pending.config
+    settings.save_config(config)
+    pending.at("remove")
+    old = before_directory(config)
+    if old.exists():
+        progress(Progress("removing the old copy"))
+        shutil.rmtree(old)
+        fsio.sync_directory(old.parent)
+    _forget(config.paths)
+
+
+@contextmanager
+def _mounted_plain(config: Config) -> Iterator[Path]:
+    """The volumes mounted at a place of their own straight from their backings, without capture."""
+    place = config.paths.state / "mnt"
+    place.mkdir(mode=0o700, exist_ok=True)
+    try:
+        for volume in config.volumes:
+            where = _below(config, volume, place)
+            where.mkdir(mode=0o700, exist_ok=True)
+            volumes.mount(volumes.attach_loop(volume.backing), where, volume.fs)
+            lost = where / "lost+found"
+            if lost.is_dir():
+                lost.rmdir()
+        yield place
+    finally:
+        _release_plain(config)
+
+
+def _release_plain(config: Config) -> None:
+    """Undo _mounted_plain, whatever there is of it."""
+    place = config.paths.state / "mnt"
+    for volume in reversed(config.volumes):
+        volumes.unmount(_below(config, volume, place))
+    for volume in config.volumes:
+        for device in volumes.loops_over(volume.backing):
+            volumes.detach_loop(device)
+    if place.is_dir():
+        place.rmdir()
+
+
+def _below(config: Config, volume: VolumeConfig, place: Path) -> Path:
+    """Where a volume is when the data directory is at `place`."""
+    return place / volume.mountpoint.relative_to(config.pgdata)
+
+
+def _check_fits(config: Config, place: Path) -> None:
+    """Raises PreconditionError when the data does not fit onto the fresh filesystems (with a twentieth to spare)."""
+    whole = measure(config.pgdata).allocated
+    wal = measure(config.pgdata / "pg_wal").allocated
+    separate = any(volume.mountpoint != config.pgdata for volume in config.volumes)
+    for volume in config.volumes:
+        at_root = volume.mountpoint == config.pgdata
+        need = (whole - wal if separate else whole) if at_root else wal
+        checks.need_space(_below(config, volume, place), need + need // 20, f"volume {volume.name}", "--size")
+
+
+def _sync_backing(volume: VolumeConfig) -> None:
+    descriptor = os.open(volume.backing, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- steps of unprotect
+
+
+def _check_room(config: Config) -> None:
+    need = measure(config.pgdata).allocated
+    checks.need_space(config.pgdata.parent, need + need // 20, "the plain copy", None)
+    if plain_directory(config).exists():
+        raise PreconditionError(f"{plain_directory(config)} exists", "move it away or remove it")
+
+
+def _copy_to_plain(config: Config, progress: Report) -> None:
+    target = plain_directory(config)
+    target.mkdir(mode=0o700)
+    total = measure(config.pgdata).content
+    copy_tree(config.pgdata, target, lambda done: progress(Progress("copying to plain storage", done, total)))
+    if (target / "lost+found").is_dir():
+        (target / "lost+found").rmdir()
+    fsio.sync_directory(target.parent)
+
+
+def _finish_unprotect(pending: _Pending, progress: Report) -> None:
+    """The plain copy is whole and durable: it takes the mount point's place, then the rest goes."""
+    config = pending.config
+    if plain_directory(config).exists():
+        if EngineClient(config.paths.control).alive():
+            attach.detach(config, progress)
+        else:
+            attach.clean_leftovers(config, progress)
+        progress(Progress("switching to plain storage"))
+        os.rename(plain_directory(config), config.pgdata)
+        fsio.sync_directory(config.pgdata.parent)
+    pending = pending.at("start")
+    if pending.was_running:
+        attach.start_cluster(config, progress)
+    pending.at("remove")
+    progress(Progress("removing volume and journal"))
+    settings.remove_config(config)
+    _remove_volumes(config)
+    _forget(config.paths)
+
+
+# --- putting back
+
+
+def _put_back(pending: _Pending, progress: Report) -> None:
+    """Bring the cluster back to where it was before, from whatever is there now. May be repeated."""
+    config = pending.config
+    progress(Progress("putting everything back"))
+    _log.warning("%s of %s is put back from step %s", pending.doing, config.name, pending.step)
+    pending.at(PUTTING_BACK)
+    if pending.doing == "unprotect":
+        shutil.rmtree(plain_directory(config), ignore_errors=True)
+        attach.attach(config, progress)
+    else:
+        attach.discard(config)
+        _release_plain(config)
+        if before_directory(config).exists():
+            if config.pgdata.exists():
+                config.pgdata.rmdir()
+            before_directory(config).rename(config.pgdata)
+            fsio.sync_directory(config.pgdata.parent)
+        settings.remove_config(config)
+        if pending.initdb:
+            checks.remove_cluster(config)
+        _remove_volumes(config)
+    if pending.was_running:
+        attach.start_cluster(config, progress)
+    if pending.doing == "unprotect":
+        config.paths.protect_state.unlink()
+        fsio.sync_directory(config.paths.state)
+    else:
+        _forget(config.paths)
+        for directory in reversed(pending.made):
+            _remove_if_empty(Path(directory))
+
+
+def _remove_volumes(config: Config) -> None:
+    """Image files and journal; a block device stays as it is."""
+    for volume in config.volumes:
+        if not volume.device:
+            volume.backing.unlink(missing_ok=True)
+    shutil.rmtree(config.journal, ignore_errors=True)
+
+
+def _forget(paths: SetPaths) -> None:
+    """The run is over: the state file goes last of all that it speaks of."""
+    paths.protect_state.unlink(missing_ok=True)
+    fsio.sync_directory(paths.state)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError:
+        return

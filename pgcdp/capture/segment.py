@@ -1,0 +1,140 @@
+"""One journal segment and its batches (FORMAT.md 1.1 and 1.2), read through a window of a few MiB."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from pgcdp.errors import DamageError
+from pgcdp.fsio import read_all
+from pgcdp.records import BLOCK, Position
+
+CHUNK_BYTES = 4 * 1024 * 1024
+FIRST_WINDOW = 256 * 1024
+"""The window grows as reading goes on: what lies behind the last durable batch is about to be overwritten with
+O_DIRECT, and every page of it that a reader has pulled into the page cache must then be thrown out again."""
+SEGMENT_HEADER_BYTES = 4096
+BATCH_HEADER_BYTES = 72
+
+_SEGMENT = struct.Struct("<8sII16sQQQQQ")
+_BATCH = struct.Struct("<8sQQQIIQQQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A batch header, as it stands in the file."""
+
+    number: int
+    first: int
+    records: int
+    header_length: int
+    length: int
+    previous: Position
+
+    @property
+    def last(self) -> int:
+        """Number of its last write."""
+        return self.first + self.records - 1
+
+
+class Segment:
+    """An open segment. Raises DamageError when its header is not valid, FileNotFoundError when it is gone."""
+
+    def __init__(self, path: Path, sequence: int, set_id: bytes) -> None:
+        self.path = path
+        self.sequence = sequence
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        try:
+            self.salt, self.size = self._read_header(set_id)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._buffer = bytearray()
+        self._view = memoryview(self._buffer)
+        self._begin = 0
+        self._filled = 0
+        self._window = FIRST_WINDOW // 2
+
+    def _read_header(self, set_id: bytes) -> tuple[int, int]:
+        head = read_all(self.fd, SEGMENT_HEADER_BYTES, 0)
+        hint = "the segment cannot be read; everything before its first write can still be restored"
+        if len(head) < SEGMENT_HEADER_BYTES:
+            raise DamageError(f"{self.path} ends at offset {len(head)}, inside its header", hint)
+        magic, version, length, owner, sequence, salt, size, _made, checksum = _SEGMENT.unpack_from(head)
+        if xxhash.xxh3_64_intdigest(head[:64] + bytes(8) + head[72:]) != checksum:
+            raise DamageError(f"{self.path} has a wrong header checksum at offset 0", hint)
+        if magic != b"PGCDPSEG" or version != 1 or length != SEGMENT_HEADER_BYTES:
+            raise DamageError(f"{self.path} has a header of an unknown format at offset 0", hint)
+        if owner != set_id:
+            raise DamageError(f"{self.path} belongs to set {owner.hex()}, not to {set_id.hex()} (offset 16)", hint)
+        if sequence != self.sequence:
+            raise DamageError(f"{self.path} says at offset 32 that it is segment {sequence}", hint)
+        return int(salt), int(size)
+
+    def close(self) -> None:
+        """Close the file. Harmless when done twice."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _fill(self, offset: int, length: int, window: int) -> bool:
+        """Have `length` bytes from `offset` in the window; False where the file ends before."""
+        if offset >= self._begin and offset + length <= self._begin + self._filled:
+            return True
+        self._window = min(self._window * 2, CHUNK_BYTES)
+        span = max(length, min(window, self._window))
+        if len(self._buffer) < span:
+            self._view.release()
+            self._buffer = bytearray(span)
+            self._view = memoryview(self._buffer)
+        self._begin, self._filled = offset, 0
+        want = min(span, self.size - offset)
+        while self._filled < want:
+            got = os.preadv(self.fd, [self._view[self._filled : want]], offset + self._filled)
+            if got == 0:
+                break
+            self._filled += got
+        return self._filled >= length
+
+    def batch(self, offset: int, *, whole_window: bool = True) -> Head | None:
+        """The batch at `offset` if it is valid (FORMAT.md 1.2), else None. Its bytes are then in the window."""
+        window = CHUNK_BYTES if whole_window else 0
+        if offset + BLOCK > self.size or not self._fill(offset, BLOCK, window):
+            return None
+        unpacked = _BATCH.unpack_from(self._buffer, offset - self._begin)
+        magic, salt, number, first, records, header_length, length, segment, place, checksum = unpacked
+        if (
+            magic != b"PGCDPBAT"
+            or salt != self.salt
+            or records < 1
+            or header_length != -(-(BATCH_HEADER_BYTES + 48 * records) // BLOCK) * BLOCK
+            or length < header_length
+            or length % BLOCK
+            or offset + length > self.size
+            or not self._fill(offset, length, window)
+        ):
+            return None
+        at = offset - self._begin
+        self._buffer[at + 64 : at + 72] = bytes(8)
+        found = xxhash.xxh3_64_intdigest(self._view[at : at + length])
+        struct.pack_into("<Q", self._buffer, at + 64, checksum)
+        if found != checksum:
+            return None
+        return Head(number, first, records, header_length, length, Position(segment, place))
+
+    def has_magic(self, offset: int) -> bool:
+        """Whether a batch seems to begin at `offset`."""
+        return offset + BLOCK <= self.size and os.pread(self.fd, 8, offset) == b"PGCDPBAT"
+
+    def parts(self, offset: int, head: Head) -> tuple[bytes, bytes]:
+        """Copies of the records and of the data area of the batch that `batch` has just found at `offset`."""
+        at = offset - self._begin
+        return (
+            bytes(self._view[at + BATCH_HEADER_BYTES : at + BATCH_HEADER_BYTES + 48 * head.records]),
+            bytes(self._view[at + head.header_length : at + head.length]),
+        )

@@ -1,0 +1,322 @@
+"""Backings, filesystems, loop devices and mounts of a volume set.
+
+Every volume is used through a loop device with direct I/O, 4096-byte sectors and a write-through cache mode (the
+capture layer answers a write only when it is durable, so a flush has nothing left to do). Undoing is idempotent:
+what is not mounted or attached is left as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgcdp import fsio, proc
+from pgcdp.errors import PgcdpError, PreconditionError, UsageError
+from pgcdp.units import format_size
+
+SECTOR = 4096
+LEAST_BYTES = {"ext4": 64 << 20, "xfs": 300 << 20}
+"""Smallest volume that each filesystem is made on (mkfs.xfs itself refuses less than 300 MiB)."""
+
+_SYS_BLOCK = Path("/sys/block")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo. `options` are those of the mount and of its superblock together."""
+
+    mountpoint: Path
+    fstype: str
+    source: str
+    options: frozenset[str]
+
+
+# --- backings
+
+
+def make_image(path: Path, size: int) -> None:
+    """A fully allocated, durable image file of `size` bytes, 0600. Raises PreconditionError when it exists or has no room."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        image = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise PreconditionError(f"{path} exists already", "remove it if nothing needs it any more") from None
+    try:
+        os.posix_fallocate(image, 0, size)
+        os.fsync(image)
+    except OSError as error:
+        path.unlink()
+        raise PreconditionError(
+            f"cannot allocate {format_size(size)} for {path}: {error.strerror}",
+            "free space there, or choose a smaller --size",
+        ) from None
+    finally:
+        os.close(image)
+    fsio.sync_directory(path.parent)
+
+
+def backing_bytes(path: Path) -> int:
+    """Size of an image file or block device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)
+
+
+def check_device(device: Path, overwrite: bool) -> int:
+    """Bytes of a block device that may become a volume. Changes nothing.
+
+    Raises UsageError when it is no block device, PreconditionError when it is in use or (unless `overwrite`) carries data.
+    """
+    try:
+        mode = device.stat().st_mode
+    except FileNotFoundError:
+        raise UsageError(
+            f"{device} does not exist", "give --volume a block device, or --size for an image file"
+        ) from None
+    if not stat.S_ISBLK(mode):
+        raise UsageError(f"{device} is not a block device", "give --volume a block device, or --size for an image file")
+    number = device.stat().st_rdev
+    for mount in mounts():
+        if mount.source.startswith("/dev/") and _device_number(Path(mount.source)) == number:
+            raise PreconditionError(f"{device} is mounted at {mount.mountpoint}", f"umount {mount.mountpoint}")
+    name = f"{os.major(number)}:{os.minor(number)}"
+    holders = sorted(holder.name for holder in Path(f"/sys/dev/block/{name}/holders").glob("*"))
+    if holders:
+        raise PreconditionError(f"{device} is in use by {', '.join(holders)}", "choose a device that nothing uses")
+    parts = [part.name for part in Path(f"/sys/dev/block/{name}").glob("*/partition")]
+    if parts:
+        raise PreconditionError(f"{device} has partitions", "give one of its partitions, or a disk without any")
+    for swap in Path("/proc/swaps").read_text().splitlines()[1:]:
+        if _device_number(Path(swap.split()[0])) == number:
+            raise PreconditionError(f"{device} is used as swap", f"swapoff {device}")
+    _check_exclusive(device)
+    size = backing_bytes(device)
+    if size % SECTOR:
+        raise PreconditionError(
+            f"{device} has {size} bytes, which is not a multiple of {SECTOR}",
+            "use a partition whose size is a multiple of 8 sectors",
+        )
+    found = signatures(device)
+    if found and not overwrite:
+        raise PreconditionError(f"{device} holds {', '.join(found)}", "give --yes to overwrite it")
+    return size
+
+
+def _check_exclusive(device: Path) -> None:
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        raise PreconditionError(
+            f"cannot open {device} for exclusive use: {error.strerror}", "choose a device that nothing uses"
+        ) from None
+
+
+def signatures(device: Path) -> list[str]:
+    """Names of the filesystem, partition table and other signatures on a device, by wipefs; empty when there are none."""
+    listing = proc.run(["wipefs", "--noheadings", "--parsable", "--output", "TYPE", os.fspath(device)]).stdout
+    return sorted({line.strip() for line in listing.splitlines() if line.strip()})
+
+
+def _device_number(path: Path) -> int:
+    try:
+        return path.stat().st_rdev
+    except OSError:
+        return -1
+
+
+# --- filesystems
+
+
+def make_filesystem(device: Path, fs: str, uid: int, gid: int, zeroed: bool) -> None:
+    """mkfs on a loop device. `zeroed` says that it reads as zeros everywhere, so that nothing needs to be initialised.
+
+    Nothing is left to lazy initialisation, and nothing is discarded: both would be captured later.
+    """
+    if fs == "xfs":
+        proc.run(["mkfs.xfs", "-q", "-f", "-K", "-s", f"size={SECTOR}", os.fspath(device)])
+        return
+    extended = [f"root_owner={uid}:{gid}", "nodiscard", "lazy_itable_init=0", "lazy_journal_init=0"]
+    if zeroed:
+        extended.append("assume_storage_prezeroed=1")
+    proc.run(["mkfs.ext4", "-q", "-F", "-b", str(SECTOR), "-E", ",".join(extended), os.fspath(device)])
+
+
+def sync_filesystem(path: Path) -> None:
+    """syncfs(2) of the filesystem that holds `path`. Raises PgcdpError with its error."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(descriptor):
+            error = ctypes.get_errno()
+            raise PgcdpError(f"syncfs of {path} failed: {os.strerror(error)}", "look at the kernel's log")
+    finally:
+        os.close(descriptor)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# --- loop devices
+
+
+def attach_loop(file: Path) -> Path:
+    """A loop device over `file` (an absolute path): direct I/O, 4096-byte sectors, write-through. Returns /dev/loopN.
+
+    Raises PreconditionError when the kernel did not take one of these, with the device detached again.
+    """
+    shown = proc.run([
+        "losetup", "--find", "--show", "--nooverlap", "--direct-io=on", "--sector-size", str(SECTOR), os.fspath(file),
+    ]).stdout.strip()  # fmt: skip
+    device = Path(shown)
+    try:
+        set_write_through(device)
+        _expect(device, "loop/dio", "1", "direct I/O")
+        _expect(device, "queue/logical_block_size", str(SECTOR), f"{SECTOR}-byte sectors")
+    except BaseException:
+        detach_loop(device)
+        raise
+    return device
+
+
+def set_write_through(device: Path) -> None:
+    """Put the loop device's cache mode to write-through (it outlives the backing: needed at every attach)."""
+    (_SYS_BLOCK / device.name / "queue/write_cache").write_text("write through\n")
+    _expect(device, "queue/write_cache", "write through", "the write-through cache mode")
+
+
+def _expect(device: Path, attribute: str, value: str, what: str) -> None:
+    found = (_SYS_BLOCK / device.name / attribute).read_text().strip()
+    if found != value:
+        raise PreconditionError(
+            f"{device} did not take {what}: {attribute} is {found!r}", "a Linux kernel of 5.10 or newer is needed"
+        )
+
+
+def detach_loop(device: Path) -> None:
+    """Detach a loop device and wait until it is free. Harmless when it is not attached."""
+    if loop_backing(device) is None:
+        return
+    proc.run(["losetup", "--detach", os.fspath(device)])
+    if loop_backing(device) is not None:
+        raise PreconditionError(f"{device} is still in use", f"see who uses it with: lsof {device}")
+
+
+def loop_backing(device: Path) -> Path | None:
+    """The file under a loop device, as the kernel shows its path; None when it is not attached."""
+    try:
+        return Path((_SYS_BLOCK / device.name / "loop/backing_file").read_text().rstrip("\n"))
+    except OSError:
+        return None
+
+
+def loops_over(place: Path) -> dict[Path, Path]:
+    """{/dev/loopN: file} of the loop devices over `place` itself or files below it."""
+    found = {}
+    for entry in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
+        device = Path("/dev") / entry.parent.parent.name
+        backing = loop_backing(device)
+        if backing is not None and (backing == place or place in backing.parents):
+            found[device] = backing
+    return found
+
+
+def device_answers(device: Path) -> bool:
+    """Whether a block can be read from the device (past any cache): False when the engine under it is dead."""
+    try:
+        descriptor = os.open(device, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        with mmap.mmap(-1, SECTOR) as page:
+            return os.preadv(descriptor, [page], 0) == SECTOR
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+# --- mounts
+
+
+def mounts() -> list[Mount]:
+    """Every mount of this process's namespace, in the kernel's order (a later one covers an earlier one)."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        fields, source = left.split(" "), right.split(" ")
+        options = frozenset(fields[5].split(",")) | frozenset(source[2].split(","))
+        found.append(Mount(Path(_unescape(fields[4])), source[0], _unescape(source[1]), options))
+    return found
+
+
+def _unescape(text: str) -> str:
+    raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), os.fsencode(text))
+    return os.fsdecode(raw)
+
+
+def mount_at(mountpoint: Path) -> Mount | None:
+    """What is mounted exactly there (the topmost), or None. Touches nothing below it, so a dead mount does not matter."""
+    place = Path(os.path.realpath(mountpoint.parent)) / mountpoint.name
+    found = [mount for mount in mounts() if mount.mountpoint == place]
+    return found[-1] if found else None
+
+
+def mounts_below(place: Path) -> list[Mount]:
+    """Mounts strictly below a directory."""
+    return [mount for mount in mounts() if place in mount.mountpoint.parents]
+
+
+def mount(device: Path, mountpoint: Path, fs: str) -> None:
+    """Mount by device path (never UUID or label: clones bear the same) with the filesystem's defaults."""
+    proc.run(["mount", "-t", fs, os.fspath(device), os.fspath(mountpoint)])
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount what is mounted there, all layers. Raises PreconditionError naming the processes that keep it busy."""
+    while mount_at(mountpoint) is not None:
+        done = proc.run(["umount", os.fspath(mountpoint)], check=False)
+        if done.returncode and mount_at(mountpoint) is not None:
+            users = users_of(mountpoint)
+            named = ", ".join(f"{name} (pid {pid})" for pid, name in users[:8]) or done.stderr.strip()
+            raise PreconditionError(f"{mountpoint} is in use by {named}", "end what uses it, then run this again")
+
+
+def unmount_lazily(mountpoint: Path) -> None:
+    """Take a FUSE mount whose server is dead out of the tree, all layers."""
+    while mount_at(mountpoint) is not None:
+        proc.run(["umount", "--lazy", os.fspath(mountpoint)])
+
+
+def users_of(place: Path) -> list[tuple[int, str]]:
+    """(pid, name) of processes that have their directory or an open file at `place` or below it."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        links = [process / "cwd", process / "root"]
+        try:
+            links += list((process / "fd").iterdir())
+        except OSError:
+            continue
+        for link in links:
+            try:
+                target = Path(os.readlink(link))
+            except OSError:
+                continue
+            if target == place or place in target.parents:
+                found.append((int(process.name), _name_of(process)))
+                break
+    return sorted(found)
+
+
+def _name_of(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip()
+    except OSError:
+        return "?"

@@ -1,0 +1,51 @@
+"""pgcdp info"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgcdp.cli import options, screen
+from pgcdp.cli.status import window
+from pgcdp.units import format_size
+
+
+@click.command(epilog=options.examples("pgcdp info", "pgcdp info --store /backup/main"))
+@options.set_argument()
+@options.store_option
+@options.output_option
+def command(set_name: str | None, store: Path | None, output: str) -> None:
+    """Intervals, sizes, recovery window, what was verified."""
+    from pgcdp import api
+
+    screen.result(api.info(options.pick_set_or_store(set_name, store), store=store), output, _render)
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    screen.pairs([("set", value["set"]), ("recovery window", window(value["recovery_window"]))])
+    screen.text()
+    rows = [
+        [
+            str(row["number"]),
+            f"{row['from_write']}-{row['to_write']}",
+            str(row["to_time"]),
+            str(row["reason"]),
+            str(row["checkpoint_lsn"]),
+            format_size(row["bytes_written"]),
+            format_size(sum(row["stored"].values())),
+            _verified(row["verified"]),
+        ]
+        for row in value["intervals"]
+    ]
+    screen.table(["interval", "writes", "ends", "reason", "checkpoint", "written", "stored", "verified"], rows)
+
+
+def _verified(value: Any) -> str:
+    """`verified` is null, or an object with at least "ok"."""
+    if value is None:
+        return "-"
+    ok = value.get("ok") if isinstance(value, Mapping) else value
+    return "ok" if ok else "FAILED"

@@ -1,0 +1,133 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pgcdp import config, units
+from pgcdp.errors import PgcdpError, UsageError
+from pgcdp.records import Target
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def write_number(text: str) -> int:
+    """The number of a write. Raises UsageError."""
+    return _number(text, "write number")
+
+
+def boundary_number(text: str) -> int:
+    """The number of a boundary. Raises UsageError."""
+    return _number(text, "boundary number")
+
+
+def _number(text: str, what: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f'"{text}" is not a {what}', "give a whole number, as status and info print it")
+    return int(text)
+
+
+def examples(*lines: str) -> str:
+    """The last part of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def set_argument(required: bool = False) -> Callable[[F], F]:
+    """SET. Resolve it with `pick_set`."""
+    return click.argument("set_name", metavar="SET" if required else "[SET]", required=required, default=None)
+
+
+def output_option(function: F) -> F:
+    """--output, for every command."""
+    return click.option(
+        "--output",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="Text for people, or one JSON object on standard output (docs/json.md).",
+    )(function)
+
+
+def yes_option(function: F) -> F:
+    """--yes, for commands that ask."""
+    return click.option("--yes", "-y", is_flag=True, help="Do not ask.")(function)
+
+
+def store_option(function: F) -> F:
+    """--store instead of SET, for commands that need nothing but the store."""
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        metavar="DIR",
+        help="A store instead of SET: nothing else is needed, on any machine.",
+    )(function)
+
+
+def target_options(function: F) -> F:
+    """--target-write, --target-boundary, --target-time; put them together with `pick_target`."""
+    for option in (
+        click.option(
+            "--target-time",
+            type=units.parse_time,
+            metavar="T",
+            help="The last write not after this time; local time unless it names a zone.",
+        ),
+        click.option("--target-boundary", type=boundary_number, metavar="N", help="The end of interval N."),
+        click.option("--target-write", type=write_number, metavar="N", help="All writes up to write N."),
+    ):
+        function = option(function)
+    return function
+
+
+def pick_set(name: str | None) -> str:
+    """The set that is meant. Raises UsageError when none is named and there is not exactly one."""
+    return config.only_set() if name is None else name
+
+
+def pick_set_or_store(name: str | None, store: Path | None) -> str | None:
+    """The set that is meant, or None when a store is given instead. Raises UsageError for both."""
+    if store is None:
+        return pick_set(name)
+    if name is not None:
+        raise UsageError(f"both the set {name} and --store {store} are given", "give one of them")
+    return None
+
+
+def split_set(words: tuple[str, ...], what: str) -> tuple[str, str]:
+    """SET and the last word of "[SET] WHAT". Raises UsageError for another number of words."""
+    if not words:
+        raise UsageError(f"missing argument {what}", "pgcdp --help shows the commands")
+    if len(words) > 2:
+        raise UsageError(
+            f'unexpected argument "{words[2]}"', f"give SET and {what}, or {what} alone"
+        )
+    return pick_set(words[0] if len(words) == 2 else None), words[-1]
+
+
+def pick_target(write: int | None, boundary: int | None, time: int | None) -> Target:
+    """The target of the options; none of them: the newest write. Raises UsageError for more than one."""
+    given: list[tuple[str, Target]] = []
+    if write is not None:
+        given.append(("--target-write", Target("write", write)))
+    if boundary is not None:
+        given.append(("--target-boundary", Target("boundary", boundary)))
+    if time is not None:
+        given.append(("--target-time", Target("time", time)))
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(name for name, _ in given)} cannot be given together", "give one target")
+    return given[0][1] if given else Target("newest")
+
+
+def confirm(question: str, yes: bool, output: str) -> None:
+    """Ask before something large is done. Raises UsageError where nobody can answer, PgcdpError on a no."""
+    if yes:
+        return
+    if output == "json" or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError(f"not confirmed: {question}", "add --yes, or run it on a terminal to be asked")
+    if not click.confirm(f"{question}. Go on?", err=True):
+        raise PgcdpError("not confirmed, nothing was done", "answer y, or add --yes")

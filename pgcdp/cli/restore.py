@@ -1,0 +1,88 @@
+"""pgcdp restore"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgcdp.cli import options, screen
+from pgcdp.errors import UsageError
+from pgcdp.units import format_duration, format_size
+
+
+@click.command(
+    epilog=options.examples(
+        "pgcdp restore --to-directory /srv/restored",
+        'pgcdp restore main --target-time "2026-11-22 14:03:00" --to-directory /srv/restored',
+        "pgcdp restore main --target-write 48213 --to-image /srv/restored.img",
+        "pgcdp restore --store /backup/main --target-boundary 12 --to-directory /srv/restored",
+    )
+)
+@options.set_argument()
+@options.target_options
+@click.option(
+    "--to-image",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the image of the volume; with several volumes a directory of images.",
+)
+@click.option(
+    "--to-directory",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Make a data directory that Postgres can be started on.",
+)
+@options.store_option
+@options.output_option
+def command(
+    set_name: str | None,
+    target_write: int | None,
+    target_boundary: int | None,
+    target_time: int | None,
+    to_image: Path | None,
+    to_directory: Path | None,
+    store: Path | None,
+    output: str,
+) -> None:
+    """Restore the cluster as it was at any captured write.
+
+    Without a target it is the newest write. What the target resolved to is printed before anything is done. What is
+    there already is never overwritten; a restore that was killed can be run again.
+    """
+    from pgcdp import api
+
+    target = options.pick_target(target_write, target_boundary, target_time)
+    if (to_image is None) == (to_directory is None):
+        raise UsageError(
+            "give --to-image or --to-directory, and only one of them", "--to-directory DIR makes a startable cluster"
+        )
+    name = options.pick_set_or_store(set_name, store)
+    if output == "text":
+        screen.note("recovery point: " + point(api.resolve(name, target, store)))
+    with screen.progress(output) as progress:
+        value = api.restore(
+            name,
+            target,
+            to_image=None if to_image is None else to_image.absolute(),
+            to_directory=None if to_directory is None else to_directory.absolute(),
+            store=store,
+            progress=progress,
+        )
+    screen.result(value, output, _render)
+
+
+def point(value: Mapping[str, Any]) -> str:
+    """A recovery point in one line; `value` is one, or an object that holds one."""
+    inner = value.get("recovery_point", value)
+    where = "the open interval" if inner["interval"] is None else f"interval {inner['interval']}"
+    boundary = inner.get("boundary")
+    line = f"write {inner['write']} in {where}, captured {inner['time']}"
+    return line if boundary is None else f"{line}, which is boundary {boundary}"
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    line = f"restored to {value['to']}: {format_size(value['bytes'])} in {format_duration(value['seconds'])}"
+    screen.text(line)

@@ -1,0 +1,46 @@
+"""pgcdp status"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from pgcdp.cli import options, screen
+from pgcdp.units import format_duration, format_size
+
+
+@click.command(epilog=options.examples("pgcdp status", "pgcdp status main --output json"))
+@options.set_argument()
+@options.output_option
+def command(set_name: str | None, output: str) -> None:
+    """State, lag, journal, newest boundary and recovery window."""
+    from pgcdp import api
+
+    screen.result(api.status(options.pick_set(set_name)), output, _render)
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    journal = value["journal"]
+    shown = {"journal", "recovery_window", "volumes", "lag_seconds"}
+    lines = [(screen.label(key), screen.value_text(key, item)) for key, item in value.items() if key not in shown]
+    if value["lag_seconds"] is not None:
+        lines.append(("lag", format_duration(value["lag_seconds"])))
+    lines.append(("journal", f"{format_size(journal['bytes'])} of {format_size(journal['limit'])}"))
+    lines.append(("recovery window", window(value["recovery_window"])))
+    screen.pairs(lines)
+    if value["volumes"]:
+        screen.text()
+        columns = ["name", "device", "mountpoint", "bytes", "backing"]
+        screen.table(
+            [screen.label(column) for column in columns],
+            [[screen.value_text(column, row[column]) for column in columns] for row in value["volumes"]],
+        )
+
+
+def window(value: Mapping[str, Any] | None) -> str:
+    """A recovery window in one line."""
+    if value is None or value.get("from_write") is None:
+        return "nothing yet: the first boundary after the baseline opens it"
+    return f"{value['from_time']} (write {value['from_write']}) to {value['to_time']} (write {value['to_write']})"

@@ -1,0 +1,182 @@
+"""Files that survive a kill and a power cut: atomic publish, locks, holes, checksummed JSON.
+
+The order is always the same: content synced, then the rename, then the directory synced. A name that can be seen
+therefore has its whole content behind it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_FALLOC_KEEP_SIZE = 1
+_FALLOC_PUNCH_HOLE = 2
+_ZEROS = bytes(1 << 20)
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory, so that the names in it are durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: Path, mode: int = 0o700) -> None:
+    """Make a directory if it is missing and sync its parent. The parent must exist."""
+    try:
+        path.mkdir(mode=mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise PgcdpError(f"{path} is not a directory") from None
+    sync_directory(path.parent)
+
+
+def write_atomic(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file by rename: whoever reads it sees the old or the new content, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        write_all(fd, content, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def publish_directory(source: Path, target: Path) -> None:
+    """Rename a finished directory to the name under which it counts. Its files must be synced already."""
+    sync_directory(source)
+    os.rename(source, target)
+    sync_directory(target.parent)
+    if source.parent != target.parent:
+        sync_directory(source.parent)
+
+
+def read_all(fd: int, length: int, offset: int) -> bytes:
+    """`length` bytes at `offset`, fewer only at the end of the file."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    parts = [data]
+    got = len(data)
+    while data and got < length:
+        data = os.pread(fd, length - got, offset + got)
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    done = os.pwrite(fd, data, offset)
+    if done < len(data):
+        view = memoryview(data)
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Make a range read back as zeros and give its space back; writes zeros where the filesystem has no holes."""
+    if length <= 0:
+        return
+    code = errno.EINTR
+    while code == errno.EINTR:
+        if _libc.fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length) == 0:
+            return
+        code = ctypes.get_errno()
+    if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL):
+        raise OSError(code, os.strerror(code))
+    while length > 0:
+        step = min(length, len(_ZEROS))
+        write_all(fd, _ZEROS[:step], offset)
+        offset += step
+        length -= step
+
+
+def free_space(path: Path) -> int:
+    """Bytes that a process without privileges may still write on the filesystem of `path`."""
+    usage = os.statvfs(path)
+    return usage.f_bavail * usage.f_frsize
+
+
+class FileLock:
+    """An exclusive flock, held until `release()` or the end of the process; a context manager.
+
+    Raises PreconditionError naming the holder's process id when somebody else has it.
+    """
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise PreconditionError(
+                f"{path} is locked by {owner}, process {holder}", "only one may run for a set; stop the other one first"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back; harmless when done twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def json_checksum(content: Mapping[str, object]) -> str:
+    """16 hex digits over all keys but `checksum` as canonical JSON (FORMAT.md 3)."""
+    plain = {key: value for key, value in content.items() if key != "checksum"}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file with its checksum, atomically and synced."""
+    whole = {**content, "checksum": json_checksum(content)}
+    write_atomic(path, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file without its checksum.
+
+    Raises DamageError when it is no JSON object or the checksum is wrong, FileNotFoundError when it is missing.
+    """
+    hint = "pgcdp check --full tells what else is damaged and what can still be restored"
+    raw = path.read_bytes()
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except ValueError as error:
+        offset = getattr(error, "pos", getattr(error, "start", 0))
+        raise DamageError(f"{path} is no JSON at offset {offset}", hint) from None
+    if not isinstance(content, dict) or "checksum" not in content:
+        raise DamageError(f"{path} has no checksum at offset 0", hint)
+    if content.pop("checksum") != json_checksum(content):
+        raise DamageError(f"{path} has a wrong checksum at offset 0", hint)
+    return content

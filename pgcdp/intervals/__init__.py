@@ -1,0 +1,1 @@
+"""Floor 5: from captured writes to intervals and their increments."""

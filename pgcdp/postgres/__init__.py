@@ -1,0 +1,1 @@
+"""Everything that knows Postgres: its programs, data directories, control file and sessions."""

@@ -1,0 +1,239 @@
+"""A published interval: immutable, complete, and telling by its manifest what each file must be (FORMAT.md 3.1).
+
+What is published is whole: every file is finished and synced, the manifest is written last, and only then is the
+directory renamed to its place below `intervals/`. So a directory there without a valid manifest is damage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pgcdp.errors import BugError, DamageError, TargetError
+from pgcdp.fsio import publish_directory, read_json, write_json
+from pgcdp.records import EXTENT, INDEX, Boundary, Interval
+from pgcdp.store.frames import FileSummary, FrameReader
+from pgcdp.store.layout import Store, boundary_from
+from pgcdp.store.open_interval import OpenInterval, OpenSnapshot, read_open
+
+__all__ = ["Bundle", "Increments", "OpenInterval", "OpenSnapshot", "publish", "read_open"]
+
+CONTENTS = {"writes": b"WRIT", "index": b"INDX", "backward": b"BWRD", "backward.map": b"BMAP", "forward.map": b"FMAP"}
+
+
+@dataclass(frozen=True, slots=True)
+class Increments:
+    """Both increments of an interval as they stand in its incoming directory, finished and synced."""
+
+    backward: FileSummary
+    backward_map: FileSummary
+    forward_map: FileSummary
+    blocks: int
+
+
+def publish(
+    store: Store,
+    opened: OpenInterval,
+    boundary: Boundary,
+    streams: Sequence[FileSummary],
+    increments: Increments,
+    settings: dict[str, Any],
+) -> Bundle:
+    """Write settings and manifest and rename the directory to its place. `streams`: finished `writes` and `index`.
+
+    Raises BugError when the interval does not end exactly at the boundary.
+    """
+    if opened.number != boundary.number or opened.last_write != boundary.write:
+        raise BugError(
+            f"interval {opened.number} ends with write {opened.last_write}, "
+            f"boundary {boundary.number} is at write {boundary.write}"
+        )
+    place = opened.path
+    write_json(place / "settings.json", settings)
+    files = {s.name: s for s in (*streams, increments.backward, increments.backward_map, increments.forward_map)}
+    raw = (place / "settings.json").read_bytes()
+    files["settings.json"] = FileSummary("settings.json", len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+    index = opened.index()
+    walls = index["wall_ns"]
+    write_json(
+        place / "manifest.json",
+        {
+            "format": 1,
+            "set": store.set_name,
+            "set_id": store.set_id.hex(),
+            "number": opened.number,
+            "from_write": opened.from_write,
+            "to_write": opened.last_write,
+            "from_time_ns": int(walls.min()),
+            "to_time_ns": int(walls.max()),
+            "boundary": asdict(boundary),
+            "writes": len(index),
+            "bytes_written": int(index["data_length"].sum()),
+            "blocks_changed": increments.blocks,
+            "restorable_by_write": True,
+            "stored": {
+                "writes": files["writes"].bytes,
+                "backward": files["backward"].bytes + files["backward.map"].bytes,
+                "forward": files["forward.map"].bytes,
+                "index": files["index"].bytes,
+            },
+            "files": {
+                name: {"bytes": s.bytes, "checksum": s.checksum, "length": s.length} for name, s in files.items()
+            },
+            "increments": {
+                "backward": files["backward"].checksum,
+                "backward_map": files["backward.map"].checksum,
+                "forward_map": files["forward.map"].checksum,
+                "blocks": increments.blocks,
+            },
+        },
+    )
+    opened.close()
+    (place / "boundary.json").unlink(missing_ok=True)
+    publish_directory(place, store.interval(opened.number))
+    return Bundle.open(store, opened.number)
+
+
+class Bundle:
+    """A published interval. `interval` is what its manifest tells, `path` its directory.
+
+    In the manifest `from_time_ns` is the earliest wall clock of its writes and `to_time_ns` the latest.
+    Readers belong to the caller, who closes them. Raises DamageError with file and offset.
+    """
+
+    def __init__(self, store: Store, path: Path, manifest: dict[str, Any], interval: Interval) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.interval = interval
+        self._set_id = store.set_id
+
+    @classmethod
+    def open(cls, store: Store, number: int) -> Bundle:
+        """Open by manifest; the sizes of all files are compared, their content is not read. TargetError if missing."""
+        path = store.interval(number)
+        place = path / "manifest.json"
+        try:
+            manifest = read_json(place)
+        except FileNotFoundError:
+            if path.is_dir():
+                raise DamageError(f"{place} is missing (offset 0)", _still(number)) from None
+            raise TargetError(f"{store.path} has no interval {number}", "pgcdp info lists what exists") from None
+        except DamageError as damage:
+            raise DamageError(damage.message, _still(number)) from None
+        if manifest.get("set_id") != store.set_id.hex() or manifest.get("number") != number:
+            raise DamageError(f"{place} is not that of interval {number} of this set (offset 0)", _still(number))
+        try:
+            names = [name for name in Interval.__dataclass_fields__ if name != "boundary"]
+            interval = Interval(
+                **{name: manifest[name] for name in names}, boundary=boundary_from(manifest["boundary"], place)
+            )
+            sizes = {name: int(manifest["files"][name]["bytes"]) for name in (*CONTENTS, "settings.json")}
+        except (KeyError, TypeError):
+            raise DamageError(f"{place} lacks keys (offset 0)", _still(number)) from None
+        for name, size in sizes.items():
+            found = os.stat(path / name).st_size if (path / name).exists() else None
+            if found != size:
+                state = "is missing (offset 0)" if found is None else f"ends at offset {found} instead of {size}"
+                raise DamageError(f"{path / name} {state}", _still(number))
+        return cls(store, path, manifest, interval)
+
+    @property
+    def number(self) -> int:
+        """Number of the interval."""
+        return self.interval.number
+
+    def _reader(self, name: str) -> FrameReader:
+        reader = FrameReader.open(self.path / name, CONTENTS[name], self._set_id, self.number)
+        if reader.length != self.manifest["files"][name]["length"]:
+            reader.close()
+            raise DamageError(f"{self.path / name} has a stream that its manifest does not know (offset 0)")
+        return reader
+
+    def _table(self, name: str, dtype: np.dtype[np.void]) -> NDArray[np.void]:
+        with self._reader(name) as reader:
+            return np.frombuffer(reader.read_stream(), dtype=dtype)
+
+    def index(self) -> NDArray[np.void]:
+        """The write index, an array INDEX in order of write number."""
+        return self._table("index", INDEX)
+
+    def backward_map(self) -> NDArray[np.void]:
+        """Array EXTENT, sorted by volume and block; source = position in `backward()`."""
+        return self._table("backward.map", EXTENT)
+
+    def forward_map(self) -> NDArray[np.void]:
+        """Array EXTENT, sorted by volume and block; source = position in `writes()`."""
+        return self._table("forward.map", EXTENT)
+
+    def writes(self) -> FrameReader:
+        """The data of the interval's writes."""
+        return self._reader("writes")
+
+    def backward(self) -> FrameReader:
+        """Contents of the changed blocks at boundary n-1."""
+        return self._reader("backward")
+
+    def settings(self) -> dict[str, Any]:
+        """Postgres's settings at the boundary, as they were given to `publish`."""
+        return read_json(self.path / "settings.json")
+
+    def check_file(self, name: str) -> None:
+        """Read one file whole: every frame, then the checksum of the manifest. Raises DamageError."""
+        path = self.path / name
+        if name in CONTENTS:
+            with self._reader(name) as reader:
+                for _ in reader.frames():
+                    pass
+        digest = xxhash.xxh3_64()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != self.manifest["files"][name]["checksum"]:
+            raise DamageError(f"{path} has another checksum than its manifest says (offset 0)", _still(self.number))
+
+    def check(self) -> None:
+        """Read everything: every file against the manifest, every frame, and that both maps name the same blocks."""
+        for name in self.manifest["files"]:
+            self.check_file(name)
+        self.check_tie()
+
+    def check_tie(self) -> None:
+        """The tie of the increments: both maps are those of the manifest and name the same blocks; writes in order."""
+        files, tie = self.manifest["files"], self.manifest["increments"]
+        for name in ("backward", "backward.map", "forward.map"):
+            if tie[name.replace(".", "_")] != files[name]["checksum"]:
+                raise DamageError(f"{self.path / 'manifest.json'} ties another {name} (offset 0)", _still(self.number))
+        backward, forward = _spans(self.backward_map()), _spans(self.forward_map())
+        if not np.array_equal(backward, forward) or int((forward[:, 2] - forward[:, 1]).sum()) != tie["blocks"]:
+            raise DamageError(
+                f"{self.path / 'backward.map'} and forward.map name different blocks (offset 0)", _still(self.number)
+            )
+        numbers = self.index()["number"].astype(np.int64)
+        first, last = self.interval.from_write, self.interval.to_write
+        if not np.array_equal(numbers, np.arange(first, last + 1)):
+            raise DamageError(f"{self.path / 'index'} does not hold writes {first} to {last} (offset 64)")
+
+
+def _spans(extents: NDArray[np.void]) -> NDArray[np.int64]:
+    """Rows (volume, first block, block behind) of the blocks that a sorted map names, adjacent extents joined."""
+    if not len(extents):
+        return np.empty((0, 3), dtype=np.int64)
+    volume = extents["volume"].astype(np.int64)
+    begin = extents["block"].astype(np.int64)
+    end = begin + extents["count"].astype(np.int64)
+    first = np.ones(len(extents), dtype=bool)
+    first[1:] = (volume[1:] != volume[:-1]) | (begin[1:] != end[:-1])
+    starts = np.flatnonzero(first)
+    ends = np.append(starts[1:], len(extents)) - 1
+    return np.stack([volume[starts], begin[starts], end[ends]], axis=1)
+
+
+def _still(number: int) -> str:
+    return f"boundary {number} and everything behind it can still be restored if nothing else is damaged"

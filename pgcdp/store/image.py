@@ -1,0 +1,319 @@
+"""The backup image: each volume with a checksum for each of its blocks, and the state that says where it is.
+
+Order of syncs (FORMAT.md 3.4): image and sums first, then the state that speaks of them. A move goes
+
+    state "moving to k+1" synced -> blocks and sums written -> both synced -> state "at k+1" synced
+
+so that after a kill the state never claims what the files do not hold, and a move is simply done again.
+New sums are gathered and written in order: a move touches blocks all over the volume, and one small write each would
+cost more than the hashing. They are never written through a memory map, which would turn a full disk into a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pgcdp.errors import BugError, DamageError, PreconditionError
+from pgcdp.fsio import punch_hole, read_all, read_json, sync_directory, write_all, write_json
+from pgcdp.records import BLOCK
+from pgcdp.store.layout import Store
+
+ZERO_SUM = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
+PIECE_BLOCKS = 256
+"""Blocks read at once: 1 MiB."""
+HOLE_BLOCKS = 128 * 1024
+"""Blocks of a hole passed over at once: 1 MiB of sums."""
+_PENDING_LIMIT = 1 << 18
+
+_digest = xxhash.xxh3_64_intdigest
+
+
+@dataclass(frozen=True, slots=True)
+class ImageState:
+    """FORMAT.md 3.4. "baseline" uses from_write, journal_write and copied (bytes by volume name), the others
+    boundary, write and, while moving, to."""
+
+    state: Literal["baseline", "at", "moving"]
+    boundary: int = 0
+    write: int = 0
+    to: int | None = None
+    from_write: int = 0
+    journal_write: int = 0
+    copied: dict[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, object]:
+        """The keys that belong to the state."""
+        if self.state == "baseline":
+            return {
+                "state": self.state,
+                "from_write": self.from_write,
+                "journal_write": self.journal_write,
+                "copied": self.copied,
+            }
+        content: dict[str, object] = {"state": self.state, "boundary": self.boundary, "write": self.write}
+        return content if self.to is None else {**content, "to": self.to}
+
+
+def read_state(store: Store) -> ImageState:
+    """Where the image is. DamageError if the file is damaged, PreconditionError if there is no image."""
+    path = store.image / "state.json"
+    try:
+        content: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
+        raise PreconditionError(
+            f"{path} is missing, there is no image", "pgcdp protect makes the first image"
+        ) from None
+    if content.get("state") not in ("baseline", "at", "moving"):
+        raise DamageError(f"{path} holds no state of an image (offset 0)")
+    return ImageState(**{key: value for key, value in content.items() if key in ImageState.__dataclass_fields__})
+
+
+def block_sums(data: bytes | bytearray | memoryview) -> NDArray[np.uint64]:
+    """The sums of consecutive blocks as `NAME.sums` holds them: XXH3-64 XOR that of a block of zeros."""
+    view = memoryview(data)
+    count = len(view) // BLOCK
+    found = np.fromiter(
+        (_digest(view[at : at + BLOCK]) for at in range(0, count * BLOCK, BLOCK)), dtype=np.uint64, count=count
+    )
+    return found ^ ZERO_SUM
+
+
+class _VolumeFiles:
+    """Image and sums of one volume."""
+
+    def __init__(self, directory: Path, name: str, size: int, flags: int) -> None:
+        self.path = directory / f"{name}.img"
+        self.sums_path = directory / f"{name}.sums"
+        self.blocks = size // BLOCK
+        self.fd = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+        try:
+            self.sums_fd = os.open(self.sums_path, flags | os.O_CLOEXEC, 0o600)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.pending: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
+        self.pending_blocks = 0
+
+    def check_size(self) -> None:
+        for path, fd, size in (
+            (self.path, self.fd, self.blocks * BLOCK),
+            (self.sums_path, self.sums_fd, self.blocks * 8),
+        ):
+            found = os.fstat(fd).st_size
+            if found != size:
+                raise DamageError(f"{path} ends at offset {found} instead of {size}")
+
+    def sums(self, block: int, count: int) -> NDArray[np.uint64]:
+        self.flush_sums()
+        return np.frombuffer(read_all(self.sums_fd, count * 8, block * 8), dtype=np.uint64)
+
+    def put_sums(self, block: int, sums: NDArray[np.uint64]) -> None:
+        self.pending.append((np.arange(block, block + len(sums)), sums))
+        self.pending_blocks += len(sums)
+        if self.pending_blocks >= _PENDING_LIMIT:
+            self.flush_sums()
+
+    def flush_sums(self) -> None:
+        """Write gathered sums, in order of block; a block's last one counts."""
+        if not self.pending:
+            return
+        blocks = np.concatenate([part for part, _ in self.pending])
+        sums = np.concatenate([part for _, part in self.pending])
+        order = np.argsort(blocks, kind="stable")
+        blocks, sums = blocks[order], sums[order]
+        last = np.append(blocks[1:] != blocks[:-1], True)
+        blocks, sums = blocks[last], sums[last]
+        near = np.flatnonzero(np.diff(blocks) > 512) + 1
+        for group, values in zip(np.split(blocks, near), np.split(sums, near), strict=True):
+            first, count = int(group[0]), int(group[-1] - group[0]) + 1
+            if count == len(group):
+                table = values
+            else:
+                table = np.frombuffer(bytearray(read_all(self.sums_fd, count * 8, first * 8)), dtype=np.uint64)
+                table[group - first] = values
+            write_all(self.sums_fd, table.tobytes(), first * 8)
+        self.pending.clear()
+        self.pending_blocks = 0
+
+    def close(self) -> None:
+        for fd in (self.fd, self.sums_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.sums_fd = -1
+
+
+class Image:
+    """The backup image of a set, by volume number. Not for several threads at once.
+
+    Raises DamageError that names the image file, the offset and the block.
+    """
+
+    def __init__(self, store: Store, flags: int, state: ImageState) -> None:
+        self.store = store
+        self.state = state
+        self.writable = flags & os.O_RDWR != 0
+        self._files: list[_VolumeFiles] = []
+        for volume in store.volumes:
+            self._files.append(_VolumeFiles(store.image, volume.name, volume.bytes, flags))
+
+    @classmethod
+    def create(cls, store: Store, from_write: int) -> Image:
+        """New sparse files that hold zeros, state "baseline" from `from_write` on."""
+        image = cls(store, os.O_RDWR | os.O_CREAT | os.O_TRUNC, ImageState("baseline", from_write=from_write))
+        for files in image._files:
+            os.ftruncate(files.fd, files.blocks * BLOCK)
+            os.ftruncate(files.sums_fd, files.blocks * 8)
+        sync_directory(store.image)
+        image.set_baseline(0, {volume.name: 0 for volume in store.volumes})
+        return image
+
+    @classmethod
+    def open(cls, store: Store, writable: bool = False) -> Image:
+        """Open the image where its state says it is. PreconditionError if there is none, DamageError if cut short."""
+        state = read_state(store)
+        try:
+            image = cls(store, os.O_RDWR if writable else os.O_RDONLY, state)
+        except FileNotFoundError as error:
+            raise DamageError(f"{error.filename} is missing (offset 0)") from None
+        for files in image._files:
+            files.check_size()
+        return image
+
+    def _range(self, volume: int, block: int, count: int) -> _VolumeFiles:
+        if volume >= len(self._files):
+            raise DamageError(f"volume {volume} is not one of the {len(self._files)} of {self.store.path}")
+        files = self._files[volume]
+        if block < 0 or count < 0 or block + count > files.blocks:
+            raise DamageError(
+                f"{files.path} has {files.blocks} blocks, {block} to {block + count - 1} are not among them"
+            )
+        return files
+
+    def read_blocks(self, volume: int, block: int, count: int) -> bytes:
+        """`count` blocks, each checked against its sum."""
+        files = self._range(volume, block, count)
+        data = read_all(files.fd, count * BLOCK, block * BLOCK)
+        self._verify(files, block, data, files.sums(block, count))
+        return data
+
+    def _verify(self, files: _VolumeFiles, block: int, data: bytes, sums: NDArray[np.uint64]) -> None:
+        found = block_sums(data)
+        if len(found) != len(sums) or not np.array_equal(found, sums):
+            size = min(len(found), len(sums))
+            wrong = np.flatnonzero(found[:size] != sums[:size])
+            first = block + (int(wrong[0]) if len(wrong) else size)
+            raise DamageError(
+                f"{files.path} has a damaged block {first} at offset {first * BLOCK}",
+                "pgcdp check --full tells which boundaries can still be restored",
+            )
+
+    def contents(self, volume: int, block: int, count: int) -> Iterator[tuple[int, int, bytes | None]]:
+        """(first block, blocks, content or None for zeros) in order, in pieces of 1 MiB, all checked.
+
+        Holes are not read: their sums must be zeros, which costs 8 bytes a block.
+        """
+        files = self._range(volume, block, count)
+        end = block + count
+        while block < end:
+            hole = self._hole(files, block, end) if end - block > PIECE_BLOCKS else 0
+            if hole:
+                step = min(hole, HOLE_BLOCKS)
+                sums = files.sums(block, step)
+                if np.any(sums):
+                    bad = block + int(np.flatnonzero(sums)[0])
+                    raise DamageError(f"{files.path} has a hole where block {bad} must be, at offset {bad * BLOCK}")
+                yield block, step, None
+            else:
+                step = min(end - block, PIECE_BLOCKS)
+                sums = files.sums(block, step)
+                data = read_all(files.fd, step * BLOCK, block * BLOCK)
+                self._verify(files, block, data, sums)
+                yield from _split_zeros(block, data, sums)
+            block += step
+
+    def _hole(self, files: _VolumeFiles, block: int, end: int) -> int:
+        """Blocks from `block` on that lie in a hole."""
+        try:
+            data = os.lseek(files.fd, block * BLOCK, os.SEEK_DATA)
+        except OSError:
+            return end - block
+        return min(end, data // BLOCK) - block
+
+    def write_blocks(self, volume: int, block: int, data: bytes | bytearray | memoryview) -> None:
+        """Write whole blocks with their sums. Blocks that are all zeros become a hole."""
+        if len(data) % BLOCK:
+            raise BugError(f"{len(data)} bytes are no whole blocks")
+        files = self._range(volume, block, len(data) // BLOCK)
+        sums = block_sums(data)
+        if sums.any():
+            write_all(files.fd, data, block * BLOCK)
+        else:
+            punch_hole(files.fd, block * BLOCK, len(data))
+        files.put_sums(block, sums)
+
+    def zero_blocks(self, volume: int, block: int, count: int) -> None:
+        """Zeros by holes in image and sums; the memory needed does not depend on `count`."""
+        files = self._range(volume, block, count)
+        files.flush_sums()
+        punch_hole(files.fd, block * BLOCK, count * BLOCK)
+        if count >= 4096:
+            punch_hole(files.sums_fd, block * 8, count * 8)
+        else:
+            write_all(files.sums_fd, bytes(count * 8), block * 8)
+
+    def sync(self) -> None:
+        """Make blocks and sums durable."""
+        for files in self._files:
+            files.flush_sums()
+            os.fsync(files.fd)
+            os.fsync(files.sums_fd)
+
+    def _set(self, state: ImageState) -> None:
+        self.sync()
+        write_json(self.store.image / "state.json", state.as_json())
+        self.state = state
+
+    def set_baseline(self, journal_write: int, copied: dict[str, int]) -> None:
+        """Sync, then note how far the first copy is."""
+        if self.state.state != "baseline":
+            raise BugError(f"the image is at boundary {self.state.boundary}, its first copy is over")
+        from_write = self.state.from_write
+        self._set(ImageState("baseline", from_write=from_write, journal_write=journal_write, copied=dict(copied)))
+
+    def set_at(self, boundary: int, write: int) -> None:
+        """Sync, then say that the image equals production at this boundary."""
+        self._set(ImageState("at", boundary=boundary, write=write))
+
+    def set_moving(self, to: int) -> None:
+        """Say that the image is on its way from the boundary it is at to the next one."""
+        state = self.state
+        if state.state == "moving" and state.to == to:
+            return
+        if state.state != "at" or to != state.boundary + 1:
+            raise BugError(f"the image is {state.state} {state.boundary}, it cannot move to boundary {to}")
+        self._set(ImageState("moving", boundary=state.boundary, write=state.write, to=to))
+
+    def close(self) -> None:
+        """Close the files; sums not yet written are written, nothing is synced. Harmless when done twice."""
+        for files in self._files:
+            if files.fd >= 0 and self.writable:
+                files.flush_sums()
+            files.close()
+
+
+def _split_zeros(block: int, data: bytes, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int, bytes | None]]:
+    zero = sums == 0
+    if not zero.any():
+        yield block, len(sums), data
+        return
+    edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), len(sums)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        yield block + begin, end - begin, None if zero[begin] else data[begin * BLOCK : end * BLOCK]

@@ -1,0 +1,135 @@
+"""Where things are in a store, and `store.json`, which says whose store it is (FORMAT.md section 3)."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError
+from pgcdp.fsio import FileLock, make_directory, read_json, write_json
+from pgcdp.records import Boundary, Volume
+
+FORMAT = 1
+
+
+def boundary_from(content: dict[str, Any], where: Path) -> Boundary:
+    """A boundary as it stands in JSON. Raises DamageError naming the file when keys are missing."""
+    try:
+        return Boundary(**{name: content[name] for name in Boundary.__dataclass_fields__})
+    except (KeyError, TypeError):
+        raise DamageError(
+            f"{where} holds no whole boundary at offset 0", "pgcdp check --full tells what can be restored"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store directory. `volumes` are in the order of their numbers, `baseline` is boundary 0 once there is one.
+
+    `extra` are further keys of store.json, as `create` was given them.
+    """
+
+    path: Path
+    set_name: str
+    set_id: bytes
+    volumes: tuple[Volume, ...]
+    baseline: Boundary | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls, path: Path, set_name: str, set_id: bytes, volumes: list[Volume], extra: dict[str, Any] | None = None
+    ) -> Store:
+        """Make a store in an empty or missing directory; its parent must exist. PreconditionError if it is in use."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise PreconditionError(f"{path} is not an empty directory", "name an empty directory with --store")
+        if [volume.number for volume in volumes] != list(range(len(volumes))):
+            raise PgcdpError(f"the volumes of set {set_name} are not numbered from 0")
+        make_directory(path)
+        for name in ("image", "incoming", "intervals", "history"):
+            make_directory(path / name)
+        store = cls(path, set_name, set_id, tuple(volumes), None, dict(extra or {}))
+        store._write()
+        return store
+
+    @classmethod
+    def open(cls, path: Path, set_id: bytes | None = None) -> Store:
+        """Open a store; with `set_id`, only that of this set. PreconditionError if it is none or another's."""
+        try:
+            content = read_json(path / "store.json")
+        except (FileNotFoundError, NotADirectoryError):
+            raise PreconditionError(f"{path} has no store.json", "name a store with --store") from None
+        if content.get("format") != FORMAT:
+            raise PreconditionError(
+                f"{path} has format {content.get('format')}, this pgcdp reads {FORMAT}", "use the pgcdp that wrote it"
+            )
+        known = {"format", "set", "set_id", "volumes", "baseline"}
+        baseline = content.get("baseline")
+        store = cls(
+            path,
+            str(content["set"]),
+            bytes.fromhex(content["set_id"]),
+            tuple(Volume(entry["number"], entry["name"], entry["bytes"]) for entry in content["volumes"]),
+            None if baseline is None else boundary_from(baseline, path / "store.json"),
+            {key: value for key, value in content.items() if key not in known},
+        )
+        if set_id is not None and store.set_id != set_id:
+            raise PreconditionError(
+                f"{path} is the store of set {store.set_name} ({store.set_id.hex()}), not of {set_id.hex()}",
+                "each set has a store of its own; name the right one with --store",
+            )
+        return store
+
+    def _write(self) -> None:
+        content: dict[str, Any] = {
+            **self.extra,
+            "format": FORMAT,
+            "set": self.set_name,
+            "set_id": self.set_id.hex(),
+            "volumes": [asdict(volume) for volume in self.volumes],
+            "baseline": None if self.baseline is None else asdict(self.baseline),
+        }
+        write_json(self.path / "store.json", content)
+
+    def with_baseline(self, boundary: Boundary) -> Store:
+        """The same store with boundary 0, written durably to store.json."""
+        store = replace(self, baseline=boundary)
+        store._write()
+        return store
+
+    def lock(self) -> FileLock:
+        """Lock the store for the one agent that may write to it. PreconditionError if another has it."""
+        return FileLock(self.path / "lock", f"the agent of set {self.set_name}")
+
+    @property
+    def image(self) -> Path:
+        """Directory of the backup image."""
+        return self.path / "image"
+
+    @property
+    def history(self) -> Path:
+        """Directory of one JSON file for each verification, restore and event."""
+        return self.path / "history"
+
+    def incoming(self, number: int) -> Path:
+        """Directory of an interval that is not published yet."""
+        return self.path / "incoming" / f"{number:010d}"
+
+    def interval(self, number: int) -> Path:
+        """Directory of a published interval."""
+        return self.path / "intervals" / f"{number:010d}"
+
+    def incoming_numbers(self) -> list[int]:
+        """Intervals that are not published yet, in order."""
+        return _numbers(self.path / "incoming")
+
+    def interval_numbers(self) -> list[int]:
+        """Published intervals, in order."""
+        return _numbers(self.path / "intervals")
+
+
+def _numbers(directory: Path) -> list[int]:
+    return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"\d{10}", name))

@@ -1,0 +1,34 @@
+"""What all tests share: the fixture files, and that nothing is left when the last test has ended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leaks import SESSION_VARIABLE, Watch
+
+pytest_plugins = ["tests.fix_engine", "tests.fix_postgres"]
+
+# Every process that a test starts inherits this, and is known by it even when it has become a daemon.
+os.environ[SESSION_VARIABLE] = secrets.token_hex(8)
+# The sets of this machine are not the tests' business. A test that makes one has a root of its own.
+os.environ.pop("PGCDP_ROOT", None)
+
+_watch = Watch(os.environ[SESSION_VARIABLE])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An error at the very end when a process, mount, loop device or scratch directory of a test outlives it."""
+    yield
+    left = _watch.left(others={tmp_path_factory.getbasetemp()})
+    assert not left, "left behind:\n" + "\n".join(left)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The house first: a file in the wrong room explains other failures."""
+    items.sort(key=lambda item: Path(item.path).parent != Path(__file__).parent)
