@@ -103,6 +103,9 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
         return err_set(e, ERR_USAGE, "--segment-bytes is %lu: at least 8388608 and a multiple of 4096", c->segment_bytes);
     if (c->limit < 4 * c->segment_bytes)
         return err_set(e, ERR_USAGE, "--journal-limit is %lu: at least four segments of %lu", c->limit, c->segment_bytes);
+    for (int i = optind; i < argc; i++)
+        if (!strchr(argv[i], '='))
+            return err_set(e, ERR_USAGE, "\"%s\" is not NAME=PATH", argv[i]);
     return 0;
 }
 

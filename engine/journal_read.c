@@ -419,7 +419,8 @@ static int find_later(struct jr *jr, size_t index, uint64_t offset, bool valid, 
             if (!plausible(h, s, base + i) || h->number < jr->next_batch)
                 continue;
             *place = base + i;
-            if (!valid && h->number > jr->next_batch)
+            bool expected_here = index == jr->at && base + i == jr->offset;
+            if (!valid && !expected_here && h->number > jr->next_batch)
                 return 1;
             rc = read_batch(jr, index, base + i, e);
             if (rc)
@@ -503,21 +504,23 @@ static int start(struct jr *jr, struct err *e)
     if (!jr->count)
         return 0;
     size_t index;
+    /* Only segments whose writes are applied and released, by a durable mark, are ever used again. */
+    uint64_t done = min_u64(jr->mark.applied_write, jr->mark.released_write);
     int rc = find_continuation(jr, 0, &index, e);
     if (rc < 0)
         return rc;
     if (rc == 1) {
         const struct fmt_batch *h = loaded(jr);
-        if (h->first_write > jr->mark.applied_write + 1)
+        if (h->first_write > done + 1)
             return err_set(e, JR_DAMAGE,
                            "journal %s begins with write %" PRIu64 " in segment %016" PRIu64
-                           ".seg, but writes from %" PRIu64 " on are not on the volumes yet: segments before it are missing",
-                           jr->dir, h->first_write, jr->segments[index].sequence, jr->mark.applied_write + 1);
+                           ".seg, but writes from %" PRIu64 " on were still needed: segments before it are missing",
+                           jr->dir, h->first_write, jr->segments[index].sequence, done + 1);
         stand_at(jr, index, BLOCK, h);
         return 1;
     }
     /* Nothing was written since all that came before was released: the mark knows where the numbers stand. */
-    bool gone = jr->mark.durable_segment < jr->segments[0].sequence && jr->mark.applied_write == jr->mark.durable_write;
+    bool gone = jr->mark.durable_segment < jr->segments[0].sequence && done == jr->mark.durable_write;
     struct fmt_batch h = {.number = 1, .first_write = 1};
     if (jr->marked && gone)
         h = (struct fmt_batch){.number = jr->mark.durable_batch + 1,

@@ -71,8 +71,8 @@ class VolumeConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What protect learnt of the cluster: `version` is the major number, `command_line` the options of `postgres`
-    after its program name and without `-D`, `was_running` whether it ran before protect."""
+    """What protect learnt of the cluster: `version` is the major number, `command_line` the postmaster's whole
+    command line, `was_running` whether it ran before protect."""
 
     version: int
     bindir: Path
@@ -219,6 +219,13 @@ def _words(value: Any) -> tuple[str, ...]:
     return tuple(_text(word) for word in value)
 
 
+def _command_line(value: Any) -> tuple[str, ...]:
+    words = _words(value)
+    if not words or not words[0].startswith("/"):
+        raise ValueError
+    return words
+
+
 def _number(low: int, high: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -298,16 +305,16 @@ SETTINGS: tuple[Setting, ...] = (
         _size(8 << 20),
         exact_size,
         "16G",
-        "a size of at least 8M",
+        "a size of at least 32M",
         "most bytes that the journal may take before on_full applies",
         "up",
     ),
     Setting(
         "segment_size",
-        _size(1 << 20),
+        _size(8 << 20),
         exact_size,
         "64M",
-        "a multiple of 4096 bytes, at least 1M",
+        "a multiple of 4096 bytes, at least 8M",
         "size of a new journal segment",
         "up",
     ),
@@ -359,11 +366,11 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "cluster.command_line",
-        _words,
+        _command_line,
         list,
-        [],
-        "a list of texts",
-        "options that postgres is started with, after -D",
+        None,
+        "a list of texts that begins with an absolute path",
+        "command line that Postgres is started with",
         "up",
     ),
     Setting("cluster.log_file", _path, str, None, _PATHS, "where the output of postgres goes", "up"),
@@ -468,7 +475,10 @@ def set_of_pgdata(pgdata: Path) -> str | None:
 
 
 def load_config(name: str) -> Config:
-    """Settings of a set. Raises UsageError naming file, key and what is allowed; PreconditionError for an unknown set."""
+    """Settings of a set.
+
+    Raises UsageError naming file, key and what is allowed, PreconditionError for an unknown set.
+    """
     paths = set_paths(name)
     file = paths.config_file
     try:
@@ -581,8 +591,10 @@ def save_config(config: Config) -> None:
 
 def remove_config(config: Config) -> None:
     """The set exists no longer. Harmless when the file is gone."""
-    config.paths.config_file.unlink(missing_ok=True)
-    fsio.sync_directory(config.paths.config_file.parent)
+    file = config.paths.config_file
+    if file.exists():
+        file.unlink()
+        fsio.sync_directory(file.parent)
 
 
 def documentation() -> list[tuple[str, str, str, str]]:

@@ -33,7 +33,7 @@ def get(room: str) -> logging.Logger:
 
 
 def start(file: Path | None = None, level: str = "info") -> None:
-    """Send this process's log to `file` (appended, made 0600), or to standard error. A second call replaces the first."""
+    """Send this process's log to `file` (appended, 0600), or to standard error; a second call replaces the first."""
     if file is None:
         handler: logging.Handler = logging.StreamHandler(sys.stderr)
     else:

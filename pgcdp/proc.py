@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pgcdp.errors import PgcdpError, PreconditionError
 
@@ -40,7 +41,7 @@ class Completed:
     seconds: float
 
 
-class ProcessFailed(PgcdpError):
+class ProcessFailed(PgcdpError):  # noqa: N818 - as the tree in pgcdp.errors names them
     """A program ended with an error; `completed` holds what it said."""
 
     kind = "process"
@@ -55,7 +56,9 @@ def user_named(name: str) -> User:
     try:
         entry = pwd.getpwnam(name)
     except KeyError:
-        raise PreconditionError(f'no operating system user "{name}"', f"make it with: useradd --system {name}") from None
+        raise PreconditionError(
+            f'no operating system user "{name}"', f"make it with: useradd --system {name}"
+        ) from None
     return _user(entry)
 
 
@@ -101,8 +104,7 @@ def run(
             command,
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             encoding="utf-8",
             errors="backslashreplace",
             env=None if env is None else dict(env),
@@ -191,12 +193,10 @@ def start_time(pid: int) -> int | None:
 
 
 def _user(entry: pwd.struct_passwd) -> User:
-    return User(
-        entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
-    )
+    return User(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)))
 
 
-def _identity(user: User | None) -> dict[str, object]:
+def _identity(user: User | None) -> dict[str, Any]:
     """What subprocess needs to become `user`; nothing when that is who we are."""
     if user is None or (user.uid == os.geteuid() and user.gid == os.getegid()):
         return {}

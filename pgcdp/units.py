@@ -55,7 +55,7 @@ def format_time(time_ns: int) -> str:
 
 
 def parse_time(text: str) -> int:
-    """Nanoseconds since 1970 of an ISO time; without a zone it is local time, as psql would take it. Raises UsageError."""
+    """Nanoseconds since 1970 of an ISO time; without a zone it is local time, as in psql. Raises UsageError."""
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.leaks import SESSION_VARIABLE, Watch
 
-pytest_plugins = ["tests.fix_engine", "tests.fix_postgres"]
+pytest_plugins = [f"tests.{file.stem}" for file in sorted(Path(__file__).parent.glob("fix_*.py"))]
 
 # Every process that a test starts inherits this, and is known by it even when it has become a daemon.
 os.environ[SESSION_VARIABLE] = secrets.token_hex(8)

@@ -209,8 +209,12 @@ def read_journal(directory: Path) -> Journal:
     journal = Journal(segments[0].set_id if segments else None, segments, batches, mark)
     if mark:
         require(journal.last_write >= mark.durable, f"write {mark.durable} was durable, the journal ends before it")
+        done = min(mark.applied, mark.released)
         if batches:
-            require(batches[0].first_write <= mark.applied + 1, "writes that are not applied are missing")
+            require(batches[0].first_write <= done + 1, f"writes from {done + 1} on are missing")
+        else:
+            gone = not segments or mark.durable_end[0] < segments[0].sequence
+            require(gone and done == mark.durable, f"writes up to {mark.durable} are missing")
     return journal
 
 

@@ -31,6 +31,8 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.store.*": 4,
     "pgcdp.intervals.*": 5,
     "pgcdp.recovery.*": 6,
+    "pgcdp.service": 7,
+    "pgcdp.doctor": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,

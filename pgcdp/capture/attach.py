@@ -7,6 +7,7 @@ Each step looks at what is there, so both may be repeated after a kill at any pl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pgcdp import fsio
+from pgcdp import fsio, proc
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone, spawn_capture
 from pgcdp.config import Config, SetPaths, VolumeConfig
@@ -26,6 +27,8 @@ from pgcdp.progress import Progress, Report, silent
 DEAD_OPTIONS = frozenset({"ro", "emergency_ro", "shutdown"})
 """Mount options that tell that a filesystem has given up after I/O errors (pgcdp never mounts a set read-only)."""
 BUSY_SECONDS = 20.0
+STOP_SECONDS = 600.0
+"""A shutdown checkpoint of large shared buffers takes minutes on slow disks."""
 T = TypeVar("T")
 
 
@@ -118,7 +121,7 @@ def is_attached(config: Config) -> bool:
 
 
 def clean_leftovers(config: Config, progress: Report = silent) -> None:
-    """After a crash of the engine: end Postgres processes on the set's mounts, unmount, detach, drop the dead FUSE mount."""
+    """After a crash of the engine: end Postgres, unmount, detach, drop the dead FUSE mount."""
     progress(Progress("cleaning up what a crash left"))
     end_postgres(config, progress)
     _unmount_all(config, silent, sync=False)
@@ -131,42 +134,20 @@ def discard(config: Config) -> None:
     end_postgres(config)
     _unmount_all(config, silent, sync=False)
     _detach_all(config)
-    try:
+    with contextlib.suppress(EngineGone):
         kill_and_wait(EngineClient(config.paths.control).status().pid)
-    except EngineGone:
-        pass
     volumes.unmount_lazily(config.paths.fuse)
 
 
 def end_postgres(config: Config, progress: Report = silent) -> None:
-    """Kill every Postgres process whose working directory is on the set's mounts, by process id, and await their ends.
+    """Kill every Postgres process of the cluster on the set's mounts and await their ends.
 
     For filesystems that are dead, where Postgres can neither stop cleanly nor lose anything by it. Processes in a
     plain directory of the same name are not touched.
     """
-    found = postgres_processes([volume.mountpoint for volume in config.volumes if _our_mount(config, volume)])
-    if found:
-        progress(Progress("ending Postgres on the dead volume"))
-    for pid in found:
-        kill_and_wait(pid)
-
-
-def postgres_processes(mountpoints: Sequence[Path]) -> list[int]:
-    """Pids of Postgres processes that run in one of these directories (every backend's directory is the data directory)."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            directory = Path(os.readlink(process / "cwd"))
-            name = (process / "comm").read_text().strip()
-        except OSError:
-            continue
-        if name in ("postgres", "postmaster") and any(
-            directory == place or place in directory.parents for place in mountpoints
-        ):
-            found.append(int(process.name))
-    return sorted(found)
+    if any(_our_mount(config, volume) for volume in config.volumes):
+        progress(Progress("ending what is left of Postgres"))
+        cluster.kill_leftovers(config.pgdata)
 
 
 def kill_and_wait(pid: int, timeout: float = 60.0) -> None:
@@ -193,12 +174,57 @@ def syncfs(mountpoints: Sequence[Path]) -> None:
         volumes.sync_filesystem(mountpoint)
 
 
+def cluster_runs(config: Config) -> bool:
+    """Whether a postmaster runs on the data directory."""
+    return cluster.find_postmaster(config.pgdata) is not None
+
+
 def start_cluster(config: Config, progress: Report = silent) -> None:
-    """Start Postgres as it ran before protect, unless it runs."""
+    """Start Postgres with the command line that it had before protect, and await that it takes connections.
+
+    One that runs is left alone; one that hangs in its shutdown is ended and started anew.
+    """
+    facts = config.cluster
+    running = cluster.find_postmaster(config.pgdata)
+    if running is not None and running.state == "stopping":
+        progress(Progress("ending a Postgres that does not stop"))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running.pid, signal.SIGQUIT)
+        if not cluster.wait_gone(running, BUSY_SECONDS):
+            cluster.kill_leftovers(config.pgdata)
+        running = None
+    progress(Progress("starting Postgres"))
+    if running is not None:
+        cluster.wait_ready(config.pgdata, running.pid, facts.log_file)
+    else:
+        _drop_stale_locks(config)
+        cluster.start(facts.command_line, config.pgdata, proc.user_named(facts.owner), facts.log_file)
 
 
-def stop_cluster(config: Config, progress: Report = silent) -> None:
-    """Stop Postgres (fast), if it runs."""
+def _drop_stale_locks(config: Config) -> None:
+    """Remove postmaster.pid and the socket's lock when their postmaster is dead but not yet collected by init.
+
+    Postgres takes such a zombie for alive. Left to Postgres when any process of the cluster is there.
+    """
+    try:
+        lines = (config.pgdata / "postmaster.pid").read_text().splitlines()
+        pid = int(lines[0])
+    except (OSError, ValueError, IndexError):
+        return
+    if proc.exists(pid) or cluster.find_processes(config.pgdata):
+        return
+    if len(lines) > 4 and lines[4]:
+        lock = Path(lines[4]) / f".s.PGSQL.{lines[3]}.lock"
+        with contextlib.suppress(OSError):
+            if lock.read_text().startswith(f"{pid}\n"):
+                lock.unlink()
+    (config.pgdata / "postmaster.pid").unlink()
+
+
+def stop_cluster(config: Config, progress: Report = silent, timeout: float = STOP_SECONDS) -> None:
+    """Stop Postgres (fast), if it runs. Raises PreconditionError when it has not stopped after `timeout` seconds."""
+    progress(Progress("stopping Postgres"))
+    cluster.stop(config.pgdata, timeout)
 
 
 def _healthy(config: Config, volume: VolumeConfig) -> bool:

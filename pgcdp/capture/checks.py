@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import pwd
 import secrets
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgcdp import config as settings
-from pgcdp import fsio
+from pgcdp import fsio, proc
 from pgcdp.capture import volumes
 from pgcdp.capture.copying import measure
 from pgcdp.capture.engine import find_engine
@@ -39,8 +39,9 @@ class ProtectRequest:
     """What `pgcdp protect` is asked for. Exactly one of `volume` (a block device) and `size` (bytes of an image file).
 
     `wal_volume` or `wal_size` give pg_wal a volume of its own, in the same write order. `journal` defaults to the
-    set's state directory, `bindir` to the programs of the cluster's version. `initdb` makes a new cluster at `pgdata`,
-    owned by `owner`, with these extra options of initdb, listening on `port`.
+    set's state directory, `bindir` to the programs of the cluster's version. `stop_seconds` is how long the cluster
+    may take to stop. `initdb` makes a new cluster at `pgdata`, of `version` (or the newest that is installed), owned by
+    `owner`, with these options of initdb and these lines at the end of its postgresql.conf.
     """
 
     name: str
@@ -58,11 +59,12 @@ class ProtectRequest:
     apply: str | None = None
     compression_level: int | None = None
     bindir: Path | None = None
+    stop_seconds: float = 600.0
     initdb: bool = False
     initdb_options: tuple[str, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
     version: int | None = None
     owner: str = "postgres"
-    port: int | None = None
     yes: bool = False
 
 
@@ -81,7 +83,7 @@ def check_root() -> None:
 
 
 def check_machine(fs: str) -> None:
-    """FUSE, loop devices, the engine and the programs that are needed. Raises PreconditionError naming the first missing."""
+    """FUSE, loop devices, the engine, the programs that are needed. Raises PreconditionError for the first missing."""
     for node, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
         try:
             os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
@@ -220,10 +222,10 @@ def check(request: ProtectRequest) -> Plan:
         raise PreconditionError(f'{pgdata} is already protected by the set "{holder}"', f"see pgcdp status {holder}")
     journal = request.journal or paths.journal
     if request.initdb:
-        facts, running = _facts_of_new(request, pgdata), False
+        facts, running = _facts_of_new(request, pgdata, paths), False
     else:
-        facts, running = _facts_of_existing(request, pgdata)
         check_tree(pgdata)
+        facts, running = _facts_of_existing(request, pgdata, paths)
     check_places(request, pgdata, journal)
     planned = tuple(planned_volumes(request, paths, pgdata))
     config = _config(request, pgdata, journal, planned, facts)
@@ -249,3 +251,162 @@ def check(request: ProtectRequest) -> Plan:
         ]
     )
     return Plan(config, running)
+
+
+def _config(
+    request: ProtectRequest, pgdata: Path, journal: Path, planned: tuple[VolumeConfig, ...], facts: ClusterConfig
+) -> Config:
+    given = {
+        key: settings.check_value(key, value)
+        for key in ("journal_limit", "segment_size", "cut", "apply", "compression_level")
+        if (value := getattr(request, key)) is not None
+    }
+    config = Config(
+        name=request.name,
+        set_id=secrets.token_hex(16),
+        pgdata=pgdata,
+        store=Path(os.path.realpath(request.store)),
+        journal=Path(os.path.realpath(journal)),
+        volumes=planned,
+        cluster=facts,
+        fs=settings.check_value("fs", request.fs),
+        **given,
+    )
+    return settings.parse_config(settings.render_config(config), request.name, config.paths.config_file, config.root)
+
+
+def _binaries(request: ProtectRequest, major: int, prefer: Path | None) -> cluster.Binaries:
+    if request.bindir is not None and (found := cluster.version_of(request.bindir)) != major:
+        holds = f"holds PostgreSQL {found}" if found else "holds no PostgreSQL"
+        raise PreconditionError(
+            f"the cluster is of PostgreSQL {major}, but {request.bindir} {holds}",
+            f"give the directory of the programs of PostgreSQL {major}",
+        )
+    return cluster.find_binaries(major, request.bindir or prefer)
+
+
+def _facts_of_existing(request: ProtectRequest, pgdata: Path, paths: SetPaths) -> tuple[ClusterConfig, bool]:
+    found = cluster.inspect(pgdata)
+    if found.user.uid == 0:
+        raise PreconditionError(
+            f"{pgdata} belongs to root, as whom Postgres does not run", f"chown -R postgres {pgdata}"
+        )
+    running = found.postmaster
+    binaries = _binaries(request, found.major, Path(running.argv[0]).parent if running and running.argv else None)
+    argv = running.argv if running else _last_command_line(binaries, pgdata)
+    if running and running.port is not None:
+        port, socket = running.port, running.socket_directory
+    else:
+        port, socket = _ask_port(argv, found.user), _ask_socket_directory(argv, found.user)
+    log_file = running.log_file if running and running.log_file else paths.state / "postgres.log"
+    if pgdata in log_file.parents:
+        log_file = paths.state / "postgres.log"
+    facts = ClusterConfig(
+        version=found.major,
+        bindir=binaries.directory,
+        owner=found.user.name,
+        port=port,
+        socket_directory=os.fspath(socket) if socket else "",
+        command_line=argv,
+        log_file=log_file,
+        system_identifier=str(found.system_identifier),
+        was_running=running is not None,
+    )
+    return facts, running is not None
+
+
+def _last_command_line(binaries: cluster.Binaries, pgdata: Path) -> tuple[str, ...]:
+    """How a cluster that does not run ran last, by its postmaster.opts; the plain one when that does not tell."""
+    try:
+        words = shlex.split((pgdata / "postmaster.opts").read_text())
+    except (OSError, ValueError):
+        words = []
+    if words and os.path.isabs(words[0]) and os.access(words[0], os.X_OK) and os.fspath(pgdata) in words:
+        return tuple(words)
+    if not (pgdata / "postgresql.conf").exists():
+        raise PreconditionError(
+            f"{pgdata} has no postgresql.conf and does not run, so its configuration is not known",
+            "start the cluster as you always do, then protect it",
+        )
+    return cluster.command_line(binaries, pgdata)
+
+
+def _ask_port(argv: tuple[str, ...], user: proc.User) -> int:
+    return int(proc.run([*argv, "-C", "port"], user=user, env=cluster.environment()).stdout)
+
+
+def _ask_socket_directory(argv: tuple[str, ...], user: proc.User) -> Path | None:
+    told = proc.run([*argv, "-C", "unix_socket_directories"], user=user, env=cluster.environment()).stdout
+    first = told.split(",")[0].strip()
+    return Path(first) if first else None
+
+
+# --- a new cluster
+
+
+def _facts_of_new(request: ProtectRequest, pgdata: Path, paths: SetPaths) -> ClusterConfig:
+    user = proc.user_named(request.owner)
+    if os.path.lexists(pgdata) and (not pgdata.is_dir() or any(pgdata.iterdir())):
+        raise PreconditionError(f"{pgdata} exists and is not empty", "leave out --initdb to protect the cluster in it")
+    if volumes.mount_at(pgdata) is not None:
+        raise PreconditionError(f"{pgdata} is a mount point", "name a directory below it")
+    if not pgdata.parent.is_dir():
+        raise PreconditionError(f"{pgdata.parent} does not exist", f"mkdir -p {pgdata.parent}")
+    if not cluster.can_enter(user, pgdata.parent):
+        raise PreconditionError(
+            f"user {user.name} cannot enter {pgdata.parent}",
+            "choose a --pgdata that it can, or change the modes above it",
+        )
+    binaries = _binaries(request, _version_of_new(request), None)
+    wanted = dict(request.settings)
+    return ClusterConfig(
+        version=binaries.major,
+        bindir=binaries.directory,
+        owner=user.name,
+        port=int(wanted.get("port", "5432")),
+        socket_directory=wanted.get("unix_socket_directories", "").split(",")[0].strip(),
+        command_line=cluster.command_line(binaries, pgdata),
+        log_file=paths.state / "postgres.log",
+        system_identifier="0",
+        was_running=False,
+    )
+
+
+def _version_of_new(request: ProtectRequest) -> int:
+    if request.version is not None:
+        return request.version
+    if request.bindir is not None:
+        return cluster.version_of(request.bindir) or cluster.NEWEST
+    for major in range(cluster.NEWEST, cluster.OLDEST, -1):
+        try:
+            return cluster.find_binaries(major).major
+        except PreconditionError:
+            continue
+    return cluster.OLDEST
+
+
+def make_cluster(request: ProtectRequest, config: Config) -> Config:
+    """Run initdb at the data directory; returns the settings with what is known only afterwards.
+
+    Raises ProcessFailed with initdb's own words.
+    """
+    facts = config.cluster
+    user = proc.user_named(facts.owner)
+    config.pgdata.mkdir(mode=0o700, exist_ok=True)
+    os.chown(config.pgdata, user.uid, user.gid)
+    cluster.initdb(cluster.Binaries(facts.bindir, facts.version), config.pgdata, user, *request.initdb_options)
+    with (config.pgdata / "postgresql.conf").open("a") as file:
+        file.writelines(f"{name} = '{value.replace(chr(39), chr(39) * 2)}'\n" for name, value in request.settings)
+    socket = _ask_socket_directory(facts.command_line, user)
+    facts = replace(
+        facts,
+        system_identifier=str(cluster.read_control(config.pgdata).system_identifier),
+        port=_ask_port(facts.command_line, user),
+        socket_directory=os.fspath(socket) if socket else "",
+    )
+    return replace(config, cluster=facts)
+
+
+def remove_cluster(config: Config) -> None:
+    """Undo make_cluster: the data directory goes with all that is in it."""
+    shutil.rmtree(config.pgdata, ignore_errors=True)

@@ -10,13 +10,13 @@ import json
 import os
 import select
 import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgcdp import proc
 from pgcdp.config import Config
 from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.records import Position, Volume
@@ -32,11 +32,11 @@ _BY_KIND: dict[str, type[PgcdpError]] = {
 }
 
 
-class EngineGone(PreconditionError):
+class EngineGone(PreconditionError):  # noqa: N818 - as the tree in pgcdp.errors names them
     """No engine answers at the control socket."""
 
 
-class EngineBusy(PreconditionError):
+class EngineBusy(PreconditionError):  # noqa: N818 - as the tree in pgcdp.errors names them
     """The engine refuses to stop while a volume file is open."""
 
 
@@ -45,7 +45,7 @@ class EngineStatus:
     """The engine's `status` reply. Writes are write numbers, sizes bytes; `raw` is the whole reply.
 
     `state` is "capturing" or "stalled"; `position` is where the last durable batch ends.
-    `open_volumes` names the volumes whose file is held open (by a loop device).
+    `open_volumes` names the volumes whose file is held open (by a loop device), `errors` what could not be written.
     """
 
     state: str
@@ -64,6 +64,7 @@ class EngineStatus:
     volumes: tuple[Volume, ...]
     open_volumes: tuple[str, ...]
     rss_kib: int
+    errors: tuple[str, ...]
     raw: dict[str, Any]
 
 
@@ -76,16 +77,17 @@ class EngineClient:
 
     def request(self, command: str, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
         """Send one request and return its reply. Raises EngineGone, EngineBusy, or the error that the engine names."""
+        patience = self.timeout if timeout is None else timeout
         line = json.dumps({"cmd": command, **arguments}).encode() + b"\n"
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
-                door.settimeout(self.timeout if timeout is None else timeout)
+                door.settimeout(patience)
                 door.connect(os.fspath(self.control))
                 door.sendall(line)
                 answer = _line_of(door)
         except TimeoutError:
             raise PreconditionError(
-                f"the engine at {self.control} did not answer {command} in {self.timeout if timeout is None else timeout:g} s",
+                f"the engine at {self.control} did not answer {command} in {patience:g} s",
                 "look at its log and at the load of its disks",
             ) from None
         except OSError as error:
@@ -109,20 +111,20 @@ class EngineClient:
     def status(self) -> EngineStatus:
         return parse_status(self.request("status"))
 
-    def cut(self) -> dict[str, Any]:
-        """Ask for a cut; the reply tells write and position."""
-        return self.request("cut")
+    def cut(self) -> int:
+        """Make everything that was answered durable. Returns the last durable write."""
+        return int(self.request("cut")["durable_write"])
 
-    def mark(self, name: str) -> dict[str, Any]:
-        """Put a mark into the write order; the reply tells its write number."""
-        return self.request("mark", name=name)
+    def mark(self, name: str) -> int:
+        """Put a mark into the write order and return its write number. Raises UsageError for a name over 1024 bytes."""
+        return int(self.request("mark", name=name)["write"])
 
     def release(self, write: int) -> None:
         """The store holds all writes up to `write` durably: their segments may be used again."""
         self.request("release", write=write)
 
     def sync(self, timeout: float = 3600.0) -> int:
-        """Bring everything that is durable now to the volumes and sync them. Returns the write up to which that is so."""
+        """Bring all that is durable now to the volumes and sync them. Returns the write up to which that is so."""
         return int(self.request("sync", timeout=timeout)["applied_write"])
 
     def stop(self, timeout: float = 3600.0) -> None:
@@ -166,6 +168,7 @@ def parse_status(reply: dict[str, Any]) -> EngineStatus:
             volumes=tuple(Volume(int(row["number"]), str(row["name"]), int(row["bytes"])) for row in reply["volumes"]),
             open_volumes=tuple(str(row["name"]) for row in reply["volumes"] if row["open"]),
             rss_kib=int(reply["rss_kib"]),
+            errors=tuple(str(error) for error in reply.get("errors", ())),
             raw=reply,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -209,58 +212,54 @@ def spawn_capture(config: Config, create: bool = False, timeout: float = 3600.0)
     log = os.open(paths.engine_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         begin = os.fstat(log).st_size
-        child = subprocess.Popen(
-            capture_command(config, create),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            start_new_session=True,
-        )
+        pid = _spawn(capture_command(config, create), log)
     finally:
         os.close(log)
-    _children.append(child)
     client = EngineClient(paths.control)
-    _await_answer(client, child, paths.engine_log, begin, timeout)
+    _await_answer(client, pid, paths.engine_log, begin, timeout)
     return client
+
+
+def _spawn(command: Sequence[str], log: int) -> int:
+    """The process id of a child in a session of its own, whose directory is / and whose output goes to `log`."""
+    null = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
+    output = [(os.POSIX_SPAWN_DUP2, log, number) for number in (1, 2)]
+    shell = ["/bin/sh", "-c", 'cd / && exec "$@"', "sh", *command]
+    pid = os.posix_spawn(shell[0], shell, os.environ, file_actions=[null, *output], setsid=True)
+    _children.add(pid)
+    return pid
 
 
 def run_engine(arguments: Sequence[str]) -> str:
     """Run another sub-command (`check`, `dump`) to its end and return what it prints. Raises by its exit code."""
-    done = subprocess.run(
-        [os.fspath(find_engine()), *arguments], stdin=subprocess.DEVNULL, capture_output=True, cwd="/", check=False
-    )
+    done = proc.run([os.fspath(find_engine()), *arguments], check=False)
     if done.returncode:
-        raise _died(done.returncode, done.stderr.decode("utf-8", "replace"), None)
-    return done.stdout.decode("utf-8", "replace")
+        raise _died(done.returncode, done.stderr, None)
+    return done.stdout
 
 
-_children: list[subprocess.Popen[bytes]] = []
-"""Engines that this process started: kept so that their ends are collected and no child stays a zombie."""
+_children: set[int] = set()
+"""Engines that this process started: their ends are collected, so that no zombie stays while this process lives."""
 
 
 def _reap() -> None:
-    _children[:] = [child for child in _children if child.poll() is None]
+    for pid in list(_children):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            _children.discard(pid)
 
 
-def _await_answer(client: EngineClient, child: subprocess.Popen[bytes], log: Path, begin: int, timeout: float) -> None:
-    ended = _pidfd(child.pid)
+def _await_answer(client: EngineClient, pid: int, log: Path, begin: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    try:
-        while not client.alive():
-            if ended is None or select.select([ended], [], [], 0.02)[0]:
-                code = child.wait()
-                _reap()
-                with log.open("rb") as text:
-                    text.seek(begin)
-                    raise _died(code, text.read().decode("utf-8", "replace"), log)
-            if time.monotonic() > deadline:
-                raise PreconditionError(
-                    f"the engine (pid {child.pid}) did not answer in {timeout:g} s", f"look at {log}"
-                )
-    finally:
-        if ended is not None:
-            os.close(ended)
+    while not client.alive():
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            _children.discard(pid)
+            with log.open("rb") as text:
+                text.seek(begin)
+                raise _died(os.waitstatus_to_exitcode(status), text.read().decode("utf-8", "replace"), log)
+        if time.monotonic() > deadline:
+            raise PreconditionError(f"the engine (pid {pid}) did not answer in {timeout:g} s", f"look at {log}")
+        time.sleep(0.02)
 
 
 def _died(code: int, text: str, log: Path | None) -> PgcdpError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -272,7 +272,7 @@ class _Walk:
                 raise self.damage(f"{self.journal.directory} holds no valid batch with write {self.after + 1}")
             self.judge_end(Position(self.sequences[0], SEGMENT_HEADER_BYTES) if self.sequences else None)
             return
-        came_from = place if start is not None else None
+        came_from = start if start is not None and start.offset > SEGMENT_HEADER_BYTES else None
         segment = self.enter(place.segment)
         gather = _Gather()
         while self.upto is None or self.last < self.upto:
@@ -333,15 +333,20 @@ class _Walk:
         """Beginning of the newest segment whose first batch is not behind the first write wanted."""
         first = self.after + 1
         lowest: int | None = None
+        bad: Path | None = None
         for sequence in reversed(self.sequences):
-            if not self.journal.path(sequence).exists():
+            path = self.journal.path(sequence)
+            if not path.exists():
                 break
             head = self.peek(sequence)
             if head is None:
+                bad = bad or (path if lowest is not None else None)
                 continue
             if head.first <= first:
                 return Position(sequence, SEGMENT_HEADER_BYTES)
-            lowest = head.first
+            lowest, bad = head.first, None
+        if lowest is not None and bad is not None:
+            raise self.damage(f"{bad} has a damaged batch at offset {SEGMENT_HEADER_BYTES}")
         if lowest is not None:
             raise self.damage(f"{self.journal.directory} begins with write {lowest}, write {first} is wanted")
         return None
@@ -360,17 +365,31 @@ class _Walk:
         mark = self.journal.applied_mark()
         reached = max(self.last, self.after)
         if place is not None:
-            segment = self.current or self.enter(place.segment)
             path = self.journal.path(place.segment)
-            for offset in range(place.offset + BLOCK, segment.size, BLOCK):
-                head = segment.batch(offset) if segment.has_magic(offset) else None
-                if head is not None and head.number >= self.number:
-                    raise self.damage(f"{path} has a damaged batch at offset {place.offset}, a valid one follows")
-            for later in self.sequences[bisect_right(self.sequences, place.segment) :]:
-                if self.peek(later) is not None:
-                    raise self.damage(f"{path} has a damaged batch at offset {place.offset}, segment {later} follows")
+            for later in self.sequences[bisect_left(self.sequences, place.segment) :]:
+                found = self.valid_batch_behind(later, place.offset if later == place.segment else 0)
+                if found is not None:
+                    raise self.damage(
+                        f"{path} has a damaged batch at offset {place.offset}, "
+                        f"a valid one lies at {found} of segment {later}"
+                    )
         if mark is not None and mark.durable_write > reached:
             where = f"{self.journal.path(place.segment)} ends at offset {place.offset}" if place else "it is empty"
             raise self.damage(
                 f"{self.journal.directory} is damaged: {where}, but write {mark.durable_write} was durable"
             )
+
+    def valid_batch_behind(self, sequence: int, offset: int) -> int | None:
+        """Offset of a valid batch behind `offset` in a segment that must not be there if the journal had ended.
+
+        The first batch of a later segment may be the damaged one, so all of a later segment is looked through.
+        """
+        segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
+        try:
+            for at in range(offset + BLOCK, segment.size, BLOCK):
+                head = segment.batch(at) if segment.has_magic(at) else None
+                if head is not None and head.number >= self.number:
+                    return at
+        finally:
+            segment.close()
+        return None

@@ -14,7 +14,6 @@ the new volume at all, protect puts back, since no client was served. The old co
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -64,7 +63,7 @@ class _Pending:
     config: Config
     was_running: bool
     initdb: bool
-    made: tuple[str, ...]
+    stop_seconds: float
 
     def save(self) -> None:
         fsio.write_json(
@@ -75,7 +74,7 @@ class _Pending:
                 "config": settings.render_config(self.config),
                 "was_running": self.was_running,
                 "initdb": self.initdb,
-                "made": list(self.made),
+                "stop_seconds": self.stop_seconds,
             },
         )
 
@@ -97,7 +96,7 @@ def _load_pending(paths: SetPaths) -> _Pending | None:
         config=settings.parse_config(content["config"], paths.name, paths.protect_state, paths.root),
         was_running=content["was_running"],
         initdb=content["initdb"],
-        made=tuple(content["made"]),
+        stop_seconds=content["stop_seconds"],
     )
 
 
@@ -117,9 +116,9 @@ def protect(request: ProtectRequest, progress: Report = silent) -> Config:
             return settings.load_config(request.name)
         progress(Progress("checking"))
         plan = checks.check(request)
-        config, made = plan.config, plan.missing_directories
+        config = plan.config
         paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        pending = _Pending("protect", "volume", config, plan.was_running, request.initdb, made)
+        pending = _Pending("protect", "volume", config, plan.was_running, request.initdb, request.stop_seconds)
         pending.save()
         with _put_back_on_error(paths, progress):
             if request.initdb:
@@ -154,7 +153,7 @@ def unprotect(config: Config, progress: Report = silent) -> None:
             if not was_attached:
                 attach.detach(config, progress)
             raise
-        pending = _Pending("unprotect", "stop", config, was_running, False, ())
+        pending = _Pending("unprotect", "stop", config, was_running, False, attach.STOP_SECONDS)
         pending.save()
         with _put_back_on_error(paths, progress):
             attach.stop_cluster(config, progress)
@@ -201,7 +200,7 @@ def _put_back_on_error(paths: SetPaths, progress: Report) -> Iterator[None]:
         if pending is not None and not (interrupted and pending.step == "start"):
             try:
                 _put_back(pending, progress)
-            except PgcdpError as second:
+            except (PgcdpError, OSError) as second:
                 raise PgcdpError(
                     f"{error}; and putting back failed: {second}",
                     f"mend that, then run pgcdp {pending.doing} {paths.name} again: it puts back what is left",
@@ -228,7 +227,7 @@ def _fill_volumes(pending: _Pending, progress: Report) -> _Pending:
     with _mounted_plain(config) as place:
         _check_fits(config, place)
         pending = pending.at("stop")
-        attach.stop_cluster(config, progress)
+        attach.stop_cluster(config, progress, pending.stop_seconds)
         pending = pending.at("copy")
         total = measure(config.pgdata).content
         copy_tree(config.pgdata, place, lambda done: progress(Progress("copying the cluster", done, total)))
@@ -391,9 +390,8 @@ def _put_back(pending: _Pending, progress: Report) -> None:
         config.paths.protect_state.unlink()
         fsio.sync_directory(config.paths.state)
     else:
+        _remove_if_empty(config.paths.volumes)
         _forget(config.paths)
-        for directory in reversed(pending.made):
-            _remove_if_empty(Path(directory))
 
 
 def _remove_volumes(config: Config) -> None:

@@ -40,7 +40,10 @@ class Mount:
 
 
 def make_image(path: Path, size: int) -> None:
-    """A fully allocated, durable image file of `size` bytes, 0600. Raises PreconditionError when it exists or has no room."""
+    """A fully allocated, durable image file of `size` bytes, 0600.
+
+    Raises PreconditionError when it exists or has no room.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         image = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -72,7 +75,8 @@ def backing_bytes(path: Path) -> int:
 def check_device(device: Path, overwrite: bool) -> int:
     """Bytes of a block device that may become a volume. Changes nothing.
 
-    Raises UsageError when it is no block device, PreconditionError when it is in use or (unless `overwrite`) carries data.
+    Raises UsageError when it is no block device, PreconditionError when it is in use or, unless `overwrite`, carries
+    data.
     """
     try:
         mode = device.stat().st_mode
@@ -119,7 +123,7 @@ def _check_exclusive(device: Path) -> None:
 
 
 def signatures(device: Path) -> list[str]:
-    """Names of the filesystem, partition table and other signatures on a device, by wipefs; empty when there are none."""
+    """Names of the filesystem, partition table and other signatures on a device, by wipefs."""
     listing = proc.run(["wipefs", "--noheadings", "--parsable", "--output", "TYPE", os.fspath(device)]).stdout
     return sorted({line.strip() for line in listing.splitlines() if line.strip()})
 
@@ -261,7 +265,7 @@ def _unescape(text: str) -> str:
 
 
 def mount_at(mountpoint: Path) -> Mount | None:
-    """What is mounted exactly there (the topmost), or None. Touches nothing below it, so a dead mount does not matter."""
+    """What is mounted exactly there (the topmost), or None. Touches nothing below it: it may be dead."""
     place = Path(os.path.realpath(mountpoint.parent)) / mountpoint.name
     found = [mount for mount in mounts() if mount.mountpoint == place]
     return found[-1] if found else None

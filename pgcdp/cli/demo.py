@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from pgcdp.cli import options, screen
+from pgcdp.cli.restore import point
+from pgcdp.errors import VerificationFailed
+from pgcdp.units import format_duration, format_size
 
 
 @click.command(epilog=options.examples("pgcdp demo", "pgcdp demo --keep"))
@@ -21,5 +27,32 @@ def command(keep: bool, output: str) -> int:
 
     with screen.progress(output) as progress:
         value = demo.run(keep=keep, progress=progress)
-    screen.result(value, output, demo_text)
-    return 0 if value["ok"] else 4
+    screen.result(value, output, _render)
+    return 0 if value["ok"] else VerificationFailed.exit_code
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    steps = value["steps"]
+    screen.text()
+    screen.table(
+        ["step", "took", ""], [[step["name"], format_duration(step["seconds"]), step["detail"]] for step in steps]
+    )
+    screen.text()
+    for restore in value["restores"]:
+        verdict = "proven" if restore["ok"] else "FAILED"
+        screen.text(f"{verdict}: {point(restore)}: {restore['paid_orders']} paid orders")
+    captured = value["captured"]
+    screen.text()
+    screen.text(
+        f"captured {captured['writes']} writes, {format_size(captured['bytes_written'])}, in {captured['intervals']} "
+        f"intervals; stored in {format_size(captured['stored_bytes'])}"
+    )
+    screen.text(f"all of it took {format_duration(value['seconds'])}")
+    screen.text()
+    screen.text("to look further:")
+    for line in value["next"]:
+        screen.text(f"  {line}")
+    if value["remove"]:
+        screen.text(f"to remove it: {value['remove']}")
+    else:
+        screen.text("nothing of it is left on this machine")

@@ -7,14 +7,18 @@ compares them with what is committed.
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import click
 
+import pgcdp as package
 from pgcdp import config, errors
 from pgcdp.cli.main import VERBS, pgcdp
+from pgcdp.errors import PgcdpError
 
 WRITTEN_BY = "<!-- Written by `python -m pgcdp.cli.docs docs`; change the program instead. -->"
 WIDTH = 100
@@ -54,12 +58,19 @@ def _help(command: click.Command, parent: click.Context | None, name: str) -> st
     return "\n".join(line.rstrip() for line in command.get_help(context).splitlines()).rstrip()
 
 
-def tree(root: type[errors.PgcdpError] = errors.PgcdpError) -> Iterator[type[errors.PgcdpError]]:
-    """The errors of `pgcdp.errors`, each before its children. Kinds of other files are told as the one they belong to."""
-    yield root
-    for child in root.__subclasses__():
-        if child.__module__ == errors.__name__:
-            yield from tree(child)
+def errors_of_all_rooms() -> list[type[PgcdpError]]:
+    """Every error that has an exit code or a kind of its own, those of `pgcdp.errors` first for each code."""
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    found = [error for error in _with_children(PgcdpError) if {"exit_code", "kind"} & vars(error).keys()]
+    return sorted(found, key=lambda error: (error.exit_code, error.__module__ != errors.__name__, error.__name__))
+
+
+def _with_children(error: type[PgcdpError]) -> Iterator[type[PgcdpError]]:
+    yield error
+    for child in error.__subclasses__():
+        yield from _with_children(child)
 
 
 def error_tree() -> str:
@@ -76,15 +87,15 @@ def error_tree() -> str:
         "|---|---|---|---|",
         "| 0 | | | done |",
     ]
-    for error in sorted(tree(), key=lambda error: (error.exit_code, error.kind != "error")):
+    for error in errors_of_all_rooms():
         meaning = (inspect.getdoc(error) or "").split("\n\n")[0].replace("\n", " ").rstrip(".")
         lines.append(f"| {error.exit_code} | {error.kind} | `{error.__name__}` | {meaning} |")
     lines += [
         "| 130 | | | interrupted with Ctrl-C, after cleaning up |",
         "| 143 | | | ended by SIGTERM, after cleaning up (129 by SIGHUP) |",
         "",
-        "`verify` exits 4 and `check` exits 5 or 6 with their whole result printed, since that is what names the failed",
-        "checks. An error of kind `bug` is one that nobody foresaw: its traceback is at the end of",
+        "`verify` exits 4 and `check` exits 5 or 6 with their whole result printed, since that is what names the",
+        "failed checks. An error of kind `bug` is one that nobody foresaw: its traceback is at the end of",
         "`/var/lib/pgcdp/pgcdp.log`, and `PGCDP_DEBUG=1` prints it.",
     ]
     return "\n".join(lines) + "\n"

@@ -103,9 +103,7 @@ def split_set(words: tuple[str, ...], what: str) -> tuple[str, str]:
     if not words:
         raise UsageError(f"missing argument {what}", "pgcdp --help shows the commands")
     if len(words) > 2:
-        raise UsageError(
-            f'unexpected argument "{words[2]}"', f"give SET and {what}, or {what} alone"
-        )
+        raise UsageError(f'unexpected argument "{words[2]}"', f"give SET and {what}, or {what} alone")
     return pick_set(words[0] if len(words) == 2 else None), words[-1]
 
 

@@ -34,9 +34,7 @@ from pgcdp.errors import UsageError
     help="Where backup images and intervals are kept; best on other disks than the cluster's.",
 )
 @click.option("--volume", type=click.Path(path_type=Path), metavar="DEV", help="Block device to take as the volume.")
-@click.option(
-    "--size", type=units.parse_size, metavar="SIZE", help="Or make it: a file of this size, fully allocated."
-)
+@click.option("--size", type=units.parse_size, metavar="SIZE", help="Or make it: a file of this size, fully allocated.")
 @click.option("--fs", type=click.Choice(["ext4", "xfs"]), default="ext4", show_default=True, help="Its filesystem.")
 @click.option(
     "--journal",

@@ -120,7 +120,7 @@ def parse(data: bytes | bytearray | memoryview) -> Control:
             "pgcdp reads clusters of PostgreSQL 13 to 18",
         )
     values = {name: struct.unpack_from("<" + code, data, offset)[0] for name, offset, code in _FIELDS}
-    values["state"] = State(values["state"]) if values["state"] in State else None
+    values["state"] = State(values["state"]) if values["state"] < len(State) else None
     values["checksums"] = values["checksums"] != 0
     return Control(**values, crc_ok=_crc_ok(data, version))
 

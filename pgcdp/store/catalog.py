@@ -1,34 +1,148 @@
-"""SIGNATURES FIRST."""
+"""The catalog: SQLite, a cache of the manifests and of the history files. `rebuild` makes it anew from the store.
+
+Nothing is only here. It is written after the files that it mirrors, so a kill can leave it behind them, never ahead.
+"""
 
 from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast
+
+import sqlite_utils
+
+from pgcdp.errors import DamageError
 from pgcdp.records import Boundary, Interval
+from pgcdp.store.history import HistoryKind, add_history
 from pgcdp.store.layout import Store
 
-HistoryKind = Literal["verification", "restore", "event"]
+FILE_NAME = "catalog.db"
+SCHEMA_VERSION = 1
 
 
 class Catalog:
-    """STORE/catalog.db: cache of manifests and history."""
+    """`STORE/catalog.db`. Raises DamageError when SQLite cannot read it; the hint says how to make it anew."""
+
+    def __init__(self, store: Store, path: Path) -> None:
+        self.store = store
+        self.path = path
+        connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            self._db = sqlite_utils.Database(connection)
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            raise _damaged(path, error) from None
 
     @classmethod
-    def open(cls, store: Store) -> Catalog: ...
-    def put_baseline(self, boundary: Boundary) -> None: ...
-    def baseline(self) -> Boundary | None: ...
-    def put_interval(self, interval: Interval) -> None: ...
-    def intervals(self) -> list[Interval]: ...
-    def remember(self, kind: HistoryKind, time_ns: int, content: dict[str, object]) -> None:
-        """History file first (atomic, synced), then the row."""
+    def open(cls, store: Store) -> Catalog:
+        """Open the catalog of a store; an empty one is made where there is none."""
+        return cls(store, store.path / FILE_NAME)
 
-    def history(self, kind: HistoryKind, limit: int = 100) -> list[dict[str, object]]:
-        """Newest first."""
+    def _prepare(self) -> None:
+        self._db.table("boundaries").create(
+            {"number": int, "write": int, "time_ns": int, "content": str}, pk="number", if_not_exists=True
+        )
+        self._db.table("intervals").create(
+            {"number": int, "from_write": int, "to_write": int, "to_time_ns": int, "content": str},
+            pk="number",
+            if_not_exists=True,
+        )
+        self._db.table("history").create(
+            {"name": str, "kind": str, "time_ns": int, "interval": int, "content": str}, pk="name", if_not_exists=True
+        )
+        self._db.table("history").create_index(["kind", "time_ns"], if_not_exists=True)
+        if not self._db.conn.execute("PRAGMA user_version").fetchone()[0]:
+            self._db.conn.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
-    def last_verification(self, interval: int) -> dict[str, object] | None:
-        """content needs "interval" and "ok" keys."""
+    def _rows(self, sql: str, values: tuple[object, ...] = ()) -> list[dict[str, Any]]:
+        try:
+            return list(self._db.query(sql, values))
+        except sqlite3.DatabaseError as error:
+            raise _damaged(self.path, error) from None
 
-    def close(self) -> None: ...
+    def _put(self, table: str, row: dict[str, Any]) -> None:
+        try:
+            with self._db.conn:
+                self._db.table(table).upsert(row)
+        except sqlite3.DatabaseError as error:
+            raise _damaged(self.path, error) from None
+
+    def put_baseline(self, boundary: Boundary) -> None:
+        """Mirror boundary 0 (its truth is store.json)."""
+        row = {"number": boundary.number, "write": boundary.write, "time_ns": boundary.time_ns}
+        self._put("boundaries", {**row, "content": json.dumps(asdict(boundary))})
+
+    def baseline(self) -> Boundary | None:
+        """Boundary 0, if the first copy is over."""
+        rows = self._rows("select content from boundaries where number = 0")
+        return Boundary(**json.loads(rows[0]["content"])) if rows else None
+
+    def put_interval(self, interval: Interval) -> None:
+        """Mirror a published interval and its boundary; harmless when done twice."""
+        row = {name: getattr(interval, name) for name in ("number", "from_write", "to_write", "to_time_ns")}
+        self.put_baseline(interval.boundary)
+        self._put("intervals", {**row, "content": json.dumps(asdict(interval))})
+
+    def remove_interval(self, number: int) -> None:
+        """Forget an interval that was expired. Its boundary stays known."""
+        try:
+            with self._db.conn:
+                self._db.table("intervals").delete_where("number = ?", [number])
+        except sqlite3.DatabaseError as error:
+            raise _damaged(self.path, error) from None
+
+    def intervals(self) -> list[Interval]:
+        """All intervals in order of number."""
+        return [_interval(row) for row in self._rows("select content from intervals order by number")]
+
+    def interval(self, number: int) -> Interval | None:
+        """One interval, or None."""
+        rows = self._rows("select content from intervals where number = ?", (number,))
+        return _interval(rows[0]) if rows else None
+
+    def remember(self, kind: HistoryKind, time_ns: int, content: dict[str, Any]) -> None:
+        """Add to the history: its file first, durably, then the row. Content may name an "interval"."""
+        self.put_history(add_history(self.store, kind, time_ns, content), kind, time_ns, content)
+
+    def put_history(self, name: str, kind: str, time_ns: int, content: dict[str, Any]) -> None:
+        """Mirror a history file."""
+        row = {"name": name, "kind": kind, "time_ns": time_ns, "interval": content.get("interval")}
+        self._put("history", {**row, "content": json.dumps(content)})
+
+    def history(self, kind: HistoryKind, limit: int = 100) -> list[dict[str, Any]]:
+        """Contents of the newest entries of a kind, newest first, each with its `time_ns`."""
+        sql = "select time_ns, content from history where kind = ? order by name desc limit ?"
+        return [_entry(row) for row in self._rows(sql, (kind, limit))]
+
+    def last_verification(self, interval: int) -> dict[str, Any] | None:
+        """The newest verification of a point in this interval, or None."""
+        sql = (
+            "select time_ns, content from history where kind = 'verification' and interval = ? "
+            "order by name desc limit 1"
+        )
+        rows = self._rows(sql, (interval,))
+        return _entry(rows[0]) if rows else None
+
+    def close(self) -> None:
+        """Close the database. Harmless when done twice."""
+        self._db.conn.close()
 
 
-# rebuild.py: rebuild(store) -> Catalog
-# scrub.py: check_store(store, full=True, progress=None) -> ScrubReport(damages=[Damage(file, offset, message, still)], files, bytes_read)
+def _entry(row: dict[str, Any]) -> dict[str, Any]:
+    return {**cast("dict[str, Any]", json.loads(row["content"])), "time_ns": row["time_ns"]}
+
+
+def _interval(row: dict[str, Any]) -> Interval:
+    content = json.loads(row["content"])
+    return Interval(**{**content, "boundary": Boundary(**content["boundary"])})
+
+
+def _damaged(path: Path, error: Exception) -> DamageError:
+    return DamageError(
+        f"the catalog {path} cannot be read: {str(error).lower()} (offset unknown to sqlite)",
+        "nothing is only in it; pgcdp rebuild makes it anew from the store",
+    )

@@ -11,7 +11,6 @@ import struct
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -21,120 +20,53 @@ import zstandard
 
 from pgcdp.errors import BugError, DamageError
 from pgcdp.fsio import read_all, write_all
+from pgcdp.store.frame_format import (
+    CODEC_DIRECTORY,
+    CODEC_PLAIN,
+    CODEC_ZSTD,
+    DEFAULT_LEVEL,
+    ENTRY,
+    FRAME_BYTES,
+    FRAME_HEADER_BYTES,
+    HEADER_BYTES,
+    HINT,
+    MAX_FRAME_BYTES,
+    Entry,
+    FileSummary,
+    check_header,
+    digest_of,
+    file_header,
+    frame_after,
+    frame_header,
+    has_trailer,
+    read_directory,
+    read_frame,
+    scan,
+)
 
-FRAME_BYTES = 512 * 1024
-DEFAULT_LEVEL = 3
-HEADER_BYTES = 64
-FRAME_HEADER_BYTES = 32
-TRAILER_BYTES = 32
-MAX_FRAME_BYTES = 64 * 1024 * 1024
-"""No writer makes frames that long; a reader takes a longer one for damage instead of reserving its memory."""
-
-CODEC_PLAIN = 0
-CODEC_ZSTD = 1
-CODEC_DIRECTORY = 255
-
-_HEADER = struct.Struct("<8sI4s16sQ16sQ")
-_FRAME = struct.Struct("<4sIQIIQ")
-_TRAILER = struct.Struct("<8sQQQ")
-_ENTRY = np.dtype([("position", "<u8"), ("offset", "<u8"), ("raw", "<u4"), ("stored", "<u4")])
-_EIGHT_ZEROS = bytes(8)
-_HINT = "pgcdp check --full tells what else is damaged and what can still be restored"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One frame: position of its first raw byte in the stream, its offset in the file, both lengths."""
-
-    position: int
-    offset: int
-    raw: int
-    stored: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileSummary:
-    """A finished file: name, bytes on disk, XXH3-64 of the whole file in hex, bytes of the stream."""
-
-    name: str
-    bytes: int
-    checksum: str
-    length: int
+__all__ = [
+    "DEFAULT_LEVEL",
+    "FRAME_BYTES",
+    "HEADER_BYTES",
+    "Entry",
+    "FileSummary",
+    "FrameReader",
+    "FrameWriter",
+    "check_unfinished",
+]
 
 
-def _header(content: bytes, set_id: bytes, interval: int) -> bytes:
-    plain = _HEADER.pack(b"PGCDPFRM", 1, content, set_id, interval, bytes(16), 0)
-    return plain[:56] + struct.pack("<Q", xxhash.xxh3_64_intdigest(plain))
-
-
-def _frame_header(codec: int, position: int, raw: int, stored: bytes) -> bytes:
-    plain = _FRAME.pack(b"FRAM", codec, position, raw, len(stored), 0)
-    digest = xxhash.xxh3_64(plain)
-    digest.update(stored)
-    return plain[:24] + struct.pack("<Q", digest.intdigest())
-
-
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    codec: int
-    position: int
-    raw: int
-    stored: bytes
-
-
-def _read_frame(fd: int, offset: int, end: int) -> _Frame | None:
-    """The frame at `offset` if it is valid and ends at or before `end`, else None."""
-    if offset + FRAME_HEADER_BYTES > end:
-        return None
-    head = read_all(fd, FRAME_HEADER_BYTES, offset)
-    if len(head) < FRAME_HEADER_BYTES:
-        return None
-    magic, codec, position, raw, stored_length, checksum = _FRAME.unpack(head)
-    if magic != b"FRAM" or offset + FRAME_HEADER_BYTES + stored_length > end:
-        return None
-    stored = read_all(fd, stored_length, offset + FRAME_HEADER_BYTES)
-    digest = xxhash.xxh3_64(head[:24])
-    digest.update(_EIGHT_ZEROS)
-    digest.update(stored)
-    if digest.intdigest() != checksum or len(stored) != stored_length:
-        return None
-    return _Frame(codec, position, raw, stored)
-
-
-def _check_header(path: Path, head: bytes, content: bytes, set_id: bytes, interval: int) -> None:
-    if len(head) < HEADER_BYTES or head != _header(content, set_id, interval):
-        raise DamageError(f"{path} has a wrong header at offset 0", _HINT)
-
-
-def _scan(path: Path, fd: int, size: int) -> tuple[list[Entry], int, bool]:
-    """Frames of an unfinished file, the offset at which they end, and whether a directory frame follows there."""
-    entries: list[Entry] = []
-    offset = HEADER_BYTES
-    position = 0
-    while (frame := _read_frame(fd, offset, size)) is not None:
-        if frame.codec == CODEC_DIRECTORY:
-            return entries, offset, frame.position == position
-        if frame.position != position or frame.codec not in (CODEC_PLAIN, CODEC_ZSTD):
-            break
-        entries.append(Entry(position, offset, frame.raw, len(frame.stored)))
-        offset += FRAME_HEADER_BYTES + len(frame.stored)
-        position += frame.raw
-    return entries, offset, False
-
-
-def _frame_after(fd: int, offset: int, size: int) -> int | None:
-    """Offset of a valid frame somewhere behind `offset`: then what lies before it is damage, no torn tail."""
-    step = 1 << 20
-    at = offset + 1
-    while at < size:
-        chunk = read_all(fd, step + 3, at)
-        found = chunk.find(b"FRAM")
-        while found >= 0:
-            if _read_frame(fd, at + found, size) is not None:
-                return at + found
-            found = chunk.find(b"FRAM", found + 1)
-        at += step
-    return None
+def check_unfinished(path: Path, content: bytes, set_id: bytes, interval: int) -> None:
+    """Check a file that may still grow or have a torn tail. Raises DamageError if valid frames follow a broken one."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
+        _, end, directory = scan(path, fd, size)
+        if not directory and frame_after(fd, end, size) is not None:
+            raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", HINT)
+    finally:
+        os.close(fd)
 
 
 class FrameWriter:
@@ -155,7 +87,7 @@ class FrameWriter:
         self.entries: list[Entry] = []
         self.file_bytes = HEADER_BYTES
         self.flushed = 0
-        self._digest = xxhash.xxh3_64(_header(content, set_id, interval))
+        self._digest = xxhash.xxh3_64(file_header(content, set_id, interval))
         self.finished = False
 
     @classmethod
@@ -171,7 +103,7 @@ class FrameWriter:
     ) -> FrameWriter:
         """A new, empty file (one that exists is replaced); its header is synced, its name is not."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        write_all(fd, _header(content, set_id, interval), 0)
+        write_all(fd, file_header(content, set_id, interval), 0)
         os.fdatasync(fd)
         writer = cls(path, fd, content, set_id, interval, level)
         writer._frame_bytes = frame_bytes
@@ -197,29 +129,29 @@ class FrameWriter:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
-            _check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
-            entries, end, directory = _scan(path, fd, size)
+            check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
+            entries, end, directory = scan(path, fd, size)
             position = entries[-1].position + entries[-1].raw if entries else 0
             if durable is not None and position < durable:
                 raise DamageError(
                     f"{path} is damaged at offset {end}: {durable} bytes of its stream were durable, "
                     f"{position} are whole",
-                    _HINT,
+                    HINT,
                 )
             writer = cls(path, fd, content, set_id, interval, level)
             writer._frame_bytes = frame_bytes
             writer.entries = entries
             writer.file_bytes = end
             writer.flushed = position
-            writer._digest = _digest_of(fd, end)
-            if directory and _whole_trailer(fd, size):
+            writer._digest = digest_of(fd, end)
+            if directory and has_trailer(fd, size):
                 writer.finished = True
-                writer._digest = _digest_of(fd, size)
+                writer._digest = digest_of(fd, size)
                 writer.file_bytes = size
                 return writer
             if end < size:
-                if durable is None and not directory and _frame_after(fd, end, size) is not None:
-                    raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", _HINT)
+                if durable is None and not directory and frame_after(fd, end, size) is not None:
+                    raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", HINT)
                 os.ftruncate(fd, end)
             return writer
         except BaseException:
@@ -258,7 +190,7 @@ class FrameWriter:
         codec = CODEC_ZSTD
         if len(stored) >= raw:
             stored, codec = bytes(self._buffer), CODEC_PLAIN
-        self._write(_frame_header(codec, self.flushed, raw, stored), stored)
+        self._write(frame_header(codec, self.flushed, raw, stored), stored)
         self.entries.append(Entry(self.flushed, self.file_bytes, raw, len(stored)))
         self.file_bytes += FRAME_HEADER_BYTES + len(stored)
         self.flushed += raw
@@ -295,16 +227,16 @@ class FrameWriter:
         self.entries = self.entries[:keep]
         self.file_bytes = partial.offset
         self.flushed = partial.position
-        self._digest = _digest_of(self._fd, partial.offset)
+        self._digest = digest_of(self._fd, partial.offset)
         self._buffer = bytearray(prefix)
 
     def finish(self) -> FileSummary:
         """Write directory and trailer, sync, close. Harmless on a finished file, which it only closes."""
         if not self.finished:
             self._flush()
-            table = np.array([(e.position, e.offset, e.raw, e.stored) for e in self.entries], dtype=_ENTRY).tobytes()
+            table = np.array([(e.position, e.offset, e.raw, e.stored) for e in self.entries], dtype=ENTRY).tobytes()
             place = self.file_bytes
-            head = _frame_header(CODEC_DIRECTORY, self.flushed, len(table), table)
+            head = frame_header(CODEC_DIRECTORY, self.flushed, len(table), table)
             tail = struct.pack("<8sQQ", b"PGCDPEND", place, len(self.entries))
             tail += struct.pack("<Q", xxhash.xxh3_64_intdigest(tail))
             self._write(head, table + tail)
@@ -325,18 +257,6 @@ class FrameWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _digest_of(fd: int, size: int) -> xxhash.xxh3_64:
-    digest = xxhash.xxh3_64()
-    for at in range(0, size, 1 << 20):
-        digest.update(read_all(fd, min(1 << 20, size - at), at))
-    return digest
-
-
-def _whole_trailer(fd: int, size: int) -> bool:
-    tail = read_all(fd, TRAILER_BYTES, size - TRAILER_BYTES)
-    return tail[:8] == b"PGCDPEND" and xxhash.xxh3_64_intdigest(tail[:24]) == struct.unpack("<Q", tail[24:])[0]
 
 
 class FrameReader:
@@ -371,8 +291,8 @@ class FrameReader:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
-            _check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
-            entries = _scan(path, fd, size)[0] if unfinished else _directory(path, fd, size)
+            check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
+            entries = scan(path, fd, size)[0] if unfinished else read_directory(path, fd, size)
             return cls(path, fd, entries, cache_bytes)
         except BaseException:
             os.close(fd)
@@ -396,8 +316,8 @@ class FrameReader:
         return raw
 
     def _decompress(self, entry: Entry) -> bytes:
-        damage = DamageError(f"{self.path} has a damaged frame at offset {entry.offset}", _HINT)
-        frame = _read_frame(self._fd, entry.offset, entry.offset + FRAME_HEADER_BYTES + entry.stored)
+        damage = DamageError(f"{self.path} has a damaged frame at offset {entry.offset}", HINT)
+        frame = read_frame(self._fd, entry.offset, entry.offset + FRAME_HEADER_BYTES + entry.stored)
         if frame is None or (frame.position, frame.raw, len(frame.stored)) != (entry.position, entry.raw, entry.stored):
             raise damage
         if frame.codec == CODEC_PLAIN:
@@ -420,7 +340,7 @@ class FrameReader:
         if position < 0 or position + length > self.length or not self.entries or position < self._starts[0]:
             raise DamageError(
                 f"{self.path} has a stream of {self.length} bytes, bytes {position} to {position + length} are missing",
-                _HINT,
+                HINT,
             )
         number = bisect_right(self._starts, position) - 1
         begin = position - self._starts[number]
@@ -441,6 +361,10 @@ class FrameReader:
         for entry in self.entries:
             yield entry.position, self._decompress(entry)
 
+    def check(self, entry: Entry) -> None:
+        """Read one frame and check it. Raises DamageError with its offset."""
+        self._decompress(entry)
+
     def read_stream(self) -> bytes:
         """The whole stream; for streams that fit into memory (index, maps)."""
         return b"".join(raw for _, raw in self.frames())
@@ -458,27 +382,3 @@ class FrameReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _directory(path: Path, fd: int, size: int) -> list[Entry]:
-    """The frames of a finished file; they must lie one after another and fill it without gaps."""
-    tail = read_all(fd, TRAILER_BYTES, max(0, size - TRAILER_BYTES))
-    if len(tail) < TRAILER_BYTES:
-        raise DamageError(f"{path} has no trailer at offset {size}", _HINT)
-    magic, place, count, checksum = _TRAILER.unpack(tail)
-    if magic != b"PGCDPEND" or xxhash.xxh3_64_intdigest(tail[:24]) != checksum:
-        raise DamageError(f"{path} has a damaged trailer at offset {size - TRAILER_BYTES}", _HINT)
-    frame = _read_frame(fd, place, size - TRAILER_BYTES)
-    whole = frame is not None and frame.codec == CODEC_DIRECTORY and len(frame.stored) == count * _ENTRY.itemsize
-    if not whole or frame is None or place + FRAME_HEADER_BYTES + len(frame.stored) != size - TRAILER_BYTES:
-        raise DamageError(f"{path} has a damaged directory at offset {place}", _HINT)
-    entries = [Entry(*row) for row in np.frombuffer(frame.stored, dtype=_ENTRY).tolist()]
-    offset, position = HEADER_BYTES, 0
-    for entry in entries:
-        if entry.offset != offset or entry.position != position:
-            raise DamageError(f"{path} has a directory at offset {place} that does not fit its frames", _HINT)
-        offset += FRAME_HEADER_BYTES + entry.stored
-        position += entry.raw
-    if offset != place or position != frame.position:
-        raise DamageError(f"{path} has a directory at offset {place} that does not fit its frames", _HINT)
-    return entries

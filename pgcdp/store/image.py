@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ def block_sums(data: bytes | bytearray | memoryview) -> NDArray[np.uint64]:
     return found ^ ZERO_SUM
 
 
-class _VolumeFiles:
+class VolumeFiles:
     """Image and sums of one volume."""
 
     def __init__(self, directory: Path, name: str, size: int, flags: int) -> None:
@@ -102,7 +103,12 @@ class _VolumeFiles:
         self.pending: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         self.pending_blocks = 0
 
+    def used_bytes(self) -> int:
+        """Bytes that the image file takes on disk."""
+        return os.fstat(self.fd).st_blocks * 512
+
     def check_size(self) -> None:
+        """Raises DamageError when a file is longer or shorter than the volume needs."""
         for path, fd, size in (
             (self.path, self.fd, self.blocks * BLOCK),
             (self.sums_path, self.sums_fd, self.blocks * 8),
@@ -112,10 +118,12 @@ class _VolumeFiles:
                 raise DamageError(f"{path} ends at offset {found} instead of {size}")
 
     def sums(self, block: int, count: int) -> NDArray[np.uint64]:
+        """The sums of some blocks, those not yet written included."""
         self.flush_sums()
         return np.frombuffer(read_all(self.sums_fd, count * 8, block * 8), dtype=np.uint64)
 
     def put_sums(self, block: int, sums: NDArray[np.uint64]) -> None:
+        """Set sums from `block` on; they are written in order of block later."""
         self.pending.append((np.arange(block, block + len(sums)), sums))
         self.pending_blocks += len(sums)
         if self.pending_blocks >= _PENDING_LIMIT:
@@ -144,6 +152,7 @@ class _VolumeFiles:
         self.pending_blocks = 0
 
     def close(self) -> None:
+        """Close both files. Harmless when done twice."""
         for fd in (self.fd, self.sums_fd):
             if fd >= 0:
                 os.close(fd)
@@ -160,9 +169,9 @@ class Image:
         self.store = store
         self.state = state
         self.writable = flags & os.O_RDWR != 0
-        self._files: list[_VolumeFiles] = []
+        self._files: list[VolumeFiles] = []
         for volume in store.volumes:
-            self._files.append(_VolumeFiles(store.image, volume.name, volume.bytes, flags))
+            self._files.append(VolumeFiles(store.image, volume.name, volume.bytes, flags))
 
     @classmethod
     def create(cls, store: Store, from_write: int) -> Image:
@@ -187,7 +196,7 @@ class Image:
             files.check_size()
         return image
 
-    def _range(self, volume: int, block: int, count: int) -> _VolumeFiles:
+    def _range(self, volume: int, block: int, count: int) -> VolumeFiles:
         if volume >= len(self._files):
             raise DamageError(f"volume {volume} is not one of the {len(self._files)} of {self.store.path}")
         files = self._files[volume]
@@ -204,7 +213,7 @@ class Image:
         self._verify(files, block, data, files.sums(block, count))
         return data
 
-    def _verify(self, files: _VolumeFiles, block: int, data: bytes, sums: NDArray[np.uint64]) -> None:
+    def _verify(self, files: VolumeFiles, block: int, data: bytes, sums: NDArray[np.uint64]) -> None:
         found = block_sums(data)
         if len(found) != len(sums) or not np.array_equal(found, sums):
             size = min(len(found), len(sums))
@@ -239,13 +248,34 @@ class Image:
                 yield from _split_zeros(block, data, sums)
             block += step
 
-    def _hole(self, files: _VolumeFiles, block: int, end: int) -> int:
+    def _hole(self, files: VolumeFiles, block: int, end: int) -> int:
         """Blocks from `block` on that lie in a hole."""
         try:
             data = os.lseek(files.fd, block * BLOCK, os.SEEK_DATA)
         except OSError:
             return end - block
         return min(end, data // BLOCK) - block
+
+    def files(self, volume: int) -> VolumeFiles:
+        """Paths and sizes of a volume's files."""
+        return self._range(volume, 0, 0)
+
+    def bad_blocks(self, volume: int, block: int, count: int) -> tuple[int, list[int]]:
+        """Look at some blocks from `block` on, at most `count`: how many, and which of them are damaged."""
+        files = self._range(volume, block, count)
+        end = block + count
+        hole = self._hole(files, block, end)
+        if hole:
+            step = min(hole, HOLE_BLOCKS)
+            return step, (np.flatnonzero(files.sums(block, step)) + block).tolist()
+        step = min(count, PIECE_BLOCKS)
+        sums = files.sums(block, step)
+        found = block_sums(read_all(files.fd, step * BLOCK, block * BLOCK))
+        size = min(len(found), len(sums))
+        return step, [
+            *(np.flatnonzero(found[:size] != sums[:size]) + block).tolist(),
+            *range(block + size, block + step),
+        ]
 
     def write_blocks(self, volume: int, block: int, data: bytes | bytearray | memoryview) -> None:
         """Write whole blocks with their sums. Blocks that are all zeros become a hole."""
@@ -315,5 +345,5 @@ def _split_zeros(block: int, data: bytes, sums: NDArray[np.uint64]) -> Iterator[
         yield block, len(sums), data
         return
     edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), len(sums)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         yield block + begin, end - begin, None if zero[begin] else data[begin * BLOCK : end * BLOCK]

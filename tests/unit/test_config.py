@@ -40,11 +40,19 @@ def sample(name: str = "main", **changes: object) -> Config:
             "postgres",
             5433,
             "/run/postgresql",
-            ("-c", 'cluster_name="a b"', "-c", "shared_buffers=128MB"),
+            (
+                "/usr/lib/postgresql/15/bin/postgres",
+                "-D",
+                "/srv/pg",
+                "-c",
+                'cluster_name="a b"',
+                "-c",
+                "shared_buffers=128MB",
+            ),
             Path("/var/log/pg.log"),
             "7300000000000000001",
             True,
-        ),  # fmt: skip
+        ),
         **changes,
     }
     return Config(**values)  # type: ignore[arg-type]
@@ -84,7 +92,7 @@ def test_only_what_must_be_given_is_needed(root: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told", "hint"),
     [
-        ('journal_limit = "16G"', 'journal_limit = "much"', "journal_limit is 'much'", "a size of at least 8M"),
+        ('journal_limit = "16G"', 'journal_limit = "much"', "journal_limit is 'much'", "a size of at least 32M"),
         ('journal_limit = "16G"', 'journal_limit = "64M"', "less than four times", "raise journal_limit"),
         ('apply = "optimal"', 'apply = "best"', "apply is 'best'", '"optimal" or "replay"'),
         ("compression_level = 3", "compression_level = 20", "compression_level is 20", "1 to 19"),

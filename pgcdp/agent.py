@@ -1,0 +1,400 @@
+"""The service of one set: the only place that wires capture, intervals and store together.
+
+One asyncio loop asks the engine how far the journal is, decides when to cut, and answers at its socket; the stages
+(intervals/stages.py) run in one worker thread, one step at a time. What fails is said in the status and the log, and
+begun again from what is on disk: there is no state that only this process has.
+
+The socket takes a JSON object a line and answers with one: {"cmd":"status"}, {"cmd":"cut"}, {"cmd":"stop"}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pgcdp import log
+from pgcdp.capture.attach import syncfs
+from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.journal import Journal
+from pgcdp.config import Config, load_config
+from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.fsio import FileLock
+from pgcdp.intervals import policy
+from pgcdp.intervals.cutter import Checkpoint
+from pgcdp.intervals.stages import Stages, StageSettings
+from pgcdp.postgres.session import Dsn, Session, Settings
+from pgcdp.proc import user_named
+from pgcdp.records import Interval
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import Catalog
+from pgcdp.store.layout import Store
+
+logger = log.get(__name__)
+
+TICK_SECONDS = 0.5
+RETRY_SECONDS = 5.0
+SETTINGS_SECONDS = 60.0
+PRESSURE = 0.5
+"""Share of the journal's limit from which on segments are freed before their interval ends."""
+
+
+class Agent:
+    """The service of one set. `run` serves until it is told to stop."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.engine = EngineClient(config.paths.control)
+        self.policy = policy.parse_policy(config.cut)
+        self.stages: Stages | None = None
+        self.catalog: Catalog | None = None
+        self.status: EngineStatus | None = None
+        self.session: Session | None = None
+        self.settings: Settings = {}
+        self.settings_at = 0.0
+        self.asked: str | None = None
+        self.asking: asyncio.Task[int] | None = None
+        self.asked_lsn: int | None = None
+        self.error: str | None = None
+        self.rate = 0.0
+        self.rate_seen = (time.monotonic(), 0)
+        self.stopping = asyncio.Event()
+        self.wake = asyncio.Event()
+        self.changed = asyncio.Condition()
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="stages")
+
+    # --- life
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or the request to stop."""
+        paths = self.config.paths
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        paths.agent_socket.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            server = await asyncio.start_unix_server(self._serve, os.fspath(paths.agent_socket))
+        finally:
+            os.umask(mask)
+        logger.info("agent of set %s, pid %d", self.config.name, os.getpid())
+        try:
+            while not self.stopping.is_set():
+                await self._turn()
+        finally:
+            server.close()
+            if self.asking is not None:
+                self.asking.cancel()
+                with suppress(asyncio.CancelledError, PgcdpError):
+                    await self.asking
+            await self._in_worker(self._close_stages)
+            if self.session is not None:
+                await self.session.close()
+            self.worker.shutdown()
+            paths.agent_socket.unlink(missing_ok=True)
+            logger.info("agent stopped")
+
+    def _stop(self) -> None:
+        self.stopping.set()
+        self.wake.set()
+
+    async def _turn(self) -> None:
+        pause = TICK_SECONDS
+        try:
+            pause = await self._tick()
+            self.error = None
+        except EngineGone as error:
+            self._note(error.message)
+        except (PgcdpError, OSError) as error:
+            self._note(getattr(error, "message", None) or str(error))
+            await self._in_worker(self._close_stages)
+            pause = RETRY_SECONDS
+        async with self.changed:
+            self.changed.notify_all()
+        if pause:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.wake.wait(), pause)
+            self.wake.clear()
+
+    def _note(self, message: str) -> None:
+        if message != self.error:
+            logger.error("%s", message)
+        self.error = message
+
+    async def _in_worker(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, work, *arguments)
+
+    # --- one turn of the loop
+
+    async def _tick(self) -> float:
+        """One step of the stages; returns how long to wait before the next."""
+        self.status = status = await self._in_worker(self.engine.status)
+        if self.stages is None:
+            await self._in_worker(self._open_stages, status)
+        stages = self.stages
+        assert stages is not None
+        await self._refresh_settings()
+        if stages.baseline is not None:
+            return await self._baseline_tick(stages, status)
+        published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.settings)
+        for interval in published:
+            await self._in_worker(self._remember, interval)
+        if self.asking is None and self.asked_lsn is not None and self._reached(self.asked_lsn):
+            self.asked = self.asked_lsn = None
+        if self._pressed(status):
+            await self._in_worker(stages.relieve)
+        self._watch(stages, status)
+        return 0.0 if published else TICK_SECONDS
+
+    async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
+        baseline = stages.baseline
+        assert baseline is not None
+        if not baseline.complete:
+            await self._in_worker(stages.baseline_step, status.applied_write)
+            if self._pressed(status):
+                await self._in_worker(stages.relieve)
+            return 0.0
+        if stages.baseline_end is None:
+            applied = (await self._in_worker(self.engine.status)).applied_write
+            known = await (await self._connected()).checkpoint_lsn()
+            await self._in_worker(stages.baseline_copied, applied, known)
+            self._ask("baseline")
+        if await self._in_worker(stages.finish_baseline, status.durable_write):
+            assert self.catalog is not None
+            assert stages.store.baseline is not None
+            await self._in_worker(self.catalog.put_baseline, stages.store.baseline)
+            self.asked = self.asked_lsn = None
+        elif self._pressed(status):
+            await self._in_worker(stages.relieve)
+        return 0.1
+
+    def _pressed(self, status: EngineStatus) -> bool:
+        return status.state == "stalled" or status.journal_bytes > PRESSURE * status.journal_limit
+
+    def _open_stages(self, status: EngineStatus) -> None:
+        config = self.config
+        if (config.store / "store.json").exists():
+            store = Store.open(config.store, config.set_id_bytes)
+        elif status.released_write:
+            raise PreconditionError(
+                f"{config.store} holds no store, but the journal of set {config.name} gave writes up to "
+                f"{status.released_write} to it",
+                "bring the store's disk back; nothing is captured into a new one",
+            )
+        else:
+            store = Store.create(config.store, config.name, config.set_id_bytes, list(status.volumes), facts(config))
+        self.stages = Stages.open(
+            store,
+            Journal(config.journal, config.set_id_bytes),
+            self.engine,
+            StageSettings(
+                int(config.cluster.system_identifier),
+                tuple(volume.backing for volume in config.volumes),
+                config.apply,
+                config.compression_level,
+            ),
+            synced=status.synced_write,
+            released=status.released_write,
+        )
+        self.catalog = Catalog.open(self.stages.store)
+        self._catch_up(self.stages.store, self.catalog)
+
+    def _catch_up(self, store: Store, catalog: Catalog) -> None:
+        """What was published just before a kill may be missing in the catalog."""
+        if store.baseline is not None:
+            catalog.put_baseline(store.baseline)
+        known = {interval.number for interval in catalog.intervals()}
+        for number in store.interval_numbers():
+            if number not in known:
+                catalog.put_interval(Bundle.open(store, number).interval)
+
+    def _close_stages(self) -> None:
+        if self.stages is not None:
+            self.stages.close()
+            self.stages = None
+        if self.catalog is not None:
+            self.catalog.close()
+            self.catalog = None
+
+    def _remember(self, interval: Interval) -> None:
+        assert self.catalog is not None
+        self.catalog.put_interval(interval)
+
+    # --- when to cut
+
+    def _decide(self, checkpoint: Checkpoint) -> str | None:
+        """Called by the worker for each checkpoint in the stream."""
+        if self.asked is not None:
+            return self.asked
+        decision = policy.decide(self.policy, self._progress(seen=True))
+        return decision.reason if decision.action == "cut" else None
+
+    def _progress(self, *, seen: bool = False) -> policy.Progress:
+        stages = self.stages
+        assert stages is not None
+        assert stages.opened is not None
+        opened = stages.opened
+        return policy.Progress(
+            seconds=time.monotonic() - stages.begun,
+            writes=opened.last_write - opened.from_write + 1,
+            bytes_written=opened.bytes_written,
+            rate=self.rate,
+            checkpoint_seen=seen,
+            checkpoint_asked=self.asked is not None,
+        )
+
+    def _watch(self, stages: Stages, status: EngineStatus) -> None:
+        """Whether it is time to ask Postgres for a checkpoint."""
+        now, written = time.monotonic(), int(status.raw.get("bytes_written", 0))
+        before, then = self.rate_seen
+        self.rate = policy.smooth_rate(self.rate, max(0, written - then), now - before)
+        self.rate_seen = (now, written)
+        if stages.opened is None or self.asked is not None:
+            return
+        decision = policy.decide(self.policy, self._progress())
+        if decision.action == "ask":
+            self._ask(decision.reason or "period")
+
+    def _ask(self, reason: str) -> asyncio.Task[int]:
+        """Have Postgres run a checkpoint; the task's result is its LSN. One at a time."""
+        if self.asking is None:
+            self.asked, self.asked_lsn = reason, None
+            self.asking = asyncio.create_task(self._checkpoint())
+            self.asking.add_done_callback(self._asked_done)
+        return self.asking
+
+    async def _checkpoint(self) -> int:
+        """What was written without fsync must be on the volumes before the checkpoint says that all is (R6)."""
+        session = await self._connected()
+        await asyncio.to_thread(syncfs, [volume.mountpoint for volume in self.config.volumes])
+        await session.checkpoint()
+        return await session.checkpoint_lsn()
+
+    def _asked_done(self, task: asyncio.Task[int]) -> None:
+        self.asking = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("no checkpoint: %s", getattr(error, "message", None) or str(error))
+            self.asked = self.asked_lsn = None
+        elif not task.cancelled():
+            self.asked_lsn = task.result()
+        self.wake.set()
+
+    async def _connected(self) -> Session:
+        if self.session is None or self.session.closed:
+            self.session = await Session.open(dsn_of(self.config))
+        return self.session
+
+    async def _refresh_settings(self) -> None:
+        """Postgres may be down for a while: then the last known settings hold."""
+        if self.asking is not None or time.monotonic() - self.settings_at < SETTINGS_SECONDS:
+            return
+        self.settings_at = time.monotonic()
+        with suppress(PgcdpError):
+            self.settings = await (await self._connected()).settings()
+
+    # --- socket
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while line := await reader.readline():
+                try:
+                    reply = await self._answer(json.loads(line))
+                except PgcdpError as error:
+                    reply = error.as_json()
+                except ValueError:
+                    reply = PgcdpError("the request is not a JSON object").as_json()
+                writer.write(json.dumps(reply).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        match request.get("cmd"):
+            case "status":
+                return self.describe()
+            case "cut":
+                return await self._cut()
+            case "stop":
+                self._stop()
+                return {"stopping": True}
+        raise PgcdpError(f"the agent does not know the request {request.get('cmd')}")
+
+    async def _cut(self) -> dict[str, Any]:
+        """A boundary now: waits until the interval that ends there is published and the image is at it."""
+        if self.stages is None or self.stages.baseline is not None:
+            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        if self.asking is not None:
+            await self._ask("requested")
+        wanted = await self._ask("requested")
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.error is not None or self._reached(wanted))
+        if not self._reached(wanted):
+            raise PgcdpError(f"no boundary was stored: {self.error}", f"look at {self.config.paths.agent_log}")
+        assert self.stages is not None
+        assert self.stages.newest is not None
+        return {"boundary": self.stages.newest.number, "write": self.stages.newest.write}
+
+    def _reached(self, checkpoint_lsn: int) -> bool:
+        newest = self.stages.newest if self.stages else None
+        return newest is not None and newest.checkpoint_lsn >= checkpoint_lsn
+
+    def describe(self) -> dict[str, Any]:
+        """The agent's part of `pgcdp status`."""
+        stages = self.stages
+        reply: dict[str, Any] = {"pid": os.getpid(), "error": self.error, "phase": "starting"}
+        if stages is None:
+            return reply
+        if stages.baseline is not None:
+            return {
+                **reply,
+                "phase": "baseline" if stages.baseline_end is None else "checkpoint",
+                "baseline": {"done": stages.baseline.done, "total": stages.baseline.total},
+            }
+        assert stages.newest is not None
+        assert stages.opened is not None
+        return {
+            **reply,
+            "phase": "following",
+            "boundary": stages.newest.number,
+            "stored_write": stages.newest.write,
+            "stored_time_ns": stages.newest.time_ns,
+            "taken_write": stages.opened.last_write,
+        }
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What store.json keeps beside the volumes, so that the store alone is enough to restore from."""
+    cluster = config.cluster
+    return {
+        "pgdata": os.fspath(config.pgdata),
+        "cluster": {
+            "version": cluster.version,
+            "system_identifier": cluster.system_identifier,
+            "owner": cluster.owner,
+            "port": cluster.port,
+        },
+        "filesystems": {volume.name: volume.fs for volume in config.volumes},
+        "mountpoints": {volume.name: os.fspath(volume.mountpoint) for volume in config.volumes},
+    }
+
+
+def dsn_of(config: Config) -> Dsn:
+    """How pgcdp reaches the protected cluster."""
+    cluster = config.cluster
+    owner = user_named(cluster.owner)
+    return Dsn(Path(cluster.socket_directory), cluster.port, role=cluster.owner, owner=owner)
+
+
+def main(set_name: str) -> int:
+    """`pgcdp agent SET`: serve in the foreground, log to the set's agent log; the exit code."""
+    config = load_config(set_name)
+    log.start(config.paths.agent_log)
+    os.nice(5)  # production's own work goes first
+    with FileLock(config.paths.agent_lock, f"the agent of set {set_name}"):
+        asyncio.run(Agent(config).run())
+    return 0

@@ -1,0 +1,404 @@
+"""The use cases that the command line and others share. Each returns plain values in the shape of docs/json.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pgcdp import doctor, service
+from pgcdp.capture import attach, protect as protection, volumes
+from pgcdp.capture.checks import ProtectRequest
+from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.journal import Journal
+from pgcdp.config import Config, load_config
+from pgcdp.errors import PreconditionError, TargetError
+from pgcdp.postgres.cluster import find_binaries
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import Interval, Kind, RecoveryPoint, Target
+from pgcdp.recovery import restore as writing
+from pgcdp.recovery import verify as proving
+from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.source import Source
+from pgcdp.recovery.target import window
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import Catalog
+from pgcdp.store.layout import Store
+from pgcdp.store.rebuild import rebuild as rebuild_catalog
+from pgcdp.units import format_lsn, format_time
+
+Json = dict[str, Any]
+
+# --- a set's life
+
+
+def protect(
+    set_name: str,
+    pgdata: Path,
+    store: Path,
+    *,
+    volume: Path | None = None,
+    size: int | None = None,
+    fs: str = "ext4",
+    journal: Path | None = None,
+    journal_limit: int | None = None,
+    cut: Sequence[str] = (),
+    initdb: bool = False,
+    yes: bool = False,
+    progress: Report = silent,
+    **more: Any,
+) -> Json:
+    """Put a cluster behind capture, start it and the agent, and wait for the first backup image.
+
+    `more` are further fields of ProtectRequest. Run again after a kill, it finishes or puts back.
+    """
+    request = ProtectRequest(
+        set_name, pgdata, store, volume=volume, size=size, fs=fs, journal=journal, journal_limit=journal_limit,
+        cut=tuple(cut) or None, initdb=initdb, yes=yes, **more,
+    )  # fmt: skip
+    config = protection.protect(request, progress)
+    attach.up(config, progress)
+    service.start(config)
+    wait_baseline(config, progress)
+    return status(set_name)
+
+
+def wait_baseline(config: Config, progress: Report) -> None:
+    """Wait until the first backup image is complete. Raises what the agent says when it cannot go on."""
+    while True:
+        state = service.ask(config.paths, "status")
+        if state["phase"] == "following":
+            return
+        if state["error"]:
+            raise PreconditionError(
+                f"the first backup image is not complete: {state['error']}",
+                f"the agent goes on by itself when that is mended; see pgcdp status {config.name}",
+            )
+        copied = state.get("baseline")
+        if copied and state["phase"] == "baseline":
+            progress(Progress("copying the first backup image", copied["done"], copied["total"]))
+        elif state["phase"] == "checkpoint":
+            progress(Progress("waiting for the first boundary"))
+        time.sleep(0.2)
+
+
+def unprotect(set_name: str, progress: Report = silent) -> Json:
+    """Bring the cluster back to plain storage; the store stays."""
+    config = load_config(set_name)
+    service.stop(config)
+    protection.unprotect(config, progress)
+    return {"set": set_name, "pgdata": str(config.pgdata), "store": str(config.store)}
+
+
+def up(set_name: str, progress: Report = silent) -> Json:
+    """Attach, mount, start Postgres and the agent."""
+    config = load_config(set_name)
+    attach.up(config, progress)
+    service.start(config)
+    return status(set_name)
+
+
+def down(set_name: str, progress: Report = silent) -> Json:
+    """Stop the agent and Postgres, unmount, detach."""
+    config = load_config(set_name)
+    service.stop(config)
+    attach.down(config, progress)
+    return status(set_name)
+
+
+def cut(set_name: str) -> Json:
+    """Checkpoint now and close the interval; returns it."""
+    config = load_config(set_name)
+    boundary = service.ask(config.paths, "cut", timeout=None)["boundary"]
+    return interval_json(Bundle.open(Store.open(config.store), boundary).interval, None)
+
+
+def mark(set_name: str, name: str) -> Json:
+    """Put a named mark into the write order."""
+    config = load_config(set_name)
+    return {"set": set_name, "name": name, "write": EngineClient(config.paths.control).mark(name)}
+
+
+# --- looking
+
+
+def status(set_name: str) -> Json:
+    """The state of a set."""
+    config = load_config(set_name)
+    engine = engine_status(config)
+    try:
+        agent: Json = service.ask(config.paths, "status")
+    except service.AgentGone:
+        agent = {}
+    source = source_of(config, engine)
+    stored, opened = None, None
+    try:
+        first, last = window(source.listing())
+        opened = window_json(first, last)
+        intervals = source.intervals()
+        stored = intervals[-1] if intervals else None
+    except (PreconditionError, TargetError):
+        intervals = []
+    stored_write = stored.to_write if stored else (opened["from_write"] if opened else 0)
+    behind = stored.to_time_ns if stored else None
+    return {
+        "set": set_name,
+        "dsn": service_dsn(config),
+        "state": engine.state if engine else "stopped",
+        "phase": agent.get("phase", "stopped"),
+        "error": agent.get("error"),
+        "baseline": agent.get("baseline"),
+        "last_write": engine.last_write if engine else _last(opened),
+        "durable_write": engine.durable_write if engine else _last(opened),
+        "stored_write": stored_write,
+        "intervals": len(intervals),
+        "lag_seconds": None if behind is None else max(0.0, (time.time_ns() - behind) / 1e9),
+        "journal": {
+            "bytes": engine.journal_bytes if engine else journal_bytes(config),
+            "limit": config.journal_limit,
+        },
+        "recovery_window": opened or {"from_time": None, "to_time": None, "from_write": None, "to_write": None},
+        "volumes": [
+            {
+                "name": volume.name,
+                "device": next((str(d) for d in volumes.loops_over(config.paths.fuse / volume.name)), None),
+                "backing": str(volume.backing),
+                "mountpoint": str(volume.mountpoint),
+                "bytes": volume.bytes,
+            }
+            for volume in config.volumes
+        ],
+    }
+
+
+def _last(opened: Json | None) -> int:
+    return int(opened["to_write"]) if opened else 0
+
+
+def service_dsn(config: Config) -> str:
+    """How a client on this machine reaches the protected cluster."""
+    return f"host={config.cluster.socket_directory} port={config.cluster.port} dbname=postgres"
+
+
+def journal_bytes(config: Config) -> int:
+    """Bytes of the journal's segments on disk."""
+    return sum(file.stat().st_size for file in config.journal.glob("*.seg"))
+
+
+def engine_status(config: Config) -> EngineStatus | None:
+    """What the engine says; None when none runs."""
+    try:
+        return EngineClient(config.paths.control).status()
+    except EngineGone:
+        return None
+
+
+def source_of(config: Config, engine: EngineStatus | None) -> Source:
+    """The set's store with its journal."""
+    journal = Journal(config.journal, config.set_id_bytes)
+    store = Store.open(config.store, config.set_id_bytes)
+    return Source(store, journal, engine.durable_write if engine else None, time.time_ns() if engine else 0)
+
+
+def open_source(set_name: str | None, store: Path | None) -> Source:
+    """The source that a command names: a set, or a store alone."""
+    if store is not None:
+        return Source(Store.open(store))
+    assert set_name is not None
+    config = load_config(set_name)
+    return source_of(config, engine_status(config))
+
+
+def info(set_name: str | None, store: Path | None = None) -> Json:
+    """Intervals, sizes, recovery window, what was verified."""
+    source = open_source(set_name, store)
+    first, last = window(source.listing())
+    catalog = Catalog.open(source.store)
+    try:
+        rows = [interval_json(each, catalog.last_verification(each.number)) for each in source.intervals()]
+    finally:
+        catalog.close()
+    return {"set": source.store.set_name, "recovery_window": window_json(first, last), "intervals": rows}
+
+
+def interval_json(interval: Interval, verified: Json | None) -> Json:
+    """One interval of `info`."""
+    boundary = interval.boundary
+    return {
+        "number": interval.number,
+        "from_write": interval.from_write,
+        "to_write": interval.to_write,
+        "from_time": format_time(interval.from_time_ns),
+        "to_time": format_time(interval.to_time_ns),
+        "reason": boundary.reason,
+        "checkpoint_lsn": format_lsn(boundary.checkpoint_lsn),
+        "redo_lsn": format_lsn(boundary.redo_lsn),
+        "timeline": boundary.timeline,
+        "next_xid": boundary.next_xid,
+        "writes": interval.writes,
+        "bytes_written": interval.bytes_written,
+        "blocks_changed": interval.blocks_changed,
+        "stored": interval.stored,
+        "restorable_by_write": True,
+        "verified": verified,
+    }
+
+
+def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:
+    """A recovery window."""
+    return {
+        "from_time": format_time(first.time_ns),
+        "to_time": format_time(last.time_ns),
+        "from_write": first.write,
+        "to_write": last.write,
+    }
+
+
+def show(set_name: str, write: int) -> Json:
+    """One captured write."""
+    source = open_source(set_name, None)
+    point = source.resolve(Target("write", write))
+    record = source.record(write)
+    kind = Kind(int(record["kind"]))
+    names = {volume.number: volume.name for volume in source.store.volumes}
+    holds: Json = {}
+    if kind == Kind.MARK:
+        holds = {"mark": source.data(write).decode("utf-8", "replace")}
+    elif kind == Kind.WRITE:
+        holds = doctor.describe_data(source.data(write))
+    return {
+        "write": write,
+        "time": format_time(int(record["wall_ns"])),
+        "volume": names.get(int(record["volume"])),
+        "kind": kind.name.lower(),
+        "offset": int(record["offset"]),
+        "length": int(record["length"]),
+        "interval": point.interval,
+        "holds": holds,
+    }
+
+
+# --- recovery
+
+
+def point_json(point: RecoveryPoint) -> Json:
+    """A recovery point."""
+    return {
+        "write": point.write,
+        "lsn": None if point.lsn is None else format_lsn(point.lsn),
+        "interval": point.interval,
+        "boundary": point.boundary,
+        "time": format_time(point.time_ns),
+    }
+
+
+def resolve(set_name: str | None, target: Target, store: Path | None = None) -> Json:
+    """What a target resolves to now."""
+    return point_json(open_source(set_name, store).resolve(target))
+
+
+def restore(
+    set_name: str | None,
+    target: Target,
+    *,
+    to_image: Path | None = None,
+    to_directory: Path | None = None,
+    store: Path | None = None,
+    progress: Report = silent,
+) -> Json:
+    """Write the recovery point to image files or make a startable data directory."""
+    started = time.monotonic()
+    source = open_source(set_name, store)
+    point = source.resolve(target)
+    if to_image is not None:
+        place, size = to_image, writing.to_image(source, point, to_image, progress)
+    else:
+        assert to_directory is not None
+        place, size = to_directory, writing.to_directory(source, point, to_directory, progress)
+    result: Json = {
+        "recovery_point": point_json(point),
+        "to": str(place),
+        "bytes": size,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if store is None:
+        _remember(source, "restore", {**result, "interval": point.interval})
+    return result
+
+
+def verify(
+    set_name: str | None,
+    target: Target,
+    *,
+    sql_file: Path | None = None,
+    store: Path | None = None,
+    progress: Report = silent,
+) -> Json:
+    """Start Postgres on the recovery point in a sandbox and run all checks."""
+    started = time.monotonic()
+    source = open_source(set_name, store)
+    point = source.resolve(target)
+    below = Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
+    settings = source.settings(point)
+    binaries = find_binaries(int(source.store.extra["cluster"]["version"]), _bindir(set_name))
+    with mounted(source, point, below, progress) as pgdata:
+        progress(Progress("starting postgres on it"))
+        checks = proving.verify_directory(
+            pgdata,
+            settings,
+            parent=pgdata.parent,
+            sql=sql_file,
+            binaries=binaries,
+            hide=[Path(source.store.extra["pgdata"])],
+            report=lambda check: progress(Progress(f"{check.name}: {'ok' if check.ok else 'FAILED'}")),
+        )
+    result: Json = {
+        "recovery_point": point_json(point),
+        "ok": all(check.ok for check in checks),
+        "seconds": round(time.monotonic() - started, 3),
+        "checks": [asdict(replace(check, seconds=round(check.seconds, 3))) for check in checks],
+    }
+    if store is None:
+        _remember(source, "verification", {**result, "interval": point.interval})
+    return {"ok": result["ok"], "results": [result]}
+
+
+def _bindir(set_name: str | None) -> Path | None:
+    return None if set_name is None else load_config(set_name).cluster.bindir
+
+
+def _remember(source: Source, kind: Any, content: Json) -> None:
+    catalog = Catalog.open(source.store)
+    try:
+        catalog.remember(kind, time.time_ns(), content)
+    finally:
+        catalog.close()
+
+
+# --- care
+
+
+def check(set_name: str, full: bool = False, progress: Report = silent) -> Json:
+    """Everything that can be known now about whether the promise holds."""
+    config = load_config(set_name)
+    found = doctor.examine(config, engine_status(config), full, progress)
+    return {
+        "ok": all(each.check.ok for each in found),
+        "checks": [{**asdict(each.check), "kind": each.kind, "hint": each.hint} for each in found],
+    }
+
+
+def rebuild(set_name: str) -> Json:
+    """The catalog anew from the store."""
+    config = load_config(set_name)
+    catalog, damages = rebuild_catalog(Store.open(config.store, config.set_id_bytes))
+    try:
+        return {
+            "set": set_name,
+            "intervals": len(catalog.intervals()),
+            "damages": [damage.message for damage in damages],
+        }
+    finally:
+        catalog.close()

@@ -1,0 +1,378 @@
+"""All of pgcdp on a throw-away cluster: load, a bad DELETE, more load, and restores around it that are proven right.
+
+Everything lies in one fresh directory below /var/tmp: the cluster, the store, and what is otherwise below /
+(PGCDP_ROOT). Afterwards, also after an error or Ctrl-C, nothing of it is left, unless it is to be kept.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pgcdp import api, config, log, proc
+from pgcdp.capture import attach, checks
+from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.postgres import cluster, session
+from pgcdp.progress import Progress, Report
+from pgcdp.records import Target
+
+SET = "demo"
+PAID = 1000
+"""Orders that the bad statement deletes; the load adds others but never touches these."""
+BAD_STATEMENT = "DELETE FROM orders WHERE status = 'paid'"
+SIZE = 1 << 30
+JOURNAL_LIMIT = 512 << 20
+OWNER = "postgres"
+
+POSTGRESQL_CONF = """
+# pgcdp demo: reachable only through the socket in this directory
+listen_addresses = ''
+unix_socket_directories = '{sockets}'
+shared_buffers = 64MB
+max_wal_size = 256MB
+"""
+TABLE = """
+CREATE TABLE orders (id bigserial PRIMARY KEY, status text NOT NULL, amount numeric, made timestamptz DEFAULT now());
+INSERT INTO orders (status, amount) SELECT 'paid', 10 + n % 90 FROM generate_series(1, {paid}) AS n;
+"""
+LOAD = "INSERT INTO orders (status, amount) VALUES ('new', 10 + random() * 90);\n"
+
+_log = log.get(__name__)
+
+
+@dataclass
+class _Demo:
+    """One run: its places, and what it has to tell. Times are seconds."""
+
+    directory: Path
+    report: Report
+    binaries: cluster.Binaries
+    user: proc.User
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    restores: list[dict[str, Any]] = field(default_factory=list)
+    load: tuple[int, int | None] | None = None
+
+    @property
+    def pgdata(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def root(self) -> Path:
+        return self.directory / "root"
+
+    @property
+    def store(self) -> Path:
+        return self.directory / "store"
+
+    @property
+    def sockets(self) -> Path:
+        return self.directory / "sockets"
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[dict[str, Any]]:
+        """Tell and time one step; what is put under "detail" is told with it."""
+        told: dict[str, Any] = {"name": name, "seconds": 0.0, "detail": ""}
+        self.report(Progress(name))
+        began = time.monotonic()
+        yield told
+        told["seconds"] = round(time.monotonic() - began, 3)
+        self.steps.append(told)
+
+    def ask(self, sql: str, sockets: Path | None = None) -> Any:
+        """The first value that a statement gives, or None."""
+        dsn = session.Dsn(sockets or self.sockets, 5432)
+        with session.connect(dsn, name="pgcdp demo") as connection:
+            rows = session.query(connection, sql).rows
+        return rows[0][0] if rows else None
+
+    def orders(self, status: str) -> int:
+        """How many orders production has now."""
+        return int(self.ask(f"SELECT count(*) FROM orders WHERE status = '{status}'"))
+
+
+def run(*, keep: bool, progress: Report) -> dict[str, Any]:
+    """Play the demo; `keep` leaves everything running.
+
+    Returns {"ok", "seconds", "directory", "kept", "steps", "captured", "restores", "next", "remove"}, as docs/json.md
+    says. Raises what the use cases raise; nothing is left behind then either.
+    """
+    checks.check_root()
+    user = proc.user_named(OWNER)
+    binaries = _newest_binaries()
+    began = time.monotonic()
+    directory = Path(tempfile.mkdtemp(prefix="pgcdp-demo-", dir="/var/tmp"))
+    directory.chmod(0o755)  # Postgres's user must get through to the data directory
+    demo = _Demo(directory, progress, binaries, user)
+    with _root(demo.root):
+        try:
+            _make_cluster(demo)
+            _protect(demo)
+            points = _make_the_mistake(demo)
+            _prove(demo, points)
+            captured = _captured()
+        finally:
+            _end_load(demo)
+            if not keep:
+                progress(Progress("cleaning up"))
+                _remove(demo)
+    return {
+        "ok": all(restore["ok"] for restore in demo.restores),
+        "seconds": round(time.monotonic() - began, 3),
+        "directory": str(directory),
+        "kept": keep,
+        "steps": demo.steps,
+        "captured": captured,
+        "restores": demo.restores,
+        "next": _next(demo, points, keep),
+        "remove": _how_to_remove(demo) if keep else None,
+    }
+
+
+# --- the play
+
+
+def _newest_binaries() -> cluster.Binaries:
+    for major in range(cluster.NEWEST, cluster.OLDEST - 1, -1):
+        with suppress(PreconditionError):
+            found = cluster.find_binaries(major)
+            found.path("pgbench")
+            return found
+    raise PreconditionError("no PostgreSQL with pgbench is installed", "install it with: apt-get install postgresql-15")
+
+
+def _make_cluster(demo: _Demo) -> None:
+    with demo.step(f"making a cluster of PostgreSQL {demo.binaries.major}"):
+        for place in (demo.pgdata, demo.sockets):
+            place.mkdir(mode=0o700)
+            os.chown(place, demo.user.uid, demo.user.gid)
+        options = ("--auth=trust", "--data-checksums", "--locale=C", "--encoding=UTF8")
+        cluster.initdb(demo.binaries, demo.pgdata, demo.user, *options)
+        with (demo.pgdata / "postgresql.conf").open("a") as file:
+            file.write(POSTGRESQL_CONF.format(sockets=demo.sockets))
+        command = cluster.command_line(demo.binaries, demo.pgdata)
+        cluster.start(command, demo.pgdata, demo.user, demo.directory / "postgres.log")
+
+
+def _protect(demo: _Demo) -> None:
+    with demo.step("protecting it while it runs"):
+        api.protect(
+            SET,
+            demo.pgdata,
+            demo.store,
+            size=SIZE,
+            journal_limit=JOURNAL_LIMIT,
+            cut=("checkpoint", "5min"),
+            yes=True,
+            progress=demo.report,
+        )
+        _await(lambda: _window()["from_write"] is not None, "the first boundary after the baseline")
+    with demo.step("filling it: pgbench -i, and a table of orders") as told:
+        _pgbench(demo, "-i", "-q", "-s", "3")
+        for statement in TABLE.format(paid=PAID).strip().split("\n"):
+            demo.ask(statement)
+        api.cut(SET)
+        told["detail"] = f"{PAID} paid orders, then a boundary"
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Where the demo restores to: a boundary, the last write before and the first known one after, and a time."""
+
+    boundary: int
+    before: int
+    after: int
+    time_ns: int
+
+
+def _make_the_mistake(demo: _Demo) -> _Points:
+    boundary = int(api.info(SET)["intervals"][-1]["number"])
+    (demo.directory / "orders.sql").write_text(LOAD)
+    log_file = demo.directory / "pgbench.log"
+    with demo.step("load: pgbench and new orders, 4 clients") as told:
+        # Longer than the demo lasts; it is ended when there was enough of it.
+        words = ("-n", "-c", "4", "-j", "1", "-T", "3600", "-b", "tpcb-like@3", "-f", f"{demo.directory}/orders.sql@2")
+        pid = proc.spawn(_pgbench_command(demo, *words), output=log_file, user=demo.user, env=cluster.environment())
+        demo.load = (pid, proc.start_time(pid))
+        _await_orders(demo, 1000)
+        told["detail"] = f"{demo.orders('new')} new orders"
+    with demo.step(f"the mistake: {BAD_STATEMENT}") as told:
+        before, time_ns = _durable_write(), time.time_ns()
+        demo.ask(BAD_STATEMENT)
+        after = _durable_write()
+        told["detail"] = f"between the writes {before} and {after}"
+    with demo.step("more load, as nobody has noticed") as told:
+        _await_orders(demo, demo.orders("new") + 1000)
+        _end_load(demo)
+        told["detail"] = f"{demo.orders('new')} new orders"
+    with demo.step("checkpoint, cutting the interval"):
+        api.cut(SET)
+    return _Points(boundary, before, after, time_ns)
+
+
+def _prove(demo: _Demo, points: _Points) -> None:
+    for name, target, paid in (
+        (f"boundary {points.boundary}, before the load", Target("boundary", points.boundary), PAID),
+        (f"write {points.before}, the last one before the mistake", Target("write", points.before), PAID),
+        (f"write {points.after}, when it was committed", Target("write", points.after), 0),
+    ):
+        with demo.step(f"verifying {name}") as told:
+            assertion = demo.directory / "assertion.sql"
+            assertion.write_text(f"SELECT count(*) = {paid} FROM orders WHERE status = 'paid';\n")
+            value = api.verify(SET, target, sql_file=assertion, store=None, progress=demo.report)
+            result = value["results"][0]
+            passed = sum(check["ok"] for check in result["checks"])
+            told["detail"] = f"{passed} of {len(result['checks'])} checks passed, {paid} paid orders expected"
+        demo.restores.append({"name": name, "paid_orders": paid, **result})
+    _bring_back(demo, points)
+
+
+def _bring_back(demo: _Demo, points: _Points) -> None:
+    """What a DBA does next: a directory at the time of the mistake, and Postgres on it."""
+    with demo.step("restoring to the time just before it, into a directory") as told:
+        place = demo.directory / "restored"
+        value = api.restore(
+            SET, Target("time", points.time_ns), to_image=None, to_directory=place, store=None, progress=demo.report
+        )
+        sockets = demo.directory / "restored-sockets"
+        sockets.mkdir(mode=0o700)
+        os.chown(sockets, demo.user.uid, demo.user.gid)
+        options = ("-c", f"unix_socket_directories={sockets}")
+        command = cluster.command_line(demo.binaries, place, *options)
+        cluster.start(command, place, demo.user, demo.directory / "restored.log")
+        try:
+            paid = int(demo.ask("SELECT count(*) FROM orders WHERE status = 'paid'", sockets))
+        finally:
+            cluster.stop(place)
+        told["detail"] = f"{paid} paid orders are in it"
+    demo.restores.append(
+        {
+            "name": "the time just before the mistake, in a directory",
+            "paid_orders": paid,
+            "recovery_point": value["recovery_point"],
+            "ok": paid == PAID,
+            "seconds": value["seconds"],
+            "checks": [],
+        }
+    )
+
+
+# --- parts
+
+
+@contextmanager
+def _root(place: Path) -> Iterator[None]:
+    """PGCDP_ROOT of this process and of all that it starts."""
+    before = os.environ.get("PGCDP_ROOT")
+    os.environ["PGCDP_ROOT"] = str(place)
+    place.mkdir(mode=0o755)
+    try:
+        yield
+    finally:
+        del os.environ["PGCDP_ROOT"]
+        if before is not None:
+            os.environ["PGCDP_ROOT"] = before
+
+
+def _pgbench_command(demo: _Demo, *words: str) -> list[str]:
+    program = str(demo.binaries.path("pgbench"))
+    return [program, "-h", str(demo.sockets), "-p", "5432", "-U", "postgres", *words, "postgres"]
+
+
+def _pgbench(demo: _Demo, *words: str) -> None:
+    proc.run(_pgbench_command(demo, *words), user=demo.user, env=cluster.environment(), timeout=300)
+
+
+def _durable_write() -> int:
+    return int(api.status(SET)["durable_write"])
+
+
+def _window() -> dict[str, Any]:
+    window: dict[str, Any] | None = api.status(SET)["recovery_window"]
+    return window or {"from_write": None}
+
+
+def _await(condition: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise PgcdpError(f"{what} did not come in {timeout:g} s", "pgcdp demo --keep leaves its logs to be read")
+        time.sleep(0.1)
+
+
+def _await_orders(demo: _Demo, count: int) -> None:
+    def enough() -> bool:
+        pid, _ = demo.load or (0, None)
+        if not proc.exists(pid):
+            said = cluster.last_words(demo.directory / "pgbench.log")
+            raise PgcdpError(f"pgbench ended early: {said}", "pgcdp demo --keep leaves its logs to be read")
+        return demo.orders("new") >= count
+
+    _await(enough, f"{count} orders")
+
+
+def _end_load(demo: _Demo) -> None:
+    if demo.load is None:
+        return
+    pid, started = demo.load
+    if started is not None and proc.start_time(pid) == started:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        _await(lambda: not proc.exists(pid), "the end of pgbench", 30)
+    demo.load = None
+
+
+def _captured() -> dict[str, Any]:
+    intervals = api.info(SET)["intervals"]
+    return {
+        "intervals": len(intervals),
+        "writes": sum(interval["writes"] for interval in intervals),
+        "bytes_written": sum(interval["bytes_written"] for interval in intervals),
+        "stored_bytes": sum(sum(interval["stored"].values()) for interval in intervals),
+    }
+
+
+def _next(demo: _Demo, points: _Points, keep: bool) -> list[str]:
+    """Commands to look further with."""
+    if not keep:
+        return ["pgcdp demo --keep", "pgcdp protect --help"]
+    prefix = f"PGCDP_ROOT={demo.root} pgcdp"
+    return [
+        f"{prefix} status",
+        f"{prefix} info",
+        f"{prefix} show {points.before}",
+        f"{prefix} verify --target-write {points.before}",
+        f"psql -h {demo.sockets} -U postgres",
+    ]
+
+
+def _how_to_remove(demo: _Demo) -> str:
+    return f"PGCDP_ROOT={demo.root} pgcdp down && rm -r {demo.directory}"
+
+
+def _remove(demo: _Demo) -> None:
+    """Take down what there is and remove the directory. Ctrl-C does not stop it half way."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        if SET in config.list_sets():
+            settings = config.load_config(SET)
+            try:
+                api.down(SET, progress=demo.report)
+            except PgcdpError as error:
+                _log.warning("the demo does not go down cleanly, it is discarded: %s", error)
+                attach.discard(settings)
+        for place in (demo.pgdata, demo.directory / "restored"):
+            if place.is_dir():
+                cluster.kill_leftovers(place)
+        shutil.rmtree(demo.directory)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,163 @@
+"""What can be known now about whether the promise holds: `pgcdp check`, and what a captured write holds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgcdp import service
+from pgcdp.agent import dsn_of
+from pgcdp.capture.engine import EngineStatus, run_engine
+from pgcdp.config import Config
+from pgcdp.errors import DamageError, PgcdpError
+from pgcdp.fsio import free_space
+from pgcdp.postgres import session
+from pgcdp.postgres.control import describe, find_control_blocks
+from pgcdp.progress import Progress, Report
+from pgcdp.records import BLOCK, Check
+from pgcdp.store.image_lock import image_held
+from pgcdp.store.layout import Store
+from pgcdp.store.scrub import check_store
+from pgcdp.units import format_size
+
+STORE_LEAST_FREE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A check, of which kind a failure is, and what mends it."""
+
+    check: Check
+    kind: str | None = None
+    hint: str | None = None
+
+
+def examine(config: Config, engine: EngineStatus | None, full: bool, progress: Report) -> list[Finding]:
+    """All checks of a set. `full` reads all of journal and store. Raises nothing: what is wrong is in the list."""
+    steps: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("capture", lambda: _capture(config, engine)),
+        ("agent", lambda: _agent(config)),
+        ("settings", lambda: _settings(config)),
+        ("space", lambda: _space(config)),
+        ("journal", lambda: _journal(config, engine, full)),
+        ("store", lambda: _store(config, full, progress)),
+    ]
+    found: list[Finding] = []
+    for name, step in steps:
+        progress(Progress(f"checking {name}"))
+        started = time.monotonic()
+        try:
+            found.extend(step())
+        except PgcdpError as error:
+            found.append(_failed(name, error.message, error.hint, error.kind, started))
+    return found
+
+
+def _passed(name: str, detail: str) -> Finding:
+    return Finding(Check(name, True, 0.0, detail))
+
+
+def _failed(
+    name: str, detail: str, hint: str | None, kind: str = "precondition", started: float | None = None
+) -> Finding:
+    seconds = 0.0 if started is None else time.monotonic() - started
+    return Finding(Check(name, False, seconds, detail), kind, hint)
+
+
+def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
+    if engine is None:
+        yield _failed("capture", "no engine runs: nothing is captured", f"pgcdp up {config.name}")
+    elif engine.state == "stalled":
+        yield _failed(
+            "capture", "the journal is full: writes wait",
+            "see that the agent runs and the store has space, or raise journal_limit",
+        )  # fmt: skip
+    elif engine.raw.get("errors"):
+        yield _failed("capture", "; ".join(engine.raw["errors"]), f"look at {config.paths.engine_log}")
+    else:
+        yield _passed("capture", f"write {engine.durable_write} is durable")
+
+
+def _agent(config: Config) -> Iterator[Finding]:
+    state = service.ask(config.paths, "status")
+    if state["error"]:
+        yield _failed("agent", state["error"], f"look at {config.paths.agent_log}")
+    else:
+        yield _passed("agent", state["phase"])
+
+
+def _settings(config: Config) -> Iterator[Finding]:
+    with session.connect(dsn_of(config)) as connection:
+        values = {row["name"]: row["setting"] for row in session.settings(connection)["settings"]}
+        outside = session.outside(connection, config.pgdata)
+    for name, why in (
+        ("fsync", "a crash image of such a cluster need not be consistent"),
+        ("full_page_writes", "pages torn in a crash image cannot be repaired"),
+    ):
+        if values.get(name) == "off":
+            yield _failed(f"setting {name}", f"{name} is off: {why}", f"set {name} = on in postgresql.conf and reload")
+        else:
+            yield _passed(f"setting {name}", "on")
+    if values.get("wal_init_zero") == "off":
+        yield _passed(
+            "setting wal_init_zero", "warning: off; a commit can be found one or two writes later than it was"
+        )
+    if outside:
+        places = ", ".join(f"{name} at {place}" for name, place in outside.items())
+        yield _failed("data outside the set", f"not captured: {places}", "move it into the data directory")
+    else:
+        yield _passed("data outside the set", "none")
+
+
+def _space(config: Config) -> Iterator[Finding]:
+    used = sum(file.stat().st_size for file in config.journal.iterdir())
+    room = free_space(config.journal) + used
+    if room < config.journal_limit:
+        yield _failed(
+            "journal space", f"{format_size(room)} for a journal of up to {format_size(config.journal_limit)}",
+            "free space there, or lower journal_limit",
+        )  # fmt: skip
+    else:
+        yield _passed("journal space", f"{format_size(room)} for up to {format_size(config.journal_limit)}")
+    free = free_space(config.store)
+    if free < STORE_LEAST_FREE:
+        yield _failed("store space", f"{format_size(free)} free in {config.store}", "make room or move the store")
+    else:
+        yield _passed("store space", f"{format_size(free)} free")
+    disks = {os.stat(place).st_dev for place in (config.store, config.journal)}
+    if len(disks) == 1:
+        yield _passed("store and journal", "warning: on one disk; what takes that disk takes both")
+
+
+def _journal(config: Config, engine: EngineStatus | None, full: bool) -> Iterator[Finding]:
+    if not full:
+        return
+    run_engine(["check", "--journal", os.fspath(config.journal)])
+    yield _passed("journal", "every batch is as it was written")
+
+
+def _store(config: Config, full: bool, progress: Report) -> Iterator[Finding]:
+    store = Store.open(config.store, config.set_id_bytes)
+    with image_held(store):
+        report = check_store(store, full, lambda done, total: progress(Progress("reading the store", done, total)))
+    for damage in report.damages:
+        message = f"{damage.file} at offset {damage.offset}: {damage.message}"
+        yield _failed("store", message, damage.still, DamageError.kind)
+    if not report.damages:
+        yield _passed("store", f"{report.files} files, {format_size(report.bytes_read)} read")
+
+
+def describe_data(data: bytes) -> dict[str, object]:
+    """What a write's bytes tell by themselves: pg_control, or nothing yet."""
+    blocks = np.frombuffer(data[: len(data) // BLOCK * BLOCK], dtype=np.uint8)
+    if not len(blocks):
+        return {}
+    identifier = int.from_bytes(data[:8], "little")
+    for position, control in find_control_blocks(blocks, identifier):
+        if position == 0:
+            return {"pg_control": describe(control)}
+    return {}

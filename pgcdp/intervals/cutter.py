@@ -1,0 +1,77 @@
+"""Where boundaries are: a captured write whose pg_control names a checkpoint that none before it named.
+
+pg_control is also written for other reasons (recovery's minimum point, a changed state): those repeat the checkpoint
+and are no boundaries. Recognised by system identifier and CRC in the first bytes of a block (postgres/control).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgcdp.capture.journal import BatchRun
+from pgcdp.postgres.control import Control, find_control_blocks
+from pgcdp.records import BLOCK, Boundary, Kind
+from pgcdp.store.frames import FrameReader
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint complete on the volumes with write `write`, captured at `time_ns`."""
+
+    write: int
+    time_ns: int
+    control: Control
+
+    def boundary(self, number: int, reason: str) -> Boundary:
+        """The boundary that ends interval `number` here."""
+        return Boundary(
+            number=number,
+            write=self.write,
+            time_ns=self.time_ns,
+            checkpoint_lsn=self.control.checkpoint_lsn,
+            redo_lsn=self.control.redo_lsn,
+            timeline=self.control.timeline,
+            next_xid=self.control.next_xid,
+            reason=reason,
+        )
+
+
+class CheckpointFinder:
+    """Finds checkpoints in the stream of writes, which must be given to it in order and without gaps.
+
+    `checkpoint_lsn` is the newest checkpoint already known: that of the last boundary, or what Postgres says.
+    """
+
+    def __init__(self, system_identifier: int, checkpoint_lsn: int) -> None:
+        self.system_identifier = system_identifier
+        self.checkpoint_lsn = checkpoint_lsn
+
+    def scan(self, run: BatchRun) -> list[Checkpoint]:
+        """The new checkpoints in a run, in order."""
+        found = []
+        for position, control in find_control_blocks(run.data, self.system_identifier):
+            record = int(np.searchsorted(run.data_offsets, position, side="right")) - 1
+            checkpoint = self._take(run.records[record], control)
+            if checkpoint is not None:
+                found.append(checkpoint)
+        return found
+
+    def scan_stored(self, index: NDArray[np.void], writes: FrameReader) -> list[Checkpoint]:
+        """The same for writes that are already in an open interval: what a restart passes over otherwise."""
+        found = []
+        for entry in index[(index["kind"] == Kind.WRITE) & (index["data_length"] % BLOCK == 0)]:
+            data = np.frombuffer(writes.read(int(entry["position"]), int(entry["data_length"])), dtype=np.uint8)
+            for _, control in find_control_blocks(data, self.system_identifier):
+                checkpoint = self._take(entry, control)
+                if checkpoint is not None:
+                    found.append(checkpoint)
+        return found
+
+    def _take(self, record: np.void, control: Control) -> Checkpoint | None:
+        if record["kind"] != Kind.WRITE or control.checkpoint_lsn == self.checkpoint_lsn:
+            return None
+        self.checkpoint_lsn = control.checkpoint_lsn
+        return Checkpoint(int(record["number"]), int(record["wall_ns"]), control)

@@ -1,0 +1,276 @@
+"""The stages between journal and image, one set at a time: take writes, end intervals, move the image, release.
+
+Everything here is called by one thread of the agent. What it has done is in the store, never only in memory: after a
+kill `Stages.open` looks at the store and the journal and goes on (truth 5).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pgcdp.capture.journal import BatchRun, Journal
+from pgcdp.errors import BugError
+from pgcdp.fsio import read_json, write_json
+from pgcdp.intervals.baseline import Baseline
+from pgcdp.intervals.cutter import Checkpoint, CheckpointFinder
+from pgcdp.intervals.increments import Mode, close_interval, move_image
+from pgcdp.records import Boundary, Interval, Position
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.image import Image
+from pgcdp.store.image_lock import image_held
+from pgcdp.store.layout import Store
+from pgcdp.store.open_interval import OpenInterval
+
+log = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+SAVE_BYTES = 512 << 20
+"""Copied bytes after which a baseline notes how far it is."""
+
+
+class Capture(Protocol):
+    """What the stages need of the engine (`capture.engine.EngineClient`)."""
+
+    def release(self, write: int) -> None:
+        """The store holds all writes up to `write`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSettings:
+    """What of the set's settings the stages follow."""
+
+    system_identifier: int
+    backings: tuple[Path, ...]
+    apply: Mode
+    compression_level: int
+
+
+Decide = Callable[[Checkpoint], str | None]
+"""Whether to end the interval at a checkpoint: the reason, or None."""
+
+
+class Stages:
+    """The store's side of one set, from the journal on."""
+
+    def __init__(self, store: Store, journal: Journal, capture: Capture, settings: StageSettings, image: Image) -> None:
+        self.store = store
+        self.journal = journal
+        self.capture = capture
+        self.settings = settings
+        self.image = image
+        self.newest: Boundary | None = None
+        self.opened: OpenInterval | None = None
+        self.baseline: Baseline | None = None
+        self.baseline_end: int | None = None
+        self.finder = CheckpointFinder(settings.system_identifier, 0)
+        self.begun = time.monotonic()
+        self._start: Position | None = None
+        self._saved = 0
+
+    @classmethod
+    def open(
+        cls, store: Store, journal: Journal, capture: Capture, settings: StageSettings, *, synced: int, released: int
+    ) -> Stages:
+        """Take up what the store holds. `synced` and `released` are writes, as the engine's status tells them.
+
+        An image that does not exist yet is begun. Raises DamageError when store or journal lack what they said to have.
+        """
+        if not (store.image / "state.json").exists():
+            image = Image.create(store, synced + 1)
+        else:
+            image = Image.open(store, writable=True)
+        stages = cls(store, journal, capture, settings, image)
+        if image.state.state == "baseline":
+            stages._begin_baseline()
+        else:
+            stages._take_up(released)
+        return stages
+
+    # --- baseline
+
+    def _begin_baseline(self) -> None:
+        self.baseline = Baseline(self.image, list(self.settings.backings))
+        log.info("baseline: %d of %d bytes copied", self.baseline.done, self.baseline.total)
+
+    def baseline_step(self, applied: int, seconds: float = 0.5) -> None:
+        """Copy for a while, then go through the journal up to `applied`, the engine's applied write."""
+        baseline = self._baseline()
+        until = time.monotonic() + seconds
+        while not baseline.complete and time.monotonic() < until:
+            baseline.copy_chunk()
+        if self.baseline_end is None:
+            for run in self.journal.batches(baseline.journal_write, applied, self._start):
+                self.finder.scan(run)
+                baseline.take(run)
+                self._start = run.end
+        if baseline.done - self._saved >= SAVE_BYTES:
+            self._save_baseline()
+
+    def _save_baseline(self) -> None:
+        baseline = self._baseline()
+        baseline.save()
+        self._saved = baseline.done
+        self.capture.release(baseline.journal_write)
+
+    def baseline_copied(self, applied: int, checkpoint_lsn: int) -> None:
+        """The copy is complete and holds nothing behind `applied`: from there on a checkpoint ends it.
+
+        `checkpoint_lsn`: the newest checkpoint that Postgres knows now, in case none was captured yet.
+        """
+        self.baseline_end = applied
+        if self.finder.checkpoint_lsn == 0:
+            self.finder.checkpoint_lsn = checkpoint_lsn
+        self._save_baseline()
+
+    def finish_baseline(self, durable: int) -> bool:
+        """Look for the boundary that ends the baseline in the writes up to `durable`; True when it is there."""
+        baseline = self._baseline()
+        if self.store.baseline is not None:  # killed between naming the boundary and reaching it
+            self._reach(self.store.baseline)
+            return True
+        for run in self.journal.batches(baseline.journal_write, durable, self._start):
+            for checkpoint in self.finder.scan(run):
+                if self.baseline_end is not None and checkpoint.write > self.baseline_end:
+                    boundary = checkpoint.boundary(0, "baseline")
+                    baseline.take(run.upto(boundary.write))
+                    self.store = self.store.with_baseline(boundary)
+                    self.image.store = self.store
+                    self._reach(boundary)
+                    return True
+            baseline.take(run)
+            self._start = run.end
+        return False
+
+    def _reach(self, boundary: Boundary) -> None:
+        baseline = self._baseline()
+        for run in self.journal.batches(baseline.journal_write, boundary.write):
+            baseline.take(run)
+        self.image.set_at(0, boundary.write)
+        baseline.close()
+        self.baseline = None
+        log.info("baseline: complete at write %d", boundary.write)
+        self._go_on_from(boundary)
+
+    def _baseline(self) -> Baseline:
+        if self.baseline is None:
+            raise BugError("no baseline is under way")
+        return self.baseline
+
+    # --- intervals
+
+    def _take_up(self, released: int) -> None:
+        """After a start: finish a move, an unpublished interval, then go on with the open one."""
+        state = self.image.state
+        if state.state == "moving":
+            self._move(Bundle.open(self.store, state.boundary + 1))
+        for number in self.store.interval_numbers():
+            if number > self.image.state.boundary:
+                self._move(Bundle.open(self.store, number))
+        newest = self._boundary(self.image.state.boundary)
+        self._go_on_from(newest, released)
+        opened = self._opened()
+        if opened.boundary is not None:
+            self._close(opened.boundary, _kept_settings(opened))
+            return
+        with opened.reader() as writes:
+            for checkpoint in self.finder.scan_stored(opened.index(), writes):
+                log.info("interval %d: checkpoint at write %d was not cut at", opened.number, checkpoint.write)
+
+    def _boundary(self, number: int) -> Boundary:
+        if number == 0:
+            if self.store.baseline is None:
+                raise BugError("the image is at boundary 0, but the store knows none")
+            return self.store.baseline
+        return Bundle.open(self.store, number).interval.boundary
+
+    def _go_on_from(self, boundary: Boundary, released: int = 0) -> None:
+        self.newest = boundary
+        self.finder.checkpoint_lsn = boundary.checkpoint_lsn
+        self.opened = OpenInterval.open(
+            self.store,
+            boundary.number + 1,
+            boundary.write + 1,
+            durable_write=released,
+            level=self.settings.compression_level,
+        )
+        self.begun = time.monotonic()
+        self._start = None
+        self.capture.release(boundary.write)
+
+    def _opened(self) -> OpenInterval:
+        if self.opened is None:
+            raise BugError("no interval is open")
+        return self.opened
+
+    def follow(self, durable: int, decide: Decide, settings: dict[str, Any]) -> list[Interval]:
+        """Take the writes up to `durable` into the open interval, ending it where `decide` says so.
+
+        Returns the intervals published on the way; the image has moved to each of them.
+        """
+        published = []
+        for run in self.journal.batches(self._opened().last_write, durable, self._start):
+            rest = run
+            for checkpoint in self.finder.scan(run):
+                head = rest.upto(checkpoint.write)
+                self._append(head)
+                rest = rest.after(checkpoint.write)
+                reason = decide(checkpoint)
+                if reason is not None:
+                    lsn = self.finder.checkpoint_lsn
+                    published.append(self._close(checkpoint.boundary(self._opened().number, reason), settings))
+                    self.finder.checkpoint_lsn = lsn
+            self._append(rest)
+            self._start = run.end
+        return published
+
+    def _append(self, run: BatchRun) -> None:
+        if len(run):
+            self._opened().append(run)
+
+    def _close(self, boundary: Boundary, settings: dict[str, Any]) -> Interval:
+        """Truth 5: bundle synced and published, then the image moves, then the journal may forget."""
+        begun = time.monotonic()
+        opened = self._opened()
+        if opened.boundary is None:  # a restart finds them before it finds the boundary
+            write_json(opened.path / SETTINGS, settings)
+        bundle = close_interval(self.store, opened, self.image, boundary, settings)
+        self._move(bundle)
+        self._go_on_from(boundary)
+        log.info(
+            "interval %d: %d writes, %d blocks, %s, %.2f s",
+            boundary.number, bundle.interval.writes, bundle.interval.blocks_changed, boundary.reason,
+            time.monotonic() - begun,
+        )  # fmt: skip
+        return bundle.interval
+
+    def _move(self, bundle: Bundle) -> None:
+        with image_held(self.store, exclusive=True):
+            move_image(self.image, bundle, self.settings.apply)
+
+    def relieve(self) -> None:
+        """The journal is filling: make what was taken durable here, so that its segments can be used again."""
+        if self.baseline is not None:
+            self._save_baseline()
+        else:
+            self.capture.release(self._opened().sync())
+
+    def close(self) -> None:
+        """Leave everything as it is on disk."""
+        if self.baseline is not None:
+            self.baseline.close()
+        if self.opened is not None:
+            self.opened.close()
+        self.image.close()
+
+
+def _kept_settings(opened: OpenInterval) -> dict[str, Any]:
+    """What `_close` wrote before it was killed."""
+    try:
+        return read_json(opened.path / SETTINGS)
+    except FileNotFoundError:
+        return {}

@@ -1,0 +1,108 @@
+"""Write a recovery point out: to image files, to a mounted scratch place, to a startable data directory.
+
+A directory gets its global/pg_control last, after all else is synced: a restore that was killed leaves a directory that
+Postgres refuses, and that the next restore to the same place replaces.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pgcdp.capture import copying
+from pgcdp.errors import UsageError
+from pgcdp.fsio import sync_directory
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import RecoveryPoint
+from pgcdp.recovery.scratch import mounted, write_images
+from pgcdp.recovery.source import Source
+
+
+def to_image(source: Source, point: RecoveryPoint, place: Path, progress: Report = silent) -> int:
+    """Write the volumes to `place`: the file itself for a set of one volume, else a directory of NAME.img.
+
+    It appears under its name only when it is whole and synced. Returns its bytes. Raises UsageError when it exists.
+    """
+    if place.exists():
+        raise UsageError(f"{place} exists", "name a file that does not exist, or remove it first")
+    if not place.parent.is_dir():
+        raise UsageError(f"{place.parent} is no directory", f"make it first: mkdir -p {place.parent}")
+    partial = place.with_name(place.name + ".partial")
+    remove(partial)
+    single = len(source.store.volumes) == 1
+    if not single:
+        partial.mkdir(mode=0o700)
+    files = [partial if single else partial / f"{volume.name}.img" for volume in source.store.volumes]
+    try:
+        written = write_images(source, point, files, progress)
+        partial.rename(place)
+        sync_directory(place.parent)
+    except BaseException:
+        remove(partial)
+        raise
+    return written
+
+
+def to_directory(source: Source, point: RecoveryPoint, place: Path, progress: Report = silent) -> int:
+    """Make `place` a data directory that can be started. Returns the bytes of its files.
+
+    It must not exist, or be empty, or be what a killed restore left.
+    """
+    work = place.parent / f".pgcdp-restore-{place.name}"
+    _refuse_used(place, work)
+    with mounted(source, point, work, progress) as found:
+        status = found.stat()
+        remove(place)
+        place.mkdir(mode=0o700)
+        os.chown(place, status.st_uid, status.st_gid)
+        control = found / "global" / "pg_control"
+        content, control_status = control.read_bytes(), control.stat()
+        for name in ("global/pg_control", "postmaster.pid", "postmaster.opts"):
+            (found / name).unlink(missing_ok=True)
+        lost = found / "lost+found"
+        if lost.is_dir():
+            lost.rmdir()
+        size = copying.measure(found).content
+        copying.copy_tree(found, place, lambda done: progress(Progress("copying files", done, size)))
+    _put_control(place, content, control_status)
+    remove(work)
+    sync_directory(place.parent)
+    return size + len(content)
+
+
+def _put_control(place: Path, content: bytes, status: os.stat_result) -> None:
+    """pg_control under its name is what makes the directory startable: all else is durable before it."""
+    control = place / "global" / "pg_control"
+    fd = os.open(control.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, content)
+        os.fchown(fd, status.st_uid, status.st_gid)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    control.with_suffix(".new").rename(control)
+    sync_directory(control.parent)
+    sync_directory(place)
+    sync_directory(place.parent)
+
+
+def _refuse_used(place: Path, work: Path) -> None:
+    """The work directory beside it tells that a restore to this place was begun and not finished."""
+    if not place.parent.is_dir():
+        raise UsageError(f"{place.parent} is no directory", f"make it first: mkdir -p {place.parent}")
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise UsageError(f"{place} is not a directory", "name a directory that does not exist")
+    unfinished = work.is_dir() and not (place / "global" / "pg_control").exists()
+    if any(place.iterdir()) and not unfinished:
+        raise UsageError(f"{place} is not empty", "name a directory that does not exist, or remove it first")
+
+
+def remove(place: Path) -> None:
+    """A file or a tree; harmless when there is none."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+"""What Postgres in a sandbox is told: a pure function from an interval's settings and pg_control to a configuration.
+
+Nothing is taken over from production but the limits that recovery compares or needs (`KEPT`). Everything that names a
+path, a peer, a program or a library, or that takes memory, is overridden on the command line, which beats every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pgcdp.postgres.control import Control
+
+KEPT = (
+    "max_connections",
+    "max_prepared_transactions",
+    "max_worker_processes",
+    "max_wal_senders",
+    "max_locks_per_transaction",
+    "max_replication_slots",
+    "max_active_replication_origins",
+    "wal_level",
+    "track_commit_timestamp",
+    "wal_log_hints",
+)
+"""Settings that a sandbox takes over."""
+
+_WAL_LEVELS = ("minimal", "replica", "logical")
+_SINCE = {"max_active_replication_origins": 18}
+# Names of the limits in pg_control. It is newer than the interval's settings when they changed inside the interval.
+_CONTROL_LIMITS = (
+    "max_connections",
+    "max_prepared_transactions",
+    "max_worker_processes",
+    "max_wal_senders",
+    "max_locks_per_transaction",
+)
+
+# (name, value, first version, last version)
+_OVERRIDES: tuple[tuple[str, str, int, int], ...] = (
+    # reached by nobody but the owner of the socket's directory
+    ("listen_addresses", "", 13, 99),
+    ("unix_socket_permissions", "0700", 13, 99),
+    ("ssl", "off", 13, 99),
+    ("bonjour", "off", 13, 99),
+    ("external_pid_file", "", 13, 99),
+    ("cluster_name", "pgcdp sandbox", 13, 99),
+    # archives, restores, streams and subscribes nothing
+    ("archive_mode", "off", 13, 99),
+    ("archive_command", "", 13, 99),
+    ("archive_library", "", 15, 99),
+    ("archive_cleanup_command", "", 13, 99),
+    ("restore_command", "", 13, 99),
+    ("recovery_end_command", "", 13, 99),
+    ("primary_conninfo", "", 13, 99),
+    ("primary_slot_name", "", 13, 99),
+    ("promote_trigger_file", "", 13, 15),
+    ("recovery_target", "", 13, 99),
+    ("recovery_target_lsn", "", 13, 99),
+    ("recovery_target_name", "", 13, 99),
+    ("recovery_target_time", "", 13, 99),
+    ("recovery_target_xid", "", 13, 99),
+    ("synchronous_standby_names", "", 13, 99),
+    ("synchronized_standby_slots", "", 17, 99),
+    ("sync_replication_slots", "off", 17, 99),
+    ("summarize_wal", "off", 17, 99),
+    ("max_logical_replication_workers", "0", 13, 99),
+    # runs nothing but itself (pg_cron and its like come with preloading)
+    ("shared_preload_libraries", "", 13, 99),
+    ("session_preload_libraries", "", 13, 99),
+    ("local_preload_libraries", "", 13, 99),
+    ("dynamic_library_path", "$libdir", 13, 99),
+    ("jit", "off", 13, 99),
+    ("autovacuum", "off", 13, 99),
+    ("superuser_reserved_connections", "0", 13, 99),
+    ("reserved_connections", "0", 16, 99),
+    ("event_triggers", "off", 17, 99),
+    ("restart_after_crash", "off", 13, 99),
+    # takes little of the machine, and need not survive it
+    ("shared_buffers", "128MB", 13, 99),
+    ("huge_pages", "off", 13, 99),
+    ("maintenance_work_mem", "256MB", 13, 99),
+    ("work_mem", "16MB", 13, 99),
+    ("temp_tablespaces", "", 13, 99),
+    ("stats_temp_directory", "pg_stat_tmp", 13, 14),
+    ("fsync", "off", 13, 99),
+    ("synchronous_commit", "off", 13, 99),
+    # tells what it finds, here and in words that can be read, and hides no damage
+    ("log_destination", "stderr", 13, 99),
+    ("logging_collector", "off", 13, 99),
+    ("log_min_messages", "warning", 13, 99),
+    ("log_min_error_statement", "panic", 13, 99),
+    ("log_statement", "none", 13, 99),
+    ("log_line_prefix", "%m [%p] ", 13, 99),
+    ("log_timezone", "UTC", 13, 99),
+    ("log_checkpoints", "off", 13, 99),
+    ("lc_messages", "C", 13, 99),
+    ("ignore_checksum_failure", "off", 13, 99),
+    ("zero_damaged_pages", "off", 13, 99),
+    ("ignore_invalid_pages", "off", 13, 99),
+    ("ignore_system_indexes", "off", 13, 99),
+)
+
+_SESSION_OPTIONS = (
+    "statement_timeout=0",
+    "lock_timeout=0",
+    "idle_in_transaction_session_timeout=0",
+    "default_transaction_read_only=off",
+    "session_preload_libraries=",
+    "local_preload_libraries=",
+    "role=none",
+    "search_path=public",
+)
+
+
+def kept_limits(settings: Mapping[str, Any] | None, control: Control, major: int) -> dict[str, str]:
+    """The limits that recovery compares: the larger of what the interval's settings and pg_control say.
+
+    `settings` is settings.json of an interval (`pgcdp.postgres.session.settings`), or None: then pg_control alone
+    tells, and limits that it does not hold are generous.
+    """
+    rows = {} if settings is None else {row["name"]: row["setting"] for row in settings["settings"]}
+    limits = {name: str(rows[name]) for name in KEPT if name in rows and _SINCE.get(name, 0) <= major}
+    for name in _CONTROL_LIMITS:
+        limits[name] = str(max(int(limits.get(name, 0)), int(getattr(control, name))))
+    known = _WAL_LEVELS.index(limits["wal_level"]) if limits.get("wal_level") in _WAL_LEVELS else 0
+    limits["wal_level"] = _WAL_LEVELS[max(known, min(control.wal_level, len(_WAL_LEVELS) - 1))]
+    for name in ("track_commit_timestamp", "wal_log_hints"):
+        limits[name] = "on" if getattr(control, name) else limits.get(name, "off")
+    limits.setdefault("max_replication_slots", "100")
+    if limits["wal_level"] == "minimal":
+        limits["max_wal_senders"] = "0"  # Postgres refuses senders without WAL for them
+    return limits
+
+
+def configuration(
+    settings: Mapping[str, Any] | None, control: Control, major: int, fixed: Mapping[str, str]
+) -> tuple[str, tuple[str, ...]]:
+    """(text of postgresql.conf, command line options that override) of a sandbox.
+
+    `fixed` are settings that depend on its place (socket directory, port, hba_file, ...); they win over all others.
+    """
+    limits = kept_limits(settings, control, major)
+    lines = [f"{name} = '{_quoted(value)}'" for name, value in sorted(limits.items())]
+    text = "# a sandbox of pgcdp: the limits that recovery compares; everything else is on the command line\n"
+    overrides = {name: value for name, value, first, last in _OVERRIDES if first <= major <= last} | dict(fixed)
+    options = [word for name, value in overrides.items() for word in ("-c", f"{name}={value}")]
+    return text + "\n".join(lines) + "\n", tuple(options)
+
+
+def session_options(extra: Sequence[str] = ()) -> str:
+    """Options of a connection to a sandbox: they beat what ALTER ROLE and ALTER DATABASE left in the image."""
+    return " ".join(f"-c {option}" for option in (*_SESSION_OPTIONS, *extra))
+
+
+def _quoted(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("'", "''")

@@ -1,0 +1,117 @@
+"""The agent's process: started beside a set, asked over its socket, stopped with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from pgcdp.config import Config, SetPaths
+from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
+
+_BY_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
+START_SECONDS = 60.0
+
+
+class AgentGone(PreconditionError):
+    """No agent answers at the set's socket."""
+
+
+def ask(paths: SetPaths, command: str, timeout: float | None = 60.0) -> dict[str, Any]:
+    """One request to the set's agent. Raises AgentGone, or the error that it names."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
+            door.settimeout(timeout)
+            door.connect(os.fspath(paths.agent_socket))
+            door.sendall(json.dumps({"cmd": command}).encode() + b"\n")
+            with door.makefile("rb") as answers:
+                line = answers.readline()
+    except TimeoutError:
+        raise PreconditionError(
+            f"the agent did not answer {command} in {timeout} s", f"look at {paths.agent_log}"
+        ) from None
+    except OSError as error:
+        raise AgentGone(f"no agent runs for set {paths.name}: {error.strerror}", f"pgcdp up {paths.name}") from None
+    if not line:
+        raise AgentGone(f"the agent of set {paths.name} ended meanwhile", f"look at {paths.agent_log}")
+    reply = json.loads(line)
+    if not isinstance(reply, dict):
+        raise BugError(f"the agent's answer to {command} is not an object")
+    if "error" in reply and isinstance(reply["error"], dict):
+        kind = _BY_CODE.get(int(reply["error"]["code"]), PgcdpError)
+        raise kind(str(reply["error"]["message"]), reply["error"]["hint"])
+    return reply
+
+
+def start(config: Config) -> None:
+    """Start the agent in a session of its own, unless it runs; wait until it answers."""
+    paths = config.paths
+    try:
+        ask(paths, "status")
+        return
+    except AgentGone:
+        pass
+    log = os.open(paths.agent_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        begin = os.fstat(log).st_size
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pgcdp", "agent", config.name],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+    _await(config, child, begin)
+
+
+def _await(config: Config, child: subprocess.Popen[bytes], begin: int) -> None:
+    ended = os.pidfd_open(child.pid)
+    deadline = time.monotonic() + START_SECONDS
+    try:
+        while True:
+            try:
+                ask(config.paths, "status")
+                return
+            except AgentGone:
+                pass
+            if select.select([ended], [], [], 0.05)[0] or time.monotonic() > deadline:
+                child.poll()
+                with config.paths.agent_log.open("rb") as log:
+                    log.seek(begin)
+                    lines = log.read().decode("utf-8", "replace").strip().splitlines()
+                said = next(
+                    (line for line in lines if line.startswith("error:")), lines[-1] if lines else "it said nothing"
+                )
+                raise PreconditionError(
+                    f"the agent of set {config.name} did not start: {said.removeprefix('error:').strip()}",
+                    f"look at {config.paths.agent_log}",
+                )
+    finally:
+        os.close(ended)
+
+
+def stop(config: Config, timeout: float = 600.0) -> None:
+    """Have the agent finish its step and end; waits for that. Harmless when none runs."""
+    try:
+        pid = int(ask(config.paths, "status")["pid"])
+        ended = os.pidfd_open(pid)
+    except (AgentGone, ProcessLookupError):
+        return
+    try:
+        ask(config.paths, "stop")
+        if not select.select([ended], [], [], timeout)[0]:
+            raise PreconditionError(
+                f"the agent (pid {pid}) did not end in {timeout:g} s", f"look at {config.paths.agent_log}"
+            )
+    except AgentGone:
+        pass
+    finally:
+        os.close(ended)

@@ -1,0 +1,44 @@
+"""The catalog anew from the store alone: store.json, manifests and history files."""
+
+from __future__ import annotations
+
+import os
+
+from pgcdp.errors import DamageError
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import FILE_NAME, Catalog
+from pgcdp.store.history import history_names, read_history
+from pgcdp.store.layout import Store
+
+
+def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
+    """Make `catalog.db` anew; returns it with what could not be read and is therefore not in it.
+
+    The new catalog is built beside the old one and takes its place by rename. Nobody else may have it open.
+    """
+    place = store.path / FILE_NAME
+    fresh = store.path / f"{FILE_NAME}.new"
+    for leftover in (fresh, fresh.with_name(fresh.name + "-wal"), fresh.with_name(fresh.name + "-shm")):
+        leftover.unlink(missing_ok=True)
+    catalog = Catalog(store, fresh)
+    damages: list[DamageError] = []
+    try:
+        if store.baseline is not None:
+            catalog.put_baseline(store.baseline)
+        for number in store.interval_numbers():
+            try:
+                catalog.put_interval(Bundle.open(store, number).interval)
+            except DamageError as damage:
+                damages.append(damage)
+        for name in history_names(store):
+            try:
+                kind, time_ns, content = read_history(store, name)
+                catalog.put_history(name, kind, time_ns, content)
+            except DamageError as damage:
+                damages.append(damage)
+    finally:
+        catalog.close()
+    for suffix in ("-wal", "-shm"):
+        place.with_name(place.name + suffix).unlink(missing_ok=True)
+    os.replace(fresh, place)
+    return Catalog.open(store), damages

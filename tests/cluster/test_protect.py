@@ -1,0 +1,519 @@
+"""Protect, up, down and unprotect on real clusters, volumes and mounts, also when they fail or are killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pgcdp import config as settings
+from pgcdp import proc
+from pgcdp.capture import attach, protect, volumes
+from pgcdp.capture.checks import ProtectRequest
+from pgcdp.capture.engine import EngineClient
+from pgcdp.config import Config
+from pgcdp.errors import PgcdpError, PreconditionError, UsageError
+from pgcdp.postgres import cluster
+from pgcdp.progress import Progress
+from tests.waiting import wait_until
+
+MIB = 1 << 20
+ALLOWED = re.compile(r"cannot become an I/O flusher|cannot lock memory|out-of-memory killer")
+
+
+@dataclass
+class House:
+    """A root for sets and one Postgres 15 cluster that runs, in a scratch directory of their own."""
+
+    root: Path
+    pgdata: Path
+    port: int
+    user: proc.User
+    argv: tuple[str, ...]
+    allowed: list[str] = field(default_factory=list)
+
+    def request(self, **changes: object) -> ProtectRequest:
+        values: dict[str, object] = {
+            "name": "main",
+            "pgdata": self.pgdata,
+            "store": self.root / "store",
+            "size": 384 * MIB,
+            "journal_limit": 128 * MIB,
+            "segment_size": 8 * MIB,
+            **changes,
+        }
+        return ProtectRequest(**values)  # type: ignore[arg-type]
+
+    @property
+    def log(self) -> Path:
+        return self.root / "postgres.log"
+
+    def connect(self) -> psycopg.Connection[tuple[int, ...]]:
+        return psycopg.connect(
+            host=str(self.root / "socket"), port=self.port, user="postgres", dbname="postgres", autocommit=True
+        )
+
+    def count(self) -> int:
+        with self.connect() as session:
+            row = session.execute("SELECT count(*) FROM ledger").fetchone()
+        assert row is not None
+        return row[0]
+
+    def postmaster(self) -> cluster.Postmaster | None:
+        return cluster.find_postmaster(self.pgdata)
+
+    def start(self) -> None:
+        cluster.start(self.argv, self.pgdata, self.user, self.log)
+
+    def picture(self) -> list[str]:
+        """Everything in the scratch directory but the cluster's content, and who runs on it."""
+        running = self.postmaster()
+        names = [str(path) for path in self.root.rglob("*") if self.pgdata not in path.parents]
+        names = [name for name in names if not name.endswith((".lock", "/run/pgcdp", "/run", "/sets"))]
+        return [*sorted(names), str(running.pid if running else None)]
+
+
+@pytest.fixture
+def house(scratch: Path, engine_program: Path, monkeypatch: pytest.MonkeyPatch, free_port: int) -> Iterator[House]:
+    scratch.chmod(0o755)
+    monkeypatch.setenv("PGCDP_ROOT", str(scratch / "sets"))
+    monkeypatch.setenv("PGCDP_ENGINE", str(engine_program))
+    user = proc.user_named("postgres")
+    for name in ("socket", "pg"):
+        (scratch / name).mkdir(mode=0o700)
+        os.chown(scratch / name, user.uid, user.gid)
+    binaries = cluster.find_binaries(15)
+    cluster.initdb(binaries, scratch / "pg", user, "--data-checksums")
+    options = ("-c", f"port={free_port}", "-c", f"unix_socket_directories={scratch}/socket", "-c", "listen_addresses=")
+    argv = cluster.command_line(binaries, scratch / "pg", *options, "-c", "cluster_name=kept as it was")
+    house = House(scratch, scratch / "pg", free_port, user, argv)
+    house.start()
+    with house.connect() as session:
+        session.execute("CREATE TABLE ledger (id bigint PRIMARY KEY)")
+        session.execute("INSERT INTO ledger SELECT generate_series(1, 1000)")
+    yield house
+    _take_down(house)
+    complaints = []
+    for log in scratch.rglob("engine.log"):
+        lines = log.read_text(errors="replace").splitlines()
+        allowed = re.compile("|".join([ALLOWED.pattern, *house.allowed]))
+        complaints += [line for line in lines if re.search(r"\b(warning|error)\b", line) and not allowed.search(line)]
+    assert complaints == []
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of its own; the clusters listen on Unix sockets in their own directory only."""
+    return 20000 + os.getpid() % 20000
+
+
+def _take_down(house: House) -> None:
+    """Whatever a test left: every Postgres process, mount, loop device and engine of the scratch directory."""
+    cluster.kill_leftovers(house.pgdata)
+    for mount in reversed(volumes.mounts_below(house.root)):
+        if mount.mountpoint.name != "fuse":
+            wait_until(lambda place=mount.mountpoint: _unmounted(place), what=f"unmount of {mount.mountpoint}")
+    for device in volumes.loops_over(house.root):
+        volumes.detach_loop(device)
+    for socket in house.root.rglob("engine.sock"):
+        with suppress(PgcdpError):
+            attach.kill_and_wait(EngineClient(socket).status().pid)
+    for mount in volumes.mounts_below(house.root):
+        volumes.unmount_lazily(mount.mountpoint)
+
+
+def _unmounted(place: Path) -> bool:
+    try:
+        volumes.unmount(place)
+    except PreconditionError:
+        return False
+    return True
+
+
+class Load:
+    """A client that notes every acknowledged insert, until its connection breaks or it is told to end."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.acknowledged = 1000
+        self.ending = False
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        with suppress(psycopg.Error), self.house.connect() as session:
+            while not self.ending:
+                session.execute("INSERT INTO ledger VALUES (%s)", [self.acknowledged + 1])
+                self.acknowledged += 1
+
+    def end(self) -> int:
+        self.ending = True
+        self.thread.join()
+        return self.acknowledged
+
+
+def assert_as_before(house: House) -> None:
+    """The cluster runs on plain files with its old command line, and nothing else is left."""
+    running = house.postmaster()
+    assert running is not None
+    assert running.argv == house.argv
+    assert house.count() == 1000
+    assert volumes.mounts_below(house.root) == []
+    assert volumes.loops_over(house.root) == {}
+    assert settings.list_sets() == []
+    assert [path.name for path in house.root.iterdir() if ".pgcdp-" in path.name] == []
+    assert not list((house.root / "sets").rglob("*.img"))
+    assert not list((house.root / "sets").rglob("*.seg"))
+
+
+# --- it works
+
+
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_there_under_load_killed_and_back(house: House, fs: str) -> None:
+    before = house.pgdata.stat()
+    steps: list[str] = []
+    config = protect.protect(house.request(fs=fs), lambda step: steps.append(step.step))
+    assert settings.load_config("main") == config
+    assert config.cluster.command_line == house.argv
+    assert config.cluster.was_running
+    running = house.postmaster()
+    assert running is not None
+    assert running.argv == house.argv
+    after = house.pgdata.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert not (house.pgdata / "lost+found").exists()
+    assert stat.S_IMODE(config.volumes[0].backing.stat().st_mode) == 0o600
+    assert steps.index("copying the cluster") < steps.index("removing the old copy")
+    mounted = volumes.mount_at(house.pgdata)
+    assert mounted is not None
+    assert mounted.fstype == fs
+    assert house.count() == 1000
+
+    # Killed under load, three times: every acknowledged commit is there.
+    client = EngineClient(config.paths.control)
+    for _ in range(3):
+        load = Load(house)
+        load.acknowledged = house.count()
+        wait_until(lambda load=load, begin=load.acknowledged: load.acknowledged > begin + 200, what="200 commits")
+        os.kill(client.status().pid, signal.SIGKILL)
+        acknowledged = load.end()
+        attach.up(config)
+        assert house.count() in (acknowledged, acknowledged + 1)
+    total = house.count()
+
+    # Nothing to do is nothing done; down leaves plain volumes, up brings them back.
+    pids = (client.status().pid, house.postmaster())
+    attach.up(config)
+    assert (client.status().pid, house.postmaster()) == pids
+    attach.down(config)
+    attach.down(config)
+    assert volumes.mounts_below(house.root) == []
+    assert volumes.loops_over(house.root) == {}
+    check = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}[fs]
+    proc.run([*check, str(config.volumes[0].backing)])
+    attach.up(config)
+    assert house.count() == total
+
+    protect.unprotect(config)
+    running = house.postmaster()
+    assert running is not None
+    assert running.argv == house.argv
+    assert house.count() == total
+    assert volumes.mount_at(house.pgdata) is None
+    assert settings.list_sets() == []
+    assert not config.volumes[0].backing.exists()
+    assert not config.journal.exists()
+    assert house.pgdata.stat().st_mode == before.st_mode
+
+
+def test_a_stopped_cluster_is_started_and_stays_stopped_afterwards(house: House) -> None:
+    cluster.stop(house.pgdata)
+    config = protect.protect(house.request())
+    assert not config.cluster.was_running
+    running = house.postmaster()
+    assert running is not None
+    assert running.argv == house.argv  # postmaster.opts told
+    attach.stop_cluster(config)
+    protect.unprotect(config)
+    assert house.postmaster() is None
+    assert cluster.read_control(house.pgdata).system_identifier == int(config.cluster.system_identifier)
+
+
+def test_a_new_cluster_with_wal_on_a_volume_of_its_own(house: House) -> None:
+    fresh = house.root / "fresh"
+    lines = (("port", str(house.port + 1)), ("unix_socket_directories", f"{house.root}/socket"))
+    config = protect.protect(
+        house.request(name="new", pgdata=fresh, initdb=True, version=15, wal_size=256 * MIB, settings=lines)
+    )
+    assert [volume.name for volume in config.volumes] == ["data", "wal"]
+    assert config.cluster.port == house.port + 1
+    assert volumes.mount_at(fresh / "pg_wal") is not None
+    with psycopg.connect(host=str(house.root / "socket"), port=config.cluster.port, user="postgres") as session:
+        session.execute("CREATE TABLE t AS SELECT generate_series(1, 5000)")
+    os.kill(EngineClient(config.paths.control).status().pid, signal.SIGKILL)
+    attach.up(config)
+    status = EngineClient(config.paths.control).status()
+    assert [volume.name for volume in status.volumes] == ["data", "wal"]
+    protect.unprotect(config)
+    assert volumes.mounts_below(house.root) == []
+    assert (fresh / "pg_wal").is_dir()
+    cluster.stop(fresh)
+
+
+def test_a_given_device(house: House) -> None:
+    image = house.root / "disk"
+    volumes.make_image(image, 384 * MIB)
+    device = volumes.attach_loop(image)
+    proc.run(["mkfs.ext4", "-q", str(device)])
+    (house.root / "mnt").mkdir()
+    volumes.mount(device, house.root / "mnt", "ext4")
+    request = house.request(size=None, volume=device)
+    with pytest.raises(PreconditionError, match="is mounted at"):
+        protect.protect(request)
+    volumes.unmount(house.root / "mnt")
+    with pytest.raises(PreconditionError, match="holds ext4"):
+        protect.protect(request)
+    with pytest.raises(UsageError, match="not a block device"):
+        protect.protect(house.request(size=None, volume=image))
+    config = protect.protect(house.request(size=None, volume=device, yes=True, fs="xfs"))
+    assert config.volumes[0].device
+    assert house.count() == 1000
+    with pytest.raises(PreconditionError, match="exclusive use"):
+        volumes.check_device(device, overwrite=True)
+    protect.unprotect(config)
+    assert house.count() == 1000
+
+
+# --- refused, and nothing changed
+
+Change = Callable[[House], ProtectRequest]
+
+
+def _linked_wal(house: House) -> ProtectRequest:
+    cluster.stop(house.pgdata)
+    (house.pgdata / "pg_wal").rename(house.root / "wal")
+    (house.pgdata / "pg_wal").symlink_to(house.root / "wal")
+    house.start()
+    return house.request()
+
+
+def _tablespace(house: House) -> ProtectRequest:
+    (house.root / "space").mkdir()
+    os.chown(house.root / "space", house.user.uid, house.user.gid)
+    with house.connect() as session:
+        session.execute(f"CREATE TABLESPACE elsewhere LOCATION '{house.root / 'space'}'")
+    return house.request()
+
+
+def _not_a_cluster(house: House) -> ProtectRequest:
+    (house.root / "empty").mkdir()
+    return house.request(pgdata=house.root / "empty")
+
+
+def _full_store(house: House) -> ProtectRequest:
+    (house.root / "store").mkdir()
+    (house.root / "store" / "something").touch()
+    return house.request()
+
+
+def _left_over(house: House) -> ProtectRequest:
+    (house.root / "pg.pgcdp-before-main").mkdir()
+    return house.request()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda house: house.request(pgdata=house.root / "none"), "no directory"),
+        (_not_a_cluster, "is not a data directory"),
+        (lambda house: house.request(pgdata=Path("pg")), "not an absolute path"),
+        (lambda house: house.request(name="Main"), "not a set name"),
+        (lambda house: house.request(store=house.pgdata / "store"), "inside the data directory"),
+        (lambda house: house.request(journal=house.pgdata / "journal"), "inside the data directory"),
+        (lambda house: house.request(journal=house.root / "store" / "j"), "lie in each other"),
+        (_full_store, "not empty"),
+        (lambda house: house.request(size=32 * MIB), "does not fit|needs"),
+        (lambda house: house.request(size=200 * MIB, fs="xfs"), "xfs needs 300"),
+        (lambda house: house.request(size=1 << 50), "1024.0 TiB"),
+        (lambda house: house.request(journal_limit=1 << 50), "the journal"),
+        (lambda house: house.request(size=None), "exactly one of"),
+        (lambda house: house.request(volume=Path("/dev/null")), "exactly one of"),
+        (lambda house: house.request(size=None, volume=Path("/dev/null")), "not a block device"),
+        (lambda house: house.request(size=None, volume=house.root / "none"), "does not exist"),
+        (lambda house: house.request(cut=("sometimes",)), "--cut"),
+        (lambda house: house.request(bindir=house.root), "holds no PostgreSQL"),
+        (lambda house: house.request(initdb=True), "not empty"),
+        (_linked_wal, "pg_wal is a link"),
+        (_tablespace, "tablespace .* outside"),
+        (_left_over, "pgcdp-before-main exists"),
+    ],
+)
+def test_refused_and_nothing_changed(house: House, change: Change, told: str) -> None:
+    request = change(house)
+    before = house.picture()
+    with pytest.raises(PgcdpError, match=told) as caught:
+        protect.protect(request)
+    assert caught.value.exit_code in (2, 6)
+    assert caught.value.hint
+    assert house.picture() == before
+    assert house.count() == 1000
+
+
+def test_a_mount_point_or_a_mount_inside_is_refused(house: House) -> None:
+    inside = house.pgdata / "pg_stat_tmp"
+    proc.run(["mount", "-t", "tmpfs", "none", str(inside)])
+    with pytest.raises(PreconditionError, match="mounted inside the data directory"):
+        protect.protect(house.request())
+    volumes.unmount(inside)
+
+
+def test_a_second_protect_and_a_name_in_use_are_refused(house: House) -> None:
+    config = protect.protect(house.request())
+    with pytest.raises(PreconditionError, match='"main" exists already'):
+        protect.protect(house.request())
+    with pytest.raises(PreconditionError, match='already protected by the set "main"'):
+        protect.protect(house.request(name="other", store=house.root / "other"))
+    with attach.hold(config.paths), pytest.raises(PreconditionError, match="locked"):
+        attach.up(config)
+    attach.down(config)
+    proc.run(["mount", "-t", "tmpfs", "none", str(house.pgdata)])
+    with pytest.raises(PreconditionError, match="not of the set main"):
+        attach.up(config)
+    volumes.unmount(house.pgdata)
+    attach.up(config)
+    assert house.count() == 1000
+
+
+# --- failed, and put back
+
+
+def test_an_engine_that_fails_leaves_everything_as_before(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = house.root / "engine"
+    engine.write_text("#!/bin/sh\necho 'pgcdp-engine: error: the disk is gone' >&2\necho 'hint: buy one' >&2\nexit 6\n")
+    engine.chmod(0o755)
+    monkeypatch.setenv("PGCDP_ENGINE", str(engine))
+    house.allowed.append("the disk is gone")
+    with pytest.raises(PreconditionError, match="^the disk is gone$") as caught:
+        protect.protect(house.request())
+    assert caught.value.hint == "buy one"
+    assert_as_before(house)
+
+
+def test_a_cluster_that_will_not_stop_runs_on(house: House) -> None:
+    session = house.connect()
+    os.kill(session.info.backend_pid, signal.SIGSTOP)
+    with pytest.raises(PreconditionError, match="did not stop in 1 s"):
+        protect.protect(house.request(stop_seconds=1.0))
+    session.close()
+    assert_as_before(house)
+
+
+def test_a_postgres_that_does_not_start_there_is_put_back(house: House) -> None:
+    def break_it(step: Progress) -> None:
+        if step.step == "starting Postgres" and volumes.mount_at(house.pgdata):
+            (house.pgdata / "postgresql.conf").write_text("nonsense = 1\n")
+
+    with pytest.raises(PreconditionError, match="did not start"):
+        protect.protect(house.request(), break_it)
+    assert_as_before(house)
+
+
+# --- killed
+
+RUNNER = """
+import os, signal, sys
+from pgcdp.capture import protect
+from pgcdp.capture.checks import ProtectRequest
+from pathlib import Path
+from pgcdp import config
+
+verb, step, pgdata, store = sys.argv[1:]
+
+def report(progress):
+    if progress.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if verb == "protect":
+    sizes = {"size": 384 << 20, "journal_limit": 128 << 20, "segment_size": 8 << 20}
+    protect.protect(ProtectRequest("main", Path(pgdata), Path(store), **sizes), report)
+else:
+    protect.unprotect(config.load_config("main"), report)
+"""
+
+
+def run_until(house: House, verb: str, step: str) -> None:
+    """Run protect or unprotect in a process of its own that is killed when it reports this step."""
+    command = [sys.executable, "-c", RUNNER, verb, step, str(house.pgdata), str(house.root / "store")]
+    paths = os.pathsep.join([str(Path(protect.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "outcome"),
+    [
+        ("making the volume", "unprotected"),
+        ("stopping Postgres", "unprotected"),
+        ("copying the cluster", "unprotected"),
+        ("starting capture", "unprotected"),
+        ("switching to the volume", "unprotected"),
+        ("attaching the volumes", "unprotected"),
+        ("starting Postgres", "protected"),
+        ("removing the old copy", "protected"),
+    ],
+)
+def test_a_killed_protect_is_put_back_or_finished(house: House, step: str, outcome: str) -> None:
+    run_until(house, "protect", step)
+    assert protect.recover("main") == outcome
+    assert protect.recover("main") is None
+    if outcome == "unprotected":
+        assert_as_before(house)
+    else:
+        _assert_protected(house, settings.load_config("main"))
+
+
+@pytest.mark.parametrize(
+    ("step", "outcome"),
+    [
+        ("stopping Postgres", "protected"),
+        ("copying to plain storage", "protected"),
+        ("unmounting", "unprotected"),
+        ("stopping capture", "unprotected"),
+        ("switching to plain storage", "unprotected"),
+        ("starting Postgres", "unprotected"),
+        ("removing volume and journal", "unprotected"),
+    ],
+)
+def test_a_killed_unprotect_is_put_back_or_finished(house: House, step: str, outcome: str) -> None:
+    config = protect.protect(house.request())
+    run_until(house, "unprotect", step)
+    with pytest.raises(PreconditionError, match="unprotect .* was interrupted"):
+        attach.up(config)
+    assert protect.recover("main") == outcome
+    if outcome == "unprotected":
+        assert_as_before(house)
+    else:
+        _assert_protected(house, config)
+
+
+def _assert_protected(house: House, config: Config) -> None:
+    assert attach.is_attached(config)
+    assert house.count() == 1000
+    assert [path.name for path in house.root.iterdir() if ".pgcdp-" in path.name] == []
+    attach.down(config)
+    attach.up(config)
+    assert house.count() == 1000
+    shutil.rmtree(house.root / "store", ignore_errors=True)

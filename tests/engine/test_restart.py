@@ -1,0 +1,217 @@
+"""Restarts: after a clean stop, after kill -9, with a torn tail, with damage."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.fix_engine import BLOCK, MIB, Capture, Direct, MakeCapture
+from tests.model import Wrong, read_journal, read_segment, replay
+from tests.raw_workload import Workload, assert_history
+
+
+def assert_volumes_equal_replay(capture: Capture) -> None:
+    """Backing files are the baselines with every journalled write applied."""
+    journal = read_journal(capture.journal)
+    baseline = [capture.baseline(name).read_bytes() for name in capture.volumes]
+    for name, expected in zip(capture.volumes, replay(baseline, journal.writes, journal.last_write), strict=True):
+        assert capture.backing(name).read_bytes() == expected, f"volume {name} is not baseline plus journal"
+
+
+def write_blocks(capture: Capture, count: int, seed: int = 0) -> None:
+    """`count` answered writes of one block, one batch each."""
+    rng = random.Random(seed)
+    with Direct(capture.device("data")) as volume:
+        for _ in range(count):
+            volume.write(rng.randrange(1024) * BLOCK, rng.randbytes(8) * (BLOCK // 8))
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        old = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([old ^ 0x40]))
+
+
+def test_clean_stop_and_start_go_on_with_the_next_number(make_capture: MakeCapture) -> None:
+    capture = make_capture()
+    for i in range(4):
+        capture.start()
+        assert capture.status()["last_write"] == 10 * i
+        write_blocks(capture, 10, seed=i)
+        assert capture.stop() == 0
+        assert_volumes_equal_replay(capture)
+    journal = read_journal(capture.journal)
+    assert [w.number for w in journal.writes] == list(range(1, 41))
+    assert [b.number for b in journal.batches] == list(range(1, len(journal.batches) + 1))
+
+
+def test_an_unused_journal_restarts(make_capture: MakeCapture) -> None:
+    capture = make_capture()
+    for _ in range(3):
+        capture.start()
+        capture.kill()
+    capture.start()
+    write_blocks(capture, 1)
+    capture.stop()
+    assert read_journal(capture.journal).last_write == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_restart_after_kill_under_load(make_capture: MakeCapture, seed: int) -> None:
+    """Acknowledged writes are all there, the volumes equal baseline plus journal, numbers go on without gap."""
+    capture = make_capture({"data": 8 * MIB, "wal": 4 * MIB})
+    rng = random.Random(seed)
+    history = []
+    for round_ in range(3):
+        capture.start()
+        work = Workload(
+            [capture.device(n) for n in capture.volumes],
+            seed=seed * 10 + round_,
+            first_writer=10 * round_,
+            mark=lambda name: capture.request("mark", name=name),
+        )
+        work.start()
+        goal = rng.randint(1, 400)
+        work.wait_answered(goal)
+        capture.kill()
+        work.finish()
+        history += work.ops
+    capture.start()
+    last = capture.status()["last_write"]
+    assert capture.stop() == 0
+    journal = read_journal(capture.journal)
+    assert journal.last_write == last
+    assert [w.number for w in journal.writes] == list(range(1, last + 1))
+    assert_history(history, journal.writes)
+    assert_volumes_equal_replay(capture)
+    assert capture.engine("check").returncode == 0
+
+
+def test_volume_before_replay_never_holds_what_the_journal_lacks(make_capture: MakeCapture) -> None:
+    """Truth 1: right after a kill each block of the volume is some journalled version of it, or the baseline's."""
+    capture = make_capture({"data": 4 * MIB})
+    capture.start()
+    work = Workload([capture.device("data")], seed=77, max_blocks=8)
+    work.start()
+    work.wait_answered(500)
+    capture.kill()
+    work.finish()
+    journal = read_journal(capture.journal)
+    versions: list[set[bytes]] = [{bytes(BLOCK)} for _ in range(4 * MIB // BLOCK)]
+    for write in journal.writes:
+        for i in range(0, write.length, BLOCK):
+            versions[(write.offset + i) // BLOCK].add(write.data[i : i + BLOCK] or bytes(BLOCK))
+    content = capture.backing("data").read_bytes()
+    strange = [i for i, v in enumerate(versions) if content[i * BLOCK : (i + 1) * BLOCK] not in v]
+    assert strange == []
+
+
+def test_torn_tail_is_cut_and_only_it(make_capture: MakeCapture) -> None:
+    capture = make_capture({"data": 4 * MIB})
+    capture.start()
+    write_blocks(capture, 20)
+    capture.kill()
+    journal = read_journal(capture.journal)
+    last = journal.batches[-1]
+    path = capture.journal / f"{last.segment:016}.seg"
+    flip(path, last.end - 1)
+    before = path.read_bytes()
+    check = capture.engine("check")
+    assert (check.returncode, "torn" in check.stdout) == (0, True), check.stdout + check.stderr
+    capture.start()
+    assert capture.status()["last_write"] == 19
+    write_blocks(capture, 5, seed=2)
+    capture.stop()
+    assert path.read_bytes()[BLOCK : last.offset] == before[BLOCK : last.offset]
+    after = read_journal(capture.journal)
+    assert [w.data for w in after.writes[:19]] == [w.data for w in journal.writes[:19]]
+    assert after.last_write == 24
+    assert after.batches[19].segment > last.segment
+    # The write that was cut may have reached the volume before; its block may differ, and nothing else.
+    again = make_capture({"data": 4 * MIB})
+    shutil.copytree(capture.journal, again.journal)
+    assert again.engine("check").returncode == 0
+
+
+@pytest.mark.parametrize("where", ["header", "record", "data", "padding"])
+def test_a_flipped_byte_in_an_acknowledged_batch_is_found(make_capture: MakeCapture, where: str) -> None:
+    """Each of 25 batches in turn: check names it with exit 5, capture refuses to serve, nothing is cut off."""
+    capture = make_capture({"data": 4 * MIB})
+    capture.start()
+    write_blocks(capture, 30)
+    capture.stop()
+    rng = random.Random(where)
+    journal = read_journal(capture.journal)
+    files = {path.name: path.read_bytes() for path in capture.journal.iterdir()}
+    for batch in [*rng.sample(journal.batches[:-1], 24), journal.batches[-1]]:
+        path = capture.journal / f"{batch.segment:016}.seg"
+        offset = (
+            batch.offset
+            + {
+                "header": rng.randrange(72),
+                "record": rng.randrange(72, 120),
+                "data": rng.randrange(BLOCK, 2 * BLOCK),
+                "padding": rng.randrange(120, BLOCK),
+            }[where]
+        )
+        flip(path, offset)
+        check = capture.engine("check")
+        assert check.returncode == 5, f"batch {batch.number}, offset {offset}: {check.stdout}"
+        assert path.name in check.stderr
+        assert f"offset {batch.offset}:" in check.stderr
+        assert f"write{'s' if batch is not journal.batches[-1] else 's from'} {batch.first_write} " in check.stderr
+        with pytest.raises(Wrong):
+            read_journal(capture.journal)
+        flip(path, offset)
+    assert {path.name: path.read_bytes() for path in capture.journal.iterdir()} == files
+    assert capture.engine("check").returncode == 0
+
+
+def test_capture_refuses_a_damaged_journal_that_it_must_replay(make_capture: MakeCapture) -> None:
+    capture = make_capture({"data": 4 * MIB})
+    capture.start()
+    write_blocks(capture, 30)
+    capture.kill()
+    journal = read_journal(capture.journal)
+    assert journal.mark is not None
+    victim = next(b for b in journal.batches if b.first_write > journal.mark.applied)
+    assert victim is not journal.batches[-1], "nothing is left to replay"
+    path = capture.journal / f"{victim.segment:016}.seg"
+    flip(path, victim.end - 7)
+    files = {path.name: path.read_bytes() for path in capture.journal.iterdir()}
+    code, message = capture.run_refused()
+    assert code == 5, message
+    assert path.name in message
+    assert f"offset {victim.offset}" in message
+    assert {path.name: path.read_bytes() for path in capture.journal.iterdir()} == files
+
+
+def test_lost_and_foreign_segments_are_damage(make_capture: MakeCapture) -> None:
+    capture = make_capture({"data": 16 * MIB})
+    capture.start()
+    with Direct(capture.device("data")) as volume:
+        for i in range(96):
+            volume.write(i % 12 * MIB, os.urandom(BLOCK) * (256 if i % 2 else 128))
+    capture.stop()
+    journal = read_journal(capture.journal)
+    used = sorted({b.segment for b in journal.batches})
+    assert len(used) >= 4
+    for lost in (used[0], used[1], used[-1]):
+        path = capture.journal / f"{lost:016}.seg"
+        away = capture.root / "away"
+        path.rename(away)
+        assert capture.engine("check").returncode == 5, f"without segment {lost} of {used}"
+        away.rename(path)
+    middle = read_segment(capture.journal / f"{used[1]:016}.seg")
+    flip(middle.path, 40)
+    check = capture.engine("check")
+    assert check.returncode == 5
+    assert middle.path.name in check.stderr
+    flip(middle.path, 40)
+    assert capture.engine("check").returncode == 0

@@ -1,0 +1,71 @@
+"""Files that survive: atomic JSON with checksums, locks, holes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.fsio import FileLock, json_checksum, punch_hole, read_all, read_json, write_atomic, write_json
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    content = {"b": [1, None, "ä"], "a": {"x": 1.5, "y": 2**63}}
+    write_json(tmp_path / "x.json", content)
+    assert read_json(tmp_path / "x.json") == content
+    assert json_checksum({"b": 1, "a": "ä"}) == json_checksum({"a": "ä", "b": 1, "checksum": "no"})
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_one_flipped_bit_in_json_is_found_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    content = {"number": 12, "name": "set", "list": [1, 2]}
+    write_json(path, content)
+    raw = path.read_bytes()
+    for at in range(len(raw)):
+        for bit in range(8):
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ (1 << bit)]) + raw[at + 1 :])
+            same = _content_or_message(path)
+            assert same == content or (str(path) in str(same) and "offset" in str(same))
+
+
+def _content_or_message(path: Path) -> object:
+    try:
+        return read_json(path)
+    except DamageError as damage:
+        return damage.message
+
+
+def test_replacing_a_file_leaves_the_old_one_until_the_new_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_atomic(path, b"old")
+    with path.open("rb") as old:
+        write_atomic(path, b"new")
+        assert old.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_second_lock_is_refused_with_the_holder(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / "lock", "the agent"),
+        pytest.raises(PreconditionError, match=f"the agent, process {os.getpid()}"),
+    ):
+        FileLock(tmp_path / "lock", "the agent")
+    FileLock(tmp_path / "lock", "the agent").release()
+
+
+def test_hole_reads_as_zeros_and_gives_space_back(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"x" * (1 << 20))
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+        punch_hole(fd, 5000, 900000)
+        data = read_all(fd, 1 << 20, 0)
+        assert data == b"x" * 5000 + bytes(900000) + b"x" * ((1 << 20) - 905000)
+        assert os.fstat(fd).st_blocks * 512 < 200000
+    finally:
+        os.close(fd)

@@ -1,0 +1,323 @@
+"""The store as a whole: image, bundles, catalog and scrub; one flipped byte anywhere is found and never served."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pgcdp.errors import BugError, DamageError, PreconditionError, TargetError
+from pgcdp.intervals.increments import close_interval, move_image
+from pgcdp.records import BLOCK, INDEX, RECORD, Boundary, Volume
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import Catalog
+from pgcdp.store.image import Image, ImageState, block_sums, read_state
+from pgcdp.store.layout import Store
+from pgcdp.store.open_interval import OpenInterval
+from pgcdp.store.rebuild import rebuild
+from pgcdp.store.scrub import check_store
+
+SET_ID = bytes(range(16))
+BLOCKS = 64
+
+
+class PlainRun:
+    """Writes without a journal."""
+
+    def __init__(self, first: int, chooser: random.Random, count: int) -> None:
+        self.records = np.zeros(count, dtype=RECORD)
+        self.records["kind"] = 1
+        self.records["number"] = np.arange(first, first + count)
+        self.records["wall_ns"] = 10**18 + self.records["number"].astype(np.int64)
+        self.records["offset"] = [chooser.randrange(BLOCKS // 2) * BLOCK for _ in range(count)]
+        self.records["length"] = self.records["data_length"] = BLOCK
+        self.data = np.frombuffer(chooser.randbytes(count * BLOCK), dtype=np.uint8)
+        self.data_offsets = np.arange(count) * BLOCK
+
+
+def boundary(number: int) -> Boundary:
+    return Boundary(number, number * 10, 10**18 + number * 10, 100, 90, 1, 700, "period")
+
+
+def make_store(place: Path, intervals: int = 3) -> Store:
+    store = Store.create(place / "store", "s", SET_ID, [Volume(0, "data", BLOCKS * BLOCK)], {"made": "today"})
+    chooser = random.Random(3)
+    image = Image.create(store, 1)
+    image.write_blocks(0, 0, chooser.randbytes(BLOCKS // 2 * BLOCK))
+    image.set_at(0, 0)
+    store = store.with_baseline(boundary(0))
+    for number in range(1, intervals + 1):
+        opened = OpenInterval.open(store, number, number * 10 - 9)
+        opened.append(PlainRun(number * 10 - 9, chooser, 10))
+        move_image(image, close_interval(store, opened, image, boundary(number), {"port": "5432"}))
+    image.close()
+    opened = OpenInterval.open(store, intervals + 1, intervals * 10 + 1)
+    opened.append(PlainRun(intervals * 10 + 1, chooser, 5))
+    opened.sync()
+    opened.close()
+    return store
+
+
+def flip(path: Path, at: int, bit: int = 0) -> bytes:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ (1 << bit)]) + raw[at + 1 :])
+    return raw
+
+
+def test_store_json_comes_back(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 1)
+    again = Store.open(store.path, SET_ID)
+    assert again == store
+    assert again.extra == {"made": "today"}
+    assert again.baseline == boundary(0)
+    with pytest.raises(PreconditionError, match="not of"):
+        Store.open(store.path, bytes(16))
+    with pytest.raises(PreconditionError, match=r"no store\.json"):
+        Store.open(tmp_path)
+    with pytest.raises(PreconditionError, match="not an empty directory"):
+        Store.create(store.path, "s", SET_ID, [])
+    with store.lock(), pytest.raises(PreconditionError, match="the agent of set s"):
+        store.lock()
+
+
+def test_a_sound_store_has_no_damage(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    seen: list[tuple[int, int]] = []
+    report = check_store(store, progress=lambda done, total: seen.append((done, total)))
+    assert report.ok, report.damages
+    assert report.bytes_read > 100000
+    assert seen[-1][0] <= seen[-1][1]
+    assert check_store(store, full=False).ok
+
+
+def test_one_flipped_byte_in_any_file_is_found_and_named(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    catalog = Catalog.open(store)
+    catalog.remember("event", 5, {"what": "x"})
+    catalog.close()
+    chooser = random.Random(11)
+    files = [path for path in sorted(store.path.rglob("*")) if path.is_file() and path.name != "lock"]
+    files = [path for path in files if not path.name.startswith("catalog.db")]
+    assert len(files) == 1 + 1 + 2 + 2 + 3 * 7 + 1
+    for path in files:
+        size = path.stat().st_size
+        whole = path.name in ("settings.json", "manifest.json", "state.json")
+        for at in [0, size - 1, *(chooser.randrange(size) for _ in range(12))]:
+            raw = flip(path, at, 6 if whole else chooser.randrange(8))
+            if "incoming" in path.parts:
+                with pytest.raises(DamageError, match=rf"{path}.* offset \d+"):
+                    OpenInterval.open(store, 4, 31, durable_write=35)
+                path.write_bytes(raw)
+                continue
+            report = check_store(store)
+            if path.suffix == ".json" and path.name != "settings.json" and raw[at : at + 1].isspace():
+                path.write_bytes(raw)
+                continue
+            assert not report.ok, (path, at)
+            named = {damage.file for damage in report.damages}
+            sums = path.with_suffix(".img") if path.suffix == ".sums" else path
+            beside = {path.parent / name for name in ("manifest.json", "writes")}
+            assert named & {sums, *beside}, (path, at, report.damages)
+            assert all(damage.still and str(damage.file) in damage.message for damage in report.damages)
+            path.write_bytes(raw)
+    assert check_store(store).ok
+
+
+def test_damaged_image_block_is_named_and_never_served(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    image = Image.open(store)
+    for name, at in (("data.img", 5 * BLOCK + 17), ("data.sums", 5 * 8 + 3)):
+        raw = flip(store.image / name, at)
+        with pytest.raises(DamageError, match=rf"data.img has a damaged block 5 at offset {5 * BLOCK}"):
+            image.read_blocks(0, 3, 5)
+        with pytest.raises(DamageError, match="damaged block 5"):
+            list(image.contents(0, 0, BLOCKS))
+        assert len(image.read_blocks(0, 0, 5)) == 5 * BLOCK
+        (store.image / name).write_bytes(raw)
+    raw = flip(store.image / "data.img", (BLOCKS - 1) * BLOCK)
+    report = check_store(store)
+    assert [damage.offset for damage in report.damages] == [(BLOCKS - 1) * BLOCK]
+    assert "no interval changed it" in report.damages[0].still
+    (store.image / "data.img").write_bytes(raw)
+    changed = int(Bundle.open(store, 3).backward_map()["block"][0])
+    flip(store.image / "data.img", changed * BLOCK)
+    assert "boundary 2 and everything before it can still be restored" in check_store(store).damages[0].still
+    image.close()
+
+
+def test_a_lost_block_in_a_hole_is_found(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", "s", SET_ID, [Volume(0, "data", 4096 * BLOCK)])
+    image = Image.create(store, 1)
+    image.write_blocks(0, 3000, b"x" * BLOCK)
+    image.sync()
+    os.truncate(store.image / "data.img", 0)
+    os.truncate(store.image / "data.img", 4096 * BLOCK)
+    with pytest.raises(DamageError, match="hole where block 3000 must be"):
+        list(image.contents(0, 0, 4096))
+    image.close()
+
+
+def test_a_flipped_frame_says_what_is_left(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    bundle = Bundle.open(store, 2)
+    flip(bundle.path / "writes", 200)
+    (damage,) = check_store(store).damages
+    assert (damage.file, damage.offset) == (bundle.path / "writes", 64)
+    assert damage.still == "every boundary can still be restored, single writes of interval 2 cannot"
+    with (
+        pytest.raises(DamageError, match="writes has a damaged frame at offset 64"),
+        Bundle.open(store, 2).writes() as r,
+    ):
+        r.read(0, 10)
+    flip(bundle.path / "writes", 200)
+    flip(bundle.path / "backward", 200)
+    (damage,) = check_store(store).damages
+    assert damage.still == "boundary 2 and everything behind it can still be restored"
+
+
+def test_missing_and_cut_files_are_damage(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    path = store.interval(2) / "forward.map"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1])
+    with pytest.raises(DamageError, match=f"ends at offset {len(raw) - 1} instead of {len(raw)}"):
+        Bundle.open(store, 2)
+    path.unlink()
+    with pytest.raises(DamageError, match="is missing"):
+        Bundle.open(store, 2)
+    path.write_bytes(raw)
+    (store.interval(2) / "manifest.json").unlink()
+    with pytest.raises(DamageError, match=r"manifest.json is missing"):
+        Bundle.open(store, 2)
+    shutil.rmtree(store.interval(2))
+    with pytest.raises(TargetError, match="has no interval 2"):
+        Bundle.open(store, 2)
+    assert any("does not follow interval 1" in damage.message for damage in check_store(store).damages)
+
+
+def test_a_bundle_of_another_interval_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    for name in ("writes", "index", "backward", "backward.map", "forward.map"):
+        mine, other = store.interval(1) / name, store.interval(2) / name
+        raw = mine.read_bytes()
+        mine.write_bytes(other.read_bytes())
+        assert not check_store(store).ok
+        mine.write_bytes(raw)
+    shutil.rmtree(store.interval(1))
+    shutil.copytree(store.interval(2), store.interval(1))
+    with pytest.raises(DamageError, match="is not that of interval 1"):
+        Bundle.open(store, 1)
+
+
+def test_moving_blocks_are_not_judged_and_all_others_are(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    image = Image.open(store, writable=True)
+    image.set_at(2, 20)
+    image.set_moving(3)
+    image.close()
+    block = int(Bundle.open(store, 3).forward_map()["block"][0])
+    flip(store.image / "data.img", block * BLOCK)
+    assert check_store(store).ok
+    flip(store.image / "data.img", (BLOCKS - 1) * BLOCK)
+    assert [damage.offset for damage in check_store(store).damages] == [(BLOCKS - 1) * BLOCK]
+
+
+def test_image_states_go_one_way(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", "s", SET_ID, [Volume(0, "data", BLOCKS * BLOCK)])
+    with pytest.raises(PreconditionError, match="there is no image"):
+        Image.open(store)
+    image = Image.create(store, 7)
+    image.set_baseline(9, {"data": 4096})
+    assert read_state(store) == ImageState("baseline", from_write=7, journal_write=9, copied={"data": 4096})
+    with pytest.raises(BugError):
+        image.set_moving(1)
+    image.set_at(0, 12)
+    with pytest.raises(BugError):
+        image.set_baseline(1, {})
+    with pytest.raises(BugError):
+        image.set_moving(2)
+    image.set_moving(1)
+    assert read_state(store) == ImageState("moving", boundary=0, write=12, to=1)
+    image.close()
+
+
+def test_image_against_a_model(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", "s", SET_ID, [Volume(0, "data", 5000 * BLOCK)])
+    image = Image.create(store, 1)
+    model = bytearray(5000 * BLOCK)
+    chooser = random.Random(1)
+    for step in range(300):
+        block = chooser.randrange(5000)
+        count = chooser.randrange(1, min(5000 - block, chooser.choice([3, 3, 5000])) + 1)
+        if chooser.random() < 0.3:
+            image.zero_blocks(0, block, count)
+            model[block * BLOCK : (block + count) * BLOCK] = bytes(count * BLOCK)
+        else:
+            data = (chooser.randbytes(16) * (count * BLOCK // 16)) if chooser.random() < 0.8 else bytes(count * BLOCK)
+            image.write_blocks(0, block, data)
+            model[block * BLOCK : (block + count) * BLOCK] = data
+        if step % 20 == 0:
+            whole = b"".join(data or bytes(n * BLOCK) for _, n, data in image.contents(0, 0, 5000))
+            assert whole == model
+            assert image.read_blocks(0, block, count) == model[block * BLOCK : (block + count) * BLOCK]
+    image.close()
+    assert (store.image / "data.img").read_bytes() == model
+    assert (
+        np.frombuffer((store.image / "data.sums").read_bytes(), dtype=np.uint64).tolist() == block_sums(model).tolist()
+    )
+
+
+def test_catalog_is_rebuilt_from_the_store_alone(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    catalog = Catalog.open(store)
+    catalog.put_baseline(boundary(0))
+    for number in store.interval_numbers():
+        catalog.put_interval(Bundle.open(store, number).interval)
+    for ok in (True, False):
+        catalog.remember("verification", 77, {"interval": 2, "ok": ok})
+    catalog.remember("restore", 78, {"write": 5})
+    before = (catalog.intervals(), catalog.baseline(), catalog.history("verification"), catalog.history("restore"))
+    assert catalog.last_verification(2) == {"interval": 2, "ok": False, "time_ns": 77}
+    assert catalog.last_verification(1) is None
+    assert catalog.interval(2) == Bundle.open(store, 2).interval
+    catalog.close()
+    raw = (store.path / "catalog.db").read_bytes()
+    for damage in (None, b"not a database" * 1000, raw[:100] + b"\xff" * 5000):
+        for path in store.path.glob("catalog.db*"):
+            path.unlink()
+        if damage is not None:
+            (store.path / "catalog.db").write_bytes(damage)
+        again, damages = rebuild(Store.open(store.path))
+        assert not damages
+        after = (again.intervals(), again.baseline(), again.history("verification"), again.history("restore"))
+        assert after == before
+        again.close()
+    flip(store.interval(2) / "manifest.json", 30)
+    again, damages = rebuild(store)
+    assert [str(store.interval(2)) in damage.message for damage in damages] == [True]
+    assert [interval.number for interval in again.intervals()] == [1, 3]
+    again.close()
+
+
+def test_damaged_catalog_says_how_to_mend_it(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 1)
+    (store.path / "catalog.db").write_bytes(b"x" * 8192)
+    with pytest.raises(DamageError, match=r"catalog\.db cannot be read") as caught:
+        Catalog.open(store)
+    assert "pgcdp rebuild" in str(caught.value.hint)
+
+
+def test_open_interval_refuses_a_gap(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 1)
+    opened = OpenInterval.open(store, 2, 11, durable_write=15)
+    assert opened.last_write == 15
+    with pytest.raises(BugError, match="cannot take 17"):
+        opened.append(PlainRun(17, random.Random(1), 1))
+    opened.append(PlainRun(16, random.Random(1), 1))
+    assert opened.index()["number"].tolist() == list(range(11, 17))
+    assert opened.index().dtype == INDEX
+    opened.close()
