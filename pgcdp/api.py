@@ -150,6 +150,8 @@ def status(set_name: str) -> Json:
         "phase": agent.get("phase", "stopped"),
         "error": agent.get("error"),
         "baseline": agent.get("baseline"),
+        "engine": engine.raw if engine else None,
+        "agent": agent or None,
         "last_write": engine.last_write if engine else _last(opened),
         "durable_write": engine.durable_write if engine else _last(opened),
         "stored_write": stored_write,

@@ -55,7 +55,7 @@ def now() -> int:
 
 @dataclass
 class Op:
-    """One operation. `answered` is 0 when it never was."""
+    """One operation. `answered` is 0 when it never was; `ended` is when the writer learnt its end either way."""
 
     writer: int
     counter: int
@@ -65,6 +65,7 @@ class Op:
     length: int = 0
     issued: int = 0
     answered: int = 0
+    ended: int = 0
     numbers: list[int] = field(default_factory=list)
     """Write numbers that the journal gave it (filled by `match`)."""
 
@@ -199,6 +200,8 @@ class Workload:
                 counter += 1
                 self._one(index, counter, rng, files)
         except OSError as error:
+            if self.log[index] and not self.log[index][-1].ended:
+                self.log[index][-1].ended = now()
             if error.errno not in GONE:
                 self.wrong.append(f"writer {self.writers[index]}, operation {counter}: {error}")
         finally:
@@ -223,7 +226,7 @@ class Workload:
         else:
             erase(files[op.volume].fd, kind, op.offset, op.length, device=self.device)
             data = bytes(op.length)
-        op.answered = now()
+        op.answered = op.ended = now()
         if own and files[op.volume].read(op.offset, op.length) != data:
             self.wrong.append(f"writer {op.writer} read at {op.offset} of volume {op.volume} what it did not write")
 
@@ -243,6 +246,7 @@ class Workload:
 def match(ops: Iterable[Op], records: Iterable[Record]) -> list[str]:
     """Gives each operation the numbers that the journal gave it. Returns what is wrong, in words."""
     wrong: list[str] = []
+    lengths: dict[int, int] = {}
     by_name = {(op.writer, op.counter): op for op in ops}
     marks = {op.name: op for op in by_name.values() if op.kind == MARK}
     erasures: dict[tuple[int, int], list[Op]] = defaultdict(list)
@@ -251,17 +255,18 @@ def match(ops: Iterable[Op], records: Iterable[Record]) -> list[str]:
             erasures[op.volume, op.kind].append(op)
     for record in records:
         found: Op | None
+        lengths[record.number] = record.length
         if record.kind == WRITE:
             found = _match_write(record, by_name, wrong)
         elif record.kind == MARK:
             found = marks.get(record.data.decode())
         else:
-            found = _match_erasure(record, erasures[record.volume, record.kind])
+            found = _match_erasure(record, erasures[record.volume, record.kind], lengths)
         if found is None:
             wrong.append(f"write {record.number}, kind {record.kind}: nobody did it")
             continue
         found.numbers.append(record.number)
-        if not found.issued <= record.boot_ns <= (found.answered or record.boot_ns):
+        if not found.issued <= record.boot_ns <= found.ended:
             wrong.append(f"write {record.number} is stamped outside the time of its operation")
     wrong += [
         f"{op} was answered and is not in the journal" for op in by_name.values() if op.answered and not op.numbers
@@ -285,14 +290,18 @@ def _match_write(record: Record, ops: dict[tuple[int, int], Op], wrong: list[str
     return found
 
 
-def _match_erasure(record: Record, candidates: list[Op]) -> Op | None:
-    """The operation that covers the range and was under way when the record was stamped."""
+def _match_erasure(record: Record, candidates: list[Op], lengths: dict[int, int]) -> Op | None:
+    """The operation under way at the record's time that covers its range; rather an answered one that lacks it."""
     end = record.offset + record.length
+    best: Op | None = None
     for op in candidates:
         covers = op.offset <= record.offset and end <= op.offset + op.length
-        if covers and op.issued <= record.boot_ns and (not op.answered or record.boot_ns <= op.answered):
+        if not covers or not op.issued <= record.boot_ns <= op.ended:
+            continue
+        if op.answered and sum(lengths[n] for n in op.numbers) + record.length <= op.length:
             return op
-    return None
+        best = best if best and not best.answered else op
+    return best
 
 
 def order_faults(ops: Iterable[Op]) -> list[str]:

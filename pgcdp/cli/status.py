@@ -23,7 +23,7 @@ def command(set_name: str | None, output: str) -> None:
 
 def _render(value: Mapping[str, Any]) -> None:
     journal = value["journal"]
-    shown = {"journal", "recovery_window", "volumes", "lag_seconds"}
+    shown = {"journal", "recovery_window", "volumes", "lag_seconds", "engine", "agent"}
     lines = [(screen.label(key), screen.value_text(key, item)) for key, item in value.items() if key not in shown]
     if value["lag_seconds"] is not None:
         lines.append(("lag", format_duration(value["lag_seconds"])))

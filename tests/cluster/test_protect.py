@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -124,7 +125,7 @@ def _take_down(house: House) -> None:
     cluster.kill_leftovers(house.pgdata)
     for mount in reversed(volumes.mounts_below(house.root)):
         if mount.mountpoint.name != "fuse":
-            wait_until(lambda place=mount.mountpoint: _unmounted(place), what=f"unmount of {mount.mountpoint}")
+            wait_until(partial(_unmounted, mount.mountpoint), what=f"unmount of {mount.mountpoint}")
     for device in volumes.loops_over(house.root):
         volumes.detach_loop(device)
     for socket in house.root.rglob("engine.sock"):
@@ -147,7 +148,7 @@ class Load:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self.acknowledged = 1000
+        self.acknowledged = self.begin = house.count()
         self.ending = False
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
@@ -157,6 +158,9 @@ class Load:
             while not self.ending:
                 session.execute("INSERT INTO ledger VALUES (%s)", [self.acknowledged + 1])
                 self.acknowledged += 1
+
+    def has_done(self, commits: int) -> bool:
+        return self.acknowledged >= self.begin + commits
 
     def end(self) -> int:
         self.ending = True
@@ -206,8 +210,7 @@ def test_there_under_load_killed_and_back(house: House, fs: str) -> None:
     client = EngineClient(config.paths.control)
     for _ in range(3):
         load = Load(house)
-        load.acknowledged = house.count()
-        wait_until(lambda load=load, begin=load.acknowledged: load.acknowledged > begin + 200, what="200 commits")
+        wait_until(partial(load.has_done, 200), what="200 commits")
         os.kill(client.status().pid, signal.SIGKILL)
         acknowledged = load.end()
         attach.up(config)
@@ -406,7 +409,7 @@ def test_an_engine_that_fails_leaves_everything_as_before(house: House, monkeypa
     engine.chmod(0o755)
     monkeypatch.setenv("PGCDP_ENGINE", str(engine))
     house.allowed.append("the disk is gone")
-    with pytest.raises(PreconditionError, match="^the disk is gone$") as caught:
+    with pytest.raises(PreconditionError, match=r"^the disk is gone$") as caught:
         protect.protect(house.request())
     assert caught.value.hint == "buy one"
     assert_as_before(house)
@@ -500,7 +503,7 @@ def test_a_killed_protect_is_put_back_or_finished(house: House, step: str, outco
 def test_a_killed_unprotect_is_put_back_or_finished(house: House, step: str, outcome: str) -> None:
     config = protect.protect(house.request())
     run_until(house, "unprotect", step)
-    with pytest.raises(PreconditionError, match="unprotect .* was interrupted"):
+    with pytest.raises(PreconditionError, match=r"unprotect .* was interrupted"):
         attach.up(config)
     assert protect.recover("main") == outcome
     if outcome == "unprotected":

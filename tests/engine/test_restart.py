@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.fix_engine import BLOCK, MIB, Capture, Direct, MakeCapture
+from tests.golden.make_golden import JournalMaker
 from tests.model import Wrong, read_journal, read_segment, replay
 from tests.raw_workload import Workload, assert_history
 
@@ -215,3 +217,24 @@ def test_lost_and_foreign_segments_are_damage(make_capture: MakeCapture) -> None
     assert middle.path.name in check.stderr
     flip(middle.path, 40)
     assert capture.engine("check").returncode == 0
+
+
+def test_unused_segments_behind_the_end_survive_a_kill_while_they_are_taken_back(make_capture: MakeCapture) -> None:
+    """Two segments behind a torn tail: whatever a killed start renames first, the next start finds no hole."""
+    capture = make_capture({"data": 4 * MIB})
+    capture.start()
+    write_blocks(capture, 5)
+    capture.kill()
+    maker = JournalMaker(capture.journal, segment_bytes=capture.segment_bytes, set_id=bytes.fromhex(capture.set_id))
+    maker.sequence = max(int(p.name[:16]) for p in capture.journal.glob("*.seg"))
+    maker.segment()
+    maker.segment()
+    command = ["strace", "-f", "-qq", "-e", "trace=renameat", "-e", "inject=renameat:signal=KILL:when=1"]
+    subprocess.run([*command, *capture.command(create=False)], capture_output=True, timeout=60, check=False)
+    capture.unmount()
+    assert capture.engine("check").returncode == 0
+    capture.start()
+    assert capture.status()["last_write"] == 5
+    write_blocks(capture, 5)
+    assert capture.stop() == 0
+    assert read_journal(capture.journal).last_write == 10

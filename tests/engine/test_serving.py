@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,74 @@ def test_wrong_usage(make_capture: MakeCapture, arguments: list[str]) -> None:
     assert done.returncode == 2, done.stderr
     assert "pgcdp-engine: error: " in done.stderr
     assert not capture.journal.exists()
+
+
+def test_control_answers_while_the_journal_stalls(make_capture: MakeCapture) -> None:
+    """A mark that waits for space holds up neither status nor the release that ends the wait."""
+    capture = make_capture({"data": 16 * MIB}, segment_bytes=8 * MIB, journal_limit=32 * MIB)
+    capture.allowed += ["the journal is full: writes wait", "the journal has space again"]
+    capture.start()
+    work = Workload([capture.device("data")], seed=6, writers=2)
+    work.start()
+    wait_until(lambda: capture.status()["state"] == "stalled", timeout=60, what="stall")
+    replies: list[object] = []
+    waiting = threading.Thread(target=lambda: replies.append(capture.request("mark", name="while it stalls")))
+    waiting.start()
+    work.stop.set()
+
+    def release() -> bool:
+        capture.request("release", write=capture.status()["durable_write"])
+        capture.request("sync")
+        return not waiting.is_alive()
+
+    wait_until(release, timeout=60, what="the mark's answer")
+    work.join()
+    number = replies[0]["write"]  # type: ignore[index]
+    wait_until(lambda: capture.status()["state"] == "capturing", what="the stall's end")
+    assert capture.stop() == 0
+    marks = [w for w in read_journal(capture.journal).writes if w.number == number]
+    assert [m.data for m in marks] == [b"while it stalls"]
+
+
+def test_requests_during_the_stop_are_answered_or_refused(make_capture: MakeCapture) -> None:
+    capture = make_capture()
+    for _ in range(5):
+        capture.start()
+        stopping = threading.Event()
+
+        def ask(stopping: threading.Event = stopping) -> None:
+            for cmd in ["status", "sync", "cut"] * 10000:
+                try:
+                    capture.request(cmd)
+                except (OSError, ValueError):
+                    if stopping.is_set():
+                        return
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        with Direct(capture.device("data")) as volume:
+            for i in range(100):
+                volume.write(i * BLOCK, b"z" * BLOCK)
+        stopping.set()
+        assert capture.stop() == 0
+        for thread in threads:
+            thread.join()
+
+
+def test_odd_requests_change_nothing(make_capture: MakeCapture) -> None:
+    """What is not of whole blocks, or lies outside the volume, is refused and takes no number."""
+    capture = make_capture({"data": 1 * MIB})
+    capture.start()
+    file = os.open(capture.device("data"), os.O_RDWR)
+    try:
+        for offset, length in [(0, 100), (512, BLOCK), (BLOCK, 512), (MIB, BLOCK), (MIB - BLOCK, 2 * BLOCK)]:
+            with pytest.raises(OSError, match="Invalid argument|No space left"):
+                os.pwrite(file, b"q" * length, offset)
+        with pytest.raises(OSError, match="Operation not (permitted|supported)|Function not implemented"):
+            os.ftruncate(file, 2 * MIB)
+        assert os.pread(file, BLOCK, MIB) == b""
+    finally:
+        os.close(file)
+    assert capture.status()["last_write"] == 0
+    assert capture.device("data").stat().st_size == MIB
