@@ -441,8 +441,9 @@ int cmd_capture(int argc, char **argv)
             e = late;
         }
     }
+    control_stop(c.control); /* requests under way still look into what is freed next */
+    vs_free(c.set);
     jw_close(c.jw);
-    control_stop(c.control);
     if (c.front)
         front_close(c.front);
     if (c.lock_fd >= 0)

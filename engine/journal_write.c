@@ -209,27 +209,34 @@ static void *preparer_main(void *arg)
 
 /* ---- recycling ---- */
 
-/* Renames every live segment that nothing needs to a free- name. Called without the lock. */
+/* The oldest live segment, if nothing needs it any more: leaves the list and is named `from`. */
+static bool take_unneeded(struct jw *jw, struct segment *out, uint64_t *free_number)
+{
+    HOLD_LOCK(&jw->lock);
+    if (jw->live_count == 0)
+        return false;
+    struct segment *s = live_at(jw, 0);
+    uint64_t done = min_u64(jw->mark.applied_write, jw->mark.released_write);
+    if (s->sequence >= jw->end_segment || s->last_write > done)
+        return false;
+    *out = *s;
+    *free_number = jw->next_free_name++;
+    return true;
+}
+
+/* Renames live segments that nothing needs to free- names, oldest first. Only when the renames are durable may the files
+ * be written to: a new header under an old `.seg` name would be damage. Called without the lock. */
 static void recycle(struct jw *jw)
 {
-    bool any = false;
-    for (;;) {
+    uint64_t freed[64];
+    size_t count = 0, kept = 0;
+    struct segment s;
+    uint64_t number;
+    while (count < sizeof freed / sizeof *freed && take_unneeded(jw, &s, &number)) {
         char from[32], to[32];
-        uint64_t number, size;
-        {
-            HOLD_LOCK(&jw->lock);
-            if (jw->live_count == 0)
-                break;
-            struct segment *s = live_at(jw, 0);
-            uint64_t done = min_u64(jw->mark.applied_write, jw->mark.released_write);
-            if (s->sequence >= jw->end_segment || s->last_write > done)
-                break;
-            segment_name(from, s->sequence);
-            size = s->size;
-            number = jw->next_free_name++;
-        }
+        segment_name(from, s.sequence);
         free_name(to, number);
-        bool keep = size == jw->segment_bytes;
+        bool keep = s.size == jw->segment_bytes;
         int rc = keep ? (renameat(jw->dir, from, jw->dir, to) < 0 ? -errno : 0)
                       : (unlinkat(jw->dir, from, 0) < 0 ? -errno : 0);
         if (rc) {
@@ -239,16 +246,20 @@ static void recycle(struct jw *jw)
         HOLD_LOCK(&jw->lock);
         jw->live_first = (jw->live_first + 1) % MAX_SEGMENTS;
         jw->live_count--;
+        count++;
         if (keep)
-            jw->free_names[jw->free_count++] = number;
-        any = true;
+            freed[kept++] = number;
     }
-    if (!any)
+    if (count == 0)
         return;
     int rc = io_fsync_dir(jw->dir);
-    if (rc)
-        note_error(jw, rc, "cannot sync the journal's directory");
+    if (rc) {
+        note_error(jw, rc, "cannot sync the journal's directory"); /* the files are found again at the next start */
+        return;
+    }
     HOLD_LOCK(&jw->lock);
+    for (size_t i = 0; i < kept; i++)
+        jw->free_names[jw->free_count++] = freed[i];
     pthread_cond_signal(&jw->work);
 }
 
@@ -447,17 +458,22 @@ static int take_over_segments(struct jw *jw, const struct jw_options *o, struct 
     if (o->segment_count >= MAX_SEGMENTS)
         return err_set(e, ERR_PRECONDITION, "the journal has %zu segments, at most %u can be used", o->segment_count,
                        MAX_SEGMENTS - 1);
-    for (size_t i = 0; i < o->segment_count; i++) {
+    size_t kept = o->segment_count;
+    /* The last one first: killed in between, the sequence numbers that are left have no hole. */
+    while (kept > 0) {
+        const struct jw_segment *found = &o->segments[kept - 1];
+        if (found->sequence <= o->end_segment && (o->last_write || found->first_write))
+            break;
+        char name[32], to[32];
+        segment_name(name, found->sequence);
+        free_name(to, jw->next_free_name++);
+        int rc = renameat(jw->dir, name, jw->dir, to) < 0 ? -errno : 0;
+        if (rc)
+            return err_sys(e, rc, "cannot rename segment %s", name);
+        kept--;
+    }
+    for (size_t i = 0; i < kept; i++) {
         const struct jw_segment *found = &o->segments[i];
-        if (found->sequence > o->end_segment || (o->last_write == 0 && found->first_write == 0)) {
-            char name[32], to[32];
-            segment_name(name, found->sequence);
-            free_name(to, jw->next_free_name++);
-            int rc = renameat(jw->dir, name, jw->dir, to) < 0 ? -errno : 0;
-            if (rc)
-                return err_sys(e, rc, "cannot rename segment %s", name);
-            continue;
-        }
         *live_at(jw, jw->live_count++) = (struct segment){
             .sequence = found->sequence, .size = found->size, .last_write = found->last_write, .fd = -1};
         jw->next_sequence = found->sequence + 1;
@@ -472,6 +488,9 @@ static int open_mark(struct jw *jw, const struct jw_options *o, struct err *e)
     jw->mark_fd = openat(jw->dir, "applied", O_RDWR | O_CREAT | O_CLOEXEC | O_DIRECT, 0600);
     if (jw->mark_fd < 0)
         return err_sys(e, -errno, "cannot open the applied mark");
+    int rc = io_fsync_dir(jw->dir);
+    if (rc)
+        return err_sys(e, rc, "cannot sync the journal's directory");
     memcpy(jw->mark.magic, FMT_APPLIED_MAGIC, 8);
     jw->mark.version = FORMAT_VERSION;
     memcpy(jw->mark.set_id, jw->set_id, 16);
@@ -488,6 +507,7 @@ int jw_open(struct jw **out, const struct jw_options *o, struct err *e)
     memcpy(jw->set_id, o->set_id, 16);
     jw->ready.fd = jw->current.fd = -1;
     jw->end_segment = o->end_segment;
+    jw->next_sequence = o->end_segment + 1;
     jw->end_offset = o->end_offset;
     jw->durable_write = o->last_write;
     jw->durable_batch = o->last_batch;

@@ -451,8 +451,10 @@ struct backend vs_backend(struct volume_set *vs)
                             .set_done = set_done};
 }
 
-static void free_set(struct volume_set *vs)
+void vs_free(struct volume_set *vs)
 {
+    if (!vs)
+        return;
     for (unsigned i = 0; i < vs->count; i++)
         if (vs->volumes[i].fd >= 0)
             close(vs->volumes[i].fd);
@@ -507,13 +509,14 @@ int vs_start(struct volume_set **out, const struct volume *volumes, unsigned cou
     vs->batches = calloc(BATCHES, sizeof *vs->batches);
     vs->map = extmap_new(RING_BYTES / BLOCK);
     if (!vs->ring || !vs->hit_buffer || !vs->records || !vs->cookies || !vs->batches || !vs->map) {
-        free_set(vs);
+        vs_free(vs);
         return err_sys(e, -ENOMEM, "volume set");
     }
     int rc = start_threads(vs);
     if (rc) {
         err_sys(e, rc, "cannot start a thread");
         vs_stop(vs, NULL);
+        vs_free(vs);
         return rc;
     }
     *out = vs;
@@ -544,7 +547,6 @@ int vs_stop(struct volume_set *vs, struct err *e)
         stop_thread(vs, &vs->stop_readers, &vs->to_read, vs->readers[i - 2]);
     if (rc == 0 && vs->threads > 1)
         rc = jw_set_applied(vs->jw, vs->synced_write, vs->synced_write == vs->durable_write, e);
-    free_set(vs);
     return rc;
 }
 

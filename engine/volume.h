@@ -52,7 +52,11 @@ void vs_wake(struct volume_set *vs);
 
 void vs_get_status(struct volume_set *vs, struct volume_status *out);
 
-/* No method of the backend is called any more. Applies everything, syncs, marks the journal clean; then all is freed. */
+/* No method of the backend is called any more. Applies everything, syncs, marks the journal clean. What waits in the calls
+ * above is sent home with -ECANCELED; they may still come until vs_free. */
 int vs_stop(struct volume_set *vs, struct err *e);
+
+/* After vs_stop, when nobody calls any more. NULL is nothing. */
+void vs_free(struct volume_set *vs);
 
 #endif

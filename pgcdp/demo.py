@@ -171,7 +171,6 @@ def _protect(demo: _Demo) -> None:
             journal_limit=JOURNAL_LIMIT,
             cut=("checkpoint", "5min"),
             yes=True,
-            progress=demo.report,
         )
         _await(lambda: _window()["from_write"] is not None, "the first boundary after the baseline")
     with demo.step("filling it: pgbench -i, and a table of orders") as told:
@@ -201,7 +200,7 @@ def _make_the_mistake(demo: _Demo) -> _Points:
         words = ("-n", "-c", "4", "-j", "1", "-T", "3600", "-b", "tpcb-like@3", "-f", f"{demo.directory}/orders.sql@2")
         pid = proc.spawn(_pgbench_command(demo, *words), output=log_file, user=demo.user, env=cluster.environment())
         demo.load = (pid, proc.start_time(pid))
-        _await_orders(demo, 1000)
+        _await_orders(demo, 2000)
         told["detail"] = f"{demo.orders('new')} new orders"
     with demo.step(f"the mistake: {BAD_STATEMENT}") as told:
         before, time_ns = _durable_write(), time.time_ns()
@@ -209,7 +208,7 @@ def _make_the_mistake(demo: _Demo) -> _Points:
         after = _durable_write()
         told["detail"] = f"between the writes {before} and {after}"
     with demo.step("more load, as nobody has noticed") as told:
-        _await_orders(demo, demo.orders("new") + 1000)
+        _await_orders(demo, demo.orders("new") + 2000)
         _end_load(demo)
         told["detail"] = f"{demo.orders('new')} new orders"
     with demo.step("checkpoint, cutting the interval"):
@@ -226,7 +225,7 @@ def _prove(demo: _Demo, points: _Points) -> None:
         with demo.step(f"verifying {name}") as told:
             assertion = demo.directory / "assertion.sql"
             assertion.write_text(f"SELECT count(*) = {paid} FROM orders WHERE status = 'paid';\n")
-            value = api.verify(SET, target, sql_file=assertion, store=None, progress=demo.report)
+            value = api.verify(SET, target, sql_file=assertion)
             result = value["results"][0]
             passed = sum(check["ok"] for check in result["checks"])
             told["detail"] = f"{passed} of {len(result['checks'])} checks passed, {paid} paid orders expected"
@@ -238,9 +237,7 @@ def _bring_back(demo: _Demo, points: _Points) -> None:
     """What a DBA does next: a directory at the time of the mistake, and Postgres on it."""
     with demo.step("restoring to the time just before it, into a directory") as told:
         place = demo.directory / "restored"
-        value = api.restore(
-            SET, Target("time", points.time_ns), to_image=None, to_directory=place, store=None, progress=demo.report
-        )
+        value = api.restore(SET, Target("time", points.time_ns), to_directory=place)
         sockets = demo.directory / "restored-sockets"
         sockets.mkdir(mode=0o700)
         os.chown(sockets, demo.user.uid, demo.user.gid)
@@ -365,7 +362,7 @@ def _remove(demo: _Demo) -> None:
         if SET in config.list_sets():
             settings = config.load_config(SET)
             try:
-                api.down(SET, progress=demo.report)
+                api.down(SET)
             except PgcdpError as error:
                 _log.warning("the demo does not go down cleanly, it is discarded: %s", error)
                 attach.discard(settings)

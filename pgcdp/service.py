@@ -16,6 +16,8 @@ from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, T
 
 _BY_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
 START_SECONDS = 60.0
+_children: list[subprocess.Popen[bytes]] = []
+"""Agents that this process started: kept, so that their ends are collected when the next one starts."""
 
 
 class AgentGone(PreconditionError):
@@ -69,6 +71,7 @@ def start(config: Config) -> None:
         )
     finally:
         os.close(log)
+    _children[:] = [*(each for each in _children if each.poll() is None), child]
     _await(config, child, begin)
 
 

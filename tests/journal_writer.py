@@ -106,7 +106,9 @@ class JournalWriter:
             "<8sII16sQQQQQ", b"PGCDPSEG", 1, 4096, self.set_id, self.segment, salt, self.segment_bytes, 1, 0
         )
         raw = with_checksum(head.ljust(BLOCK, b"\0"), 64) + old
-        self.path(self.segment).write_bytes(raw.ljust(self.segment_bytes, b"\0"))
+        ready = self.directory / f"free-{self.segment:016d}"
+        ready.write_bytes(raw.ljust(self.segment_bytes, b"\0"))
+        ready.rename(self.path(self.segment))
         self.offset = BLOCK
 
     def poke(self, segment: int, offset: int, raw: bytes) -> None:

@@ -251,10 +251,7 @@ class _Walk:
         that was given up, and the segment behind it begins with the same number at the same place.
         """
         self.close()
-        try:
-            self.current = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
-        except FileNotFoundError:
-            raise self.damage(f"{self.journal.path(sequence)} is missing") from None
+        self.current = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
         self.exits = {}
         for later in self.sequences[bisect_right(self.sequences, sequence) :]:
             head = self.peek(later)
@@ -266,6 +263,8 @@ class _Walk:
 
     def runs(self, start: Position | None) -> Iterator[BatchRun]:
         """Everything that was asked for, in runs of about CHUNK_BYTES."""
+        if start is not None and not self.present(start.segment):
+            start = None
         place = start if start is not None else self.find()
         if place is None:
             if self.upto is not None:
@@ -273,7 +272,7 @@ class _Walk:
             self.judge_end(Position(self.sequences[0], SEGMENT_HEADER_BYTES) if self.sequences else None)
             return
         came_from = start if start is not None and start.offset > SEGMENT_HEADER_BYTES else None
-        segment = self.enter(place.segment)
+        segment = self.current or self.enter_wanted(place.segment)
         gather = _Gather()
         while self.upto is None or self.last < self.upto:
             place, head = self.next_batch(segment, place, came_from)
@@ -299,7 +298,7 @@ class _Walk:
         if exit_to is not None:
             head = self.peek(exit_to)
             if head is not None and (not self.number or head.number == self.number) and self.follows(head):
-                segment = self.enter(exit_to)
+                segment = self.enter_wanted(exit_to)
                 segment.batch(SEGMENT_HEADER_BYTES)
                 return Position(exit_to, SEGMENT_HEADER_BYTES), head
         head = segment.batch(place.offset)
@@ -328,6 +327,21 @@ class _Walk:
         run = run.after(self.after)
         if len(run):
             yield run
+
+    def enter_wanted(self, sequence: int) -> Segment:
+        """`enter` for a segment that must be there."""
+        try:
+            return self.enter(sequence)
+        except FileNotFoundError:
+            raise self.damage(f"{self.journal.path(sequence)} is missing") from None
+
+    def present(self, sequence: int) -> bool:
+        """Whether a segment can be read. One that ended with the write before the first wanted may be recycled."""
+        try:
+            self.enter(sequence)
+        except FileNotFoundError:
+            return False
+        return True
 
     def find(self) -> Position | None:
         """Beginning of the newest segment whose first batch is not behind the first write wanted."""

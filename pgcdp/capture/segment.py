@@ -51,8 +51,11 @@ class Segment:
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             self.salt, self.size = self._read_header(set_id)
-        except BaseException:
+        except DamageError:
+            recycled = not path.exists() or os.stat(path).st_ino != os.fstat(self.fd).st_ino
             os.close(self.fd)
+            if recycled:
+                raise FileNotFoundError(path) from None
             raise
         self._buffer = bytearray()
         self._view = memoryview(self._buffer)

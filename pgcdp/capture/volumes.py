@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 import re
 import stat
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def sync_filesystem(path: Path) -> None:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
+DETACH_SECONDS = 20.0
 
 
 # --- loop devices
@@ -207,8 +209,11 @@ def detach_loop(device: Path) -> None:
     if loop_backing(device) is None:
         return
     proc.run(["losetup", "--detach", os.fspath(device)])
-    if loop_backing(device) is not None:
-        raise PreconditionError(f"{device} is still in use", f"see who uses it with: lsof {device}")
+    deadline = time.monotonic() + DETACH_SECONDS
+    while loop_backing(device) is not None:  # the kernel detaches it when the last one who looks at it closes it
+        if time.monotonic() > deadline:
+            raise PreconditionError(f"{device} is still in use", f"see who uses it with: lsof {device}")
+        time.sleep(0.02)
 
 
 def loop_backing(device: Path) -> Path | None:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -152,8 +153,7 @@ def _start_log() -> None:
 
 def _wants_json(words: Sequence[str]) -> bool:
     """Whether errors are to be JSON, known before the arguments have been understood."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    return any(word == "--output=json" or (word == "--output" and following == "json") for word, following in pairs)
+    return "--output=json" in words or ("--output", "json") in pairwise(words)
 
 
 def _usage_error(error: click.ClickException) -> UsageError:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from pgcdp import config, units
 from pgcdp.errors import PgcdpError, UsageError
-from pgcdp.records import Target
+
+if TYPE_CHECKING:
+    from pgcdp.records import Target
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -109,6 +111,8 @@ def split_set(words: tuple[str, ...], what: str) -> tuple[str, str]:
 
 def pick_target(write: int | None, boundary: int | None, time: int | None) -> Target:
     """The target of the options; none of them: the newest write. Raises UsageError for more than one."""
+    from pgcdp.records import Target  # with numpy, which --help does not need
+
     given: list[tuple[str, Target]] = []
     if write is not None:
         given.append(("--target-write", Target("write", write)))

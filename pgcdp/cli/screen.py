@@ -167,18 +167,21 @@ class _Lines:
     def report(self, moment: Progress) -> None:
         now = time.monotonic()
         if moment.step != self.step:
-            self.close()
+            self._finish()
             self.step, self.began, self.said = moment.step, now, now
             note(f"{moment.step} ...")
         elif moment.done is not None and now - self.said >= SECONDS_BETWEEN_LINES:
             self.said = now
             note(f"{moment.step}: {amount(moment)}")
 
-    def close(self) -> None:
-        """Say how long the last step took."""
+    def _finish(self) -> None:
         if self.step is not None:
             note(f"{self.step}: {format_duration(time.monotonic() - self.began)}")
-            self.step = None
+
+    def close(self) -> None:
+        """Say how long the last step took, unless it failed."""
+        if sys.exc_info()[0] is None:
+            self._finish()
 
 
 class _Bars:

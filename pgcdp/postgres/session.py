@@ -30,12 +30,12 @@ Connection = psycopg.Connection[Any]
 
 _SETTINGS_SQL = """
 select name, setting, unit, vartype, context, source, sourcefile, sourceline, boot_val, pending_restart
-from pg_settings where source <> 'default' or name = any (array[
+from pg_settings where source not in ('default', 'client', 'session') or name = any (array[
   'max_connections', 'max_prepared_transactions', 'max_worker_processes', 'max_wal_senders',
   'max_locks_per_transaction', 'wal_level', 'track_commit_timestamp', 'max_replication_slots', 'wal_log_hints',
   'max_active_replication_origins', 'data_checksums', 'block_size', 'wal_segment_size', 'server_version_num',
   'server_version', 'data_directory', 'wal_init_zero', 'full_page_writes', 'fsync'])
-order by name
+order by name collate "C"
 """
 _CHECKPOINT_SQL = "select checkpoint_lsn::text from pg_control_checkpoint()"
 _SUPERUSER_SQL = "select rolname::text from pg_roles where oid = 10"

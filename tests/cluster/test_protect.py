@@ -107,7 +107,7 @@ def house(scratch: Path, engine_program: Path, monkeypatch: pytest.MonkeyPatch, 
     yield house
     _take_down(house)
     complaints = []
-    for log in scratch.rglob("engine.log"):
+    for log in scratch.glob("sets/var/lib/pgcdp/*/engine.log"):
         lines = log.read_text(errors="replace").splitlines()
         allowed = re.compile("|".join([ALLOWED.pattern, *house.allowed]))
         complaints += [line for line in lines if re.search(r"\b(warning|error)\b", line) and not allowed.search(line)]
@@ -128,7 +128,7 @@ def _take_down(house: House) -> None:
             wait_until(partial(_unmounted, mount.mountpoint), what=f"unmount of {mount.mountpoint}")
     for device in volumes.loops_over(house.root):
         volumes.detach_loop(device)
-    for socket in house.root.rglob("engine.sock"):
+    for socket in list(house.root.glob("sets/run/pgcdp/*/engine.sock")):
         with suppress(PgcdpError):
             attach.kill_and_wait(EngineClient(socket).status().pid)
     for mount in volumes.mounts_below(house.root):
@@ -413,6 +413,26 @@ def test_an_engine_that_fails_leaves_everything_as_before(house: House, monkeypa
         protect.protect(house.request())
     assert caught.value.hint == "buy one"
     assert_as_before(house)
+
+
+def test_a_new_cluster_that_fails_leaves_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGCDP_ENGINE", "/bin/false")
+    with pytest.raises(PgcdpError, match="ended with exit code 1"):
+        protect.protect(house.request(pgdata=house.root / "fresh", initdb=True))
+    assert not (house.root / "fresh").exists()
+    assert_as_before(house)
+
+
+def test_only_root(house: House) -> None:
+    config = protect.protect(house.request())
+    os.seteuid(house.user.uid)
+    try:
+        for verb in (lambda: protect.protect(house.request()), lambda: protect.unprotect(config)):
+            with pytest.raises(PreconditionError, match="need root"):
+                verb()
+    finally:
+        os.seteuid(0)
+    assert house.count() == 1000
 
 
 def test_a_cluster_that_will_not_stop_runs_on(house: House) -> None:

@@ -311,9 +311,9 @@ def test_odd_requests_change_nothing(make_capture: MakeCapture) -> None:
     file = os.open(capture.device("data"), os.O_RDWR)
     try:
         for offset, length in [(0, 100), (512, BLOCK), (BLOCK, 512), (MIB, BLOCK), (MIB - BLOCK, 2 * BLOCK)]:
-            with pytest.raises(OSError, match="Invalid argument|No space left"):
+            with pytest.raises(OSError, match=r"Invalid argument|No space left"):
                 os.pwrite(file, b"q" * length, offset)
-        with pytest.raises(OSError, match="Operation not (permitted|supported)|Function not implemented"):
+        with pytest.raises(OSError, match=r"Operation not (permitted|supported)|Function not implemented"):
             os.ftruncate(file, 2 * MIB)
         assert os.pread(file, BLOCK, MIB) == b""
     finally:

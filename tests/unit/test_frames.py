@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,22 @@ def test_file_of_another_interval_or_set_is_refused(tmp_path: Path) -> None:
     for content, set_id, interval in ((b"INDX", SET_ID, 7), (b"WRIT", bytes(16), 7), (b"WRIT", SET_ID, 8)):
         with pytest.raises(DamageError, match="wrong header at offset 0"):
             FrameReader.open(path, content, set_id, interval)
+
+
+@pytest.mark.parametrize("lie", ["none", "position", "offset"])
+def test_a_directory_that_lies_is_found(tmp_path: Path, lie: str) -> None:
+    path = tmp_path / "writes"
+    writer = create(path)
+    writer.append(noise(8, 2500))
+    writer.flush()
+    if lie == "none":
+        writer.entries = []
+    else:
+        second = writer.entries[1]
+        writer.entries[1] = replace(second, **{lie: getattr(second, lie) + 1})
+    writer.finish()
+    with pytest.raises(DamageError, match="does not fit its frames"):
+        open_reader(path)
 
 
 def test_incompressible_frames_are_stored_plain(tmp_path: Path) -> None:

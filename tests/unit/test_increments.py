@@ -20,7 +20,6 @@ from pgcdp.intervals.extents import forward_map, spans
 from pgcdp.intervals.increments import (
     FileTarget,
     apply_backward,
-    apply_extents,
     apply_forward,
     apply_writes,
     build_increments,
@@ -31,7 +30,7 @@ from pgcdp.intervals.increments import (
 from pgcdp.records import INDEX, Boundary, Volume
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameReader
-from pgcdp.store.image import Image
+from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval, read_open
 from tests.journal_writer import BLOCK, DISCARD, MARK, WRITE, ZERO, JournalWriter, Op
@@ -278,24 +277,23 @@ class Killed(Exception):  # noqa: N818 - no error of pgcdp
     """Stands for the moment of a kill."""
 
 
-class DyingTarget:
-    """Passes on to an image until its time has come."""
+class DyingImage(Image):
+    """An image whose process dies after some changes."""
 
-    def __init__(self, image: Image, steps: int) -> None:
-        self.image, self.steps = image, steps
+    steps = 0
 
     def step(self) -> None:
         self.steps -= 1
         if self.steps < 0:
             raise Killed
 
-    def write_blocks(self, volume: int, block: int, data: bytes) -> None:
+    def write_blocks(self, volume: int, block: int, data: bytes | bytearray | memoryview) -> None:
         self.step()
-        self.image.write_blocks(volume, block, data)
+        super().write_blocks(volume, block, data)
 
     def zero_blocks(self, volume: int, block: int, count: int) -> None:
         self.step()
-        self.image.zero_blocks(volume, block, count)
+        super().zero_blocks(volume, block, count)
 
 
 @pytest.mark.parametrize("mode", ["optimal", "replay"])
@@ -314,28 +312,24 @@ def test_move_killed_at_every_step_ends_with_the_same_bytes(tmp_path: Path, mode
     for steps in range(200):
         shutil.rmtree(world.store.image)
         shutil.copytree(before, world.store.image)
-        image = Image.open(world.store, writable=True)
-        image.set_moving(2)
-        target = DyingTarget(image, steps)
+        image = DyingImage.open(world.store, writable=True)
+        assert isinstance(image, DyingImage)
+        image.steps = steps
         try:
-            if mode == "optimal":
-                with bundle.writes() as content:
-                    apply_extents(target, bundle.forward_map(), content)
-            else:
-                with bundle.writes() as content:
-                    replay_writes(target, bundle.index(), content, len(world.ops))
+            move_image(image, bundle, "replay" if mode == "replay" else "optimal")
         except Killed:
             kills += 1
+            assert read_state(world.store) == ImageState("moving", boundary=1, write=30, to=2)
+        done = image.steps >= 0
         if steps % 2:
             image.close()
         again = Image.open(world.store, writable=True)
-        assert again.state.state == "moving"
         move_image(again, bundle, "replay" if mode == "replay" else "optimal")
         assert image_bytes(world.store) == world.contents()
         for volume in (0, 1):
             assert again.read_blocks(volume, 0, BLOCKS) == world.contents()[volume]
         again.close()
-        if target.steps >= 0:
+        if done:
             break
     assert kills > 5
 

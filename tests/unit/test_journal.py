@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from pgcdp.capture.journal import Journal
 from pgcdp.errors import DamageError
+from pgcdp.records import Position
 from tests.journal_writer import BLOCK, DISCARD, MARK, WRITE, ZERO, JournalWriter, Op, encode_batch
 
 SET_ID = bytes(range(16))
@@ -272,3 +274,34 @@ def test_data_offsets_skip_padding(tmp_path: Path) -> None:
     (run,) = list(Journal(writer.directory, SET_ID).batches(0, 4))
     assert run.data_offsets.tolist() == [0, BLOCK, 2 * BLOCK, 3 * BLOCK]
     assert np.array_equal(run.records["volume"], [65535, 0, 65535, 0])
+
+
+def test_read_while_it_is_written_and_recycled(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path / "journal", SET_ID)
+    journal = Journal(writer.directory, SET_ID)
+    chooser = random.Random(12)
+    batches = [some_ops(chooser) for _ in range(400)]
+    ops = [op for part in batches for op in part]
+    durable, released = [0], [0]
+
+    def write_all() -> None:
+        for part in batches:
+            durable[0] = writer.append(part).last
+            for segment in journal.segments():
+                last = max((placed.last for placed in writer.placed if placed.segment == segment), default=durable[0])
+                if segment < writer.segment and last <= released[0]:
+                    writer.path(segment).rename(writer.directory / f"free-{segment:016d}")
+
+    thread = threading.Thread(target=write_all)
+    thread.start()
+    start: Position | None = None
+    while released[0] < len(ops):
+        upto = durable[0]
+        for run in journal.batches(released[0], upto, start if chooser.random() < 0.8 else None):
+            for i, number in enumerate(run.records["number"].tolist()):
+                assert run.data_of(i).tobytes() == ops[number - 1].data
+            assert run.first_write == released[0] + 1
+            released[0], start = run.last_write, run.end
+        assert released[0] == upto
+    thread.join()
+    assert len(journal.segments()) < writer.segment

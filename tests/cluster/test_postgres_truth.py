@@ -1,0 +1,98 @@
+"""Postgres itself on any captured write: it starts, its checks pass, and exactly the promised commits are there.
+
+Load: pgbench, ledger clients that note every acknowledged commit outside, and a worker that creates, drops, truncates
+and rewrites tables and runs two-phase transactions. The commit order comes from pg_waldump of a copy of the WAL that
+pg_receivewal took. Half of the points lie at, just before or just after delicate writes (tests/moments.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from pgcdp import api
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery import sandbox, verify
+from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.source import Source
+from tests.fix_postgres import postgres_user
+from tests.fix_sets import MakeSet, ProtectedSet
+from tests.load import Ack, Commit, Load, check_prefix, keep_wal
+from tests.moments import Moments, scratch_below
+
+SETTINGS = {
+    "max_prepared_transactions": "10",
+    "max_wal_size": "96MB",
+    "shared_buffers": "64MB",
+    "wal_compression": "off",
+}
+ALLOWED = [
+    r"checkpoints are occurring too frequently",
+    r"terminating connection",
+    r"connection to client lost",
+    r"unexpected EOF on client connection",
+]
+
+
+def prove(found: ProtectedSet, source: Source, point: RecoveryPoint, acks: list[Ack], order: list[Commit]) -> str:
+    """Start Postgres on one point and judge it; what was there, in words."""
+    with mounted(source, point, scratch_below(found.root)) as pgdata:
+        box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
+        with box:
+            judged = check_prefix(box, acks, order, point.time_ns)
+            checks = list(verify.verify_sandbox(box))
+    failed = [f"{check.name}: {check.detail}" for check in checks if not check.ok]
+    assert not failed, f"write {point.write}: {failed}"
+    return f"{judged.commits} of {judged.of_commits} commits"
+
+
+def run_truth(found: ProtectedSet, points: int, commits: int, seed: int) -> list[dict[str, object]]:
+    """Load, then so many points of it proved."""
+    rng = random.Random(seed)
+    load = Load(found.address(), found.binaries, postgres_user(), clients=8, ledgers=8, scale=2)
+    load.prepare()
+    with keep_wal(found.address(), found.binaries, postgres_user(), found.root / "wal") as copy:
+        begin = found.durable()  # the ledger is there from here on
+        load.start()
+        load.wait_for(commits)
+        api.cut(found.name)
+        load.wait_for(commits)
+        result = load.stop()
+        copy.stop()
+        order = copy.order()
+    assert not result.failures
+    found.durable()
+    source = found.source()
+    device = found.status()["volumes"][0]["device"]
+    moments = Moments(source, device, found.fs, int(found.config.cluster.system_identifier))
+    moments.first = begin
+    rows: list[dict[str, object]] = []
+    for write in moments.choose(points, rng):
+        kinds = [kind for kind, numbers in moments.found.items() if {write - 1, write, write + 1} & set(numbers)]
+        said = prove(found, source, source.resolve(Target("write", write)), result.acks, order)
+        rows.append({"write": write, "near": kinds, "found": said})
+    return rows
+
+
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_any_write_opens_under_postgres(make_set: MakeSet, pg_binaries: Binaries, fs: str) -> None:
+    found = make_set(pg_binaries, fs=fs, settings=SETTINGS, allowed=ALLOWED)
+    rows = run_truth(found, points=5, commits=1500, seed=pg_binaries.major)
+    assert len(rows) == 5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_fifty_writes_open_under_postgres(make_set: MakeSet, pg_binaries: Binaries, fs: str) -> None:
+    found = make_set(pg_binaries, fs=fs, settings=SETTINGS, allowed=ALLOWED)
+    rows = run_truth(found, points=50, commits=6000, seed=100 + pg_binaries.major)
+    results = os.environ.get("PGCDP_RESULTS")
+    if results:
+        place = Path(results) / f"postgres-truth-pg{pg_binaries.major}-{fs}.json"
+        place.write_text(json.dumps(rows, indent=1) + "\n")
+    assert len(rows) == 50

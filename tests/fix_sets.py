@@ -1,0 +1,245 @@
+"""Real protected sets: `make_set(binaries, fs=..., ...)` gives a `ProtectedSet` that captures, with its agent running.
+
+Each has a PGCDP_ROOT of its own below /var/tmp. At the end it is taken down, whatever state it is in, its logs are
+read, and a warning or error that the test did not allow fails it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgcdp import api, service
+from pgcdp.capture import attach
+from pgcdp.capture.attach import kill_and_wait
+from pgcdp.capture.engine import EngineClient
+from pgcdp.config import Config, load_config
+from pgcdp.errors import PgcdpError
+from pgcdp.postgres import session
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.records import Target
+from pgcdp.recovery.source import Source
+from tests.fix_engine import _may_flush, _plain_program
+from tests.fix_postgres import bad_lines, postgres_user
+from tests.waiting import wait_until
+
+PORT = 5432
+KILLED = (
+    r"the engine at .* closed the connection",
+    r"no engine answers at",
+    r"no checkpoint: ",
+)
+"""What an agent may say when the engine or Postgres was killed under it."""
+
+
+@dataclass
+class ProtectedSet:
+    """A cluster behind capture below `root`."""
+
+    root: Path
+    binaries: Binaries
+    name: str = "main"
+    fs: str = "ext4"
+    allowed: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.name)
+
+    @property
+    def engine(self) -> EngineClient:
+        return EngineClient(self.config.paths.control)
+
+    @property
+    def sockets(self) -> Path:
+        return self.root / "s"
+
+    @property
+    def pgdata(self) -> Path:
+        return self.root / "pgdata"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    def protect(self, *, size: int, settings: dict[str, str], **options: Any) -> None:
+        """initdb behind capture, with checksums and no TCP; returns when the first boundary is there."""
+        own = {"unix_socket_directories": str(self.sockets), "port": str(PORT), "listen_addresses": "", **settings}
+        api.protect(
+            self.name,
+            self.pgdata,
+            self.store,
+            size=size,
+            fs=self.fs,
+            initdb=True,
+            yes=True,
+            version=self.binaries.major,
+            bindir=self.binaries.directory,
+            initdb_options=("--data-checksums", "--auth=trust"),
+            settings=tuple(own.items()),
+            **options,
+        )
+
+    def address(self) -> session.Dsn:
+        return session.Dsn(self.sockets, PORT)
+
+    def dsn(self, database: str = "postgres") -> str:
+        return self.address().text(database)
+
+    def connect(self, database: str = "postgres") -> psycopg.Connection[Any]:
+        return psycopg.connect(self.dsn(database), autocommit=True)
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run one statement; its rows."""
+        with self.connect() as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def program(self, name: str, *arguments: str) -> list[str]:
+        """The command line of one of Postgres's client programs against this cluster."""
+        return [str(self.binaries.path(name)), "-h", str(self.sockets), "-p", str(PORT), "-U", "postgres", *arguments]
+
+    def pgbench(self, *arguments: str) -> str:
+        """Run pgbench to its end."""
+        command = self.program("pgbench", *arguments, "postgres")
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd="/").stdout
+
+    def status(self) -> dict[str, Any]:
+        return api.status(self.name)
+
+    def durable(self) -> int:
+        """The newest durable write, once everything that was sent is durable."""
+        return self.engine.cut()
+
+    def source(self) -> Source:
+        """The store with the journal, as `pgcdp restore` opens it."""
+        return api.open_source(self.name, None)
+
+    def verify(self, write: int, **options: Any) -> dict[str, Any]:
+        """`pgcdp verify --target-write`."""
+        result: dict[str, Any] = api.verify(self.name, Target("write", write), **options)["results"][0]
+        return result
+
+    def kill_engine(self) -> None:
+        """kill -9 of the capture process."""
+        kill_and_wait(self.engine.status().pid)
+
+    def kill_agent(self) -> None:
+        """kill -9 of the agent."""
+        kill_and_wait(int(service.ask(self.config.paths, "status")["pid"]))
+        _reap()
+
+    def up(self) -> None:
+        api.up(self.name)
+
+    def wait_following(self) -> None:
+        """Until the agent follows, without an error."""
+
+        def follows() -> bool:
+            try:
+                state = service.ask(self.config.paths, "status")
+            except service.AgentGone:
+                return False
+            return state["phase"] == "following" and not state["error"]
+
+        wait_until(follows, timeout=120, what="the agent follows")
+
+    def destroy(self) -> None:
+        """Everything away, whatever state it is in."""
+        with suppress(PgcdpError):
+            config = self.config
+            with suppress(PgcdpError):
+                service.stop(config, 60)
+            attach.discard(config)
+        _reap()
+        shutil.rmtree(self.root)
+
+    def complaints(self) -> list[str]:
+        """Unexpected lines in the logs of engine, agent and Postgres."""
+        with suppress(PgcdpError):
+            paths = self.config.paths
+            found = []
+            for log in (paths.engine_log, paths.agent_log):
+                text = log.read_text(errors="replace") if log.exists() else ""
+                found += [line for line in text.splitlines() if re.search(r"\b(warning|WARNING|error|ERROR)\b", line)]
+            log = self.config.cluster.log_file
+            if log.exists():
+                found += bad_lines(log.read_text(errors="replace"), self.allowed)
+            allowed = self.allowed if _may_flush() else [*self.allowed, "cannot become an I/O flusher"]
+            return [line for line in found if not any(re.search(pattern, line) for pattern in allowed)]
+        return []
+
+
+def _reap() -> None:
+    """Collect ended children, so that none stays a zombie."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+MakeSet = Callable[..., ProtectedSet]
+
+
+@pytest.fixture
+def make_set(own_root: Callable[[Path], None]) -> Iterator[MakeSet]:
+    """make_set(binaries, fs="ext4", size=512 << 20, settings={...}, cut=(...), journal_limit=...)"""
+    made: list[ProtectedSet] = []
+
+    def make(
+        binaries: Binaries,
+        *,
+        fs: str = "ext4",
+        size: int = 768 << 20,
+        settings: dict[str, str] | None = None,
+        allowed: Sequence[str] = (),
+        protect: bool = True,
+        **options: Any,
+    ) -> ProtectedSet:
+        root = Path(tempfile.mkdtemp(prefix="pgcdp-set-", dir="/var/tmp"))
+        root.chmod(0o755)
+        user = postgres_user()
+        own_root(root / "state")
+        found = ProtectedSet(root, binaries, fs=fs, allowed=list(allowed))
+        made.append(found)
+        found.sockets.mkdir(mode=0o700)
+        os.chown(found.sockets, user.uid, user.gid)
+        if protect:
+            found.protect(size=size, settings=settings or {}, **{"journal_limit": 2 << 30, **options})
+        return found
+
+    yield make
+    complaints = []
+    for each in made:
+        own_root(each.root / "state")
+        complaints += each.complaints()
+        each.destroy()
+    assert complaints == [], "in the logs"
+
+
+@pytest.fixture
+def own_root() -> Iterator[Callable[[Path], None]]:
+    """Sets PGCDP_ROOT and PGCDP_ENGINE for this process and its children."""
+    before = {name: os.environ.get(name) for name in ("PGCDP_ROOT", "PGCDP_ENGINE")}
+
+    def choose(root: Path) -> None:
+        root.mkdir(mode=0o755, exist_ok=True)
+        os.environ["PGCDP_ROOT"] = str(root)
+        os.environ["PGCDP_ENGINE"] = str(_plain_program())
+
+    yield choose
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
