@@ -17,7 +17,7 @@
 
 #include "log.h"
 #include "util.h"
-#include "volume.h"
+#include "backing.h"
 
 #define FIRST_INO 2u
 #define ATTR_SECONDS 3600.0

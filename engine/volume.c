@@ -19,13 +19,10 @@
 #include "volume.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "cleanup.h"
@@ -42,41 +39,6 @@ void vs_note_error(struct volume_set *vs, const char *format, ...)
     vsnprintf(vs->error, sizeof vs->error, format, args);
     va_end(args);
     log_error("%s", vs->error);
-}
-
-/* ---- opening ---- */
-
-int volume_open(struct volume *v, const char *name, const char *path, struct err *e)
-{
-    struct stat st;
-    *v = (struct volume){.fd = -1};
-    if (strlen(name) >= sizeof v->name || strlen(path) >= sizeof v->path || strchr(name, '/') || !*name)
-        return err_set(e, ERR_USAGE, "volume name or path is not usable: %s=%s", name, path);
-    if (stat(path, &st) < 0)
-        return err_sys(e, -errno, "cannot open the backing %s of volume %s", path, name);
-    int exclusive = S_ISBLK(st.st_mode) ? O_EXCL : 0; /* the kernel refuses what is mounted or held */
-    int fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC | exclusive);
-    if (fd < 0 && errno == EBUSY)
-        return err_set(e, ERR_PRECONDITION, "the backing %s of volume %s is in use", path, name);
-    if (fd < 0)
-        return err_sys(e, -errno, "cannot open the backing %s of volume %s", path, name);
-    int rc = 0;
-    if (flock(fd, LOCK_EX | LOCK_NB) < 0) {
-        rc = err_set(e, ERR_PRECONDITION, "the backing %s of volume %s is locked by another process", path, name);
-        err_hint(e, "another capture process serves it; stop it with: pgcdp down");
-    } else if ((rc = io_size(fd, &v->size)) != 0) {
-        err_sys(e, rc, "cannot tell the size of %s", path);
-    } else if (v->size == 0 || v->size % BLOCK) {
-        rc = err_set(e, ERR_USAGE, "the backing %s has %lu bytes, not a multiple of 4096", path, v->size);
-    }
-    if (rc) {
-        close(fd);
-        return rc;
-    }
-    v->fd = fd;
-    snprintf(v->name, sizeof v->name, "%s", name);
-    snprintf(v->path, sizeof v->path, "%s", path);
-    return 0;
 }
 
 /* ---- taking writes (under the lock) ---- */

@@ -6,19 +6,11 @@
 #include <stdint.h>
 
 #include "backend.h"
+#include "backing.h"
 #include "err.h"
 #include "journal_write.h"
 
-#define MAX_VOLUMES 256u
-
 struct volume_set;
-
-struct volume { /* one opened backing */
-    char name[64];
-    char path[512];
-    int fd; /* O_DIRECT, locked */
-    uint64_t size;
-};
 
 struct volume_status {
     bool stalled;         /* the journal cannot grow: writes wait */
@@ -28,9 +20,6 @@ struct volume_status {
     uint64_t writes, reads, bytes_written, bytes_read;
     char error[256]; /* newest failure of a volume, or "" */
 };
-
-/* Opens and locks a backing. O_EXCL, flock: one capture process a backing (exit 6 when it is in use). */
-int volume_open(struct volume *v, const char *name, const char *path, struct err *e);
 
 /* Starts committer, applier and readers. All writes up to `last_write` are applied and synced. Owns the fds from now on. */
 int vs_start(struct volume_set **out, const struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,

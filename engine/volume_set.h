@@ -6,7 +6,9 @@
 
 #include "extmap.h"
 #include "format.h"
-#include "volume.h"
+#include "journal_write.h"
+#include "backend.h"
+#include "backing.h"
 
 #define RING_BYTES ((uint64_t)40 << 20)    /* data of writes that are not yet applied */
 #define RECORDS ((uint64_t)65536)          /* their records */

@@ -62,6 +62,7 @@ C_FLOORS: dict[str, int] = {
     "extmap": 1,
     "format": 2,
     "backend": 2,
+    "backing": 2,
     "journal_write": 3,
     "journal_read": 3,
     "volume": 4,

@@ -1,0 +1,21 @@
+/* What a volume's bytes lie on: an image file or a block device, opened for this process alone. */
+#ifndef PGCDP_BACKING_H
+#define PGCDP_BACKING_H
+
+#include <stdint.h>
+
+#include "err.h"
+
+#define MAX_VOLUMES 256u
+
+struct volume { /* one opened backing */
+    char name[64];
+    char path[512];
+    int fd; /* O_DIRECT, locked */
+    uint64_t size;
+};
+
+/* Opens and locks a backing. O_EXCL, flock: one capture process a backing (exit 6 when it is in use). */
+int volume_open(struct volume *v, const char *name, const char *path, struct err *e);
+
+#endif

@@ -1,0 +1,253 @@
+"""The JSON of every command on a real protected cluster: the keys of docs/json.md, their types, the exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgcdp.postgres import cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+LSN = re.compile(r"[0-9A-F]{1,8}/[0-9A-F]{1,8}")
+Shape = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """A value of that shape, or null."""
+
+    shape: Any
+
+
+POINT: Shape = {"write": int, "lsn": Maybe(LSN), "interval": Maybe(int), "boundary": Maybe(int), "time": TIME}
+WINDOW: Shape = {"from_time": TIME, "to_time": TIME, "from_write": int, "to_write": int}
+CHECK: Shape = {"name": str, "ok": bool, "seconds": float, "detail": str}
+INTERVAL: Shape = {
+    "number": int,
+    "from_write": int,
+    "to_write": int,
+    "from_time": TIME,
+    "to_time": TIME,
+    "reason": str,
+    "checkpoint_lsn": LSN,
+    "redo_lsn": LSN,
+    "timeline": int,
+    "next_xid": int,
+    "writes": int,
+    "bytes_written": int,
+    "blocks_changed": int,
+    "stored": {"writes": int, "backward": int, "forward": int, "index": int},
+    "restorable_by_write": bool,
+    "verified": Maybe({"ok": bool}),
+}
+STATUS: Shape = {
+    "set": str,
+    "dsn": str,
+    "state": re.compile("capturing|tracking|stalled|stopped"),
+    "last_write": int,
+    "durable_write": int,
+    "stored_write": int,
+    "intervals": int,
+    "lag_seconds": Maybe(float),
+    "journal": {"bytes": int, "limit": int},
+    "recovery_window": WINDOW,
+    "volumes": [{"name": str, "device": Maybe(str), "backing": str, "mountpoint": str, "bytes": int}],
+}
+RESTORE: Shape = {"recovery_point": POINT, "to": str, "bytes": int, "seconds": float}
+
+
+def fits(value: Any, shape: Any, where: str = "") -> list[str]:
+    """Where `value` is not of that shape. More keys than named are allowed."""
+    if isinstance(shape, Maybe):
+        return [] if value is None else fits(value, shape.shape, where)
+    if isinstance(shape, re.Pattern):
+        return [] if isinstance(value, str) and shape.fullmatch(value) else [f"{where}: {value!r}"]
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return [f"{where}: {value!r} is no list"]
+        return [line for i, item in enumerate(value) for line in fits(item, shape[0], f"{where}[{i}]")]
+    if isinstance(shape, Mapping):
+        if not isinstance(value, Mapping):
+            return [f"{where}: {value!r} is no object"]
+        missing = [f"{where}.{key} is missing" for key in shape if key not in value]
+        return missing + [
+            line for key in shape if key in value for line in fits(value[key], shape[key], f"{where}.{key}")
+        ]
+    if shape is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, shape) and not (shape is int and isinstance(value, bool))
+    return [] if right else [f"{where}: {value!r} is no {shape.__name__}"]
+
+
+class Protected:
+    """A new cluster behind capture, with a root of its own, as `pgcdp protect --initdb` makes it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = {**os.environ, "PGCDP_ROOT": str(directory / "root")}
+
+    def json(self, *words: str, code: int = 0) -> Any:
+        """What a command prints: one line, one object, and nothing on standard error."""
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pgcdp", *words, "--output", "json"],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=self.environment,
+            timeout=250,
+            cwd="/",
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (code, ""), f"{words}: {done.stdout}{done.stderr}"
+        assert done.stdout.count("\n") == 1
+        return json.loads(done.stdout)
+
+    def text(self, *words: str) -> str:
+        """The same for people."""
+        command = [sys.executable, "-P", "-m", "pgcdp", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=self.environment, timeout=250, cwd="/", check=True
+        ).stdout
+
+
+@pytest.fixture(scope="module")
+def protected() -> Iterator[Protected]:
+    directory = Path(tempfile.mkdtemp(prefix="pgcdp-json-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    found = Protected(directory)
+    try:
+        words = ["--pgdata", str(directory / "data"), "--store", str(directory / "store"), "--size", "512M"]
+        value = found.json("protect", "main", *words, "--journal-limit", "512M", "--initdb", "--yes")
+        assert fits(value, STATUS) == []
+        found.json("cut")
+        yield found
+        assert fits(found.json("unprotect", "--yes"), {"set": str, "pgdata": str, "store": str}) == []
+        cluster.stop(directory / "data")
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_status(protected: Protected) -> None:
+    value = protected.json("status")
+    assert fits(value, STATUS) == []
+    assert value["set"] == "main"
+    assert value["state"] == "capturing"
+    assert value["stored_write"] <= value["durable_write"] <= value["last_write"]
+    assert "recovery window" in protected.text("status")
+
+
+def test_cut_and_info(protected: Protected) -> None:
+    closed = protected.json("cut")
+    assert fits(closed, INTERVAL) == []
+    value = protected.json("info")
+    assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL]}) == []
+    assert value["intervals"][-1]["number"] >= closed["number"]
+    assert protected.json("info", "--store", str(protected.directory / "store"))["set"] == "main"
+    assert protected.text("info").count("\n") >= len(value["intervals"])
+
+
+def test_mark_and_show(protected: Protected) -> None:
+    value = protected.json("mark", "here")
+    assert fits(value, {"set": str, "name": str, "write": int}) == []
+    shown = protected.json("show", str(value["write"]))
+    shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "offset": int, "length": int}
+    assert fits(shown, {**shape, "interval": Maybe(int), "holds": {}}) == []
+    assert (shown["kind"], shown["holds"]["mark"]) == ("mark", "here")
+    assert "mark" in protected.text("show", str(value["write"]))
+
+
+def test_restore(protected: Protected) -> None:
+    image = protected.directory / "restored.img"
+    value = protected.json("restore", "--to-image", str(image))
+    assert fits(value, RESTORE) == []
+    assert value["to"] == str(image)
+    image.unlink()
+    directory = protected.directory / "restored"
+    boundary = protected.json("info")["intervals"][-1]["number"]
+    value = protected.json("restore", "--target-boundary", str(boundary), "--to-directory", str(directory))
+    assert fits(value, RESTORE) == []
+    assert value["recovery_point"]["boundary"] == boundary
+    shutil.rmtree(directory)
+
+
+def test_verify_and_its_exit_codes(protected: Protected) -> None:
+    results = {"ok": bool, "results": [{"recovery_point": POINT, "ok": bool, "seconds": float, "checks": [CHECK]}]}
+    sql = protected.directory / "assertion.sql"
+    sql.write_text("SELECT count(*) > 0 FROM pg_class;\n")
+    value = protected.json("verify", "--sql", str(sql))
+    assert fits(value, results) == []
+    assert value["ok"] is True
+    sql.write_text("SELECT count(*) = 0 FROM pg_class;\n")
+    value = protected.json("verify", "--sql", str(sql), code=4)
+    assert fits(value, results) == []
+    assert value["ok"] is False
+    sql.unlink()
+
+
+def test_check(protected: Protected) -> None:
+    value = protected.json("check", "--full")
+    assert fits(value, {"ok": bool, "checks": [{**CHECK, "kind": str, "hint": Maybe(str)}]}) == []
+    assert value["ok"] is True
+
+
+def test_rebuild(protected: Protected) -> None:
+    value = protected.json("rebuild")
+    assert fits(value, {"set": str, "intervals": int}) == []
+    assert value["intervals"] == len(protected.json("info")["intervals"])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ["--target-write", "99999999999"],
+        ["--target-write", "0"],
+        ["--target-boundary", "99999"],
+        ["--target-time", "2001-01-01"],
+    ],
+)
+def test_target_outside_the_window_exits_3(protected: Protected, target: list[str]) -> None:
+    place = protected.directory / "nothing"
+    value = protected.json("restore", *target, "--to-directory", str(place), code=3)
+    assert fits(value, {"error": {"code": int, "kind": str, "message": str, "hint": str}}) == []
+    assert (value["error"]["code"], value["error"]["kind"]) == (3, "target")
+    assert not place.exists()
+
+
+def test_set_name_in_use_and_cluster_protected_twice_exit_6(protected: Protected) -> None:
+    words = ["--store", str(protected.directory / "other"), "--size", "512M", "--yes"]
+    pgdata = ["--pgdata", str(protected.directory / "data")]
+    assert "main" in protected.json("protect", "main", *pgdata, *words, code=6)["error"]["message"]
+    assert "main" in protected.json("protect", "second", *pgdata, *words, code=6)["error"]["message"]
+
+
+def test_down_and_up(protected: Protected) -> None:
+    value = protected.json("down")
+    assert fits(value, STATUS) == []
+    assert value["state"] == "stopped"
+    assert protected.json("status")["state"] == "stopped"
+    value = protected.json("up")
+    assert fits(value, STATUS) == []
+    assert value["state"] == "capturing"
+
+
+def test_documented_keys_are_the_pinned_ones() -> None:
+    text = (ROOT / "docs" / "json.md").read_text("utf-8")
+    documented = set(re.findall(r'"(\w+)"', text))
+    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE):
+        keys = set(shape)
+        for inner in shape.values():
+            keys |= set(inner) if isinstance(inner, Mapping) else set()
+        assert keys <= documented
