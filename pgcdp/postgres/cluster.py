@@ -247,7 +247,8 @@ def last_words(log_file: Path | None, begin: int = 0, lines: int = 4) -> str:
             said = [line.strip() for line in file.read().decode(errors="backslashreplace").splitlines() if line.strip()]
     except OSError as error:
         return f"its log cannot be read: {error.strerror}"
-    bad = [line for line in said if re.search(r"\b(FATAL|PANIC|ERROR|HINT|DETAIL):|\b(syntax error|could not|cannot)\b", line)]
+    telling = re.compile(r"\b(FATAL|PANIC|ERROR|HINT|DETAIL):|\b(syntax error|could not|cannot)\b")
+    bad = [line for line in said if telling.search(line)]
     return " | ".join((bad or said)[-lines:]) or "it said nothing"
 
 

@@ -84,18 +84,19 @@ def kill_leftovers(pgdata: Path, timeout: float = 20.0) -> list[int]:
 
     Gives the process ids. Raises PreconditionError when one does not end (it then hangs in the kernel).
     """
-    killed = find_processes(pgdata)
+    # With their start times: a process that is ending has no program any more, but still holds its files and the mount.
+    killed = {pid: proc.start_time(pid) for pid in find_processes(pgdata)}
     for pid in killed:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + timeout
-    while left := [pid for pid in killed if proc.exists(pid) and _runs_postgres(pid)]:
+    while left := [pid for pid, begun in killed.items() if proc.exists(pid) and proc.start_time(pid) == begun]:
         if time.monotonic() > deadline:
             raise PreconditionError(
                 f"process {left[0]} of the cluster at {pgdata} does not end", f"see /proc/{left[0]}/stack"
             )
         time.sleep(_POLL)
-    return killed
+    return list(killed)
 
 
 def _all_pids() -> list[int]:
