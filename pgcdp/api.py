@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp import doctor, service
-from pgcdp.capture import attach, protect as protection, volumes
+from pgcdp.capture import attach, volumes
+from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
@@ -352,8 +353,9 @@ def verify(
             settings,
             parent=pgdata.parent,
             sql=sql_file,
+            checks=proving.own_checks(),
             binaries=binaries,
-            hide=[Path(source.store.extra["pgdata"])],
+            hide=[Path(place) for place in source.store.extra["mountpoints"].values()],
             report=lambda check: progress(Progress(f"{check.name}: {'ok' if check.ok else 'FAILED'}")),
         )
     result: Json = {

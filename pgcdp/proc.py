@@ -41,7 +41,7 @@ class Completed:
     seconds: float
 
 
-class ProcessFailed(PgcdpError):  # noqa: N818 - as the tree in pgcdp.errors names them
+class ProcessFailed(PgcdpError):
     """A program ended with an error; `completed` holds what it said."""
 
     kind = "process"

@@ -96,9 +96,7 @@ class Live:
         """Make the cluster; `options` are more of initdb's."""
         self.sockets.mkdir(mode=0o700)
         os.chown(self.sockets, self.user.uid, self.user.gid)
-        cluster.initdb(
-            self.binaries, self.pgdata, self.user, "--data-checksums", "--auth=trust", "--no-sync", *options
-        )
+        cluster.initdb(self.binaries, self.pgdata, self.user, "--data-checksums", "--auth=trust", "--no-sync", *options)
 
     def configure(self, **settings: str) -> None:
         """Append settings to postgresql.conf."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ import psycopg
 import pytest
 
 from pgcdp import api, service
-from pgcdp.capture import attach
+from pgcdp.capture import attach, engine
 from pgcdp.capture.attach import kill_and_wait
 from pgcdp.capture.engine import EngineClient
 from pgcdp.config import Config, load_config
@@ -29,6 +30,7 @@ from pgcdp.errors import PgcdpError
 from pgcdp.postgres import session
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
+from pgcdp.recovery.restore import remove
 from pgcdp.recovery.source import Source
 from tests.fix_engine import _may_flush, _plain_program
 from tests.fix_postgres import bad_lines, postgres_user
@@ -140,8 +142,40 @@ class ProtectedSet:
         kill_and_wait(int(service.ask(self.config.paths, "status")["pid"]))
         _reap()
 
+    def kill_both(self) -> None:
+        """kill -9 of agent and capture process, one right after the other."""
+        agent = int(service.ask(self.config.paths, "status")["pid"])
+        capture = self.engine.status().pid
+        for pid in (capture, agent):
+            os.kill(pid, signal.SIGKILL)
+        for pid in (capture, agent):
+            kill_and_wait(pid)
+        _reap()
+
     def up(self) -> None:
         api.up(self.name)
+
+    def amcheck(self) -> None:
+        """pg_amcheck of all databases, heap against every index."""
+        words = self.program("pg_amcheck", "--all", "--install-missing", "--heapallindexed", "--no-strict-names")
+        done = subprocess.run(words, capture_output=True, text=True, cwd="/", check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    def restored(self, target: Target) -> list[Path]:
+        """The volumes at a target, as `restore --to-image` makes them; the caller removes them with `root`."""
+        place = self.root / f"image-{target.kind}-{target.value}"
+        remove(place)
+        api.restore(self.name, target, to_image=place)
+        names = [volume.name for volume in self.config.volumes]
+        return [place] if len(names) == 1 else [place / f"{name}.img" for name in names]
+
+    def assert_volume_is_newest(self) -> None:
+        """The newest write restored from store and journal is, byte for byte, what the volumes hold. Call it `down`."""
+        images = self.restored(Target("newest"))
+        for volume, image in zip(self.config.volumes, images, strict=True):
+            different = first_difference(volume.backing, image)
+            assert different is None, f"volume {volume.name} differs from store and journal at byte {different}"
+            image.unlink()
 
     def wait_following(self) -> None:
         """Until the agent follows, without an error."""
@@ -181,11 +215,25 @@ class ProtectedSet:
         return []
 
 
+def first_difference(a: Path, b: Path) -> int | None:
+    """Offset of the first block in which two files differ; None when they are equal."""
+    if a.stat().st_size != b.stat().st_size:
+        return min(a.stat().st_size, b.stat().st_size)
+    with a.open("rb") as left, b.open("rb") as right:
+        at = 0
+        while piece := left.read(1 << 20):
+            other = right.read(1 << 20)
+            if piece != other:
+                return next(at + i for i in range(0, len(piece), 4096) if piece[i : i + 4096] != other[i : i + 4096])
+            at += len(piece)
+    return None
+
+
 def _reap() -> None:
-    """Collect ended children, so that none stays a zombie."""
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    """Collect ended agents and engines, so that none stays a zombie; the test's own children are left to it."""
+    for child in service._children:
+        child.poll()
+    engine._reap()
 
 
 MakeSet = Callable[..., ProtectedSet]

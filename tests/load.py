@@ -40,9 +40,7 @@ create table if not exists ledger (client int, counter bigint, xid bigint, fille
 _INSERT = """
 insert into ledger values (%s, %s, pg_current_xact_id()::text::bigint, repeat(md5(%s), 4)) returning xid
 """
-_COMMIT = re.compile(
-    rb"tx:\s+(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*? desc: (COMMIT|COMMIT_PREPARED) (?:(\d+): )?\d{4}-"
-)
+_COMMIT = re.compile(rb"tx:\s+(\d+), lsn: ([0-9A-F]+/[0-9A-F]+), .*? desc: (COMMIT|COMMIT_PREPARED) (?:(\d+): )?\d{4}-")
 
 
 class Connectable(Protocol):

@@ -26,7 +26,7 @@ BLOCK = 4096
 WRITE, ZERO, DISCARD, MARK = 1, 2, 3, 5
 
 
-class Wrong(Exception):  # noqa: N818
+class Wrong(Exception):
     """Bytes that are not what FORMAT.md says."""
 
 

@@ -32,11 +32,11 @@ _BY_KIND: dict[str, type[PgcdpError]] = {
 }
 
 
-class EngineGone(PreconditionError):  # noqa: N818 - as the tree in pgcdp.errors names them
+class EngineGone(PreconditionError):
     """No engine answers at the control socket."""
 
 
-class EngineBusy(PreconditionError):  # noqa: N818 - as the tree in pgcdp.errors names them
+class EngineBusy(PreconditionError):
     """The engine refuses to stop while a volume file is open."""
 
 

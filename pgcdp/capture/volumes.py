@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import time
 import re
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 

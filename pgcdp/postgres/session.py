@@ -253,9 +253,7 @@ def _set_thread_euid(uid: int) -> None:
         raise OSError(ctypes.get_errno(), "cannot change the effective user of this thread")
 
 
-def _assemble(
-    rows: list[dict[str, Any]], superuser: str, found: list[Database], spaces: list[list[Any]]
-) -> Settings:
+def _assemble(rows: list[dict[str, Any]], superuser: str, found: list[Database], spaces: list[list[Any]]) -> Settings:
     values = {row["name"]: row["setting"] for row in rows}
     return {
         "server_version_num": int(values["server_version_num"]),

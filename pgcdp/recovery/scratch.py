@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pgcdp import proc
@@ -19,6 +19,7 @@ from pgcdp.capture import volumes
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import free_space, make_directory
 from pgcdp.intervals.increments import FileTarget
+from pgcdp.postgres.cluster import kill_leftovers
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.source import Source
@@ -53,6 +54,7 @@ def mounted(source: Source, point: RecoveryPoint, below: Path, progress: Report 
     make_directory(below, 0o711)
     clear_left(below)
     with ExitStack() as stack:
+        stack.callback(_remove_if_empty, below)
         scratch = Path(tempfile.mkdtemp(prefix="point-", dir=below))
         stack.callback(shutil.rmtree, scratch)
         scratch.chmod(0o711)  # Postgres's user passes through to the mount
@@ -97,11 +99,17 @@ def clear_left(below: Path) -> None:
         if fd < 0:
             continue
         for mount in reversed(volumes.mounts_below(scratch)):
+            kill_leftovers(mount.mountpoint)  # a sandbox that outlived its verification
             volumes.unmount(mount.mountpoint)
         for device in volumes.loops_over(scratch):
             volumes.detach_loop(device)
         shutil.rmtree(scratch)
         os.close(fd)
+
+
+def _remove_if_empty(below: Path) -> None:
+    with suppress(OSError):
+        below.rmdir()
 
 
 def _lock(scratch: Path) -> int:

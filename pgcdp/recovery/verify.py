@@ -32,6 +32,13 @@ where a.amname = 'btree' and i.indisvalid and i.indisready
 Report = Callable[[Check], None]
 
 
+def own_checks() -> list[Path]:
+    """pgcdp's own assertions, sql/checks/*.sql: in the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "_sql" / "checks", package.parent / "sql" / "checks")
+    return sorted(next((place for place in places if place.is_dir()), places[0]).glob("*.sql"))
+
+
 def verify_directory(
     pgdata: Path,
     settings: Mapping[str, Any] | None,

@@ -177,9 +177,7 @@ def test_pending_prepared_transaction(
     live.sql("rollback prepared 'pending'")
 
 
-def test_limits_that_grew_after_the_settings_were_kept(
-    pg15: Binaries, make_cluster: MakeCluster, place: Path
-) -> None:
+def test_limits_that_grew_after_the_settings_were_kept(pg15: Binaries, make_cluster: MakeCluster, place: Path) -> None:
     live = make_cluster(pg15, max_prepared_transactions="1")
     old = live.settings()
     live.stop()

@@ -80,8 +80,13 @@ def compare(live: Live) -> control.Control:
 def live(pg_binaries: Binaries, make_cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch) -> Live:
     monkeypatch.setenv("LC_ALL", "C")
     return make_cluster(
-        pg_binaries, max_prepared_transactions="7", wal_level="logical", wal_log_hints="on", max_connections="33",
-        track_commit_timestamp="on", max_locks_per_transaction="77",
+        pg_binaries,
+        max_prepared_transactions="7",
+        wal_level="logical",
+        wal_log_hints="on",
+        max_connections="33",
+        track_commit_timestamp="on",
+        max_locks_per_transaction="77",
     )
 
 

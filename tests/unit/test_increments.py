@@ -273,7 +273,7 @@ def test_wrong_start_is_refused(tmp_path: Path) -> None:
     opened.close()
 
 
-class Killed(Exception):  # noqa: N818 - no error of pgcdp
+class Killed(Exception):
     """Stands for the moment of a kill."""
 
 
