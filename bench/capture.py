@@ -43,13 +43,18 @@ def say(text: str) -> None:
     print(text, file=__import__("sys").stderr, flush=True)
 
 
+def tps_of(output: str) -> float:
+    """What pgbench says."""
+    return next(float(line.split()[2]) for line in output.splitlines() if line.startswith("tps"))
+
+
 def tpcb(side: Side, clients: int, seconds: int, logs: Path) -> tuple[float, float]:
     """One pgbench run: (transactions per second, p99 latency in ms)."""
     prefix = logs / f"{side.name}-{clients}"
     for old in logs.glob(f"{prefix.name}*"):
         old.unlink()
     output = side.pgbench("-c", str(clients), "-j", "2", "-T", str(seconds), "-l", "--log-prefix", str(prefix))
-    tps = next(float(line.split()[2]) for line in output.splitlines() if line.startswith("tps"))
+    tps = tps_of(output)
     latencies = sorted(
         int(line.split()[2]) for file in logs.glob(f"{prefix.name}*") for line in file.read_text().splitlines()
     )
@@ -61,7 +66,7 @@ def select_only(side: Side, plan: Plan, limit: MemoryLimit) -> float:
     side.restart()
     limit.add(side.postmaster())
     output = side.pgbench("-S", "-c", "8", "-j", "2", "-T", str(plan.read_seconds))
-    return next(float(line.split()[2]) for line in output.splitlines() if line.startswith("tps"))
+    return tps_of(output)
 
 
 def device_reads(side: Side, plan: Plan, pattern: str) -> float:
@@ -99,7 +104,8 @@ def measure_writes(plain: Plain, protected: Protected, plan: Plan, logs: Path) -
 
 
 def _median(rows: list[dict[str, Any]], clients: int, key: str) -> float:
-    return round(statistics.median(row[key] for row in rows if row["clients"] == clients), 3)
+    values = [float(row[key]) for row in rows if row["clients"] == clients]
+    return round(statistics.median(values), 3)
 
 
 def measure_reads(plain: Plain, protected: Protected, plan: Plan) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import json
 import os
 import signal
 import time
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pgcdp import log
 from pgcdp.capture.attach import syncfs
@@ -37,9 +38,12 @@ from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
 
 logger = log.get(__name__)
+T = TypeVar("T")
 
 TICK_SECONDS = 0.5
 RETRY_SECONDS = 5.0
+PATIENCE_SECONDS = 5.0
+"""How long a step waits for Postgres, which may itself wait for a journal that only this agent can make room in."""
 SETTINGS_SECONDS = 60.0
 PRESSURE = 0.5
 """Share of the journal's limit from which on segments are freed before their interval ends."""
@@ -61,6 +65,8 @@ class Agent:
         self.asked: str | None = None
         self.asking: asyncio.Task[int] | None = None
         self.asked_lsn: int | None = None
+        self.ask_again_at = 0.0
+        self.no_checkpoint: str | None = None
         self.error: str | None = None
         self.rate = 0.0
         self.rate_seen = (time.monotonic(), 0)
@@ -93,6 +99,7 @@ class Agent:
                 self.asking.cancel()
                 with suppress(asyncio.CancelledError, PgcdpError):
                     await self.asking
+            await self._in_worker(self._leave_room)
             await self._in_worker(self._close_stages)
             if self.session is not None:
                 await self.session.close()
@@ -109,8 +116,9 @@ class Agent:
         try:
             pause = await self._tick()
             self.error = None
-        except EngineGone as error:
+        except EngineGone as error:  # the next engine may be another one: begin anew from what is on disk
             self._note(error.message)
+            await self._in_worker(self._close_stages)
         except (PgcdpError, OSError) as error:
             self._note(getattr(error, "message", None) or str(error))
             await self._in_worker(self._close_stages)
@@ -155,23 +163,25 @@ class Agent:
     async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
         baseline = stages.baseline
         assert baseline is not None
-        if not baseline.complete:
-            await self._in_worker(stages.baseline_step, status.applied_write)
-            if self._pressed(status):
-                await self._in_worker(stages.relieve)
-            return 0.0
         if stages.baseline_end is None:
-            applied = (await self._in_worker(self.engine.status)).applied_write
-            known = await (await self._connected()).checkpoint_lsn()
-            await self._in_worker(stages.baseline_copied, applied, known)
-            self._ask("baseline")
+            await self._in_worker(stages.baseline_step, status.applied_write)
+            if self._pressed(status) or baseline.complete:
+                await self._in_worker(stages.relieve)
+            if baseline.complete:
+                known = await self._soon(self._newest_checkpoint())
+                durable = (await self._in_worker(self.engine.status)).durable_write
+                await self._in_worker(stages.baseline_copied, durable, known)
+            return 0.0
         if await self._in_worker(stages.finish_baseline, status.durable_write):
             assert self.catalog is not None
             assert stages.store.baseline is not None
             await self._in_worker(self.catalog.put_baseline, stages.store.baseline)
             self.asked = self.asked_lsn = None
-        elif self._pressed(status):
+            return 0.0
+        if self._pressed(status):
             await self._in_worker(stages.relieve)
+        if self.asked is None and time.monotonic() >= self.ask_again_at:
+            self._ask("baseline")
         return 0.1
 
     def _pressed(self, status: EngineStatus) -> bool:
@@ -214,6 +224,12 @@ class Agent:
             if number not in known:
                 catalog.put_interval(Bundle.open(store, number).interval)
 
+    def _leave_room(self) -> None:
+        """What is written between this agent's end and that of capture must find room in the journal."""
+        with suppress(PgcdpError, OSError):
+            if self.stages is not None and self._pressed(self.engine.status()):
+                self.stages.relieve()
+
     def _close_stages(self) -> None:
         if self.stages is not None:
             self.stages.close()
@@ -255,7 +271,7 @@ class Agent:
         before, then = self.rate_seen
         self.rate = policy.smooth_rate(self.rate, max(0, written - then), now - before)
         self.rate_seen = (now, written)
-        if stages.opened is None or self.asked is not None:
+        if stages.opened is None or self.asked is not None or now < self.ask_again_at:
             return
         decision = policy.decide(self.policy, self._progress())
         if decision.action == "ask":
@@ -279,9 +295,14 @@ class Agent:
     def _asked_done(self, task: asyncio.Task[int]) -> None:
         self.asking = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("no checkpoint: %s", getattr(error, "message", None) or str(error))
+            message = getattr(error, "message", None) or str(error)
+            if message != self.no_checkpoint:
+                logger.warning("no checkpoint: %s", message)
+            self.no_checkpoint = message
             self.asked = self.asked_lsn = None
+            self.ask_again_at = time.monotonic() + RETRY_SECONDS
         elif not task.cancelled():
+            self.no_checkpoint = None
             self.asked_lsn = task.result()
         self.wake.set()
 
@@ -296,7 +317,25 @@ class Agent:
             return
         self.settings_at = time.monotonic()
         with suppress(PgcdpError):
-            self.settings = await (await self._connected()).settings()
+            self.settings = await self._soon(self._read_settings())
+
+    async def _read_settings(self) -> Settings:
+        return await (await self._connected()).settings()
+
+    async def _newest_checkpoint(self) -> int:
+        return await (await self._connected()).checkpoint_lsn()
+
+    async def _soon(self, answer: Awaitable[T]) -> T:
+        """What Postgres answers within PATIENCE_SECONDS. Raises PreconditionError otherwise."""
+        try:
+            return await asyncio.wait_for(answer, PATIENCE_SECONDS)
+        except TimeoutError:
+            session, self.session = self.session, None
+            if session is not None:
+                await session.close(timeout=0.1)
+            raise PreconditionError(
+                f"postgres did not answer in {PATIENCE_SECONDS:g} s", "see whether it runs and what it waits for"
+            ) from None
 
     # --- socket
 

@@ -96,14 +96,14 @@ def unprotect(set_name: str, progress: Report = silent) -> Json:
 def up(set_name: str, progress: Report = silent) -> Json:
     """Attach, mount, start Postgres and the agent."""
     config = load_config(set_name)
-    attach.up(config, progress)
-    service.start(config)
+    attach.up(config, progress, lambda: service.start(config))
     return status(set_name)
 
 
 def down(set_name: str, progress: Report = silent) -> Json:
     """Stop the agent and Postgres, unmount, detach."""
     config = load_config(set_name)
+    attach.quiesce(config, progress)
     service.stop(config)
     attach.down(config, progress)
     return status(set_name)

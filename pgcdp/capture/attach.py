@@ -32,15 +32,22 @@ STOP_SECONDS = 600.0
 T = TypeVar("T")
 
 
-def up(config: Config, progress: Report = silent) -> None:
+def nothing() -> None:
+    """The default of `captured`."""
+
+
+def up(config: Config, progress: Report = silent, captured: Callable[[], None] = nothing) -> None:
     """Attach, mount and start the cluster; afterwards the engine captures and Postgres runs.
+
+    `captured` is called as soon as the engine answers, before anything is mounted or started: mounts and Postgres may
+    wait for room in the journal, which the agent makes.
 
     After a crash of any part: ends a postmaster on a dead filesystem, unmounts, detaches, replays. Nothing is done
     when all is up. Raises PreconditionError for what must be mended first, DamageError for a damaged journal.
     """
     with hold(config.paths):
         refuse_pending(config.paths)
-        attach(config, progress)
+        attach(config, progress, captured=captured)
         start_cluster(config, progress)
 
 
@@ -64,6 +71,14 @@ def down(config: Config, progress: Report = silent) -> None:
         detach(config, progress)
 
 
+def quiesce(config: Config, progress: Report = silent) -> None:
+    """The first step of `down` alone: stop Postgres while the agent still makes room in the journal."""
+    with hold(config.paths):
+        refuse_pending(config.paths)
+        if EngineClient(config.paths.control).alive() and is_attached(config):
+            stop_cluster(config, progress)
+
+
 def hold(paths: SetPaths) -> fsio.FileLock:
     """The lock that protect, unprotect, up and down of a set hold. Raises PreconditionError naming who has it."""
     paths.lock.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -80,9 +95,13 @@ def refuse_pending(paths: SetPaths) -> None:
         )
 
 
-def attach(config: Config, progress: Report = silent, create: bool = False) -> EngineClient:
+def attach(
+    config: Config, progress: Report = silent, create: bool = False, captured: Callable[[], None] = nothing
+) -> EngineClient:
     """`up` without Postgres. `create` begins a new journal."""
     client = EngineClient(config.paths.control)
+    if client.alive():
+        captured()
     if not create and is_attached(config):
         return client
     for volume in config.volumes:
@@ -92,6 +111,7 @@ def attach(config: Config, progress: Report = silent, create: bool = False) -> E
             clean_leftovers(config, progress)
         progress(Progress("starting capture" if create else "starting capture, replaying the journal"))
         client = spawn_capture(config, create=create)
+        captured()
     elif any(_our_mount(config, volume) and not _healthy(config, volume) for volume in config.volumes):
         end_postgres(config, progress)
         _unmount_all(config, progress)

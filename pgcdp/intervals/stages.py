@@ -117,12 +117,14 @@ class Stages:
         self._saved = baseline.done
         self.capture.release(baseline.journal_write)
 
-    def baseline_copied(self, applied: int, checkpoint_lsn: int) -> None:
-        """The copy is complete and holds nothing behind `applied`: from there on a checkpoint ends it.
+    def baseline_copied(self, durable: int, checkpoint_lsn: int) -> None:
+        """The copy is complete and holds nothing behind `durable`: from there on a checkpoint ends it.
 
+        `durable` is the engine's durable write: the copy may have seen writes on their way to the volume, which the
+        applied write does not tell of yet, and an agent killed here may have taken all that was durable.
         `checkpoint_lsn`: the newest checkpoint that Postgres knows now, in case none was captured yet.
         """
-        self.baseline_end = applied
+        self.baseline_end = durable
         if self.finder.checkpoint_lsn == 0:
             self.finder.checkpoint_lsn = checkpoint_lsn
         self._save_baseline()
