@@ -58,6 +58,7 @@ class Agent:
         self.policy = policy.parse_policy(config.cut)
         self.stages: Stages | None = None
         self.catalog: Catalog | None = None
+        self.store_lock: FileLock | None = None
         self.status: EngineStatus | None = None
         self.session: Session | None = None
         self.settings: Settings = {}
@@ -199,6 +200,7 @@ class Agent:
             )
         else:
             store = Store.create(config.store, config.name, config.set_id_bytes, list(status.volumes), facts(config))
+        self.store_lock = store.lock()
         self.stages = Stages.open(
             store,
             Journal(config.journal, config.set_id_bytes),
@@ -237,6 +239,9 @@ class Agent:
         if self.catalog is not None:
             self.catalog.close()
             self.catalog = None
+        if self.store_lock is not None:
+            self.store_lock.release()
+            self.store_lock = None
 
     def _remember(self, interval: Interval) -> None:
         assert self.catalog is not None

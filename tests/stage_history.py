@@ -17,6 +17,7 @@ from pgcdp.capture.journal import Journal
 from pgcdp.intervals.increments import Mode
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.records import Volume
+from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from tests.fix_engine import MIB, Capture, Direct
 from tests.raw_workload import Workload
@@ -108,6 +109,10 @@ class History:
     def follow(self) -> None:
         """What the agent does at each turn."""
         self.stages.follow(self.engine.status().durable_write, lambda checkpoint: "test", {})
+
+    def store_boundary(self) -> int:
+        """The write of the newest published boundary."""
+        return Bundle.open(self.store, self.store.interval_numbers()[-1]).interval.to_write
 
     def backing_bytes(self) -> list[bytes]:
         """The production volumes as they are."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pgcdp.cli import options, screen
+from pgcdp.cli.info import intervals_table
 
 
 @click.command(epilog=options.examples("pgcdp cut", "pgcdp cut main --output json"))
@@ -17,4 +18,4 @@ def command(set_name: str | None, output: str) -> None:
     """
     from pgcdp import api
 
-    screen.result(api.cut(options.pick_set(set_name)), output)
+    screen.result(api.cut(options.pick_set(set_name)), output, lambda value: intervals_table([value]))

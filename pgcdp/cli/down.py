@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pgcdp.cli import options, screen
+from pgcdp.cli.status import render
 
 
 @click.command(epilog=options.examples("pgcdp down main"))
@@ -20,4 +21,4 @@ def command(set_name: str | None, output: str) -> None:
 
     with screen.progress(output) as progress:
         value = api.down(options.pick_set(set_name), progress=progress)
-    screen.result(value, output)
+    screen.result(value, output, render)

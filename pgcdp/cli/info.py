@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ def command(set_name: str | None, store: Path | None, output: str) -> None:
 def _render(value: Mapping[str, Any]) -> None:
     screen.pairs([("set", value["set"]), ("recovery window", window(value["recovery_window"]))])
     screen.text()
+    intervals_table(value["intervals"])
+
+
+def intervals_table(intervals: Sequence[Mapping[str, Any]]) -> None:
+    """Intervals, each in a line."""
     rows = [
         [
             str(row["number"]),
@@ -38,7 +43,7 @@ def _render(value: Mapping[str, Any]) -> None:
             format_size(sum(row["stored"].values())),
             _verified(row["verified"]),
         ]
-        for row in value["intervals"]
+        for row in intervals
     ]
     screen.table(["interval", "writes", "ends", "reason", "checkpoint", "written", "stored", "verified"], rows)
 

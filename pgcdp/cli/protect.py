@@ -8,6 +8,7 @@ import click
 
 from pgcdp import units
 from pgcdp.cli import options, screen
+from pgcdp.cli.status import render
 from pgcdp.errors import UsageError
 
 
@@ -101,4 +102,4 @@ def command(
             yes=True,
             progress=progress,
         )
-    screen.result(value, output)
+    screen.result(value, output, render)

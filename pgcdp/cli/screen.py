@@ -71,7 +71,7 @@ def value_text(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float) and key.endswith("seconds"):
         return format_duration(value)
-    if isinstance(value, int) and (key.endswith("bytes") or key in ("limit", "size")):
+    if isinstance(value, int) and ("bytes" in key.split("_") or key in ("limit", "size")):
         return format_size(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{label(inner)} {value_text(inner, value[inner])}" for inner in value)

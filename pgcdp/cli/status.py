@@ -18,13 +18,16 @@ def command(set_name: str | None, output: str) -> None:
     """State, lag, journal, newest boundary and recovery window."""
     from pgcdp import api
 
-    screen.result(api.status(options.pick_set(set_name)), output, _render)
+    screen.result(api.status(options.pick_set(set_name)), output, render)
 
 
-def _render(value: Mapping[str, Any]) -> None:
+def render(value: Mapping[str, Any]) -> None:
+    """The state of a set; also what protect, up and down print."""
     journal = value["journal"]
-    shown = {"journal", "recovery_window", "volumes", "lag_seconds", "engine", "agent"}
-    lines = [(screen.label(key), screen.value_text(key, item)) for key, item in value.items() if key not in shown]
+    names = ("set", "dsn", "state", "last_write", "durable_write", "stored_write", "intervals")
+    lines = [(screen.label(name), screen.value_text(name, value[name])) for name in names]
+    if value.get("error"):
+        lines.append(("the agent says", str(value["error"])))
     if value["lag_seconds"] is not None:
         lines.append(("lag", format_duration(value["lag_seconds"])))
     lines.append(("journal", f"{format_size(journal['bytes'])} of {format_size(journal['limit'])}"))

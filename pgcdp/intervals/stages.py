@@ -22,7 +22,7 @@ from pgcdp.intervals.increments import Mode, close_interval, move_image
 from pgcdp.records import Boundary, Interval, Position
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import Image
-from pgcdp.store.image_lock import image_held
+from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
 
@@ -64,6 +64,7 @@ class Stages:
         self.settings = settings
         self.image = image
         self.newest: Boundary | None = None
+        self.behind: list[Bundle] = []
         self.opened: OpenInterval | None = None
         self.baseline: Baseline | None = None
         self.baseline_end: int | None = None
@@ -167,16 +168,14 @@ class Stages:
 
     def _take_up(self, released: int) -> None:
         """After a start: finish a move, an unpublished interval, then go on with the open one."""
-        state = self.image.state
-        if state.state == "moving":
-            self._move(Bundle.open(self.store, state.boundary + 1))
-        for number in self.store.interval_numbers():
-            if number > self.image.state.boundary:
-                self._move(Bundle.open(self.store, number))
-        newest = self._boundary(self.image.state.boundary)
-        self._go_on_from(newest, released)
+        reached = self.image.state.boundary
+        numbers = self.store.interval_numbers()
+        self.behind = [Bundle.open(self.store, number) for number in numbers if number > reached]
+        self.move()
+        self._go_on_from(self._boundary(max([reached, *numbers])), released)
         opened = self._opened()
         if opened.boundary is not None:
+            self.move(wait=True)
             self._close(opened.boundary, _kept_settings(opened))
             return
         with opened.reader() as writes:
@@ -212,16 +211,18 @@ class Stages:
     def follow(self, durable: int, decide: Decide, settings: dict[str, Any]) -> list[Interval]:
         """Take the writes up to `durable` into the open interval, ending it where `decide` says so.
 
-        Returns the intervals published on the way; the image has moved to each of them.
+        Returns the intervals published on the way. While a reader holds the image behind the newest boundary, no
+        interval is ended: the open one grows.
         """
         published = []
+        self.move()
         for run in self.journal.batches(self._opened().last_write, durable, self._start):
             rest = run
             for checkpoint in self.finder.scan(run):
                 head = rest.upto(checkpoint.write)
                 self._append(head)
                 rest = rest.after(checkpoint.write)
-                reason = decide(checkpoint)
+                reason = None if self.behind else decide(checkpoint)
                 if reason is not None:
                     lsn = self.finder.checkpoint_lsn
                     published.append(self._close(checkpoint.boundary(self._opened().number, reason), settings))
@@ -241,7 +242,8 @@ class Stages:
         if opened.boundary is None:  # a restart finds them before it finds the boundary
             write_json(opened.path / SETTINGS, settings)
         bundle = close_interval(self.store, opened, self.image, boundary, settings)
-        self._move(bundle)
+        self.behind.append(bundle)
+        self.move()
         self._go_on_from(boundary)
         log.info(
             "interval %d: %d writes, %d blocks, %s, %.2f s",
@@ -250,9 +252,14 @@ class Stages:
         )  # fmt: skip
         return bundle.interval
 
-    def _move(self, bundle: Bundle) -> None:
-        with image_held(self.store, exclusive=True):
-            move_image(self.image, bundle, self.settings.apply)
+    def move(self, *, wait: bool = False) -> None:
+        """Bring the image to the newest boundary; later, if somebody reads it now and this shall not `wait`."""
+        while self.behind:
+            with image_to_move(self.store, wait=wait) as alone:
+                if not alone:
+                    return
+                move_image(self.image, self.behind[0], self.settings.apply)
+            del self.behind[0]
 
     def relieve(self) -> None:
         """The journal is filling: make what was taken durable here, so that its segments can be used again."""

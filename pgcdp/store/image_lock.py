@@ -14,11 +14,28 @@ from pgcdp.store.layout import Store
 
 
 @contextmanager
-def image_held(store: Store, *, exclusive: bool = False) -> Iterator[None]:
-    """Hold the image: nobody moves it meanwhile, or (`exclusive`) nobody reads it. Waits for the others."""
+def image_held(store: Store) -> Iterator[None]:
+    """Hold the image where it is, together with others who read it. Waits for the end of a movement."""
+    with _locked(store, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def image_to_move(store: Store, *, wait: bool = False) -> Iterator[bool]:
+    """Keep readers out while the image moves; False when one is there now (never with `wait`)."""
+    with _locked(store, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)) as got:
+        yield got
+
+
+@contextmanager
+def _locked(store: Store, kind: int) -> Iterator[bool]:
     fd = os.open(store.image / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
+        try:
+            fcntl.flock(fd, kind)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(fd)

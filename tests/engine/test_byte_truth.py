@@ -11,6 +11,7 @@ from pgcdp.intervals.increments import Mode
 from pgcdp.records import Target
 from pgcdp.recovery import restore
 from pgcdp.recovery.source import Source
+from pgcdp.store.image_lock import image_held
 from tests.fix_engine import MakeCapture
 from tests.model import Write, put_extents, read_journal, read_store, replay
 from tests.raw_workload import assert_history
@@ -122,4 +123,25 @@ def test_the_open_interval_survives_a_restart_of_the_agent(make_capture: MakeCap
     history.run(1, 60)
     history.work.finish()
     check_history(history, scratch, 10, 4)
+    history.stages.close()
+
+
+def test_a_long_restore_holds_up_neither_capture_nor_the_store(make_capture: MakeCapture, scratch: Path) -> None:
+    """While the image is read it stays; writes go on into the store and the journal is freed all the same."""
+    capture = make_capture(VOLUMES, journal_limit=4 << 30)
+    capture.start()
+    history = History(capture, 5)
+    history.work.start()
+    history.baseline()
+    with image_held(history.store):
+        history.run(3, 60)
+        assert history.stages.image.state.boundary == 0, "the image moved under its reader"
+        assert history.store.interval_numbers() == [1]
+        history.stages.relieve()
+        assert history.stages.opened is not None
+        assert history.stages.opened.synced_write > history.store_boundary()
+    history.run(2, 60)
+    assert history.stages.image.state.boundary == 3
+    history.work.finish()
+    check_history(history, scratch, 8, 5)
     history.stages.close()
