@@ -25,7 +25,7 @@ from pgcdp.capture.attach import syncfs
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
-from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.errors import BugError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
@@ -148,7 +148,8 @@ class Agent:
             await self._in_worker(self._open_stages, status)
         stages = self.stages
         assert stages is not None
-        await self._refresh_settings()
+        if status.state != "stalled":  # else Postgres waits for what follows here
+            await self._refresh_settings()
         if stages.baseline is not None:
             return await self._baseline_tick(stages, status)
         published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.settings)
@@ -168,7 +169,7 @@ class Agent:
             await self._in_worker(stages.baseline_step, status.applied_write)
             if self._pressed(status) or baseline.complete:
                 await self._in_worker(stages.relieve)
-            if baseline.complete:
+            if baseline.complete and (await self._in_worker(self.engine.status)).state != "stalled":
                 known = await self._soon(self._newest_checkpoint())
                 durable = (await self._in_worker(self.engine.status)).durable_write
                 await self._in_worker(stages.baseline_copied, durable, known)
@@ -345,17 +346,25 @@ class Agent:
     # --- socket
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
+        try:
             while line := await reader.readline():
-                try:
-                    reply = await self._answer(json.loads(line))
-                except PgcdpError as error:
-                    reply = error.as_json()
-                except ValueError:
-                    reply = PgcdpError("the request is not a JSON object").as_json()
-                writer.write(json.dumps(reply).encode() + b"\n")
+                writer.write(json.dumps(await self._reply(line)).encode() + b"\n")
                 await writer.drain()
-        writer.close()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # who asked has gone
+        finally:
+            writer.close()
+
+    async def _reply(self, line: bytes) -> dict[str, Any]:
+        try:
+            return await self._answer(json.loads(line))
+        except PgcdpError as error:
+            return error.as_json()
+        except ValueError:
+            return PgcdpError("the request is not a JSON object").as_json()
+        except Exception as error:  # a bug in us must not leave the asker waiting
+            logger.exception("request failed")
+            return BugError(f"the agent failed: {error!r}", f"look at {self.config.paths.agent_log}").as_json()
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         match request.get("cmd"):
@@ -369,7 +378,7 @@ class Agent:
         raise PgcdpError(f"the agent does not know the request {request.get('cmd')}")
 
     async def _cut(self) -> dict[str, Any]:
-        """A boundary now: waits until the interval that ends there is published and the image is at it."""
+        """A boundary now: waits until the interval that ends there is published."""
         if self.stages is None or self.stages.baseline is not None:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
         if self.asking is not None:
@@ -389,25 +398,24 @@ class Agent:
 
     def describe(self) -> dict[str, Any]:
         """The agent's part of `pgcdp status`."""
-        stages = self.stages
         reply: dict[str, Any] = {"pid": os.getpid(), "error": self.error, "phase": "starting"}
+        stages = self.stages
         if stages is None:
             return reply
-        if stages.baseline is not None:
-            return {
-                **reply,
-                "phase": "baseline" if stages.baseline_end is None else "checkpoint",
-                "baseline": {"done": stages.baseline.done, "total": stages.baseline.total},
-            }
-        assert stages.newest is not None
-        assert stages.opened is not None
+        # The worker goes from one to the next meanwhile: each is looked at once.
+        baseline, newest, opened = stages.baseline, stages.newest, stages.opened
+        if baseline is not None:
+            phase = "baseline" if stages.baseline_end is None else "checkpoint"
+            return {**reply, "phase": phase, "baseline": {"done": baseline.done, "total": baseline.total}}
+        if newest is None or opened is None:
+            return reply
         return {
             **reply,
             "phase": "following",
-            "boundary": stages.newest.number,
-            "stored_write": stages.newest.write,
-            "stored_time_ns": stages.newest.time_ns,
-            "taken_write": stages.opened.last_write,
+            "boundary": newest.number,
+            "stored_write": newest.write,
+            "stored_time_ns": newest.time_ns,
+            "taken_write": opened.last_write,
         }
 
 

@@ -61,7 +61,7 @@ class ProtectRequest:
     bindir: Path | None = None
     stop_seconds: float = 600.0
     initdb: bool = False
-    initdb_options: tuple[str, ...] = ()
+    initdb_options: tuple[str, ...] = ("--data-checksums", "--auth-local=peer", "--auth-host=scram-sha-256")
     settings: tuple[tuple[str, str], ...] = ()
     version: int | None = None
     owner: str = "postgres"

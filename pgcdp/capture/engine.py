@@ -244,7 +244,11 @@ _children: set[int] = set()
 
 def _reap() -> None:
     for pid in list(_children):
-        if os.waitpid(pid, os.WNOHANG)[0]:
+        try:
+            ended = os.waitpid(pid, os.WNOHANG)[0]
+        except ChildProcessError:  # somebody else has collected it
+            ended = pid
+        if ended:
             _children.discard(pid)
 
 
