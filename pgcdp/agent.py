@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -124,6 +124,11 @@ class Agent:
             self._note(getattr(error, "message", None) or str(error))
             await self._in_worker(self._close_stages)
             pause = RETRY_SECONDS
+        except Exception as error:  # a bug in us: capture must not lose its agent for it
+            logger.exception("unexpected")
+            self._note(f"the agent failed: {error!r}")
+            await self._in_worker(self._close_stages)
+            pause = RETRY_SECONDS
         async with self.changed:
             self.changed.notify_all()
         if pause:
@@ -153,14 +158,13 @@ class Agent:
         if stages.baseline is not None:
             return await self._baseline_tick(stages, status)
         published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.settings)
-        for interval in published:
-            await self._in_worker(self._remember, interval)
-        if self.asking is None and self.asked_lsn is not None and self._reached(self.asked_lsn):
-            self.asked = self.asked_lsn = None
+        if self.asking is None and self.asked_lsn is not None and stages.finder.checkpoint_lsn >= self.asked_lsn:
+            self.asked = self.asked_lsn = None  # cut at, or passed over because a reader held the image: asked anew
         if self._pressed(status):
             await self._in_worker(stages.relieve)
         self._watch(stages, status)
-        return 0.0 if published else TICK_SECONDS
+        more = stages.opened is not None and stages.opened.last_write < status.durable_write
+        return 0.0 if published or more else TICK_SECONDS
 
     async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
         baseline = stages.baseline
@@ -217,6 +221,7 @@ class Agent:
         )
         self.catalog = Catalog.open(self.stages.store)
         self._catch_up(self.stages.store, self.catalog)
+        self.stages.published = self._remember
 
     def _catch_up(self, store: Store, catalog: Catalog) -> None:
         """What was published just before a kill may be missing in the catalog."""
@@ -383,14 +388,21 @@ class Agent:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
         if self.asking is not None:
             await self._ask("requested")
-        wanted = await self._ask("requested")
+        while True:
+            wanted = await self._ask("requested")
+            await self._until(lambda: self._reached(wanted) or self.asked is None)
+            stages = self.stages
+            if stages is not None and stages.newest is not None and self._reached(wanted):
+                return {"boundary": stages.newest.number, "write": stages.newest.write}
+            # A restore read the image, so that nothing could be cut at this one.
+            await self._until(lambda: self.stages is not None and not self.stages.behind)
+
+    async def _until(self, happened: Callable[[], bool]) -> None:
+        """Wait for a turn after which it has happened. Raises PgcdpError with what went wrong before it did."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self.error is not None or self._reached(wanted))
-        if not self._reached(wanted):
+            await self.changed.wait_for(lambda: self.error is not None or happened())
+        if not happened():
             raise PgcdpError(f"no boundary was stored: {self.error}", f"look at {self.config.paths.agent_log}")
-        assert self.stages is not None
-        assert self.stages.newest is not None
-        return {"boundary": self.stages.newest.number, "write": self.stages.newest.write}
 
     def _reached(self, checkpoint_lsn: int) -> bool:
         newest = self.stages.newest if self.stages else None

@@ -89,7 +89,12 @@ def unprotect(set_name: str, progress: Report = silent) -> Json:
     """Bring the cluster back to plain storage; the store stays."""
     config = load_config(set_name)
     service.stop(config)
-    protection.unprotect(config, progress)
+    try:
+        protection.unprotect(config, progress)
+    except BaseException:
+        if EngineClient(config.paths.control).alive():  # the cluster goes on behind capture: so must the agent
+            service.start(config)
+        raise
     return {"set": set_name, "pgdata": str(config.pgdata), "store": str(config.store)}
 
 

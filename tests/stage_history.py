@@ -108,7 +108,9 @@ class History:
 
     def follow(self) -> None:
         """What the agent does at each turn."""
-        self.stages.follow(self.engine.status().durable_write, lambda checkpoint: "test", {})
+        durable = self.engine.status().durable_write
+        while self.stages.opened is not None and self.stages.opened.last_write < durable:
+            self.stages.follow(durable, lambda checkpoint: "test", {})
 
     def store_boundary(self) -> int:
         """The write of the newest published boundary."""

@@ -1,4 +1,4 @@
-"""Where boundaries are: a captured write whose pg_control names a checkpoint that none before it named.
+"""Where boundaries are: a captured write whose pg_control names a newer checkpoint than all before it.
 
 pg_control is also written for other reasons (recovery's minimum point, a changed state): those repeat the checkpoint
 and are no boundaries. Recognised by system identifier and CRC in the first bytes of a block (postgres/control).
@@ -71,7 +71,8 @@ class CheckpointFinder:
         return found
 
     def _take(self, record: np.void, control: Control) -> Checkpoint | None:
-        if record["kind"] != Kind.WRITE or control.checkpoint_lsn == self.checkpoint_lsn:
+        # Not newer: written for another reason, or a copy of an older pg_control somewhere on the volume.
+        if record["kind"] != Kind.WRITE or control.checkpoint_lsn <= self.checkpoint_lsn:
             return None
         self.checkpoint_lsn = control.checkpoint_lsn
         return Checkpoint(int(record["number"]), int(record["wall_ns"]), control)

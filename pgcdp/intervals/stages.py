@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pgcdp.capture.journal import BatchRun, Journal
-from pgcdp.errors import BugError
+from pgcdp.errors import BugError, DamageError
 from pgcdp.fsio import read_json, write_json
 from pgcdp.intervals.baseline import Baseline
 from pgcdp.intervals.cutter import Checkpoint, CheckpointFinder
@@ -29,6 +29,9 @@ from pgcdp.store.open_interval import OpenInterval
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
+
+STEP_BYTES = 256 << 20
+"""Bytes of writes after which a step comes back."""
 SAVE_BYTES = 512 << 20
 """Copied bytes after which a baseline notes how far it is."""
 
@@ -63,6 +66,7 @@ class Stages:
         self.capture = capture
         self.settings = settings
         self.image = image
+        self.published: Callable[[Interval], None] = lambda interval: None  # hears of it before the image moves
         self.newest: Boundary | None = None
         self.behind: list[Bundle] = []
         self.opened: OpenInterval | None = None
@@ -81,15 +85,20 @@ class Stages:
 
         An image that does not exist yet is begun. Raises DamageError when store or journal lack what they said to have.
         """
-        if not (store.image / "state.json").exists():
-            image = Image.create(store, synced + 1)
-        else:
+        if (store.image / "state.json").exists():
             image = Image.open(store, writable=True)
-        stages = cls(store, journal, capture, settings, image)
-        if image.state.state == "baseline":
-            stages._begin_baseline()
         else:
-            stages._take_up(released)
+            _refuse_lost_image(store)
+            image = Image.create(store, synced + 1)
+        stages = cls(store, journal, capture, settings, image)
+        try:
+            if image.state.state == "baseline":
+                stages._begin_baseline()
+            else:
+                stages._take_up(released)
+        except BaseException:
+            stages.close()
+            raise
         return stages
 
     # --- baseline
@@ -105,7 +114,7 @@ class Stages:
         while not baseline.complete and time.monotonic() < until:
             baseline.copy_chunk()
         if self.baseline_end is None:
-            for run in self.journal.batches(baseline.journal_write, applied, self._start):
+            for run in self._some(self.journal.batches(baseline.journal_write, applied, self._start)):
                 self.finder.scan(run)
                 baseline.take(run)
                 self._start = run.end
@@ -136,7 +145,7 @@ class Stages:
         if self.store.baseline is not None:  # killed between naming the boundary and reaching it
             self._reach(self.store.baseline)
             return True
-        for run in self.journal.batches(baseline.journal_write, durable, self._start):
+        for run in self._some(self.journal.batches(baseline.journal_write, durable, self._start)):
             for checkpoint in self.finder.scan(run):
                 if self.baseline_end is not None and checkpoint.write > self.baseline_end:
                     boundary = checkpoint.boundary(0, "baseline")
@@ -209,14 +218,14 @@ class Stages:
         return self.opened
 
     def follow(self, durable: int, decide: Decide, settings: dict[str, Any]) -> list[Interval]:
-        """Take the writes up to `durable` into the open interval, ending it where `decide` says so.
+        """Take writes, at most up to `durable`, into the open interval, ending it where `decide` says so.
 
-        Returns the intervals published on the way. While a reader holds the image behind the newest boundary, no
+        It comes back after STEP_BYTES, so that the journal can be freed meanwhile: see `opened.last_write`. Returns the intervals published on the way. While a reader holds the image behind the newest boundary, no
         interval is ended: the open one grows.
         """
         published = []
         self.move()
-        for run in self.journal.batches(self._opened().last_write, durable, self._start):
+        for run in self._some(self.journal.batches(self._opened().last_write, durable, self._start)):
             rest = run
             for checkpoint in self.finder.scan(run):
                 head = rest.upto(checkpoint.write)
@@ -231,6 +240,15 @@ class Stages:
             self._start = run.end
         return published
 
+    def _some(self, runs: Iterator[BatchRun]) -> Iterator[BatchRun]:
+        """The first STEP_BYTES of them."""
+        taken = 0
+        for run in runs:
+            yield run
+            taken += len(run.data)
+            if taken >= STEP_BYTES:
+                return
+
     def _append(self, run: BatchRun) -> None:
         if len(run):
             self._opened().append(run)
@@ -242,6 +260,7 @@ class Stages:
         if opened.boundary is None:  # a restart finds them before it finds the boundary
             write_json(opened.path / SETTINGS, settings)
         bundle = close_interval(self.store, opened, self.image, boundary, settings)
+        self.published(bundle.interval)
         self.behind.append(bundle)
         self.move()
         self._go_on_from(boundary)
@@ -275,6 +294,16 @@ class Stages:
         if self.opened is not None:
             self.opened.close()
         self.image.close()
+
+
+def _refuse_lost_image(store: Store) -> None:
+    """A new image may only be begun where there never was one: all increments stand on it."""
+    found = [*sorted(store.image.glob("*.img")), *(store.interval(number) for number in store.interval_numbers()[:1])]
+    if store.baseline is not None or found:
+        raise DamageError(
+            f"{store.image / 'state.json'} is missing (offset 0), but the store is in use",
+            "bring the store's files back; nothing is begun anew over what is left of it",
+        )
 
 
 def _kept_settings(opened: OpenInterval) -> dict[str, Any]:
