@@ -30,7 +30,7 @@
 static void wait_ns(struct volume_set *vs, long ns)
 {
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until); /* as cond_init_monotonic made it */
     until.tv_nsec += ns;
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
@@ -171,6 +171,7 @@ static void finish_window(struct volume_set *vs, struct window *w)
     vs->data_tail = w->data_end;
     vs->record_tail = w->record_end;
     vs->applied_write = w->last_write;
+    vs->apply_failed = false;
     vs->unsynced_bytes += w->bytes;
     vs_take_parked(vs);
     pthread_cond_broadcast(&vs->progress);
@@ -194,6 +195,7 @@ static void sync_and_mark(struct volume_set *vs)
         vs_note_error(vs, "%s", e.message);
     HOLD_LOCK(&vs->lock);
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
+    vs->apply_failed = !marked;
     if (marked) {
         vs->synced_write = applied;
         vs->unsynced_bytes = 0;
@@ -257,6 +259,8 @@ void *applier_main(void *arg)
                 finish_window(vs, &w);
             } else {
                 HOLD_LOCK(&vs->lock);
+                vs->apply_failed = true;
+                pthread_cond_broadcast(&vs->progress);
                 if (vs->stop_applier)
                     break; /* the journal keeps what could not be applied */
                 wait_ns(vs, RETRY_NS);

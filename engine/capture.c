@@ -301,6 +301,18 @@ static json_t *stop(struct capture *c, struct err *e, const char **kind)
     return json_pack("{s:b}", "stopping", 1);
 }
 
+static json_t *not_durable(int rc, const char *command, struct err *e, const char **kind)
+{
+    if (rc == -EAGAIN) {
+        *kind = "stalled";
+        err_set(e, rc, "%s: the journal is full, writes wait", command);
+        err_hint(e, "see that the agent runs and that its store has space");
+    } else {
+        err_sys(e, rc, "%s", command);
+    }
+    return NULL;
+}
+
 static json_t *handle(void *self, const json_t *request, struct err *e, const char **kind)
 {
     struct capture *c = self;
@@ -314,7 +326,7 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
         return stop(c, e, kind);
     if (strcmp(cmd, "cut") == 0) {
         int rc = vs_cut(c->set, &write);
-        return rc ? (err_sys(e, rc, "cut"), NULL) : json_pack("{s:I}", "durable_write", (json_int_t)write);
+        return rc ? not_durable(rc, "cut", e, kind) : json_pack("{s:I}", "durable_write", (json_int_t)write);
     }
     if (strcmp(cmd, "sync") == 0)
         return vs_sync(c->set, &write, e) ? NULL : json_pack("{s:I}", "applied_write", (json_int_t)write);
@@ -326,7 +338,7 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
             return NULL;
         }
         int rc = vs_mark(c->set, name, &write);
-        return rc ? (err_sys(e, rc, "mark"), NULL) : json_pack("{s:I}", "write", (json_int_t)write);
+        return rc ? not_durable(rc, "mark", e, kind) : json_pack("{s:I}", "write", (json_int_t)write);
     }
     if (strcmp(cmd, "release") == 0) {
         const json_t *value = json_object_get(request, "write");

@@ -63,7 +63,9 @@ struct jw {
     uint64_t next_free_name;
     uint64_t *free_names; /* numbers of free- files of the right size */
     size_t free_count;
+    size_t in_transit; /* files between live, free and ready: they still take space */
     char error[256];
+    bool no_segment; /* `error` is that none could be made ready */
 
     /* Only the committer changes these, under the lock. */
     struct segment current; /* fd -1 after a restart: the next batch takes the ready segment */
@@ -83,7 +85,7 @@ static struct segment *live_at(struct jw *jw, size_t i) { return &jw->live[(jw->
 
 static uint64_t file_count(const struct jw *jw)
 {
-    return jw->live_count + jw->free_count + (jw->ready.fd >= 0 ? 1 : 0);
+    return jw->live_count + jw->free_count + jw->in_transit + (jw->ready.fd >= 0 ? 1 : 0);
 }
 
 static void note_error(struct jw *jw, int rc, const char *what)
@@ -98,6 +100,9 @@ static void note_error(struct jw *jw, int rc, const char *what)
 static int write_whole_file(int fd, uint64_t size)
 {
     enum { CHUNK = 1 << 20 };
+    /* Reserved first: a disk without room for all of it is not filled by the attempt. */
+    if (fallocate(fd, 0, 0, (off_t)size) < 0 && errno != EOPNOTSUPP)
+        return -errno;
     void *zeros = io_alloc(CHUNK);
     int rc = zeros ? 0 : -ENOMEM;
     for (uint64_t at = 0; rc == 0 && at < size; at += CHUNK)
@@ -161,6 +166,7 @@ static bool prepare_one(struct jw *jw)
     char from[32];
     struct segment s = {.fd = -1};
     bool fresh;
+    uint64_t number;
     {
         HOLD_LOCK(&jw->lock);
         if (jw->ready.fd >= 0)
@@ -168,8 +174,9 @@ static bool prepare_one(struct jw *jw)
         fresh = jw->free_count == 0;
         if (fresh && (file_count(jw) + 1) * jw->segment_bytes > jw->limit)
             return false;
-        uint64_t number = fresh ? jw->next_free_name++ : jw->free_names[--jw->free_count];
+        number = fresh ? jw->next_free_name++ : jw->free_names[--jw->free_count];
         free_name(from, number);
+        jw->in_transit++;
         s.sequence = jw->next_sequence;
         s.size = jw->segment_bytes;
     }
@@ -177,11 +184,18 @@ static bool prepare_one(struct jw *jw)
     if (rc)
         note_error(jw, rc, fresh ? "cannot make a segment" : "cannot use a segment again");
     HOLD_LOCK(&jw->lock);
+    jw->in_transit--;
     if (rc == 0) {
         jw->ready = s;
         jw->next_sequence++;
-        jw->error[0] = '\0';
+        if (jw->no_segment)
+            jw->error[0] = '\0'; /* that is over; a failed batch stays told until a restart */
+        jw->no_segment = false;
         pthread_cond_broadcast(&jw->space);
+    } else {
+        jw->no_segment = true;
+        if (!fresh) /* it keeps its name until it is ready */
+            jw->free_names[jw->free_count++] = number;
     }
     return rc == 0;
 }
@@ -189,7 +203,7 @@ static bool prepare_one(struct jw *jw)
 static void wait_a_second(pthread_cond_t *cond, pthread_mutex_t *lock)
 {
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += 1;
     pthread_cond_timedwait(cond, lock, &until);
 }
@@ -247,8 +261,10 @@ static void recycle(struct jw *jw)
         jw->live_first = (jw->live_first + 1) % MAX_SEGMENTS;
         jw->live_count--;
         count++;
-        if (keep)
+        if (keep) {
             freed[kept++] = number;
+            jw->in_transit++;
+        }
     }
     if (count == 0)
         return;
@@ -258,6 +274,7 @@ static void recycle(struct jw *jw)
         return;
     }
     HOLD_LOCK(&jw->lock);
+    jw->in_transit -= kept;
     for (size_t i = 0; i < kept; i++)
         jw->free_names[jw->free_count++] = freed[i];
     pthread_cond_signal(&jw->work);
@@ -513,8 +530,8 @@ int jw_open(struct jw **out, const struct jw_options *o, struct err *e)
     jw->durable_batch = o->last_batch;
     pthread_mutex_init(&jw->lock, NULL);
     pthread_mutex_init(&jw->mark_lock, NULL);
-    pthread_cond_init(&jw->work, NULL);
-    pthread_cond_init(&jw->space, NULL);
+    cond_init_monotonic(&jw->work);
+    cond_init_monotonic(&jw->space);
     jw->live = calloc(MAX_SEGMENTS, sizeof *jw->live);
     jw->free_names = calloc(MAX_SEGMENTS, sizeof *jw->free_names);
     jw->dir = open(o->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);

@@ -11,7 +11,8 @@
  * A read must see every write answered before it was sent. Its blocks are looked up in the map of what is not yet applied,
  * hits are copied under the lock, and only then the volume is read for the misses: a miss means that the volume already
  * holds what had been answered. The other order would be wrong: a block could be applied and dropped from the map between
- * reading the volume and looking it up.
+ * reading the volume and looking it up. The reader answers what it finds whole; the pool looks again for the others, so
+ * that the queue holds no data and memory is fixed.
  *
  * When a write does not fit (ring full, journal stalled), it is parked, and all later ones behind it, so that the reader
  * goes on and reads are still answered; when the parking space is full, the reader waits.
@@ -191,6 +192,7 @@ static void set_stalled(struct volume_set *vs, bool stalled)
     if (vs->stalled != stalled)
         log_warn(stalled ? "the journal is full: writes wait" : "the journal has space again: writes go on");
     vs->stalled = stalled;
+    pthread_cond_broadcast(&vs->progress);
 }
 
 static void *committer_main(void *arg)
@@ -280,40 +282,38 @@ static void set_read(void *self, unsigned volume, uint64_t offset, size_t length
     job->offset = offset;
     job->length = length;
     job->cookie = cookie;
-    job->overlay = NULL;
-    if (found) {
-        job->overlay = malloc(length);
-        if (!job->overlay) {
-            free(job);
-            vs->done.read(cookie, NULL, 0, -ENOMEM);
-            return;
-        }
-        memcpy(job->overlay, vs->hit_buffer, length);
-        memcpy(job->hits, hits, length / BLOCK);
-    }
     HOLD_LOCK(&vs->lock);
     *vs->reads_last = job;
     vs->reads_last = &job->next;
     pthread_cond_signal(&vs->to_read);
 }
 
-static void read_one(struct volume_set *vs, const struct read_job *job, uint8_t *buffer)
+/* `overlay` takes the blocks that are newer than the volume. */
+static void read_one(struct volume_set *vs, const struct read_job *job, uint8_t *buffer, uint8_t *overlay)
 {
     const struct volume *v = &vs->volumes[job->volume];
-    int rc = io_pread(v->fd, buffer, job->length, job->offset);
+    uint8_t hits[BACKEND_MAX_REQUEST / 4096];
+    size_t found = 0;
+    pthread_mutex_lock(&vs->lock);
+    if (!extmap_empty(vs->map))
+        found = copy_hits(vs, job->volume, job->offset, job->length, overlay, hits);
+    pthread_mutex_unlock(&vs->lock);
+    int rc = found == job->length / BLOCK ? 0 : io_pread(v->fd, buffer, job->length, job->offset);
     if (rc)
         vs_note_error(vs, "volume %s: cannot read %zu bytes at %lu: %s", v->name, job->length, job->offset, strerror(-rc));
-    else if (job->overlay)
+    else if (found)
         for (size_t i = 0; i < job->length / BLOCK; i++)
-            if (job->hits[i])
-                memcpy(buffer + i * BLOCK, job->overlay + i * BLOCK, BLOCK);
+            if (hits[i])
+                memcpy(buffer + i * BLOCK, overlay + i * BLOCK, BLOCK);
     vs->done.read(job->cookie, buffer, rc ? 0 : job->length, rc);
 }
 
 static void *read_main(void *arg)
 {
     struct volume_set *vs = arg;
-    uint8_t *buffer = io_alloc(BACKEND_MAX_REQUEST);
+    uint8_t *buffer = io_alloc(2 * BACKEND_MAX_REQUEST);
+    if (!buffer)
+        abort();
     for (;;) {
         pthread_mutex_lock(&vs->lock);
         while (!vs->reads_first && !vs->stop_readers)
@@ -324,40 +324,46 @@ static void *read_main(void *arg)
         pthread_mutex_unlock(&vs->lock);
         if (!job)
             break;
-        read_one(vs, job, buffer);
-        free(job->overlay);
+        read_one(vs, job, buffer, buffer + BACKEND_MAX_REQUEST);
         free(job);
     }
-    io_free(buffer, BACKEND_MAX_REQUEST);
+    io_free(buffer, 2 * BACKEND_MAX_REQUEST);
     return NULL;
 }
 
 /* ---- control ---- */
+
+/* A journal that is full may be so for long, and who waits here holds a connection: they are told at once. */
+static int wait_durable(struct volume_set *vs, uint64_t write)
+{
+    while (vs->durable_write < write) {
+        if (vs->stop_committer || vs->stalled)
+            return vs->stalled ? -EAGAIN : -ECANCELED;
+        pthread_cond_wait(&vs->progress, &vs->lock);
+    }
+    return 0;
+}
 
 int vs_mark(struct volume_set *vs, const char *name, uint64_t *write)
 {
     struct fmt_record r = {.kind = FMT_MARK, .volume = FMT_NO_VOLUME, .data_length = (uint32_t)strlen(name)};
     HOLD_LOCK(&vs->lock);
     while (vs->parked_first || !take(vs, &r, name, NULL)) {
-        if (vs->stop_committer)
-            return -ECANCELED;
+        if (vs->stop_committer || vs->stalled)
+            return vs->stalled ? -EAGAIN : -ECANCELED;
         pthread_cond_wait(&vs->progress, &vs->lock);
     }
     *write = r.number;
     pthread_cond_signal(&vs->to_commit);
-    while (vs->durable_write < r.number && !vs->stop_committer)
-        pthread_cond_wait(&vs->progress, &vs->lock);
-    return vs->durable_write < r.number ? -ECANCELED : 0;
+    return wait_durable(vs, r.number);
 }
 
 int vs_cut(struct volume_set *vs, uint64_t *durable_write)
 {
     HOLD_LOCK(&vs->lock);
-    uint64_t wanted = vs->last_write;
-    while (vs->durable_write < wanted && !vs->stop_committer)
-        pthread_cond_wait(&vs->progress, &vs->lock);
+    int rc = wait_durable(vs, vs->last_write);
     *durable_write = vs->durable_write;
-    return vs->durable_write < wanted ? -ECANCELED : 0;
+    return rc;
 }
 
 int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e)
@@ -366,7 +372,7 @@ int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e)
     uint64_t wanted = vs->durable_write;
     vs->sync_wanted = max_u64(vs->sync_wanted, wanted);
     pthread_cond_signal(&vs->to_apply);
-    while (vs->synced_write < wanted && !vs->volume_failed && !vs->stop_applier)
+    while (vs->synced_write < wanted && !vs->volume_failed && !vs->apply_failed && !vs->stop_applier)
         pthread_cond_wait(&vs->progress, &vs->lock);
     *applied_write = vs->synced_write;
     return vs->synced_write < wanted ? err_set(e, -EIO, "%s", vs->error[0] ? vs->error : "stopping") : 0;
@@ -461,7 +467,7 @@ int vs_start(struct volume_set **out, const struct volume *volumes, unsigned cou
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
     pthread_mutex_init(&vs->lock, NULL);
     pthread_cond_init(&vs->to_commit, NULL);
-    pthread_cond_init(&vs->to_apply, NULL);
+    cond_init_monotonic(&vs->to_apply);
     pthread_cond_init(&vs->to_read, NULL);
     pthread_cond_init(&vs->progress, NULL);
     vs->ring = io_alloc(RING_BYTES);

@@ -27,10 +27,10 @@ int vs_start(struct volume_set **out, const struct volume *volumes, unsigned cou
 
 struct backend vs_backend(struct volume_set *vs);
 
-/* A mark with this name, durable when it returns 0. */
+/* A mark with this name, durable when it returns 0. -EAGAIN while the journal is full (it may become durable later). */
 int vs_mark(struct volume_set *vs, const char *name, uint64_t *write);
 
-/* Everything taken so far is durable when it returns 0. */
+/* Everything taken so far is durable when it returns 0. -EAGAIN while the journal is full. */
 int vs_cut(struct volume_set *vs, uint64_t *durable_write);
 
 /* Everything durable at the call is on the volumes and synced when it returns 0. */

@@ -4,11 +4,11 @@
 
 #include <pthread.h>
 
+#include "backend.h"
+#include "backing.h"
 #include "extmap.h"
 #include "format.h"
 #include "journal_write.h"
-#include "backend.h"
-#include "backing.h"
 
 #define RING_BYTES ((uint64_t)40 << 20)    /* data of writes that are not yet applied */
 #define RECORDS ((uint64_t)65536)          /* their records */
@@ -38,8 +38,6 @@ struct read_job {
     uint64_t offset;
     size_t length;
     void *cookie;
-    uint8_t *overlay; /* NULL, or `length` bytes of which the blocks in `hits` are newer than the volume */
-    uint8_t hits[BACKEND_MAX_REQUEST / 4096];
 };
 
 /* One lock for everything below; held for memory copies at most, never for I/O. */
@@ -71,7 +69,9 @@ struct volume_set {
     uint64_t last_write, durable_write, applied_write, synced_write;
     uint64_t sync_wanted; /* the applier brings synced_write to here without waiting for more */
     uint64_t unsynced_bytes, last_sync_ns;
-    bool stalled, volume_failed;
+    bool stalled;
+    bool volume_failed; /* a sync failed: nothing is marked as applied until a restart */
+    bool apply_failed;  /* the last window could not be written; tried again */
     char error[256];
 
     struct read_job *reads_first, **reads_last;
