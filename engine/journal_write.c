@@ -432,9 +432,8 @@ void jw_get_status(struct jw *jw, struct jw_status *out)
     }
     if (jw->live_count > 1) {
         struct segment *oldest = live_at(jw, 0);
-        out->needs_applied = oldest->last_write <= jw->released_write &&
-                             (oldest->last_write > jw->mark.applied_write ||
-                              oldest->last_write > jw->mark.released_write);
+        /* Also when the mark is behind it already: it was the current one then, and only a new mark recycles. */
+        out->needs_applied = oldest->sequence < jw->end_segment && oldest->last_write <= jw->released_write;
     }
     memcpy(out->error, jw->error, sizeof out->error);
 }

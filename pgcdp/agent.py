@@ -41,6 +41,7 @@ logger = log.get(__name__)
 T = TypeVar("T")
 
 TICK_SECONDS = 0.5
+STALLED_TICK_SECONDS = 0.05
 RETRY_SECONDS = 5.0
 PATIENCE_SECONDS = 5.0
 """How long a step waits for Postgres, which may itself wait for a journal that only this agent can make room in."""
@@ -164,16 +165,19 @@ class Agent:
             await self._in_worker(stages.relieve)
         self._watch(stages, status)
         more = stages.opened is not None and stages.opened.last_write < status.durable_write
-        return 0.0 if published or more else TICK_SECONDS
+        if published or more:
+            return 0.0
+        return STALLED_TICK_SECONDS if status.state == "stalled" else TICK_SECONDS
 
     async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
         baseline = stages.baseline
         assert baseline is not None
         if stages.baseline_end is None:
             await self._in_worker(stages.baseline_step, status.applied_write)
+            status = await self._in_worker(self.engine.status)  # the journal has filled while the copy went on
             if self._pressed(status) or baseline.complete:
                 await self._in_worker(stages.relieve)
-            if baseline.complete and (await self._in_worker(self.engine.status)).state != "stalled":
+            if baseline.complete and status.state != "stalled":
                 known = await self._soon(self._newest_checkpoint())
                 durable = (await self._in_worker(self.engine.status)).durable_write
                 await self._in_worker(stages.baseline_copied, durable, known)

@@ -15,7 +15,7 @@ from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
-from pgcdp.errors import PreconditionError, TargetError
+from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.postgres.cluster import find_binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Interval, Kind, RecoveryPoint, Target
@@ -139,14 +139,18 @@ def status(set_name: str) -> Json:
     except service.AgentGone:
         agent = {}
     source = source_of(config, engine)
-    stored, opened = None, None
+    stored, opened, damage = None, None, None
+    intervals: list[Interval] = []
     try:
-        first, last = window(source.listing())
-        opened = window_json(first, last)
+        try:
+            points = source.window()
+        except DamageError as error:
+            damage, points = error.message, window(source.published())
+        opened = window_json(*points)
         intervals = source.intervals()
         stored = intervals[-1] if intervals else None
     except (PreconditionError, TargetError):
-        intervals = []
+        pass
     stored_write = stored.to_write if stored else (opened["from_write"] if opened else 0)
     behind = stored.to_time_ns if stored else None
     return {
@@ -154,7 +158,7 @@ def status(set_name: str) -> Json:
         "dsn": service_dsn(config),
         "state": engine.state if engine else "stopped",
         "phase": agent.get("phase", "stopped"),
-        "error": agent.get("error"),
+        "error": agent.get("error") or damage,
         "baseline": agent.get("baseline"),
         "engine": engine.raw if engine else None,
         "agent": agent or None,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psycopg
 import pytest
@@ -137,14 +137,18 @@ class ProtectedSet:
         """kill -9 of the capture process."""
         kill_and_wait(self.engine.status().pid)
 
+    def agent_pid(self) -> int:
+        """The agent's process id; AgentGone when none runs."""
+        return int(service.ask(self.config.paths, "status")["pid"])
+
     def kill_agent(self) -> None:
         """kill -9 of the agent."""
-        kill_and_wait(int(service.ask(self.config.paths, "status")["pid"]))
+        kill_and_wait(self.agent_pid())
         _reap()
 
     def kill_both(self) -> None:
         """kill -9 of agent and capture process, one right after the other."""
-        agent = int(service.ask(self.config.paths, "status")["pid"])
+        agent = self.agent_pid()
         capture = self.engine.status().pid
         for pid in (capture, agent):
             os.kill(pid, signal.SIGKILL)
@@ -219,14 +223,24 @@ def first_difference(a: Path, b: Path) -> int | None:
     """Offset of the first block in which two files differ; None when they are equal."""
     if a.stat().st_size != b.stat().st_size:
         return min(a.stat().st_size, b.stat().st_size)
+    size, at = a.stat().st_size, 0
     with a.open("rb") as left, b.open("rb") as right:
-        at = 0
-        while piece := left.read(1 << 20):
-            other = right.read(1 << 20)
+        while (at := min(_data_from(left, at, size), _data_from(right, at, size))) < size:
+            left.seek(at)
+            right.seek(at)
+            piece, other = left.read(1 << 20), right.read(1 << 20)
             if piece != other:
                 return next(at + i for i in range(0, len(piece), 4096) if piece[i : i + 4096] != other[i : i + 4096])
             at += len(piece)
     return None
+
+
+def _data_from(file: BinaryIO, at: int, size: int) -> int:
+    """Where the next data begins; holes and blocks never written are zeros on both sides."""
+    try:
+        return os.lseek(file.fileno(), at, os.SEEK_DATA)
+    except OSError:
+        return size
 
 
 def _reap() -> None:

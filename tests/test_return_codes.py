@@ -23,6 +23,20 @@ UNPRIVILEGED = 65534
 """Number of the user nobody."""
 
 
+_AS_USER = """
+import importlib, os, pkgutil, sys
+import pgcdp.api, pgcdp.cli
+for room in pkgutil.iter_modules(pgcdp.cli.__path__):
+    importlib.import_module(f"pgcdp.cli.{room.name}")
+user = int(sys.argv[1])
+os.setgroups([])
+os.setresgid(user, user, user)
+os.setresuid(user, user, user)
+sys.exit(pgcdp.cli.main.main(sys.argv[2:]))
+"""
+"""The program run by another user, who need not be able to read where it is installed."""
+
+
 class Program:
     """`pgcdp` with a root of its own."""
 
@@ -34,14 +48,13 @@ class Program:
         self.environment.pop("PGCDP_DEBUG", None)
 
     def run(self, *words: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+        how = ["-m", "pgcdp"] if user is None else ["-c", _AS_USER, str(user)]
         return subprocess.run(
-            [sys.executable, "-P", "-m", "pgcdp", *words],
+            [sys.executable, "-P", *how, *words],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
             env=self.environment,
-            user=user,
-            group=user,
             cwd="/",
             timeout=60,
             check=False,

@@ -25,3 +25,8 @@ def wait_until(
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come true in {timeout} s")
         select.select([], [], [], interval)
+
+
+def pass_time(seconds: float) -> None:
+    """Let time pass where its length is what is tested: a random moment, a load's share of a second."""
+    select.select([], [], [], seconds)

@@ -297,9 +297,8 @@ class Stages:
 
 
 def _refuse_lost_image(store: Store) -> None:
-    """A new image may only be begun where there never was one: all increments stand on it."""
-    found = [*sorted(store.image.glob("*.img")), *(store.interval(number) for number in store.interval_numbers()[:1])]
-    if store.baseline is not None or found:
+    """A new image may only be begun where no boundary stands on one."""
+    if store.baseline is not None or store.interval_numbers():
         raise DamageError(
             f"{store.image / 'state.json'} is missing (offset 0), but the store is in use",
             "bring the store's files back; nothing is begun anew over what is left of it",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +18,7 @@ from pathlib import Path
 from pgcdp import proc
 from pgcdp.capture import volumes
 from pgcdp.errors import DamageError, PreconditionError
-from pgcdp.fsio import free_space, make_directory
+from pgcdp.fsio import free_space, sync_directory
 from pgcdp.intervals.increments import FileTarget
 from pgcdp.postgres.cluster import kill_leftovers
 from pgcdp.progress import Progress, Report, silent
@@ -51,14 +52,8 @@ def write_images(source: Source, point: RecoveryPoint, files: list[Path], progre
 @contextmanager
 def mounted(source: Source, point: RecoveryPoint, below: Path, progress: Report = silent) -> Iterator[Path]:
     """The recovery point as a mounted data directory in a scratch place of its own; all of it is gone afterwards."""
-    make_directory(below, 0o711)
-    clear_left(below)
     with ExitStack() as stack:
-        stack.callback(_remove_if_empty, below)
-        scratch = Path(tempfile.mkdtemp(prefix="point-", dir=below))
-        stack.callback(shutil.rmtree, scratch)
-        scratch.chmod(0o711)  # Postgres's user passes through to the mount
-        stack.callback(os.close, _lock(scratch))
+        scratch = stack.enter_context(_place(below))
         files = [scratch / f"{volume.name}.img" for volume in source.store.volumes]
         write_images(source, point, files, progress)
         place = scratch / "mnt"
@@ -92,29 +87,95 @@ def _mount(device: Path, where: Path, fs: str) -> None:
         raise DamageError(f"the restored {fs} on {device} cannot be mounted: {error.message}") from None
 
 
+@contextmanager
+def _place(below: Path) -> Iterator[Path]:
+    """A new directory below `below`, locked while it is used; what killed processes left there goes first."""
+    with _alone(below):
+        clear_left(below)
+        scratch = Path(tempfile.mkdtemp(prefix="point-", dir=below))
+        lock = _lock(scratch)
+        if lock < 0:
+            scratch.rmdir()
+            raise PreconditionError(f"{scratch} was locked by another process", "run this again")
+    try:
+        scratch.chmod(0o711)  # Postgres's user passes through to the mount
+        yield scratch
+    finally:
+        try:
+            with _alone(below):
+                shutil.rmtree(scratch)  # locked until it is gone, so that nobody takes it for left behind
+                with suppress(OSError):
+                    below.rmdir()
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def _alone(below: Path) -> Iterator[None]:
+    """`below`, made where it is missing, with no other process making, clearing or removing places in it.
+
+    Raises PreconditionError when somebody else could change what is in it: its name can be guessed, and root mounts
+    there.
+    """
+    while True:
+        with suppress(FileExistsError):
+            below.mkdir(mode=0o711)
+            sync_directory(below.parent)
+        try:
+            _refuse_foreign(below)
+            fd = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another process was the last to leave
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if _is_still(below, fd):
+                yield
+                return
+        finally:
+            os.close(fd)
+
+
+def _refuse_foreign(below: Path) -> None:
+    status = below.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        what = "is not a directory"
+    elif status.st_uid != os.geteuid():
+        what = f"belongs to user id {status.st_uid}, not to {os.geteuid()}"
+    elif status.st_mode & 0o022:
+        what = f"can be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    else:
+        return
+    raise PreconditionError(f"{below} {what}", f"see what it is and remove it: ls -ld {below}")
+
+
+def _is_still(below: Path, fd: int) -> bool:
+    """Whether the directory was not removed (and made anew) while its lock was waited for."""
+    try:
+        return os.path.samestat(below.lstat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
 def clear_left(below: Path) -> None:
-    """Take away scratch places that no process uses any more."""
+    """Take away scratch places that no process uses any more. The caller is `_alone` there."""
     for scratch in sorted(below.glob("point-*")):
         fd = _lock(scratch)
         if fd < 0:
             continue
-        for mount in reversed(volumes.mounts_below(scratch)):
-            kill_leftovers(mount.mountpoint)  # a sandbox that outlived its verification
-            volumes.unmount(mount.mountpoint)
-        for device in volumes.loops_over(scratch):
-            volumes.detach_loop(device)
-        shutil.rmtree(scratch)
-        os.close(fd)
-
-
-def _remove_if_empty(below: Path) -> None:
-    with suppress(OSError):
-        below.rmdir()
+        try:
+            for mount in reversed(volumes.mounts_below(scratch)):
+                kill_leftovers(mount.mountpoint)  # a sandbox that outlived its verification
+                volumes.unmount(mount.mountpoint)
+            for device in volumes.loops_over(scratch):
+                volumes.detach_loop(device)
+            shutil.rmtree(scratch)
+        finally:
+            os.close(fd)
 
 
 def _lock(scratch: Path) -> int:
     """An open, locked descriptor; -1 when another process has it."""
-    fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

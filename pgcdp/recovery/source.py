@@ -2,33 +2,41 @@
 
 A source is looked at while the agent goes on. What holds it together is the image lock: as long as it is held, the
 image stays at its boundary, and every write behind that is in a published interval, in the open one or in the journal.
+Writes only go from the journal to the open interval and from there to a published one. So where a write is no more, the
+next place has it: whoever misses one while the agent went on looks again (`_again`), and only then is it damage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.capture.journal import Journal
+from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.intervals.baseline import run_index
 from pgcdp.intervals.extents import forward_map, spans
 from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forward, apply_writes
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, EXTENT_ZEROS, Boundary, Interval, RecoveryPoint, Target
-from pgcdp.recovery.target import Listing, resolve
+from pgcdp.records import BLOCK, EXTENT_ZEROS, INDEX, Boundary, Interval, RecoveryPoint, Target
+from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
 from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
+from pgcdp.store.open_interval import read_open_index, read_open_last
+
+T = TypeVar("T")
 
 ATTEMPTS = 5
-"""How often reading the tail begins anew when the agent published or released it meanwhile."""
+"""How often reading begins anew when the agent took over or published writes meanwhile."""
 
 
 class Source:
@@ -66,91 +74,223 @@ class Source:
         return self.store.baseline
 
     def listing(self) -> Listing:
-        """What can be restored now."""
-        base = self.base()
-        intervals = self.intervals()
-        newest = self._newest(intervals[-1].to_write if intervals else base.write)
+        """What can be restored now. Raises DamageError when the writes behind the last boundary cannot be read."""
+        published = self.published()
+        newest = self._again(lambda: self._newest(published.newest_write))
 
         def times(number: int | None) -> NDArray[np.int64]:
-            if number is not None:
-                return np.asarray(Bundle.open(self.store, number).index()["wall_ns"], dtype=np.int64)
-            return self._tail_times(intervals[-1].to_write if intervals else base.write, newest)
+            return published.times(number) if number is not None else self._tail_times(published.newest_write, newest)
 
-        return Listing(base, intervals, newest, times, self.now_ns)
+        return replace(published, newest_write=newest, times=times, quiet_until_ns=self.now_ns)
+
+    def published(self) -> Listing:
+        """What can be restored without looking behind the last boundary."""
+        base, intervals = self.base(), self.intervals()
+
+        def times(number: int | None) -> NDArray[np.int64]:
+            if number is None:
+                return np.empty(0, dtype=np.int64)
+            return np.asarray(Bundle.open(self.store, number).index()["wall_ns"], dtype=np.int64)
+
+        return Listing(base, intervals, intervals[-1].to_write if intervals else base.write, times)
 
     def resolve(self, target: Target) -> RecoveryPoint:
-        """The recovery point of a target; TargetError when there is none."""
-        return resolve(target, self.listing())
+        """The recovery point of a target; TargetError when there is none.
+
+        Damage behind the last boundary is raised only to those who want to go there.
+        """
+        if target.kind == "newest":
+            return self.window()[1]
+        try:
+            return resolve(target, self.listing())
+        except DamageError as damage:
+            published = self.published()
+            try:
+                point = resolve(target, published)
+            except TargetError:
+                raise damage from None
+            if target.kind == "time" and point.write == published.newest_write:
+                raise
+            return point
+
+    def window(self) -> tuple[RecoveryPoint, RecoveryPoint]:
+        """The oldest and the newest recovery point, reading no more than the newest one's time needs."""
+        listing = self.listing()
+        stored = listing.intervals[-1].to_write if listing.intervals else listing.base.write
+        first, last = window(replace(listing, newest_write=stored))
+        if listing.newest_write > stored:
+            wall_ns = int(self.record(listing.newest_write)["wall_ns"])
+            last = RecoveryPoint(listing.newest_write, None, wall_ns)
+        return first, last
 
     def _newest(self, stored: int) -> int:
+        """The newest restorable write. The journal is read only behind what its applied mark says was durable."""
         if self.durable_write is not None:
             return max(stored, self.durable_write)
-        opened = self._snapshot(stored)
-        newest = stored
-        if opened is not None:
-            opened.writes.close()
-            newest += len(opened.index)
-        if self.journal is not None:
-            newest = max(newest, self.journal.last_write(newest))
+        mark = self.journal.applied_mark() if self.journal is not None else None
+        newest = max(stored, self._end())
+        if self.journal is None:
+            return newest
+        start = None
+        if mark is not None:
+            self._check_released(mark.released_write)
+            start = mark.position if mark.durable_write >= newest and mark.position.segment else None
+            newest = max(newest, mark.durable_write)
+        for run in self.journal.batches(newest, None, start):
+            newest = run.last_write
         return newest
 
-    def _snapshot(self, stored: int) -> OpenSnapshot | None:
-        """The open interval that begins behind `stored`; None when it holds nothing or is published by now."""
+    def _number(self) -> int:
+        """Number of the interval that is open now."""
         numbers = self.store.interval_numbers()
+        return numbers[-1] + 1 if numbers else 1
+
+    def _last_entry(self) -> np.void | None:
+        """The last entry of the open interval's index; None when it is empty or was published just now."""
         try:
-            opened = read_open(self.store, numbers[-1] + 1 if numbers else 1)
-        except (FileNotFoundError, DamageError):
+            return read_open_last(self.store, self._number())
+        except FileNotFoundError:
             return None
-        if not len(opened.index) or int(opened.index["number"][0]) != stored + 1:
-            opened.writes.close()
+
+    def _end(self) -> int:
+        """The last write in the open interval, 0 when there is none."""
+        last = self._last_entry()
+        return 0 if last is None else int(last["number"])
+
+    def _check_released(self, released: int) -> None:
+        """The journal was told that the store holds all writes up to `released`: if not, that is where to look."""
+        number, held = self._number(), self._end()
+        if self.store.baseline is None or held >= released:
+            return
+        before = Bundle.open(self.store, number - 1).interval.boundary if number > 1 else self.store.baseline
+        held = max(held, before.write)
+        if held < released and number == self._number():
+            path = self.store.incoming(number) / "writes"
+            size = path.stat().st_size if path.exists() else 0
+            raise DamageError(
+                f"{path} is damaged at offset {size}: the last whole write is {held}, but writes up to {released} were "
+                "durable there",
+                f"everything up to write {held} can still be restored",
+            )
+
+    # --- one write, wherever it is now
+
+    def _again(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` gives; anew when it missed something and the agent took over or published writes meanwhile."""
+        attempts = 0
+        while True:
+            before = self._stored()
+            attempts += 1
+            try:
+                return attempt()
+            except (FileNotFoundError, DamageError, PreconditionError) as error:
+                if attempts < ATTEMPTS and self._stored() != before:
+                    continue
+                if self.journal is not None and isinstance(error, DamageError):
+                    self._blame_store(self.journal)
+                raise
+
+    def _stored(self) -> tuple[int, ...]:
+        """Changes whenever the agent has written to the open interval or published it."""
+        number = self._number()
+        sizes = []
+        for name in ("writes", "index"):
+            with suppress(FileNotFoundError):
+                sizes.append(os.stat(self.store.incoming(number) / name).st_size)
+        return number, *sizes
+
+    def _blame_store(self, journal: Journal) -> None:
+        """Raise for the store's file when the journal lacks a write only because it gave it away."""
+        mark = journal.applied_mark()
+        if mark is not None:
+            self._check_released(mark.released_write)
+
+    def _bundle(self, write: int) -> Bundle | None:
+        """The published interval that holds a write."""
+        for interval in self.intervals():
+            if interval.from_write <= write <= interval.to_write:
+                return Bundle.open(self.store, interval.number)
+        return None
+
+    def _open_index(self, write: int) -> NDArray[np.void]:
+        """Entries of the open interval from a write on; none when it does not hold it."""
+        try:
+            return _from(read_open_index(self.store, self._number()), write)
+        except FileNotFoundError:
+            return np.empty(0, dtype=INDEX)
+
+    def _snapshot(self, write: int) -> OpenSnapshot | None:
+        """The open interval if it holds a write; its `index` begins there. The caller closes its `writes`."""
+        try:
+            opened = read_open(self.store, self._number())
+        except FileNotFoundError:
             return None
-        return opened
+        opened = replace(opened, index=_from(opened.index, write))
+        if len(opened.index):
+            return opened
+        opened.writes.close()
+        return None
 
-    def _tail_times(self, stored: int, newest: int) -> NDArray[np.int64]:
-        parts: list[NDArray[np.int64]] = []
-        done = stored
-        opened = self._snapshot(stored)
-        if opened is not None:
-            opened.writes.close()
-            part = opened.index[: newest - stored]
-            parts.append(np.asarray(part["wall_ns"], dtype=np.int64))
-            done += len(part)
-        if done < newest:
-            for run in self._journal().batches(done, newest):
-                parts.append(np.asarray(run.records["wall_ns"], dtype=np.int64))
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-    def _journal(self) -> Journal:
+    def _batches(self, after: int, upto: int) -> Iterator[BatchRun]:
         if self.journal is None:
             raise PreconditionError(
                 f"{self.store.path} was opened without a journal", "name the set instead of its store"
             )
-        return self.journal
+        return self.journal.batches(after, upto)
+
+    def _tail_times(self, stored: int, newest: int) -> NDArray[np.int64]:
+        """Wall clocks of the writes behind `stored`, up to `newest`, also when they were published meanwhile."""
+        parts = [np.empty(0, dtype=np.int64)]
+        done = stored
+        while done < newest:
+            part = self._again(partial(self._times, done + 1, newest))
+            parts.append(part)
+            done += len(part)
+        return np.concatenate(parts)
+
+    def _times(self, write: int, upto: int) -> NDArray[np.int64]:
+        bundle = self._bundle(write)
+        entries = _from(bundle.index(), write) if bundle is not None else self._open_index(write)
+        if len(entries):
+            return np.asarray(entries["wall_ns"][: upto - write + 1], dtype=np.int64)
+        runs = [np.asarray(run.records["wall_ns"], dtype=np.int64) for run in self._batches(write - 1, upto)]
+        return np.concatenate(runs)
 
     def record(self, write: int) -> np.void:
         """The entry (INDEX or RECORD) of one restorable write. DamageError when nothing holds it."""
-        return self._look(write)[0]
+        return self._again(lambda: self._record(write))
 
     def data(self, write: int) -> bytes:
         """The data of one restorable write."""
-        return self._look(write)[1]
+        return self._again(lambda: self._data(write))
 
-    def _look(self, write: int) -> tuple[np.void, bytes]:
-        for interval in self.intervals():
-            if interval.from_write <= write <= interval.to_write:
-                bundle = Bundle.open(self.store, interval.number)
-                entry = bundle.index()[write - interval.from_write]
-                with bundle.writes() as writes:
-                    return entry, writes.read(int(entry["position"]), int(entry["data_length"]))
-        stored = max((interval.to_write for interval in self.intervals()), default=self.base().write)
-        opened = self._snapshot(stored)
+    def _record(self, write: int) -> np.void:
+        bundle = self._bundle(write)
+        if bundle is not None:
+            return _first(_from(bundle.index(), write))
+        last = self._last_entry()
+        if last is not None and int(last["number"]) >= write:
+            if int(last["number"]) == write:
+                return last
+            entries = self._open_index(write)
+            if len(entries):
+                return _first(entries)
+        for run in self._batches(write - 1, write):
+            return _first(run.records)
+        raise DamageError(f"write {write} is in neither {self.store.path} nor the journal")
+
+    def _data(self, write: int) -> bytes:
+        bundle = self._bundle(write)
+        if bundle is not None:
+            entry = _first(_from(bundle.index(), write))
+            with bundle.writes() as writes:
+                return writes.read(int(entry["position"]), int(entry["data_length"]))
+        opened = self._snapshot(write)
         if opened is not None:
             with opened.writes as writes:
-                if write - stored <= len(opened.index):
-                    entry = opened.index[write - stored - 1]
-                    return entry, writes.read(int(entry["position"]), int(entry["data_length"]))
-        for run in self._journal().batches(write - 1, write):
-            return run.records[0], run.data_of(0).tobytes()
+                return writes.read(int(opened.index[0]["position"]), int(opened.index[0]["data_length"]))
+        for run in self._batches(write - 1, write):
+            return run.data_of(0).tobytes()
         raise DamageError(f"write {write} is in neither {self.store.path} nor the journal")
 
     def settings(self, point: RecoveryPoint) -> dict[str, Any] | None:
@@ -177,6 +317,11 @@ class Source:
         """
         image = Image.open(self.store)
         try:
+            if image.state.state == "baseline":  # boundary 0 is named already, but the agent has not brought it there
+                raise PreconditionError(
+                    f"the first backup image of set {self.store.set_name} is being finished",
+                    f"run this again when pgcdp status {self.store.set_name} says that the agent follows",
+                )
             done = self._copy_image(image, point.write, target, progress)
         finally:
             image.close()
@@ -207,42 +352,26 @@ class Source:
         return write
 
     def _forward(self, done: int, upto: int, target: BlockTarget, progress: Report) -> None:
-        attempts = 0
         while done < upto:
             progress(Progress("applying single writes", done, upto, "writes"))
-            try:
-                done = self._forward_once(done, upto, target)
-            except (FileNotFoundError, DamageError):
-                attempts += 1
-                if attempts >= ATTEMPTS or not self._changed():
-                    raise
-
-    def _changed(self) -> bool:
-        """Whether something was published since it was looked at last."""
-        before = len(self._intervals)
-        return len(self.intervals()) != before
+            done = self._again(partial(self._forward_once, done, upto, target))
 
     def _forward_once(self, done: int, upto: int, target: BlockTarget) -> int:
         """Go on from write `done` with whatever holds the next write; returns the write reached."""
-        for interval in self.intervals():
-            if interval.from_write <= done + 1 <= interval.to_write:
-                bundle = Bundle.open(self.store, interval.number)
-                if done + 1 == interval.from_write and upto >= interval.to_write:
-                    apply_forward(target, bundle)
-                else:
-                    index = bundle.index()
-                    with bundle.writes() as writes:
-                        apply_writes(target, index[index["number"] > done], writes, upto)
-                return min(upto, interval.to_write)
-        stored = max((interval.to_write for interval in self.intervals()), default=self.base().write)
-        opened = self._snapshot(stored)
+        bundle = self._bundle(done + 1)
+        if bundle is not None:
+            if done + 1 == bundle.interval.from_write and upto >= bundle.interval.to_write:
+                apply_forward(target, bundle)
+            else:
+                with bundle.writes() as writes:
+                    apply_writes(target, _from(bundle.index(), done + 1), writes, upto)
+            return min(upto, bundle.interval.to_write)
+        opened = self._snapshot(done + 1)
         if opened is not None:
             with opened.writes as writes:
-                index = opened.index[opened.index["number"] > done]
-                if len(index):
-                    apply_writes(target, index, writes, upto)
-                    return min(upto, int(index["number"][-1]))
-        for run in self._journal().batches(done, upto):
+                apply_writes(target, opened.index, writes, upto)
+            return min(upto, int(opened.index["number"][-1]))
+        for run in self._batches(done, upto):
             for extent in forward_map(run_index(run)):
                 volume, block, count = int(extent["volume"]), int(extent["block"]), int(extent["count"])
                 if extent["kind"] == EXTENT_ZEROS:
@@ -252,6 +381,18 @@ class Source:
                     target.write_blocks(volume, block, run.data[begin : begin + count * BLOCK].tobytes())
             done = run.last_write
         return done
+
+
+def _first(entries: NDArray[np.void]) -> np.void:
+    entry: np.void = entries[0]
+    return entry
+
+
+def _from(index: NDArray[np.void], write: int) -> NDArray[np.void]:
+    """The entries of an index from a write on; none when it begins behind it."""
+    if not len(index) or int(index["number"][0]) > write:
+        return index[:0]
+    return index[write - int(index["number"][0]) :]
 
 
 def _judged(moving: Bundle | None, volume: int, blocks: int) -> Iterator[tuple[int, int]]:

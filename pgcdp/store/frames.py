@@ -62,11 +62,60 @@ def check_unfinished(path: Path, content: bytes, set_id: bytes, interval: int) -
     try:
         size = os.fstat(fd).st_size
         check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
-        _, end, directory = scan(path, fd, size)
-        if not directory and frame_after(fd, end, size) is not None:
-            raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", HINT)
+        _whole_frames(path, fd, size)
     finally:
         os.close(fd)
+
+
+def _whole_frames(path: Path, fd: int, size: int) -> list[Entry]:
+    """Frames of a file that may still grow or have a torn tail. DamageError for anything else behind them."""
+    entries, end, directory = scan(path, fd, size)
+    if not directory and frame_after(fd, end, size) is not None:
+        raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", HINT)
+    if not directory:
+        _refuse_broken(path, fd, end, size)
+    return entries
+
+
+def _refuse_broken(path: Path, fd: int, end: int, size: int) -> None:
+    """Behind the last whole frame only the beginning of one may lie. One with all its bytes, but wrong, is damage."""
+    head = read_all(fd, min(FRAME_HEADER_BYTES, size - end), end)
+    torn = head[:4] == b"FRAM"[: len(head)]
+    if torn and len(head) == FRAME_HEADER_BYTES:
+        codec, _, raw, stored, _ = struct.unpack("<IQIIQ", head[4:])
+        known = codec in (CODEC_PLAIN, CODEC_ZSTD, CODEC_DIRECTORY) and stored <= raw <= MAX_FRAME_BYTES
+        torn = known and end + FRAME_HEADER_BYTES + stored > size
+    if not torn:
+        raise DamageError(f"{path} is damaged at offset {end}, where its last frame begins", HINT)
+
+
+def _last_frame(path: Path, fd: int, size: int) -> Entry | None:
+    """The last whole data frame of a file that may still grow, found from its end.
+
+    A frame that ends where the file ends is it; only behind a torn tail is it the last valid one. (What looks like a
+    frame may be the content of one.)
+    """
+    span = 2 * (FRAME_BYTES + FRAME_HEADER_BYTES)
+    begin = max(HEADER_BYTES, size - span)
+    chunk = read_all(fd, size - begin, begin)
+    last: Entry | None = None
+    found = chunk.rfind(b"FRAM")
+    while found >= 0:
+        frame = read_frame(fd, begin + found, size)
+        if frame is not None and frame.codec == CODEC_DIRECTORY:
+            rows = np.frombuffer(frame.stored[: len(frame.stored) // ENTRY.itemsize * ENTRY.itemsize], dtype=ENTRY)
+            return Entry(*rows[-1].tolist()) if len(rows) else None
+        if frame is not None and frame.codec in (CODEC_PLAIN, CODEC_ZSTD):
+            entry = Entry(frame.position, begin + found, frame.raw, len(frame.stored))
+            if entry.offset + FRAME_HEADER_BYTES + entry.stored == size:
+                return entry
+            last = last or entry
+        found = chunk.rfind(b"FRAM", 0, found)
+    if last is None and begin > HEADER_BYTES:
+        entries = _whole_frames(path, fd, size)
+        return entries[-1] if entries else None
+    _refuse_broken(path, fd, last.offset + FRAME_HEADER_BYTES + last.stored if last is not None else HEADER_BYTES, size)
+    return last
 
 
 class FrameWriter:
@@ -287,13 +336,32 @@ class FrameReader:
         unfinished: bool = False,
         cache_bytes: int = 16 * 1024 * 1024,
     ) -> FrameReader:
-        """Open a finished file by its directory, or (`unfinished`) what is whole of one that may still grow."""
+        """Open a finished file by its directory, or (`unfinished`) what is whole of one that may still grow.
+
+        Only a torn tail is left out: valid frames behind a broken one are DamageError.
+        """
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
             check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
-            entries = scan(path, fd, size)[0] if unfinished else read_directory(path, fd, size)
+            entries = _whole_frames(path, fd, size) if unfinished else read_directory(path, fd, size)
             return cls(path, fd, entries, cache_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def open_end(cls, path: Path, content: bytes, set_id: bytes, interval: int) -> FrameReader:
+        """The last whole frame alone of a file that may still grow; `length` is that of the whole stream.
+
+        Found from the end of the file: costs the same however long it is, and damage before that frame is not seen.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
+            last = _last_frame(path, fd, size)
+            return cls(path, fd, [last] if last is not None else [], 0)
         except BaseException:
             os.close(fd)
             raise

@@ -7,9 +7,10 @@ keeps the longest run of writes that both files hold whole; what the journal was
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from pgcdp.errors import BugError, DamageError
 from pgcdp.fsio import make_directory, read_json, sync_directory, write_json
 from pgcdp.records import BLOCK, INDEX, Boundary
+from pgcdp.store.frame_format import HINT
 from pgcdp.store.frames import DEFAULT_LEVEL, HEADER_BYTES, FileSummary, FrameReader, FrameWriter
 from pgcdp.store.layout import Store, boundary_from
 
 WRITES = b"WRIT"
 INDEX_CONTENT = b"INDX"
+T = TypeVar("T")
 
 
 class Run(Protocol):
@@ -223,20 +226,93 @@ class OpenSnapshot:
 def read_open(store: Store, number: int) -> OpenSnapshot:
     """Look at `incoming/NNNNNNNNNN` without touching it, also while the agent appends to it.
 
-    Raises FileNotFoundError when it is not (or no longer) there: it has been published.
+    Raises FileNotFoundError when it is not (or no longer) there: it has been published. Raises DamageError with file
+    and offset for what is broken before the last whole frame.
     """
-    path = store.incoming(number)
+    return _judged(lambda: _snapshot(store, number))
+
+
+def read_open_index(store: Store, number: int) -> NDArray[np.void]:
+    """The index of `read_open` (array INDEX), without reading the writes' data. Raises the same."""
+    return _judged(lambda: _whole_index(store, number))
+
+
+def read_open_last(store: Store, number: int) -> np.void | None:
+    """The last entry of `read_open_index`, without reading what lies before it; None: no write yet. Raises the same."""
+    return _judged(lambda: _last_entry(store, number))
+
+
+def _judged(look: Callable[[], T]) -> T:
+    """A restarted agent cuts and writes again what lies behind its last whole write: damage counts when it stays."""
+    try:
+        return look()
+    except DamageError:
+        return look()
+
+
+def _snapshot(store: Store, number: int) -> OpenSnapshot:
+    path = _place(store, number)
     writes = FrameReader.open(path / "writes", WRITES, store.set_id, number, unfinished=True)
     try:
-        with FrameReader.open(path / "index", INDEX_CONTENT, store.set_id, number, unfinished=True) as reader:
-            raw = reader.read_stream()
-        table = np.frombuffer(raw[: len(raw) // INDEX.itemsize * INDEX.itemsize], dtype=INDEX)
-        ends = (table["position"] + table["data_length"]).astype(np.int64)
-        whole = int(np.searchsorted(ends, writes.length, side="right"))
-        return OpenSnapshot(number, table[:whole], writes, _known_boundary(path))
+        table = _clipped(store, number, writes.length)
+        return OpenSnapshot(number, table, writes, _known_boundary(path))
     except BaseException:
         writes.close()
         raise
+
+
+def _whole_index(store: Store, number: int) -> NDArray[np.void]:
+    path = _place(store, number)
+    with FrameReader.open_end(path / "writes", WRITES, store.set_id, number) as writes:
+        return _clipped(store, number, writes.length)
+
+
+def _clipped(store: Store, number: int, length: int) -> NDArray[np.void]:
+    """Index entries whose data lies within the first `length` bytes of the writes' stream."""
+    path = store.incoming(number) / "index"
+    with FrameReader.open(path, INDEX_CONTENT, store.set_id, number, unfinished=True) as reader:
+        raw = reader.read_stream()
+    table = np.frombuffer(raw[: len(raw) // INDEX.itemsize * INDEX.itemsize], dtype=INDEX)
+    return table[: _whole(table, length)]
+
+
+def _last_entry(store: Store, number: int) -> np.void | None:
+    path = _place(store, number)
+    with FrameReader.open_end(path / "writes", WRITES, store.set_id, number) as writes:
+        length = writes.length
+    with FrameReader.open_end(path / "index", INDEX_CONTENT, store.set_id, number) as reader:
+        if not reader.entries:
+            return None
+        begin = -(-reader.entries[0].position // INDEX.itemsize) * INDEX.itemsize
+        end = reader.length // INDEX.itemsize * INDEX.itemsize
+        table = np.frombuffer(reader.read(begin, max(0, end - begin)), dtype=INDEX)
+    whole = _whole(table, length)
+    if not whole:  # the index is a frame ahead of the data
+        table = _clipped(store, number, length)
+        whole = len(table)
+    return table[whole - 1] if whole else None
+
+
+def _whole(table: NDArray[np.void], length: int) -> int:
+    """How many entries of an index have their data within `length` bytes."""
+    ends = (table["position"] + table["data_length"]).astype(np.int64)
+    return int(np.searchsorted(ends, length, side="right"))
+
+
+def _place(store: Store, number: int) -> Path:
+    """The directory of an open interval whose two files are there, as far as their headers.
+
+    Raises FileNotFoundError while they are being made and when they are published, DamageError when one is lost.
+    """
+    path = store.incoming(number)
+    sizes = {path / name: _size(path / name) if (path / name).exists() else -1 for name in ("writes", "index")}
+    short, size = min(sizes.items(), key=lambda item: item[1])
+    if size >= HEADER_BYTES:
+        return path
+    if max(sizes.values()) <= HEADER_BYTES or not path.is_dir():
+        raise FileNotFoundError(path)
+    what = "is missing (offset 0)" if size < 0 else f"ends at offset {size}, inside its header"
+    raise DamageError(f"{short} {what}", HINT)
 
 
 def _known_boundary(path: Path) -> Boundary | None:

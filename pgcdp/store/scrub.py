@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json
 from pgcdp.records import BLOCK
 from pgcdp.store.bundle import CONTENTS, Bundle
-from pgcdp.store.frames import Entry, FrameReader, check_unfinished
+from pgcdp.store.frames import HEADER_BYTES, Entry, FrameReader, check_unfinished
 from pgcdp.store.history import history_names, read_history
 from pgcdp.store.image import Image, ImageState
 from pgcdp.store.layout import Store
@@ -147,21 +148,27 @@ class _Scrub:
                 self.note(path, entry.offset, bad.message, _still_restorable(bundle, name, entry))
 
     def check_incoming(self) -> None:
-        """Frames of the open interval, as far as they are whole."""
+        """Frames of the open interval: all but a torn tail must be whole. It may be published meanwhile."""
         for number in self.store.incoming_numbers():
             path = self.store.incoming(number)
             still = "all published intervals can still be restored, if nothing else is damaged"
-            with _noting(self, path / "writes", still):
-                try:
-                    snapshot = read_open(self.store, number)
-                except FileNotFoundError:
-                    continue
-                with snapshot.writes as reader:
-                    for entry, damage in _bad_frames(reader):
-                        self.note(path / "writes", entry.offset, damage.message, still)
-                for name in ("writes", "index"):
-                    check_unfinished(path / name, CONTENTS[name], self.store.set_id, number)
-                    self.read(path / name, 0)
+            for name in ("writes", "index"):
+                with _noting(self, path / name, still), suppress(FileNotFoundError):
+                    self.check_growing(path / name, number)
+            lost = [path / name for name in ("writes", "index") if not (path / name).exists()]
+            with _noting(self, lost[0] if lost else path / "index", still), suppress(FileNotFoundError):
+                if not any(damage.file.parent == path for damage in self.report.damages):
+                    read_open(self.store, number).writes.close()
+
+    def check_growing(self, path: Path, number: int) -> None:
+        """An unfinished file; a restarted agent may be cutting its tail, so damage counts when it stays."""
+        if path.stat().st_size < HEADER_BYTES:
+            return  # read_open knows whether it is being made or has lost its header
+        try:
+            check_unfinished(path, CONTENTS[path.name], self.store.set_id, number)
+        except DamageError:
+            check_unfinished(path, CONTENTS[path.name], self.store.set_id, number)
+        self.read(path, 0)
 
     def check_image(self) -> None:
         """State, sizes, and with `full` every block against its sum; blocks on the move are not judged."""

@@ -259,7 +259,15 @@ def test_a_new_cluster_with_wal_on_a_volume_of_its_own(house: House) -> None:
     fresh = house.root / "fresh"
     lines = (("port", str(house.port + 1)), ("unix_socket_directories", f"{house.root}/socket"))
     config = protect.protect(
-        house.request(name="new", pgdata=fresh, initdb=True, version=15, wal_size=256 * MIB, settings=lines)
+        house.request(
+            name="new",
+            pgdata=fresh,
+            initdb=True,
+            version=15,
+            wal_size=256 * MIB,
+            settings=lines,
+            initdb_options=("--auth=trust",),
+        )
     )
     assert [volume.name for volume in config.volumes] == ["data", "wal"]
     assert config.cluster.port == house.port + 1

@@ -18,7 +18,7 @@ from tests.fix_postgres import BindirOf
 from tests.fix_sets import KILLED, MakeSet, ProtectedSet
 from tests.results import keep_result
 from tests.survivors import Survivors
-from tests.waiting import wait_until
+from tests.waiting import pass_time
 
 ALLOWED = [
     *KILLED,
@@ -49,7 +49,7 @@ def kill_round(found: ProtectedSet, load: Survivors, rng: random.Random, victim:
     """One kill; the load runs on through it. What was seen, for the record."""
     before = load.acknowledged()
     load.wait_for(rng.randint(1, 400))
-    wait_until(lambda: True, interval=rng.random() / 20)
+    pass_time(rng.random() / 20)
     boundary = len(found.source().intervals())
     VICTIMS[victim](found)
     plain_first = rng.random() < 0.5

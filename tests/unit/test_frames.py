@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgcdp.errors import DamageError
-from pgcdp.store.frames import FrameReader, FrameWriter
+from pgcdp.store.frames import FRAME_BYTES, FrameReader, FrameWriter
 
 SET_ID = bytes(range(16))
 
@@ -191,6 +191,64 @@ def test_incompressible_frames_are_stored_plain(tmp_path: Path) -> None:
     assert writer.finish().bytes < 3400
     with open_reader(path) as reader:
         assert reader.read(0, 3000) == model
+
+
+def test_the_last_frame_alone_is_the_last_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "writes"
+    writer = create(path)
+    model = noise(7, 2800) + os.urandom(1700)
+    writer.append(model)
+    writer.flush()
+    growing = path.stat().st_size
+    writer.finish()
+    raw = path.read_bytes()
+    for size in [*range(64, len(raw), 7), growing, len(raw)]:
+        path.write_bytes(raw[:size])
+        with open_reader(path, unfinished=True) as whole, FrameReader.open_end(path, b"WRIT", SET_ID, 7) as end:
+            assert end.entries == whole.entries[-1:]
+            assert end.length == whole.length
+            if end.entries:
+                begin = end.entries[0].position
+                assert end.read(begin, end.length - begin) == model[begin : end.length]
+
+
+def test_the_last_frame_behind_a_long_broken_tail(tmp_path: Path) -> None:
+    path = tmp_path / "writes"
+    writer = FrameWriter.create(path, b"WRIT", SET_ID, 7)
+    for _ in range(8):
+        writer.append(os.urandom(FRAME_BYTES))
+    writer.sync()
+    second, third = writer.entries[1:3]
+    with path.open("r+b") as file:
+        for entry in writer.entries[2:]:
+            file.seek(entry.offset + 100)
+            file.write(bytes(8))
+    with pytest.raises(DamageError, match=f"writes is damaged at offset {third.offset}, where its last frame begins"):
+        FrameReader.open_end(path, b"WRIT", SET_ID, 7)
+    os.truncate(path, third.offset + 200)
+    with FrameReader.open_end(path, b"WRIT", SET_ID, 7) as end:
+        assert end.entries == [second]
+
+
+def test_damage_in_the_middle_is_never_a_shorter_stream(tmp_path: Path) -> None:
+    path = tmp_path / "writes"
+    writer = create(path)
+    writer.append(noise(5, 4500))
+    writer.sync()
+    raw = path.read_bytes()
+    for entry in writer.entries[:-1]:
+        for at in (0, 5, 10, 18, 22, 30, 40):
+            flipped = entry.offset + at
+            path.write_bytes(raw[:flipped] + bytes([raw[flipped] ^ 1]) + raw[flipped + 1 :])
+            with pytest.raises(DamageError, match=f"writes is damaged at offset {entry.offset}, valid frames follow"):
+                open_reader(path, unfinished=True)
+    last = writer.entries[-1].offset
+    for at in (0, 5, 10, 18, 23, 30, 40):
+        path.write_bytes(raw[: last + at] + bytes([raw[last + at] ^ 1]) + raw[last + at + 1 :])
+        with pytest.raises(DamageError, match=f"writes is damaged at offset {last}"):
+            open_reader(path, unfinished=True)
+        with pytest.raises(DamageError, match=f"writes is damaged at offset {last}"):
+            FrameReader.open_end(path, b"WRIT", SET_ID, 7)
 
 
 def test_cache_stays_bounded(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Looking at a set while others look at it too, and while its open interval is long."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgcdp import api
+from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.records import Target
+from pgcdp.units import parse_time
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet
+
+MIB = 1 << 20
+
+
+def test_verifies_at_the_same_time_both_succeed(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 * MIB, settings={"shared_buffers": "32MB"})
+    found.sql("create table t as select n from generate_series(1, 5000) n")
+    assert api.cut(found.name)["number"] == 1
+    command = [sys.executable, "-m", "pgcdp", "verify", found.name, "--output", "json"]
+    below = Path("/var/tmp") / f"pgcdp-{found.config.set_id_bytes.hex()[:12]}"
+    for targets in (("--target-boundary", "1"), ()):
+        running = [
+            subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+            for words in (targets, ("--target-boundary", "0"), targets)
+        ]
+        for process in running:
+            out, complaint = process.communicate(timeout=240)
+            assert process.returncode == 0, (out, complaint)
+            assert json.loads(out)["ok"] is True
+        assert not below.exists()
+    (row,) = api.info(found.name)["intervals"]
+    assert row["verified"]["ok"] is True
+
+
+def test_a_scratch_place_of_somebody_else_is_refused(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Its name is known in advance: whoever makes it first could change what root mounts and starts there."""
+    found = make_set(binaries_of(15), size=384 * MIB, settings={"shared_buffers": "32MB"})
+    below = Path("/var/tmp") / f"pgcdp-{found.config.set_id_bytes.hex()[:12]}"
+    below.mkdir()
+    try:
+        below.chmod(0o777)
+        with pytest.raises(PreconditionError, match=f"{below} can be written by others"):
+            api.verify(found.name, Target("newest"))
+        assert list(below.iterdir()) == []
+    finally:
+        below.rmdir()
+
+
+def test_the_status_names_damage_and_what_is_left(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 * MIB, settings={"shared_buffers": "32MB"})
+    found.sql("create table t as select n from generate_series(1, 5000) n")
+    boundary = api.cut(found.name)
+    found.sql("insert into t values (1)")
+    api.down(found.name)
+    whole = found.status()
+    assert whole["error"] is None
+    assert whole["recovery_window"]["to_write"] > boundary["to_write"]
+    writes = found.store / "incoming" / "0000000002" / "writes"
+    raw = writes.read_bytes()
+    writes.write_bytes(b"x" + raw[1:])
+    damaged = found.status()
+    assert str(writes) in damaged["error"]
+    assert damaged["recovery_window"] == {**whole["recovery_window"], "to_write": boundary["to_write"]} | {
+        "to_time": damaged["recovery_window"]["to_time"]
+    }
+    assert found.verify(boundary["to_write"])["ok"]
+    with pytest.raises(DamageError, match=str(writes)):
+        api.verify(found.name, Target("newest"))
+    writes.write_bytes(raw)
+
+
+def test_no_look_fails_while_the_agent_goes_on(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """A journal that is given back all the time, and an interval every few seconds."""
+    found = make_set(
+        binaries_of(15),
+        size=768 * MIB,
+        settings={"shared_buffers": "32MB", "max_wal_size": "64MB", "min_wal_size": "32MB"},
+        allowed=[r"checkpoints are occurring too frequently", r"the journal (is full|has space again)"],
+        journal_limit=64 * MIB,
+        segment_size=8 * MIB,
+        cut=("2s",),
+    )
+    found.pgbench("-i", "-s", "5", "-q")
+    load = subprocess.Popen(
+        found.program("pgbench", "-n", "-c", "4", "-T", "15", "postgres"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+    )
+    looks = 0
+    while load.poll() is None:
+        looks += 1
+        status = found.status()
+        assert status["error"] is None
+        window = status["recovery_window"]
+        assert window["from_write"] < window["to_write"]
+        newest = api.resolve(found.name, Target("newest"))
+        assert newest["write"] >= window["to_write"]
+        for target in (Target("write", window["to_write"]), Target("time", parse_time(newest["time"]) + 1000)):
+            assert api.resolve(found.name, target)["write"] >= window["to_write"]
+        assert api.show(found.name, newest["write"])["write"] == newest["write"]
+        api.info(found.name)
+        assert api.resolve(None, Target("newest"), store=found.store)["write"] > 0
+    assert load.returncode == 0
+    assert looks > 20
+    api.cut(found.name)
+    assert len(api.info(found.name)["intervals"]) > 3
