@@ -394,7 +394,7 @@ class Agent:
             await self._ask("requested")
         while True:
             wanted = await self._ask("requested")
-            await self._until(lambda: self._reached(wanted) or self.asked is None)
+            await self._until(lambda lsn=wanted: self._reached(lsn) or self.asked is None)  # type: ignore[misc]
             stages = self.stages
             if stages is not None and stages.newest is not None and self._reached(wanted):
                 return {"boundary": stages.newest.number, "write": stages.newest.write}

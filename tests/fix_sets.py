@@ -6,6 +6,7 @@ read, and a warning or error that the test did not allow fails it.
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import psycopg
 import pytest
@@ -219,26 +220,36 @@ class ProtectedSet:
         return []
 
 
-def first_difference(a: Path, b: Path) -> int | None:
-    """Offset of the first block in which two files differ; None when they are equal."""
-    if a.stat().st_size != b.stat().st_size:
-        return min(a.stat().st_size, b.stat().st_size)
-    size, at = a.stat().st_size, 0
-    with a.open("rb") as left, b.open("rb") as right:
-        while (at := min(_data_from(left, at, size), _data_from(right, at, size))) < size:
-            left.seek(at)
-            right.seek(at)
-            piece, other = left.read(1 << 20), right.read(1 << 20)
-            if piece != other:
-                return next(at + i for i in range(0, len(piece), 4096) if piece[i : i + 4096] != other[i : i + 4096])
-            at += len(piece)
+_PIECE = 4 << 20
+
+
+def first_difference(volume: Path, image: Path) -> int | None:
+    """Offset of the first block in which a backing and an image differ; None when they are equal."""
+    size = volume.stat().st_size
+    if image.stat().st_size != size:
+        return min(size, image.stat().st_size)
+    zeros = bytes(_PIECE)
+    direct = os.open(volume, os.O_RDONLY | os.O_DIRECT)
+    sparse = os.open(image, os.O_RDONLY)
+    try:
+        with mmap.mmap(-1, _PIECE) as memory:
+            for at in range(0, size, _PIECE):
+                count = os.preadv(direct, [memory], at)
+                other = zeros[:count] if _data_from(sparse, at, size) >= at + count else os.pread(sparse, count, at)
+                piece = memory[:count]
+                if piece != other:
+                    blocks = range(0, count, 4096)
+                    return next(at + i for i in blocks if piece[i : i + 4096] != other[i : i + 4096])
+    finally:
+        os.close(direct)
+        os.close(sparse)
     return None
 
 
-def _data_from(file: BinaryIO, at: int, size: int) -> int:
-    """Where the next data begins; holes and blocks never written are zeros on both sides."""
+def _data_from(fd: int, at: int, size: int) -> int:
+    """Where the next data begins: before it are holes."""
     try:
-        return os.lseek(file.fileno(), at, os.SEEK_DATA)
+        return os.lseek(fd, at, os.SEEK_DATA)
     except OSError:
         return size
 

@@ -220,7 +220,8 @@ class Stages:
     def follow(self, durable: int, decide: Decide, settings: dict[str, Any]) -> list[Interval]:
         """Take writes, at most up to `durable`, into the open interval, ending it where `decide` says so.
 
-        It comes back after STEP_BYTES, so that the journal can be freed meanwhile: see `opened.last_write`. Returns the intervals published on the way. While a reader holds the image behind the newest boundary, no
+        It comes back after STEP_BYTES, so that the journal can be freed meanwhile: see `opened.last_write`.
+        Returns the intervals published on the way. While a reader holds the image behind the newest boundary, no
         interval is ended: the open one grows.
         """
         published = []
