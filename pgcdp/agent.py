@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 TICK_SECONDS = 0.5
 STALLED_TICK_SECONDS = 0.05
+BASELINE_TICK_SECONDS = 0.1
 RETRY_SECONDS = 5.0
 PATIENCE_SECONDS = 5.0
 """How long a step waits for Postgres, which may itself wait for a journal that only this agent can make room in."""
@@ -67,6 +68,7 @@ class Agent:
         self.asked: str | None = None
         self.asking: asyncio.Task[int] | None = None
         self.asked_lsn: int | None = None
+        self.learning: asyncio.Task[int] | None = None
         self.ask_again_at = 0.0
         self.no_checkpoint: str | None = None
         self.error: str | None = None
@@ -97,10 +99,11 @@ class Agent:
                 await self._turn()
         finally:
             server.close()
-            if self.asking is not None:
-                self.asking.cancel()
-                with suppress(asyncio.CancelledError, PgcdpError):
-                    await self.asking
+            for task in (self.asking, self.learning):
+                if task is not None:
+                    task.cancel()
+                    with suppress(asyncio.CancelledError, PgcdpError):
+                        await task
             await self._in_worker(self._leave_room)
             await self._in_worker(self._close_stages)
             if self.session is not None:
@@ -151,6 +154,9 @@ class Agent:
         """One step of the stages; returns how long to wait before the next."""
         self.status = status = await self._in_worker(self.engine.status)
         if self.stages is None:
+            if self.learning is not None:
+                self.learning.cancel()
+                self.learning = None
             await self._in_worker(self._open_stages, status)
         stages = self.stages
         assert stages is not None
@@ -175,13 +181,9 @@ class Agent:
         if stages.baseline_end is None:
             await self._in_worker(stages.baseline_step, status.applied_write)
             status = await self._in_worker(self.engine.status)  # the journal has filled while the copy went on
-            if self._pressed(status) or baseline.complete:
+            if self._pressed(status) or (baseline.complete and self.learning is None):
                 await self._in_worker(stages.relieve)
-            if baseline.complete and status.state != "stalled":
-                known = await self._soon(self._newest_checkpoint())
-                durable = (await self._in_worker(self.engine.status)).durable_write
-                await self._in_worker(stages.baseline_copied, durable, known)
-            return 0.0
+            return await self._baseline_copied(stages) if baseline.complete else 0.0
         if await self._in_worker(stages.finish_baseline, status.durable_write):
             assert self.catalog is not None
             assert stages.store.baseline is not None
@@ -192,7 +194,18 @@ class Agent:
             await self._in_worker(stages.relieve)
         if self.asked is None and time.monotonic() >= self.ask_again_at:
             self._ask("baseline")
-        return 0.1
+        return BASELINE_TICK_SECONDS
+
+    async def _baseline_copied(self, stages: Stages) -> float:
+        """Learn the newest checkpoint. Postgres may wait for the journal: room is made in it meanwhile."""
+        if self.learning is None:
+            self.learning = asyncio.create_task(self._newest_checkpoint())
+        if not self.learning.done():
+            return BASELINE_TICK_SECONDS
+        learnt, self.learning = self.learning, None
+        durable = (await self._in_worker(self.engine.status)).durable_write
+        await self._in_worker(stages.baseline_copied, durable, learnt.result())
+        return 0.0
 
     def _pressed(self, status: EngineStatus) -> bool:
         return status.state == "stalled" or status.journal_bytes > PRESSURE * status.journal_limit
@@ -328,7 +341,11 @@ class Agent:
 
     async def _refresh_settings(self) -> None:
         """Postgres may be down for a while: then the last known settings hold."""
-        if self.asking is not None or time.monotonic() - self.settings_at < SETTINGS_SECONDS:
+        if (
+            self.asking is not None
+            or self.learning is not None
+            or time.monotonic() - self.settings_at < SETTINGS_SECONDS
+        ):
             return
         self.settings_at = time.monotonic()
         with suppress(PgcdpError):
@@ -462,7 +479,8 @@ def main(set_name: str) -> int:
     """`pgcdp agent SET`: serve in the foreground, log to the set's agent log; the exit code."""
     config = load_config(set_name)
     log.start(config.paths.agent_log)
-    os.nice(5)  # production's own work goes first
+    os.nice(10)  # production's own work goes first, and is not interrupted by this
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with FileLock(config.paths.agent_lock, f"the agent of set {set_name}"):
         asyncio.run(Agent(config).run())
     return 0

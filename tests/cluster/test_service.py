@@ -248,20 +248,20 @@ def controldata(found: ProtectedSet, pgdata: Path) -> dict[str, str]:
     return dict(re.findall(r"^(.+?):\s+(.*)$", done.stdout, re.M))
 
 
-@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+@pytest.mark.parametrize("fs", ["ext4", pytest.param("xfs", marks=pytest.mark.soak)])
 def test_a_boundary_is_its_checkpoint(make_set: MakeSet, binaries_of: BindirOf, fs: str) -> None:
     """At it pg_control names the interval's checkpoint, one write earlier another one."""
     found = make(make_set, binaries_of, fs=fs, cut=("checkpoint",))
     rng = random.Random(4)
     with Bulk(found, clients=1) as load:
-        for _ in range(3):
+        for _ in range(2):
             load.wait_for(rng.randint(2, 15))
             if rng.random() < 0.5:
                 found.sql("checkpoint")
             api.cut(found.name)
     source = found.source()
     boundaries = [source.base(), *(interval.boundary for interval in source.intervals())]
-    assert len(boundaries) >= 4
+    assert len(boundaries) >= 3
     before = None
     for boundary in boundaries:
         point = source.resolve(Target("boundary", boundary.number))

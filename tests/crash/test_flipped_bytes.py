@@ -108,7 +108,8 @@ def assert_found_by_check(settled: Settled, file: Path, offset: int) -> None:
     assert report.damages, f"a flip at {offset} of {file} was not found"
     named = [damage for damage in report.damages if damage.file == file or str(file) in damage.message]
     assert named, f"{file} is not named: {[damage.message for damage in report.damages]}"
-    assert any(damage.offset <= offset for damage in named), f"offset {offset}: {named}"
+    beyond = 16 if file.suffix == ".json" else 0  # a parser of JSON stumbles a little behind it
+    assert any(damage.offset <= offset + beyond for damage in named), f"offset {offset}: {named}"
     assert all(damage.still for damage in report.damages)
 
 
