@@ -206,11 +206,13 @@ def _expect(device: Path, attribute: str, value: str, what: str) -> None:
 
 def detach_loop(device: Path) -> None:
     """Detach a loop device and wait until it is free. Harmless when it is not attached."""
-    if loop_backing(device) is None:
+    backing = loop_backing(device)
+    if backing is None:
         return
     proc.run(["losetup", "--detach", os.fspath(device)])
     deadline = time.monotonic() + DETACH_SECONDS
-    while loop_backing(device) is not None:  # the kernel detaches it when the last one who looks at it closes it
+    # The kernel detaches it when the last one who looks at it closes it; somebody else may attach it right away.
+    while loop_backing(device) == backing:
         if time.monotonic() > deadline:
             raise PreconditionError(f"{device} is still in use", f"see who uses it with: lsof {device}")
         time.sleep(0.02)
