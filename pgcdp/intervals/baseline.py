@@ -19,13 +19,10 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pgcdp.capture.journal import BatchRun
 from pgcdp.errors import PgcdpError
-from pgcdp.intervals.extents import forward_map
-from pgcdp.records import BLOCK, EXTENT_ZEROS, INDEX, Volume
+from pgcdp.intervals.increments import apply_run
+from pgcdp.records import BLOCK, Volume
 from pgcdp.store.image import Image
 
 CHUNK = 4 << 20
@@ -96,16 +93,7 @@ class Baseline:
         """Go through a run of the journal, all of it applied to the volumes by now: it changes what was copied."""
         if not len(run):
             return
-        for extent in forward_map(run_index(run)):
-            volume, block = int(extent["volume"]), int(extent["block"])
-            end = min(block + int(extent["count"]), self.copied[self.volumes[volume].name] // BLOCK)
-            if end <= block:
-                continue
-            if extent["kind"] == EXTENT_ZEROS:
-                self.image.zero_blocks(volume, block, end - block)
-            else:
-                begin = int(extent["source"])
-                self.image.write_blocks(volume, block, run.data[begin : begin + (end - block) * BLOCK].data)
+        apply_run(self.image, run, [self.copied[volume.name] // BLOCK for volume in self.volumes])
         self.journal_write = run.last_write
 
     def save(self) -> None:
@@ -124,12 +112,3 @@ class Baseline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def run_index(run: BatchRun) -> NDArray[np.void]:
-    """An array INDEX of a run, with positions in its `data`."""
-    index = np.zeros(len(run), dtype=INDEX)
-    for name in run.records.dtype.names or ():
-        index[name] = run.records[name]
-    index["position"] = run.data_offsets
-    return index

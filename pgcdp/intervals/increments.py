@@ -8,16 +8,17 @@ depend on what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pgcdp.capture.journal import BatchRun
 from pgcdp.errors import BugError
 from pgcdp.fsio import punch_hole, write_all
 from pgcdp.intervals.extents import forward_map, spans
-from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, EXTENT_ZEROS, Boundary, Kind
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, EXTENT_ZEROS, INDEX, Boundary, Kind
 from pgcdp.store.bundle import Bundle, Increments, publish
 from pgcdp.store.frames import FileSummary, FrameReader, FrameWriter
 from pgcdp.store.image import Image
@@ -31,6 +32,7 @@ __all__ = [
     "apply_backward",
     "apply_extents",
     "apply_forward",
+    "apply_run",
     "apply_writes",
     "close_interval",
     "forward_map",
@@ -197,6 +199,30 @@ def apply_extents(target: BlockTarget, extents: NDArray[np.void], content: Frame
     data = extents[extents["kind"] == EXTENT_DATA]
     for volume, block, count, source in _pieces(data[np.argsort(data["source"], kind="stable")]):
         target.write_blocks(volume, block, content.read(source, count * BLOCK))
+
+
+def apply_run(target: BlockTarget, run: BatchRun, limits: Sequence[int] | None = None) -> None:
+    """Apply a run of the journal, each block once; of volume v only the blocks before `limits[v]`, if given."""
+    for extent in forward_map(run_index(run)):
+        volume, block, count = int(extent["volume"]), int(extent["block"]), int(extent["count"])
+        if limits is not None:
+            count = min(count, limits[volume] - block)
+        if count <= 0:
+            continue
+        if extent["kind"] == EXTENT_ZEROS:
+            target.zero_blocks(volume, block, count)
+        else:
+            begin = int(extent["source"])
+            target.write_blocks(volume, block, run.data[begin : begin + count * BLOCK].tobytes())
+
+
+def run_index(run: BatchRun) -> NDArray[np.void]:
+    """An array INDEX of a run, with positions in its `data`."""
+    index = np.zeros(len(run), dtype=INDEX)
+    for name in run.records.dtype.names or ():
+        index[name] = run.records[name]
+    index["position"] = run.data_offsets
+    return index
 
 
 def _pieces(extents: NDArray[np.void]) -> Iterator[tuple[int, int, int, int]]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,11 +20,10 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError
-from pgcdp.intervals.baseline import run_index
-from pgcdp.intervals.extents import forward_map, spans
-from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forward, apply_writes
+from pgcdp.intervals.extents import spans
+from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forward, apply_run, apply_writes
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, EXTENT_ZEROS, INDEX, Boundary, Interval, RecoveryPoint, Target
+from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Target
 from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
 from pgcdp.store.image import Image
@@ -372,13 +370,7 @@ class Source:
                 apply_writes(target, opened.index, writes, upto)
             return min(upto, int(opened.index["number"][-1]))
         for run in self._batches(done, upto):
-            for extent in forward_map(run_index(run)):
-                volume, block, count = int(extent["volume"]), int(extent["block"]), int(extent["count"])
-                if extent["kind"] == EXTENT_ZEROS:
-                    target.zero_blocks(volume, block, count)
-                else:
-                    begin = int(extent["source"])
-                    target.write_blocks(volume, block, run.data[begin : begin + count * BLOCK].tobytes())
+            apply_run(target, run)
             done = run.last_write
         return done
 
@@ -406,8 +398,3 @@ def _judged(moving: Bundle | None, volume: int, blocks: int) -> Iterator[tuple[i
                 at = block + count
     if at < blocks:
         yield at, blocks - at
-
-
-def open_source(path: Path, set_id: bytes | None = None) -> Source:
-    """A store alone."""
-    return Source(Store.open(path, set_id))
