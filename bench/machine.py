@@ -61,5 +61,7 @@ class MemoryLimit:
 
 
 def attach(file: Path) -> str:
-    """A loop device as pgcdp's own, over a plain file: direct I/O, 4096-byte sectors."""
-    return run(["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(file)]).strip()
+    """A loop device as pgcdp's own, over a plain file: direct I/O, 4096-byte sectors, flushes reach the file."""
+    device = run(["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", str(file)]).strip()
+    Path(f"/sys/block/{Path(device).name}/queue/write_cache").write_text("write back")  # it outlives earlier users
+    return device

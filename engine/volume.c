@@ -8,14 +8,10 @@
  * the committer after jw_append, nowhere else. One total order: numbers are given under the lock in the order of arrival;
  * what was answered before another was sent has left the reader before it, so it has the lower number.
  *
- * A read must see every write answered before it was sent. Its blocks are looked up in the map of what is not yet applied,
- * hits are copied under the lock, and only then the volume is read for the misses: a miss means that the volume already
- * holds what had been answered. The other order would be wrong: a block could be applied and dropped from the map between
- * reading the volume and looking it up. The reader answers what it finds whole; the pool looks again for the others, so
- * that the queue holds no data and memory is fixed.
- *
  * When a write does not fit (ring full, journal stalled), it is parked, and all later ones behind it, so that the reader
  * goes on and reads are still answered; when the parking space is full, the reader waits.
+ *
+ * Reads are answered in reads.c.
  */
 #include "volume.h"
 
@@ -29,6 +25,7 @@
 #include "cleanup.h"
 #include "io.h"
 #include "log.h"
+#include "reads.h"
 #include "util.h"
 #include "volume_set.h"
 
@@ -238,99 +235,6 @@ static void *committer_main(void *arg)
     return NULL;
 }
 
-/* ---- reading ---- */
-
-/* Copies what is newer than the volume; returns how many blocks those were. Called with the lock. */
-static size_t copy_hits(struct volume_set *vs, unsigned volume, uint64_t offset, size_t length, uint8_t *to, uint8_t *hits)
-{
-    size_t found = 0;
-    for (size_t i = 0; i < length / BLOCK; i++) {
-        const uint8_t *data = NULL;
-        enum extmap_hit hit = extmap_get(vs->map, volume, offset / BLOCK + i, &data);
-        hits[i] = hit != EXTMAP_MISS;
-        if (hit == EXTMAP_DATA)
-            memcpy(to + i * BLOCK, data, BLOCK);
-        else if (hit == EXTMAP_ZEROS)
-            memset(to + i * BLOCK, 0, BLOCK);
-        found += hits[i];
-    }
-    return found;
-}
-
-static void set_read(void *self, unsigned volume, uint64_t offset, size_t length, void *cookie)
-{
-    struct volume_set *vs = self;
-    uint8_t hits[BACKEND_MAX_REQUEST / 4096];
-    size_t found = 0;
-    pthread_mutex_lock(&vs->lock);
-    vs->reads++;
-    vs->bytes_read += length;
-    if (!extmap_empty(vs->map))
-        found = copy_hits(vs, volume, offset, length, vs->hit_buffer, hits);
-    pthread_mutex_unlock(&vs->lock);
-    if (found == length / BLOCK) {
-        vs->done.read(cookie, vs->hit_buffer, length, 0);
-        return;
-    }
-    struct read_job *job = malloc(sizeof *job);
-    if (!job) {
-        vs->done.read(cookie, NULL, 0, -ENOMEM);
-        return;
-    }
-    job->next = NULL;
-    job->volume = volume;
-    job->offset = offset;
-    job->length = length;
-    job->cookie = cookie;
-    HOLD_LOCK(&vs->lock);
-    *vs->reads_last = job;
-    vs->reads_last = &job->next;
-    pthread_cond_signal(&vs->to_read);
-}
-
-/* `overlay` takes the blocks that are newer than the volume. */
-static void read_one(struct volume_set *vs, const struct read_job *job, uint8_t *buffer, uint8_t *overlay)
-{
-    const struct volume *v = &vs->volumes[job->volume];
-    uint8_t hits[BACKEND_MAX_REQUEST / 4096];
-    size_t found = 0;
-    pthread_mutex_lock(&vs->lock);
-    if (!extmap_empty(vs->map))
-        found = copy_hits(vs, job->volume, job->offset, job->length, overlay, hits);
-    pthread_mutex_unlock(&vs->lock);
-    int rc = found == job->length / BLOCK ? 0 : io_pread(v->fd, buffer, job->length, job->offset);
-    if (rc)
-        vs_note_error(vs, "volume %s: cannot read %zu bytes at %lu: %s", v->name, job->length, job->offset, strerror(-rc));
-    else if (found)
-        for (size_t i = 0; i < job->length / BLOCK; i++)
-            if (hits[i])
-                memcpy(buffer + i * BLOCK, overlay + i * BLOCK, BLOCK);
-    vs->done.read(job->cookie, buffer, rc ? 0 : job->length, rc);
-}
-
-static void *read_main(void *arg)
-{
-    struct volume_set *vs = arg;
-    uint8_t *buffer = io_alloc(2 * BACKEND_MAX_REQUEST);
-    if (!buffer)
-        abort();
-    for (;;) {
-        pthread_mutex_lock(&vs->lock);
-        while (!vs->reads_first && !vs->stop_readers)
-            pthread_cond_wait(&vs->to_read, &vs->lock);
-        struct read_job *job = vs->reads_first;
-        if (job && !(vs->reads_first = job->next))
-            vs->reads_last = &vs->reads_first;
-        pthread_mutex_unlock(&vs->lock);
-        if (!job)
-            break;
-        read_one(vs, job, buffer, buffer + BACKEND_MAX_REQUEST);
-        free(job);
-    }
-    io_free(buffer, 2 * BACKEND_MAX_REQUEST);
-    return NULL;
-}
-
 /* ---- control ---- */
 
 /* A journal that is full may be so for long, and who waits here holds a connection: they are told at once. */
@@ -394,7 +298,7 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
         .unapplied_bytes = vs->data_head - vs->data_tail,
         .parked_bytes = vs->parked_bytes,
         .writes = vs->writes,
-        .reads = vs->reads,
+        .reads = vs->reads_taken,
         .bytes_written = vs->bytes_written,
         .bytes_read = vs->bytes_read,
     };
@@ -405,6 +309,10 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
 
 static const char *set_name(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].name; }
 static uint64_t set_size(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].size; }
+static void set_read(void *self, unsigned volume, uint64_t offset, size_t length, void *cookie)
+{
+    reads_take(((struct volume_set *)self)->reads, volume, offset, length, cookie);
+}
 static void set_done(void *self, const struct done *done) { ((struct volume_set *)self)->done = *done; }
 
 struct backend vs_backend(struct volume_set *vs)
@@ -427,7 +335,6 @@ void vs_free(struct volume_set *vs)
         if (vs->volumes[i].fd >= 0)
             close(vs->volumes[i].fd);
     io_free(vs->ring, RING_BYTES);
-    io_free(vs->hit_buffer, BACKEND_MAX_REQUEST);
     free(vs->records);
     free(vs->cookies);
     free(vs->batches);
@@ -446,9 +353,7 @@ static int start_threads(struct volume_set *vs)
     if (rc == 0 && ++vs->threads)
         rc = pthread_create(&vs->applier, NULL, applier_main, vs);
     if (rc == 0 && ++vs->threads)
-        for (int i = 0; i < READERS && rc == 0; i++)
-            if ((rc = pthread_create(&vs->readers[i], NULL, read_main, vs)) == 0)
-                vs->threads++;
+        rc = -reads_start(&vs->reads, vs);
     return -rc;
 }
 
@@ -463,26 +368,23 @@ int vs_start(struct volume_set **out, const struct volume *volumes, unsigned cou
     vs->jw = jw;
     vs->last_write = vs->durable_write = vs->applied_write = vs->synced_write = last_write;
     vs->parked_last = &vs->parked_first;
-    vs->reads_last = &vs->reads_first;
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
     pthread_mutex_init(&vs->lock, NULL);
     pthread_cond_init(&vs->to_commit, NULL);
     cond_init_monotonic(&vs->to_apply);
-    pthread_cond_init(&vs->to_read, NULL);
     pthread_cond_init(&vs->progress, NULL);
     vs->ring = io_alloc(RING_BYTES);
-    vs->hit_buffer = io_alloc(BACKEND_MAX_REQUEST);
     vs->records = calloc(RECORDS, sizeof *vs->records);
     vs->cookies = calloc(RECORDS, sizeof *vs->cookies);
     vs->batches = calloc(BATCHES, sizeof *vs->batches);
     vs->map = extmap_new(RING_BYTES / BLOCK);
-    if (!vs->ring || !vs->hit_buffer || !vs->records || !vs->cookies || !vs->batches || !vs->map) {
+    if (!vs->ring || !vs->records || !vs->cookies || !vs->batches || !vs->map) {
         vs_free(vs);
         return err_sys(e, -ENOMEM, "volume set");
     }
     int rc = start_threads(vs);
     if (rc) {
-        err_sys(e, rc, "cannot start a thread");
+        err_sys(e, rc, "cannot start the threads of a volume set");
         vs_stop(vs, NULL);
         vs_free(vs);
         return rc;
@@ -511,8 +413,8 @@ int vs_stop(struct volume_set *vs, struct err *e)
         rc = vs_sync(vs, &applied, e);
         stop_thread(vs, &vs->stop_applier, &vs->to_apply, vs->applier);
     }
-    for (unsigned i = 2; i < vs->threads; i++)
-        stop_thread(vs, &vs->stop_readers, &vs->to_read, vs->readers[i - 2]);
+    reads_stop(vs->reads);
+    vs->reads = NULL;
     if (rc == 0 && vs->threads > 1)
         rc = jw_set_applied(vs->jw, vs->synced_write, vs->synced_write == vs->durable_write, e);
     return rc;

@@ -1,4 +1,4 @@
-/* What volume.c (taking, committing, reading) and apply.c (bringing durable writes to the volumes) share. */
+/* What volume.c (taking, committing), reads.c and apply.c (bringing durable writes to the volumes) share. */
 #ifndef PGCDP_VOLUME_SET_H
 #define PGCDP_VOLUME_SET_H
 
@@ -16,7 +16,6 @@
 #define MAX_BATCH_BYTES ((uint64_t)4 << 20)
 #define MAX_BATCH_RECORDS 1024u
 #define PARKED_BYTES ((uint64_t)24 << 20)  /* writes that wait because the ring is full or the journal stalls */
-#define READERS 4
 
 /* Positions are virtual: they only grow, and are taken modulo the ring's size. A batch is contiguous in each ring. */
 struct batch {
@@ -32,14 +31,6 @@ struct parked { /* a write that could not be taken yet; in order */
     uint8_t data[];
 };
 
-struct read_job {
-    struct read_job *next;
-    unsigned volume;
-    uint64_t offset;
-    size_t length;
-    void *cookie;
-};
-
 /* One lock for everything below; held for memory copies at most, never for I/O. */
 struct volume_set {
     struct volume volumes[MAX_VOLUMES];
@@ -48,10 +39,11 @@ struct volume_set {
     struct done done;
 
     pthread_mutex_t lock;
-    pthread_cond_t to_commit, to_apply, progress, to_read;
-    pthread_t committer, applier, readers[READERS];
+    pthread_cond_t to_commit, to_apply, progress;
+    pthread_t committer, applier;
+    struct reads *reads;
     unsigned threads;
-    bool stop_committer, stop_applier, stop_readers;
+    bool stop_committer, stop_applier;
 
     uint8_t *ring;
     struct fmt_record *records;
@@ -74,9 +66,7 @@ struct volume_set {
     bool apply_failed;  /* the last window could not be written; tried again */
     char error[256];
 
-    struct read_job *reads_first, **reads_last;
-    uint8_t *hit_buffer; /* of the reader thread, for reads that need no volume */
-    uint64_t writes, reads, bytes_written, bytes_read;
+    uint64_t writes, reads_taken, bytes_written, bytes_read;
 };
 
 static inline struct batch *batch_at(struct volume_set *vs, uint64_t i) { return &vs->batches[i % BATCHES]; }

@@ -118,8 +118,9 @@ def attach(
         _detach_all(config)
     progress(Progress("attaching the volumes"))
     for volume in config.volumes:
-        device = _loop_of(config, volume) or volumes.attach_loop(config.paths.fuse / volume.name)
-        volumes.set_write_through(device)
+        file = config.paths.fuse / volume.name
+        device = _loop_of(config, volume) or volumes.attach_loop(file, volumes.WRITE_THROUGH)
+        volumes.set_cache_mode(device, volumes.WRITE_THROUGH)  # a restart may find one killed on its way
         if volumes.mount_at(volume.mountpoint) is None:
             volumes.mount(device, volume.mountpoint, volume.fs)
     return client

@@ -171,8 +171,14 @@ DETACH_SECONDS = 20.0
 # --- loop devices
 
 
-def attach_loop(file: Path) -> Path:
-    """A loop device over `file` (an absolute path): direct I/O, 4096-byte sectors, write-through. Returns /dev/loopN.
+WRITE_THROUGH = "write through"
+"""Cache mode over a captured volume: each write is durable when it is answered, a flush has nothing to do."""
+WRITE_BACK = "write back"
+"""Cache mode over a plain file: flushes reach it."""
+
+
+def attach_loop(file: Path, mode: str = WRITE_BACK) -> Path:
+    """A loop device over `file` (an absolute path): direct I/O, 4096-byte sectors, cache mode. Returns /dev/loopN.
 
     Raises PreconditionError when the kernel did not take one of these, with the device detached again.
     """
@@ -181,7 +187,7 @@ def attach_loop(file: Path) -> Path:
     ]).stdout.strip()  # fmt: skip
     device = Path(shown)
     try:
-        set_write_through(device)
+        set_cache_mode(device, mode)
         _expect(device, "loop/dio", "1", "direct I/O")
         _expect(device, "queue/logical_block_size", str(SECTOR), f"{SECTOR}-byte sectors")
     except BaseException:
@@ -190,10 +196,10 @@ def attach_loop(file: Path) -> Path:
     return device
 
 
-def set_write_through(device: Path) -> None:
-    """Put the loop device's cache mode to write-through (it outlives the backing: needed at every attach)."""
-    (_SYS_BLOCK / device.name / "queue/write_cache").write_text("write through\n")
-    _expect(device, "queue/write_cache", "write through", "the write-through cache mode")
+def set_cache_mode(device: Path, mode: str) -> None:
+    """Set a loop device's cache mode. It outlives the file under the device: set at every attach, put back after it."""
+    (_SYS_BLOCK / device.name / "queue/write_cache").write_text(f"{mode}\n")
+    _expect(device, "queue/write_cache", mode, "its cache mode")
 
 
 def _expect(device: Path, attribute: str, value: str, what: str) -> None:
@@ -209,6 +215,7 @@ def detach_loop(device: Path) -> None:
     backing = loop_backing(device)
     if backing is None:
         return
+    set_cache_mode(device, WRITE_BACK)  # else whoever attaches it next writes without flushes, and does not know
     proc.run(["losetup", "--detach", os.fspath(device)])
     deadline = time.monotonic() + DETACH_SECONDS
     # The kernel detaches it when the last one who looks at it closes it; somebody else may attach it right away.

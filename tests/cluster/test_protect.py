@@ -284,6 +284,24 @@ def test_a_new_cluster_with_wal_on_a_volume_of_its_own(house: House) -> None:
     cluster.stop(fresh)
 
 
+def test_a_free_loop_device_keeps_its_flushes(house: House) -> None:
+    """The cache mode outlives the file: left at write-through, the next file's writes would be lost by a power cut."""
+    image = house.root / "disk"
+    volumes.make_image(image, 16 * MIB)
+    device = volumes.attach_loop(image)
+    mode = Path(f"/sys/block/{device.name}/queue/write_cache")
+    assert mode.read_text().strip() == volumes.WRITE_BACK
+    volumes.set_cache_mode(device, volumes.WRITE_THROUGH)
+    volumes.detach_loop(device)
+    assert mode.read_text().strip() == volumes.WRITE_BACK
+    config = protect.protect(house.request())
+    [captured] = volumes.loops_over(config.paths.fuse)
+    mode = Path(f"/sys/block/{captured.name}/queue/write_cache")
+    assert mode.read_text().strip() == volumes.WRITE_THROUGH
+    attach.down(config)
+    assert mode.read_text().strip() == volumes.WRITE_BACK
+
+
 def test_a_given_device(house: House) -> None:
     image = house.root / "disk"
     volumes.make_image(image, 384 * MIB)

@@ -24,10 +24,12 @@ def loop_device(file: Path) -> Iterator[Path]:
     """A loop device over a served file: direct I/O, 4096-byte sectors, write-through."""
     command = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size=4096", str(file)]
     device = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    mode = Path(f"/sys/block/{device.name}/queue/write_cache")
     try:
-        Path(f"/sys/block/{device.name}/queue/write_cache").write_text("write through")
+        mode.write_text("write through")
         yield device
     finally:
+        mode.write_text("write back")
         subprocess.run(["losetup", "--detach", str(device)], check=True)
 
 

@@ -24,6 +24,7 @@ ALLOWED = [
     *KILLED,
     r"PANIC:  ",
     r"(FATAL|ERROR|WARNING):  .*(Input/output error|Read-only file system|Transport endpoint|Structure needs cleaning)",
+    r"ERROR:  could not read block \d+ in file .*: read only 4096 of 8192 bytes",  # judged by the client who sees it
     r"FATAL:  (the database system is in recovery mode|terminating connection)",
     r"WARNING:  terminating connection because of crash of another server process",
     r"FATAL:  could not open directory",
