@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.stages import Stages, StageSettings
+from pgcdp.pace import Pace, start_low
 from pgcdp.postgres.session import Dsn, Session, Settings
 from pgcdp.proc import user_named
 from pgcdp.records import Interval
@@ -78,6 +80,7 @@ class Agent:
         self.wake = asyncio.Event()
         self.changed = asyncio.Condition()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="stages")
+        self.pace = Pace(self.worker.submit(threading.get_native_id).result(), self._hurried)
 
     # --- life
 
@@ -94,16 +97,18 @@ class Agent:
         finally:
             os.umask(mask)
         logger.info("agent of set %s, pid %d", self.config.name, os.getpid())
+        pacing = asyncio.create_task(self.pace.run())
         try:
             while not self.stopping.is_set():
                 await self._turn()
         finally:
             server.close()
-            for task in (self.asking, self.learning):
+            for task in (pacing, self.asking, self.learning):
                 if task is not None:
                     task.cancel()
                     with suppress(asyncio.CancelledError, PgcdpError):
                         await task
+            self.pace.adjust()
             await self._in_worker(self._leave_room)
             await self._in_worker(self._close_stages)
             if self.session is not None:
@@ -140,6 +145,14 @@ class Agent:
                 await asyncio.wait_for(self.wake.wait(), pause)
             self.wake.clear()
 
+    def _hurried(self) -> bool:
+        """Somebody waits: production for room in the journal, a user for a boundary, or whoever stops the agent."""
+        try:
+            stalled = self.engine.status().state == "stalled"
+        except PgcdpError:  # the next turn says what is wrong with the engine
+            stalled = False
+        return stalled or self.asked == "requested" or self.stopping.is_set()
+
     def _note(self, message: str) -> None:
         if message != self.error:
             logger.error("%s", message)
@@ -173,6 +186,7 @@ class Agent:
         more = stages.opened is not None and stages.opened.last_write < status.durable_write
         if published or more:
             return 0.0
+        self.pace.keeps_up()
         return STALLED_TICK_SECONDS if status.state == "stalled" else TICK_SECONDS
 
     async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
@@ -479,8 +493,7 @@ def main(set_name: str) -> int:
     """`pgcdp agent SET`: serve in the foreground, log to the set's agent log; the exit code."""
     config = load_config(set_name)
     log.start(config.paths.agent_log)
-    os.nice(10)  # production's own work goes first, and is not interrupted by this
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    start_low()
     with FileLock(config.paths.agent_lock, f"the agent of set {set_name}"):
         asyncio.run(Agent(config).run())
     return 0

@@ -170,7 +170,7 @@ class Config:
     apply: Literal["optimal", "replay"] = "optimal"
     on_full: Literal["stall"] = "stall"
     fs: Literal["ext4", "xfs"] = "ext4"
-    compression_level: int = 3
+    compression_level: int = 1
     root: Path = field(default_factory=lambda: root_directory())
 
     @property
@@ -307,7 +307,7 @@ SETTINGS: tuple[Setting, ...] = (
             "what happens when the journal cannot grow: writes wait", "up"),
     Setting("fs", _choice("ext4", "xfs"), str, "ext4", '"ext4" or "xfs"', "filesystem of the volumes", "fixed"),
     Setting(
-        "compression_level", _number(1, 19), int, 3, "a number from 1 to 19", "zstd level of what is stored", "agent"
+        "compression_level", _number(1, 19), int, 1, "a number from 1 to 19", "zstd level of what is stored", "agent"
     ),
     Setting(
         "cluster.version", _number(13, 99), int, None, "a major version from 13", "major version of Postgres", "fixed"

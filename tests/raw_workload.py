@@ -253,6 +253,8 @@ def match(ops: Iterable[Op], records: Iterable[Record]) -> list[str]:
     for op in by_name.values():
         if op.kind in (ZERO, DISCARD):
             erasures[op.volume, op.kind].append(op)
+    for candidates in erasures.values():  # of two that cover a record, the tighter one: the other has its own
+        candidates.sort(key=lambda op: op.length)
     for record in records:
         found: Op | None
         lengths[record.number] = record.length

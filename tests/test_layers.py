@@ -33,6 +33,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.recovery.*": 6,
     "pgcdp.service": 7,
     "pgcdp.doctor": 7,
+    "pgcdp.pace": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,
@@ -68,6 +69,7 @@ C_FLOORS: dict[str, int] = {
     "volume": 4,
     "volume_set": 4,
     "apply": 4,
+    "reads": 4,
     "front_fuse": 5,
     "control": 5,
     "capture": 6,
@@ -76,7 +78,7 @@ C_FLOORS: dict[str, int] = {
 }
 """Floor of each room of the engine: NAME.c and NAME.h."""
 
-C_BACK_ROOMS: dict[str, str] = {"volume_set": "volume", "apply": "volume"}
+C_BACK_ROOMS: dict[str, str] = {"volume_set": "volume", "apply": "volume", "reads": "volume"}
 """Files that belong to a room without being its door: the room's own files share what only they may see."""
 
 

@@ -16,7 +16,7 @@ from pgcdp.errors import DamageError
 from pgcdp.fsio import read_all
 
 FRAME_BYTES = 512 * 1024
-DEFAULT_LEVEL = 3
+DEFAULT_LEVEL = 1
 HEADER_BYTES = 64
 FRAME_HEADER_BYTES = 32
 TRAILER_BYTES = 32
