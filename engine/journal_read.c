@@ -21,339 +21,15 @@
  */
 #include "journal_read.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "checksum.h"
 #include "cleanup.h"
 #include "io.h"
+#include "journal_files.h"
 #include "util.h"
-
-#define SCAN_BYTES ((uint64_t)1 << 20)
-
-struct jr {
-    char *dir;
-    int dir_fd;
-    uint8_t set_id[16];
-    struct jr_segment *segments;
-    size_t count;
-    size_t capacity;
-    struct fmt_applied mark; /* all zero without one */
-    bool marked;
-
-    bool started;     /* the position is known */
-    bool first_lost;  /* ... but not its numbers: the first batch is damaged, and what came before it is released */
-    size_t at;
-    uint64_t offset;
-    uint64_t next_batch;
-    uint64_t next_write;
-    uint64_t prev_segment;
-    uint64_t prev_end;
-    bool torn;
-
-    int fd; /* of segment `fd_of` */
-    size_t fd_of;
-    uint8_t *batch;
-    size_t batch_size;
-    uint8_t *scan;
-};
-
-void jr_segment_name(char out[32], uint64_t sequence) { snprintf(out, 32, "%016" PRIu64 ".seg", sequence); }
-
-/* ---- reading blocks ---- */
-
-static int stale(const struct jr *jr, size_t index, struct err *e)
-{
-    char name[32];
-    jr_segment_name(name, jr->segments[index].sequence);
-    err_set(e, JR_STALE, "segment %s of journal %s was recycled while it was read", name, jr->dir);
-    err_hint(e, "run the command again, or from a later write");
-    return JR_STALE;
-}
-
-static int use_segment(struct jr *jr, size_t index, struct err *e)
-{
-    if (jr->fd >= 0 && jr->fd_of == index)
-        return 0;
-    if (jr->fd >= 0)
-        close(jr->fd);
-    char name[32];
-    jr_segment_name(name, jr->segments[index].sequence);
-    jr->fd_of = index;
-    jr->fd = openat(jr->dir_fd, name, O_RDONLY | O_CLOEXEC);
-    if (jr->fd >= 0)
-        return 0;
-    int code = -errno;
-    return code == -ENOENT ? stale(jr, index, e) : err_sys(e, code, "cannot open segment %s/%s", jr->dir, name);
-}
-
-static int read_segment(struct jr *jr, size_t index, void *data, uint64_t length, uint64_t offset, struct err *e)
-{
-    int rc = use_segment(jr, index, e);
-    if (rc)
-        return rc;
-    rc = io_pread(jr->fd, data, length, offset);
-    if (!rc)
-        return 0;
-    char name[32];
-    jr_segment_name(name, jr->segments[index].sequence);
-    return err_sys(e, rc, "cannot read %" PRIu64 " bytes at offset %" PRIu64 " of segment %s/%s", length, offset,
-                   jr->dir, name);
-}
-
-/* Whether these bytes begin a batch of this use of the segment that fits at `offset`; says nothing of its data. */
-static bool plausible(const struct fmt_batch *h, const struct jr_segment *s, uint64_t offset)
-{
-    return memcmp(h->magic, FMT_BATCH_MAGIC, 8) == 0 && h->salt == s->salt && h->records >= 1 &&
-           h->header_length == fmt_batch_header(h->records) && h->length >= h->header_length &&
-           h->length % BLOCK == 0 && h->length <= s->size - offset;
-}
-
-/* 1 with the header of the batch at `offset`, 0 when there is none, or -errno. */
-static int read_header(struct jr *jr, size_t index, uint64_t offset, struct fmt_batch *out, struct err *e)
-{
-    const struct jr_segment *s = &jr->segments[index];
-    if (offset + BLOCK > s->size)
-        return 0;
-    int rc = read_segment(jr, index, out, sizeof *out, offset, e);
-    return rc ? rc : plausible(out, s, offset);
-}
-
-static int reserve_batch(struct jr *jr, uint64_t length, struct err *e)
-{
-    if (length <= jr->batch_size)
-        return 0;
-    if (jr->batch)
-        io_free(jr->batch, jr->batch_size);
-    jr->batch_size = 0;
-    jr->batch = io_alloc(length);
-    if (!jr->batch)
-        return err_set(e, -ENOMEM, "no memory for a batch of %" PRIu64 " bytes", length);
-    jr->batch_size = length;
-    return 0;
-}
-
-/* Reads the batch at `offset` into jr->batch: 1 when it is valid (1.2), 0 when not, or -errno. */
-static int read_batch(struct jr *jr, size_t index, uint64_t offset, struct err *e)
-{
-    struct fmt_batch h;
-    int rc = read_header(jr, index, offset, &h, e);
-    if (rc != 1)
-        return rc;
-    uint64_t length = h.length;
-    rc = reserve_batch(jr, length, e);
-    if (!rc)
-        rc = read_segment(jr, index, jr->batch, length, offset, e);
-    if (rc)
-        return rc;
-    const struct fmt_batch *read = (const struct fmt_batch *)(const void *)jr->batch;
-    return read->length == length && plausible(read, &jr->segments[index], offset) &&
-           checksum_zeroed(jr->batch, length, offsetof(struct fmt_batch, checksum)) == read->checksum;
-}
-
-static const struct fmt_batch *loaded(const struct jr *jr) { return (const void *)jr->batch; }
-
-static const struct fmt_record *loaded_records(const struct jr *jr)
-{
-    return (const void *)(jr->batch + sizeof(struct fmt_batch));
-}
-
-/* ---- open ---- */
-
-static int compare_segments(const void *a, const void *b)
-{
-    const struct jr_segment *x = a, *y = b;
-    return x->sequence < y->sequence ? -1 : x->sequence > y->sequence;
-}
-
-/* The sequence number in "0000000000000003.seg", 0 for any other name. */
-static uint64_t sequence_of(const char *name)
-{
-    if (strlen(name) != 20 || strcmp(name + 16, ".seg") != 0 || strspn(name, "0123456789") != 16)
-        return 0;
-    return strtoull(name, NULL, 10);
-}
-
-static int add_segment(struct jr *jr, uint64_t sequence, struct err *e)
-{
-    if (jr->count == jr->capacity) {
-        size_t capacity = jr->capacity ? jr->capacity * 2 : 64;
-        void *grown = reallocarray(jr->segments, capacity, sizeof *jr->segments);
-        if (!grown)
-            return err_set(e, -ENOMEM, "no memory for %zu segments", capacity);
-        jr->segments = grown;
-        jr->capacity = capacity;
-    }
-    jr->segments[jr->count++] = (struct jr_segment){.sequence = sequence};
-    return 0;
-}
-
-static int list_segments(struct jr *jr, struct err *e)
-{
-    int fd = dup(jr->dir_fd);
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
-    if (!dir) {
-        int code = -errno;
-        if (fd >= 0)
-            close(fd);
-        return err_sys(e, code, "cannot list journal %s", jr->dir);
-    }
-    int rc = 0;
-    for (struct dirent *entry; !rc && (entry = readdir(dir));) {
-        uint64_t sequence = sequence_of(entry->d_name);
-        if (sequence)
-            rc = add_segment(jr, sequence, e);
-    }
-    closedir(dir);
-    if (!rc && jr->count)
-        qsort(jr->segments, jr->count, sizeof *jr->segments, compare_segments);
-    return rc;
-}
-
-static int wrong_set(const struct jr *jr, const char *name, struct err *e)
-{
-    err_set(e, ERR_PRECONDITION, "%s in journal %s belongs to another volume set", name, jr->dir);
-    err_hint(e, "give the journal directory and the set id that belong together");
-    return ERR_PRECONDITION;
-}
-
-/* Checks the header block of one segment and takes its salt and size. */
-static int open_segment(struct jr *jr, size_t index, const uint8_t *set_id, struct err *e)
-{
-    struct jr_segment *s = &jr->segments[index];
-    char name[32];
-    jr_segment_name(name, s->sequence);
-    if (index && jr->segments[index - 1].sequence + 1 != s->sequence)
-        return err_set(e, JR_DAMAGE, "segment %016" PRIu64 ".seg is missing from journal %s, though %s is there",
-                       jr->segments[index - 1].sequence + 1, jr->dir, name);
-    int rc = use_segment(jr, index, e);
-    uint64_t size = 0;
-    if (rc || (rc = io_size(jr->fd, &size)))
-        return rc;
-    uint8_t block[FMT_HEADER_BYTES];
-    struct fmt_segment h;
-    if (size < sizeof block)
-        return err_set(e, JR_DAMAGE, "segment %s/%s is damaged: it has only %" PRIu64 " bytes", jr->dir, name, size);
-    rc = read_segment(jr, index, block, sizeof block, 0, e);
-    if (rc)
-        return rc;
-    memcpy(&h, block, sizeof h);
-    if (memcmp(h.magic, FMT_SEGMENT_MAGIC, 8) != 0 ||
-        checksum_zeroed(block, sizeof block, offsetof(struct fmt_segment, checksum)) != h.checksum)
-        return err_set(e, JR_DAMAGE, "segment %s/%s is damaged at offset 0: its header is not what was written",
-                       jr->dir, name);
-    if (h.version != FORMAT_VERSION)
-        return err_set(e, ERR_PRECONDITION, "segment %s/%s has format version %u, this program knows %u", jr->dir, name,
-                       h.version, FORMAT_VERSION);
-    if (memcmp(h.set_id, set_id ? set_id : index ? jr->set_id : h.set_id, 16) != 0)
-        return wrong_set(jr, name, e);
-    if (h.sequence != s->sequence || h.size != size || size % BLOCK != 0)
-        return err_set(e, JR_DAMAGE,
-                       "segment %s/%s is damaged at offset 0: its header speaks of segment %" PRIu64 " of %" PRIu64
-                       " bytes, the file has %" PRIu64,
-                       jr->dir, name, h.sequence, h.size, size);
-    memcpy(jr->set_id, h.set_id, 16);
-    s->salt = h.salt;
-    s->size = size;
-    return 0;
-}
-
-/* Takes the better slot of the applied mark. A file of zeros is one that was being made: no mark. */
-static int read_mark(struct jr *jr, const uint8_t *set_id, struct err *e)
-{
-    CLEANUP_CLOSE int fd = openat(jr->dir_fd, "applied", O_RDONLY | O_CLOEXEC);
-    if (fd < 0 && errno == ENOENT)
-        return 0;
-    if (fd < 0)
-        return err_sys(e, -errno, "cannot open %s/applied", jr->dir);
-    bool written = false;
-    for (uint64_t slot = 0; slot < 2; slot++) {
-        uint8_t block[FMT_HEADER_BYTES];
-        struct fmt_applied m;
-        int rc = io_pread(fd, block, sizeof block, slot * BLOCK);
-        if (rc == -ENODATA)
-            continue;
-        if (rc)
-            return err_sys(e, rc, "cannot read %s/applied at offset %" PRIu64, jr->dir, slot * BLOCK);
-        memcpy(&m, block, sizeof m);
-        for (size_t i = 0; i < sizeof block && !written; i++)
-            written = block[i] != 0;
-        if (memcmp(m.magic, FMT_APPLIED_MAGIC, 8) != 0 ||
-            checksum_zeroed(block, sizeof block, offsetof(struct fmt_applied, checksum)) != m.checksum)
-            continue;
-        if (m.version != FORMAT_VERSION)
-            return err_set(e, ERR_PRECONDITION, "%s/applied has format version %u, this program knows %u", jr->dir,
-                           m.version, FORMAT_VERSION);
-        const uint8_t *expected = set_id ? set_id : jr->count ? jr->set_id : m.set_id;
-        if (memcmp(m.set_id, expected, 16) != 0)
-            return wrong_set(jr, "applied", e);
-        if (!jr->marked || m.sequence > jr->mark.sequence)
-            jr->mark = m;
-        jr->marked = true;
-    }
-    if (written && !jr->marked)
-        return err_set(e, JR_DAMAGE, "%s/applied is damaged: neither slot, at offset 0 and 4096, is what was written",
-                       jr->dir);
-    return 0;
-}
-
-static int open_files(struct jr *jr, const uint8_t *set_id, struct err *e)
-{
-    jr->dir_fd = open(jr->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (jr->dir_fd < 0)
-        return err_sys(e, -errno, "cannot open journal %s", jr->dir);
-    int rc = list_segments(jr, e);
-    for (size_t i = 0; !rc && i < jr->count; i++)
-        rc = open_segment(jr, i, set_id, e);
-    if (!rc)
-        rc = read_mark(jr, set_id, e);
-    if (!rc && !jr->count && jr->mark.durable_write)
-        rc = err_set(e, JR_DAMAGE, "journal %s has no segments, though %" PRIu64 " writes were in it", jr->dir,
-                     jr->mark.durable_write);
-    return rc;
-}
-
-int jr_open(struct jr **out, const char *dir, const uint8_t set_id[16], struct err *e)
-{
-    *out = NULL;
-    struct jr *jr = calloc(1, sizeof *jr);
-    if (!jr)
-        return err_set(e, -ENOMEM, "no memory to read journal %s", dir);
-    jr->dir_fd = -1;
-    jr->fd = -1;
-    jr->dir = strdup(dir);
-    jr->scan = io_alloc(SCAN_BYTES);
-    int rc = jr->dir && jr->scan ? open_files(jr, set_id, e) : err_set(e, -ENOMEM, "no memory to read journal %s", dir);
-    if (rc) {
-        jr_close(jr);
-        return rc;
-    }
-    *out = jr;
-    return 0;
-}
-
-void jr_close(struct jr *jr)
-{
-    if (!jr)
-        return;
-    if (jr->fd >= 0)
-        close(jr->fd);
-    if (jr->dir_fd >= 0)
-        close(jr->dir_fd);
-    if (jr->batch)
-        io_free(jr->batch, jr->batch_size);
-    if (jr->scan)
-        io_free(jr->scan, SCAN_BYTES);
-    free(jr->segments);
-    free(jr->dir);
-    free(jr);
-}
-
-const uint8_t *jr_set_id(const struct jr *jr) { return jr->set_id; }
 
 /* ---- where the next batch is ---- */
 
@@ -386,9 +62,9 @@ static int find_continuation(struct jr *jr, size_t from, size_t *index, struct e
 {
     for (size_t i = jr->count; i-- > from;) {
         struct fmt_batch h;
-        int rc = read_header(jr, i, BLOCK, &h, e);
+        int rc = jr_read_header(jr, i, BLOCK, &h, e);
         if (rc == 1 && continues(jr, &h))
-            rc = read_batch(jr, i, BLOCK, e);
+            rc = jr_read_batch(jr, i, BLOCK, e);
         else if (rc >= 0)
             continue;
         if (rc < 0)
@@ -411,18 +87,18 @@ static int find_later(struct jr *jr, size_t index, uint64_t offset, bool valid, 
     const struct jr_segment *s = &jr->segments[index];
     for (uint64_t base = offset; base < s->size; base += SCAN_BYTES) {
         uint64_t length = min_u64(SCAN_BYTES, s->size - base);
-        int rc = read_segment(jr, index, jr->scan, length, base, e);
+        int rc = jr_read_segment(jr, index, jr->scan, length, base, e);
         if (rc)
             return rc;
         for (uint64_t i = 0; i < length; i += BLOCK) {
             memcpy(h, jr->scan + i, sizeof *h);
-            if (!plausible(h, s, base + i) || h->number < jr->next_batch)
+            if (!jr_plausible(h, s, base + i) || h->number < jr->next_batch)
                 continue;
             *place = base + i;
             bool expected_here = index == jr->at && base + i == jr->offset;
             if (!valid && !expected_here && h->number > jr->next_batch)
                 return 1;
-            rc = read_batch(jr, index, base + i, e);
+            rc = jr_read_batch(jr, index, base + i, e);
             if (rc)
                 return rc;
         }
@@ -467,7 +143,7 @@ static int still_there(struct jr *jr, struct err *e)
     jr_segment_name(name, jr->segments[jr->at].sequence);
     CLEANUP_CLOSE int fd = openat(jr->dir_fd, name, O_RDONLY | O_CLOEXEC);
     if (fd < 0 || io_pread(fd, &h, sizeof h, 0) || h.salt != jr->segments[jr->at].salt)
-        return stale(jr, jr->at, e);
+        return jr_stale(jr, jr->at, e);
     return 0;
 }
 
@@ -490,7 +166,7 @@ static int end_or_damage(struct jr *jr, struct err *e)
     }
     jr->torn = false;
     for (size_t i = jr->at; i < jr->count && !jr->torn; i++) {
-        rc = read_header(jr, i, i == jr->at ? jr->offset : BLOCK, &proof, e);
+        rc = jr_read_header(jr, i, i == jr->at ? jr->offset : BLOCK, &proof, e);
         if (rc < 0)
             return rc;
         jr->torn = rc == 1;
@@ -510,7 +186,7 @@ static int start(struct jr *jr, struct err *e)
     if (rc < 0)
         return rc;
     if (rc == 1) {
-        const struct fmt_batch *h = loaded(jr);
+        const struct fmt_batch *h = jr_loaded(jr);
         if (h->first_write > done + 1)
             return err_set(e, JR_DAMAGE,
                            "journal %s begins with write %" PRIu64 " in segment %016" PRIu64
@@ -546,11 +222,11 @@ static int locate(struct jr *jr, struct err *e)
         if (rc < 0)
             return rc;
         if (rc == 1) {
-            stand_at(jr, index, BLOCK, loaded(jr));
+            stand_at(jr, index, BLOCK, jr_loaded(jr));
             return 1;
         }
-        rc = read_batch(jr, jr->at, jr->offset, e);
-        if (rc < 0 || (rc == 1 && continues(jr, loaded(jr))))
+        rc = jr_read_batch(jr, jr->at, jr->offset, e);
+        if (rc < 0 || (rc == 1 && continues(jr, jr_loaded(jr))))
             return rc;
         rc = end_or_damage(jr, e);
         if (rc != JR_DAMAGE)
@@ -562,8 +238,8 @@ static int locate(struct jr *jr, struct err *e)
 /* A batch with the right checksum that contradicts itself was written wrongly; better said than applied. */
 static int check_records(const struct jr *jr, struct err *e)
 {
-    const struct fmt_batch *h = loaded(jr);
-    const struct fmt_record *r = loaded_records(jr);
+    const struct fmt_batch *h = jr_loaded(jr);
+    const struct fmt_record *r = jr_loaded_records(jr);
     uint64_t data = 0;
     for (uint32_t i = 0; i < h->records; i++, r++) {
         bool right = r->number == h->first_write + i && r->flags == 0 && r->offset % BLOCK == 0 &&
@@ -606,7 +282,7 @@ static void finish(struct jr *jr)
         struct jr_segment *s = &jr->segments[i];
         struct fmt_batch h;
         s->first_write = s->first_batch = s->last_write = 0;
-        if (i > jr->at || read_header(jr, i, BLOCK, &h, NULL) != 1 || h.number >= batch)
+        if (i > jr->at || jr_read_header(jr, i, BLOCK, &h, NULL) != 1 || h.number >= batch)
             continue;
         s->first_batch = h.number;
         s->first_write = h.first_write;
@@ -626,12 +302,12 @@ int jr_next(struct jr *jr, struct jr_batch *out, struct err *e)
     rc = check_records(jr, e);
     if (rc)
         return rc;
-    const struct fmt_batch *h = loaded(jr);
+    const struct fmt_batch *h = jr_loaded(jr);
     *out = (struct jr_batch){
         .number = h->number,
         .first_write = h->first_write,
         .records = h->records,
-        .record = loaded_records(jr),
+        .record = jr_loaded_records(jr),
         .data = jr->batch + h->header_length,
         .segment = jr->segments[jr->at].sequence,
         .offset = jr->offset,
@@ -648,17 +324,17 @@ static int pass_segments(struct jr *jr, uint64_t write, struct err *e)
 {
     for (size_t i = jr->count; i-- > jr->at + 1;) {
         struct fmt_batch h;
-        int rc = read_header(jr, i, BLOCK, &h, e);
+        int rc = jr_read_header(jr, i, BLOCK, &h, e);
         if (rc < 0)
             return rc;
         if (rc == 0 || h.first_write > write || h.number < jr->next_batch || h.first_write < jr->next_write ||
             h.prev_segment < jr->segments[jr->at].sequence)
             continue;
-        rc = read_batch(jr, i, BLOCK, e);
+        rc = jr_read_batch(jr, i, BLOCK, e);
         if (rc < 0)
             return rc;
         if (rc == 1) {
-            stand_at(jr, i, BLOCK, loaded(jr));
+            stand_at(jr, i, BLOCK, jr_loaded(jr));
             return 0;
         }
     }
@@ -669,10 +345,10 @@ static int pass_segments(struct jr *jr, uint64_t write, struct err *e)
 static int pass_batch(struct jr *jr, uint64_t write, struct err *e)
 {
     struct fmt_batch h, behind;
-    int rc = read_header(jr, jr->at, jr->offset, &h, e);
+    int rc = jr_read_header(jr, jr->at, jr->offset, &h, e);
     if (rc != 1 || !continues(jr, &h) || h.first_write + h.records > write)
         return rc < 0 ? rc : 0;
-    rc = read_header(jr, jr->at, jr->offset + h.length, &behind, e);
+    rc = jr_read_header(jr, jr->at, jr->offset + h.length, &behind, e);
     if (rc != 1 || behind.number != h.number + 1 || behind.first_write != h.first_write + h.records)
         return rc < 0 ? rc : 0;
     consume(jr, h.records, h.length);
@@ -693,9 +369,9 @@ int jr_seek(struct jr *jr, uint64_t write, struct err *e)
             continue;
         if (rc == 0)
             rc = locate(jr, e);
-        if (rc != 1 || loaded(jr)->first_write + loaded(jr)->records > write)
+        if (rc != 1 || jr_loaded(jr)->first_write + jr_loaded(jr)->records > write)
             return rc == 1 ? 0 : rc;
-        consume(jr, loaded(jr)->records, loaded(jr)->length);
+        consume(jr, jr_loaded(jr)->records, jr_loaded(jr)->length);
     }
 }
 
@@ -709,10 +385,10 @@ int jr_pass_damage(struct jr *jr, uint64_t *missing_to)
     *missing_to = 0;
     if (!jr->started)
         return 0;
-    if (read_batch(jr, jr->at, jr->offset, NULL) == 1 && continues(jr, loaded(jr))) {
+    if (jr_read_batch(jr, jr->at, jr->offset, NULL) == 1 && continues(jr, jr_loaded(jr))) {
         /* The batch is what was written; it was its records that contradict themselves. */
-        *missing_to = jr->next_write + loaded(jr)->records - 1;
-        consume(jr, loaded(jr)->records, loaded(jr)->length);
+        *missing_to = jr->next_write + jr_loaded(jr)->records - 1;
+        consume(jr, jr_loaded(jr)->records, jr_loaded(jr)->length);
         return 1;
     }
     if (find_proof(jr, true, &index, &place, &h, NULL) != 1)

@@ -7,8 +7,9 @@
  *
  * The reader looks up, and hands what misses to the kernel (AIO, O_DIRECT); one thread, the completer, answers it when it
  * has come. So a read from the volume costs one wake-up and no hand-over between threads: with a pool of threads it cost
- * two, and random reads were at half of a plain loop device's. RWF_NOWAIT keeps the reader from waiting in the kernel;
- * what would have to wait is sent again by the completer.
+ * two, and random reads were at half of a plain loop device's. RWF_NOWAIT keeps the reader from waiting for locks and
+ * mappings (not for a place in the device's queue when that is full); what would have to wait is sent again by the
+ * completer. Where a backing does not know the flag (some device mapper targets, network filesystems), it goes without.
  *
  * Memory is fixed: a read takes a slot with its buffer, small or large. When there is none, it is queued without data and
  * looked up again when its turn comes, which is later and so no worse.
@@ -19,6 +20,7 @@
 #include <libaio.h>
 #include <poll.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -67,6 +69,7 @@ struct reads {
     uint8_t *hit_buffer; /* of the reader, for reads that need no volume */
     uint8_t *memory;
     struct slot slots[SLOTS];
+    atomic_bool may_wait[MAX_VOLUMES]; /* its backing does not know RWF_NOWAIT */
 
     /* Under the volume set's lock. */
     struct slot *free[CLASSES];
@@ -119,13 +122,25 @@ static int read_now(struct reads *r, struct slot *s)
     return io_pread(r->vs->volumes[s->request.volume].fd, s->buffer, s->request.length, s->request.offset);
 }
 
-/* True when the kernel has it and gives it back to the completer. */
-static bool to_kernel(struct reads *r, struct slot *s, unsigned flags)
+/* 0 when the kernel has it and gives it back to the completer, else -errno. */
+static int to_kernel(struct reads *r, struct slot *s, unsigned flags)
 {
     struct iocb *iocb = &s->iocb;
     io_prep_pread(iocb, r->vs->volumes[s->request.volume].fd, s->buffer, s->request.length, (long long)s->request.offset);
     iocb->aio_rw_flags = flags;
-    return io_submit(r->aio, 1, &iocb) == 1;
+    int rc = io_submit(r->aio, 1, &iocb);
+    return rc == 1 ? 0 : rc < 0 ? rc : -EAGAIN;
+}
+
+/* The same from the reader, which shall not wait. */
+static int to_kernel_at_once(struct reads *r, struct slot *s)
+{
+    atomic_bool *may_wait = &r->may_wait[s->request.volume];
+    int rc = atomic_load(may_wait) ? -EOPNOTSUPP : to_kernel(r, s, RWF_NOWAIT);
+    if (rc != -EOPNOTSUPP)
+        return rc;
+    atomic_store(may_wait, true);
+    return to_kernel(r, s, 0);
 }
 
 /* Gives the slot to the next that waits for one, true, or back. Called with the lock. */
@@ -147,7 +162,7 @@ static bool next_request(struct reads *r, struct slot *s)
     return true;
 }
 
-/* The slot's read is answered: goes on with those that waited for it. Completer only. */
+/* The slot's read is answered: goes on with those that waited for it. */
 static void reuse(struct reads *r, struct slot *s)
 {
     for (;;) {
@@ -155,7 +170,7 @@ static void reuse(struct reads *r, struct slot *s)
         bool more = next_request(r, s);
         pthread_mutex_unlock(&r->vs->lock);
         bool whole = more && s->found == s->request.length / BLOCK;
-        if (!more || (!whole && to_kernel(r, s, 0)))
+        if (!more || (!whole && to_kernel(r, s, 0) == 0))
             return;
         answer(r, s, whole ? 0 : read_now(r, s));
     }
@@ -163,9 +178,15 @@ static void reuse(struct reads *r, struct slot *s)
 
 static void completed(struct reads *r, struct slot *s, long result)
 {
-    if (result == -EAGAIN && to_kernel(r, s, 0)) /* it would have made the reader wait */
+    if (result == -EOPNOTSUPP)
+        atomic_store(&r->may_wait[s->request.volume], true);
+    if ((result == -EAGAIN || result == -EOPNOTSUPP) && to_kernel(r, s, 0) == 0)
         return;
-    answer(r, s, result == (long)s->request.length ? 0 : read_now(r, s));
+    bool odd = result >= 0 || result == -EAGAIN || result == -EOPNOTSUPP;
+    if (result == (long)s->request.length)
+        answer(r, s, 0);
+    else
+        answer(r, s, odd ? read_now(r, s) : (int)result); /* a short read, or the kernel takes none: whatever it costs */
     reuse(r, s);
 }
 
@@ -227,8 +248,8 @@ void reads_take(struct reads *r, unsigned volume, uint64_t offset, size_t length
             copy_blocks(s->overlay, r->hit_buffer, hits, length / BLOCK);
             memcpy(s->hits, hits, sizeof hits);
         }
-        if (!to_kernel(r, s, RWF_NOWAIT))
-            completed(r, s, -EIO);
+        if (to_kernel_at_once(r, s))
+            completed(r, s, -EAGAIN);
     } else if (!queued) {
         vs->done.read(cookie, r->hit_buffer, whole ? length : 0, whole ? 0 : -ENOMEM);
     }

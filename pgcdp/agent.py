@@ -18,7 +18,6 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pgcdp import log
@@ -33,7 +32,6 @@ from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.pace import Pace, start_low
 from pgcdp.postgres.session import Dsn, Session, Settings
-from pgcdp.proc import user_named
 from pgcdp.records import Interval
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
@@ -51,6 +49,8 @@ PATIENCE_SECONDS = 5.0
 SETTINGS_SECONDS = 60.0
 PRESSURE = 0.5
 """Share of the journal's limit from which on segments are freed before their interval ends."""
+HURRY = 0.75
+"""Share of it from which on the agent no longer gives way to production."""
 
 
 class Agent:
@@ -108,7 +108,7 @@ class Agent:
                     task.cancel()
                     with suppress(asyncio.CancelledError, PgcdpError):
                         await task
-            self.pace.adjust()
+            await asyncio.to_thread(self.pace.adjust)
             await self._in_worker(self._leave_room)
             await self._in_worker(self._close_stages)
             if self.session is not None:
@@ -146,12 +146,14 @@ class Agent:
             self.wake.clear()
 
     def _hurried(self) -> bool:
-        """Somebody waits: production for room in the journal, a user for a boundary, or whoever stops the agent."""
+        """Somebody waits: whoever stops the agent, a user for a boundary, production (soon) for room in the journal."""
+        if self.stopping.is_set() or self.asked == "requested":
+            return True
         try:
-            stalled = self.engine.status().state == "stalled"
+            status = self.engine.status()
         except PgcdpError:  # the next turn says what is wrong with the engine
-            stalled = False
-        return stalled or self.asked == "requested" or self.stopping.is_set()
+            return False
+        return status.state == "stalled" or status.journal_bytes > HURRY * status.journal_limit
 
     def _note(self, message: str) -> None:
         if message != self.error:
@@ -350,7 +352,7 @@ class Agent:
 
     async def _connected(self) -> Session:
         if self.session is None or self.session.closed:
-            self.session = await Session.open(dsn_of(self.config))
+            self.session = await Session.open(Dsn.of(self.config))
         return self.session
 
     async def _refresh_settings(self) -> None:
@@ -480,13 +482,6 @@ def facts(config: Config) -> dict[str, Any]:
         "filesystems": {volume.name: volume.fs for volume in config.volumes},
         "mountpoints": {volume.name: os.fspath(volume.mountpoint) for volume in config.volumes},
     }
-
-
-def dsn_of(config: Config) -> Dsn:
-    """How pgcdp reaches the protected cluster."""
-    cluster = config.cluster
-    owner = user_named(cluster.owner)
-    return Dsn(Path(cluster.socket_directory), cluster.port, role=cluster.owner, owner=owner)
 
 
 def main(set_name: str) -> int:

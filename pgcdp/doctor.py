@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgcdp import service
-from pgcdp.agent import dsn_of
 from pgcdp.capture.engine import EngineStatus, run_engine
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError
@@ -91,7 +90,7 @@ def _agent(config: Config) -> Iterator[Finding]:
 
 
 def _settings(config: Config) -> Iterator[Finding]:
-    with session.connect(dsn_of(config)) as connection:
+    with session.connect(session.Dsn.of(config)) as connection:
         values = {row["name"]: row["setting"] for row in session.settings(connection)["settings"]}
         outside = session.outside(connection, config.pgdata)
     for name, why in (

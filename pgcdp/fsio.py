@@ -22,9 +22,14 @@ from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_WRITE_AND_WAIT = 7
+"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER."""
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_PUNCH_HOLE = 2
 _ZEROS = bytes(1 << 20)
+STEADY_BYTES = 8 << 20
+"""Bytes written to a file after which `SteadyWrites` has them brought to the disk."""
 
 
 def sync_directory(path: Path) -> None:
@@ -107,6 +112,32 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
         write_all(fd, _ZEROS[:step], offset)
         offset += step
         length -= step
+
+
+class SteadyWrites:
+    """Brings to the disk what is written to a file, some MiB at a time, so that a sync at its end finds little.
+
+    A sync of hundreds of MiB at once keeps the disk busy for as long as that takes, and each commit of production on
+    the same disk waits behind it. Nothing is durable by this: the sync is still needed.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._waiting = 0
+
+    def wrote(self, length: int) -> None:
+        """So many more bytes were written. Raises OSError when some cannot be."""
+        self._waiting += length
+        if self._waiting < STEADY_BYTES:
+            return
+        self._waiting = 0
+        code = errno.EINTR
+        while code == errno.EINTR:
+            if _libc.sync_file_range(self._fd, 0, 0, _WRITE_AND_WAIT) == 0:
+                return
+            code = ctypes.get_errno()
+        if code not in (errno.ESPIPE, errno.ENOSYS, errno.EINVAL):  # else this file or kernel has no such thing
+            raise OSError(code, os.strerror(code))
 
 
 def free_space(path: Path) -> int:

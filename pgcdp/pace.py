@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -32,6 +33,8 @@ class Pace:
         self._hurry = hurry
         self._kept_up = time.monotonic()
         self._idle: bool | None = None
+        self._failed = ""
+        self._one = threading.Lock()
 
     def keeps_up(self) -> None:
         """The thread has done all that there was to do."""
@@ -40,21 +43,30 @@ class Pace:
     async def run(self) -> None:
         """Adjust it for ever."""
         while True:
-            await asyncio.to_thread(self.adjust)
+            try:
+                await asyncio.to_thread(self.adjust)
+            except Exception:  # production may be slower for it, nothing else
+                log.exception("unexpected")
             await asyncio.sleep(ADJUST_SECONDS)
 
     def adjust(self) -> None:
         """Set the thread's priority to what holds now. Called from another thread."""
-        idle = time.monotonic() - self._kept_up < BEHIND_SECONDS and not self._hurry()
-        if idle == self._idle:
-            return
-        self._idle = idle
+        with self._one:
+            idle = time.monotonic() - self._kept_up < BEHIND_SECONDS and not self._hurry()
+            if idle != self._idle:
+                self._set(idle)
+
+    def _set(self, idle: bool) -> None:
         policy = os.SCHED_IDLE if idle else os.SCHED_BATCH
         try:
             os.sched_setscheduler(self._thread, policy, os.sched_param(0))
             proc.run(["ionice", "--class", "idle" if idle else "best-effort", "--pid", str(self._thread)])
-        except (OSError, PgcdpError) as error:  # production is slower for it, nothing else
-            log.warning("priority of the agent's work not set: %s", error)
+        except (OSError, PgcdpError) as error:
+            if self._failed != str(error):
+                log.warning("priority of the agent's work not set: %s", error)
+            self._failed = str(error)
+        else:
+            self._idle = idle
 
 
 def start_low() -> None:

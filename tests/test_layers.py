@@ -66,6 +66,7 @@ C_FLOORS: dict[str, int] = {
     "backing": 2,
     "journal_write": 3,
     "journal_read": 3,
+    "journal_files": 3,
     "volume": 4,
     "volume_set": 4,
     "apply": 4,
@@ -78,7 +79,12 @@ C_FLOORS: dict[str, int] = {
 }
 """Floor of each room of the engine: NAME.c and NAME.h."""
 
-C_BACK_ROOMS: dict[str, str] = {"volume_set": "volume", "apply": "volume", "reads": "volume"}
+C_BACK_ROOMS: dict[str, str] = {
+    "volume_set": "volume",
+    "apply": "volume",
+    "reads": "volume",
+    "journal_files": "journal_read",
+}
 """Files that belong to a room without being its door: the room's own files share what only they may see."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ from pgcdp.records import BLOCK, Position
 
 CHUNK_BYTES = 4 * 1024 * 1024
 FIRST_WINDOW = 256 * 1024
-"""The window grows as reading goes on: what lies behind the last durable batch is about to be overwritten with
-O_DIRECT, and every page of it that a reader has pulled into the page cache must then be thrown out again."""
+"""The window grows as reading goes on: what lies behind the last durable batch would be read for nothing."""
 SEGMENT_HEADER_BYTES = 4096
 BATCH_HEADER_BYTES = 72
 
@@ -57,7 +57,8 @@ class Segment:
             if recycled:
                 raise FileNotFoundError(path) from None
             raise
-        self._buffer = bytearray()
+        self._direct = _open_direct(path, self.fd)
+        self._buffer = mmap.mmap(-1, FIRST_WINDOW)  # aligned as O_DIRECT needs it
         self._view = memoryview(self._buffer)
         self._begin = 0
         self._filled = 0
@@ -81,9 +82,9 @@ class Segment:
 
     def close(self) -> None:
         """Close the file. Harmless when done twice."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        for fd in {self.fd, self._direct} - {-1}:
+            os.close(fd)
+        self.fd = self._direct = -1
 
     def _fill(self, offset: int, length: int, window: int) -> bool:
         """Have `length` bytes from `offset` in the window; False where the file ends before."""
@@ -93,15 +94,16 @@ class Segment:
         span = max(length, min(window, self._window))
         if len(self._buffer) < span:
             self._view.release()
-            self._buffer = bytearray(span)
+            self._buffer.close()
+            self._buffer = mmap.mmap(-1, span)
             self._view = memoryview(self._buffer)
         self._begin, self._filled = offset, 0
         want = min(span, self.size - offset)
         while self._filled < want:
-            got = os.preadv(self.fd, [self._view[self._filled : want]], offset + self._filled)
-            if got == 0:
-                break
+            got = os.preadv(self._direct, [self._view[self._filled : want]], offset + self._filled)
             self._filled += got
+            if got == 0 or got % BLOCK:  # the file ends here
+                break
         return self._filled >= length
 
     def batch(self, offset: int, *, whole_window: bool = True) -> Head | None:
@@ -141,3 +143,19 @@ class Segment:
             bytes(self._view[at + BATCH_HEADER_BYTES : at + BATCH_HEADER_BYTES + 48 * head.records]),
             bytes(self._view[at + head.header_length : at + head.length]),
         )
+
+
+def _open_direct(path: Path, fd: int) -> int:
+    """The file of `fd` past the page cache, where the filesystem can: `fd` itself otherwise.
+
+    The engine appends with O_DIRECT, and each page that a reader has pulled into the cache would have to be thrown out
+    again on production's way to its commit.
+    """
+    try:
+        direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return fd
+    if os.path.sameopenfile(direct, fd):
+        return direct
+    os.close(direct)  # recycled just now; what is read through `fd` tells
+    return fd

@@ -8,6 +8,7 @@ what is not mounted or attached is left as it is.
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import re
@@ -164,6 +165,8 @@ def sync_filesystem(path: Path) -> None:
         os.close(descriptor)
 
 
+log = logging.getLogger(__name__)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 DETACH_SECONDS = 20.0
 
@@ -198,7 +201,9 @@ def attach_loop(file: Path, mode: str = WRITE_BACK) -> Path:
 
 def set_cache_mode(device: Path, mode: str) -> None:
     """Set a loop device's cache mode. It outlives the file under the device: set at every attach, put back after it."""
-    (_SYS_BLOCK / device.name / "queue/write_cache").write_text(f"{mode}\n")
+    attribute = _SYS_BLOCK / device.name / "queue/write_cache"
+    if attribute.read_text().strip() != mode:  # setting it waits for what is under way
+        attribute.write_text(f"{mode}\n")
     _expect(device, "queue/write_cache", mode, "its cache mode")
 
 
@@ -215,7 +220,10 @@ def detach_loop(device: Path) -> None:
     backing = loop_backing(device)
     if backing is None:
         return
-    set_cache_mode(device, WRITE_BACK)  # else whoever attaches it next writes without flushes, and does not know
+    try:
+        set_cache_mode(device, WRITE_BACK)  # else whoever attaches it next writes without flushes, and does not know
+    except (OSError, PreconditionError) as error:
+        log.warning("%s keeps its cache mode: %s", device, error)
     proc.run(["losetup", "--detach", os.fspath(device)])
     deadline = time.monotonic() + DETACH_SECONDS
     # The kernel detaches it when the last one who looks at it closes it; somebody else may attach it right away.

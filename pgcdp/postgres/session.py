@@ -20,8 +20,9 @@ import asyncpg
 import psycopg
 from psycopg import conninfo as psycopg_conninfo
 
+from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.proc import User
+from pgcdp.proc import User, user_named
 from pgcdp.units import parse_lsn
 
 T = TypeVar("T")
@@ -56,6 +57,12 @@ class Dsn:
     port: int
     role: str = "postgres"
     owner: User | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> Dsn:
+        """That of a set's protected cluster."""
+        cluster = config.cluster
+        return cls(Path(cluster.socket_directory), cluster.port, role=cluster.owner, owner=user_named(cluster.owner))
 
     def text(self, database: str = "postgres") -> str:
         """A libpq connection string."""

@@ -181,7 +181,8 @@ class Bundle:
         return self._reader("backward")
 
     def settings(self) -> dict[str, Any]:
-        """Postgres's settings at the boundary, as they were given to `publish`."""
+        """Postgres's settings at the boundary, as they were given to `publish`, compared with the manifest."""
+        self.check_file("settings.json")
         return read_json(self.path / "settings.json")
 
     def check_file(self, name: str) -> None:

@@ -19,7 +19,7 @@ import xxhash
 import zstandard
 
 from pgcdp.errors import BugError, DamageError
-from pgcdp.fsio import read_all, write_all
+from pgcdp.fsio import SteadyWrites, read_all, write_all
 from pgcdp.store.frame_format import (
     CODEC_DIRECTORY,
     CODEC_PLAIN,
@@ -130,6 +130,7 @@ class FrameWriter:
         self.set_id = set_id
         self.interval = interval
         self._fd = fd
+        self._steady = SteadyWrites(fd)
         self._compressor = zstandard.ZstdCompressor(level=level)
         self._buffer = bytearray()
         self._frame_bytes = FRAME_BYTES
@@ -247,6 +248,7 @@ class FrameWriter:
 
     def _write(self, head: bytes, stored: bytes) -> None:
         write_all(self._fd, head + stored, self.file_bytes)
+        self._steady.wrote(len(head) + len(stored))
         self._digest.update(head)
         self._digest.update(stored)
 

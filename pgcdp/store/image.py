@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, PreconditionError
-from pgcdp.fsio import punch_hole, read_all, read_json, sync_directory, write_all, write_json
+from pgcdp.fsio import SteadyWrites, punch_hole, read_all, read_json, sync_directory, write_all, write_json
 from pgcdp.records import BLOCK
 from pgcdp.store.layout import Store
 
@@ -100,6 +100,7 @@ class VolumeFiles:
         except BaseException:
             os.close(self.fd)
             raise
+        self.steady = SteadyWrites(self.fd)
         self.pending: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         self.pending_blocks = 0
 
@@ -285,6 +286,7 @@ class Image:
         sums = block_sums(data)
         if sums.any():
             write_all(files.fd, data, block * BLOCK)
+            files.steady.wrote(len(data))
         else:
             punch_hole(files.fd, block * BLOCK, len(data))
         files.put_sums(block, sums)

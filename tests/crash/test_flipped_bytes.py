@@ -21,6 +21,7 @@ from pgcdp.errors import DamageError
 from pgcdp.records import Target
 from pgcdp.recovery import restore
 from pgcdp.recovery.source import Source
+from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.scrub import check_store
 from tests.fix_engine import Capture, MakeCapture
@@ -139,6 +140,9 @@ def flip_interval_file(settled: Settled, name: str, rng: random.Random, place: P
     damaged = []
     with flipped(file, offset, rng.randrange(8)):
         assert_found_by_check(settled, file, offset)
+        if name == "settings.json":
+            with pytest.raises(DamageError, match="offset"):
+                Bundle.open(Store.open(settled.store), number).settings()
         for write in settled.points:
             damage = settled.outcome(write, place)
             if damage is not None:
