@@ -16,7 +16,12 @@ from pgcdp import pace
 def thread() -> Iterator[int]:
     """The native id of a thread that does nothing."""
     end, begun = threading.Event(), threading.Event()
-    worker = threading.Thread(target=lambda: (begun.set(), end.wait()))
+
+    def wait() -> None:
+        begun.set()
+        end.wait()
+
+    worker = threading.Thread(target=wait)
     worker.start()
     assert begun.wait(10)
     assert worker.native_id is not None
