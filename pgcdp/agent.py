@@ -13,7 +13,6 @@ import asyncio
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,6 @@ from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.stages import Stages, StageSettings
-from pgcdp.pace import Pace, start_low
 from pgcdp.postgres.session import Dsn, Session, Settings
 from pgcdp.records import Interval
 from pgcdp.store.bundle import Bundle
@@ -49,8 +47,6 @@ PATIENCE_SECONDS = 5.0
 SETTINGS_SECONDS = 60.0
 PRESSURE = 0.5
 """Share of the journal's limit from which on segments are freed before their interval ends."""
-HURRY = 0.75
-"""Share of it from which on the agent no longer gives way to production."""
 
 
 class Agent:
@@ -80,7 +76,6 @@ class Agent:
         self.wake = asyncio.Event()
         self.changed = asyncio.Condition()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="stages")
-        self.pace = Pace(self.worker.submit(threading.get_native_id).result(), self._hurried)
 
     # --- life
 
@@ -97,18 +92,16 @@ class Agent:
         finally:
             os.umask(mask)
         logger.info("agent of set %s, pid %d", self.config.name, os.getpid())
-        pacing = asyncio.create_task(self.pace.run())
         try:
             while not self.stopping.is_set():
                 await self._turn()
         finally:
             server.close()
-            for task in (pacing, self.asking, self.learning):
+            for task in (self.asking, self.learning):
                 if task is not None:
                     task.cancel()
                     with suppress(asyncio.CancelledError, PgcdpError):
                         await task
-            await asyncio.to_thread(self.pace.adjust)
             await self._in_worker(self._leave_room)
             await self._in_worker(self._close_stages)
             if self.session is not None:
@@ -145,16 +138,6 @@ class Agent:
                 await asyncio.wait_for(self.wake.wait(), pause)
             self.wake.clear()
 
-    def _hurried(self) -> bool:
-        """Somebody waits: whoever stops the agent, a user for a boundary, production (soon) for room in the journal."""
-        if self.stopping.is_set() or self.asked == "requested":
-            return True
-        try:
-            status = self.engine.status()
-        except PgcdpError:  # the next turn says what is wrong with the engine
-            return False
-        return status.state == "stalled" or status.journal_bytes > HURRY * status.journal_limit
-
     def _note(self, message: str) -> None:
         if message != self.error:
             logger.error("%s", message)
@@ -188,7 +171,6 @@ class Agent:
         more = stages.opened is not None and stages.opened.last_write < status.durable_write
         if published or more:
             return 0.0
-        self.pace.keeps_up()
         return STALLED_TICK_SECONDS if status.state == "stalled" else TICK_SECONDS
 
     async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
@@ -488,7 +470,8 @@ def main(set_name: str) -> int:
     """`pgcdp agent SET`: serve in the foreground, log to the set's agent log; the exit code."""
     config = load_config(set_name)
     log.start(config.paths.agent_log)
-    start_low()
+    os.nice(10)  # production's own work goes first, and is not interrupted by this
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with FileLock(config.paths.agent_lock, f"the agent of set {set_name}"):
         asyncio.run(Agent(config).run())
     return 0

@@ -33,7 +33,6 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.recovery.*": 6,
     "pgcdp.service": 7,
     "pgcdp.doctor": 7,
-    "pgcdp.pace": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,
