@@ -255,6 +255,18 @@ void reads_take(struct reads *r, unsigned volume, uint64_t offset, size_t length
     }
 }
 
+/* Whatever there is of it; no thread uses it any more. */
+static void release(struct reads *r)
+{
+    if (r->aio)
+        io_destroy(r->aio);
+    if (r->stop_fd >= 0)
+        close(r->stop_fd);
+    io_free(r->memory, MEMORY);
+    io_free(r->hit_buffer, BACKEND_MAX_REQUEST);
+    free(r);
+}
+
 int reads_start(struct reads **out, struct volume_set *vs)
 {
     struct reads *r = calloc(1, sizeof *r);
@@ -288,13 +300,7 @@ int reads_start(struct reads **out, struct volume_set *vs)
         *out = r;
         return 0;
     }
-    if (r->aio)
-        io_destroy(r->aio);
-    if (r->stop_fd >= 0)
-        close(r->stop_fd);
-    io_free(r->memory, MEMORY);
-    io_free(r->hit_buffer, BACKEND_MAX_REQUEST);
-    free(r);
+    release(r);
     return rc;
 }
 
@@ -304,9 +310,5 @@ void reads_stop(struct reads *r)
         return;
     eventfd_write(r->stop_fd, 1);
     pthread_join(r->completer, NULL);
-    io_destroy(r->aio);
-    close(r->stop_fd);
-    io_free(r->memory, MEMORY);
-    io_free(r->hit_buffer, BACKEND_MAX_REQUEST);
-    free(r);
+    release(r);
 }

@@ -25,7 +25,7 @@ import pytest
 from pgcdp import api, service
 from pgcdp.capture import attach, engine
 from pgcdp.capture.attach import kill_and_wait
-from pgcdp.capture.engine import EngineClient, EngineGone
+from pgcdp.capture.engine import EngineClient
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError
 from pgcdp.postgres import session
@@ -140,11 +140,7 @@ class ProtectedSet:
 
     def capturing(self) -> bool:
         """Whether a capture process serves the volumes now."""
-        try:
-            self.engine.status()
-        except EngineGone:
-            return False
-        return True
+        return self.engine.alive()
 
     def agent_pid(self) -> int:
         """The agent's process id; AgentGone when none runs."""

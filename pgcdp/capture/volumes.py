@@ -21,6 +21,8 @@ from pgcdp import fsio, proc
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError
 from pgcdp.units import format_size
 
+log = logging.getLogger(__name__)
+
 SECTOR = 4096
 LEAST_BYTES = {"ext4": 64 << 20, "xfs": 300 << 20}
 """Smallest volume that each filesystem is made on (mkfs.xfs itself refuses less than 300 MiB)."""
@@ -164,8 +166,6 @@ def sync_filesystem(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-
-log = logging.getLogger(__name__)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 DETACH_SECONDS = 20.0
