@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from pgcdp import log
+from pgcdp.background import give_way, keep_freed_memory
 from pgcdp.capture.attach import syncfs
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
@@ -470,8 +471,8 @@ def main(set_name: str) -> int:
     """`pgcdp agent SET`: serve in the foreground, log to the set's agent log; the exit code."""
     config = load_config(set_name)
     log.start(config.paths.agent_log)
-    os.nice(10)  # production's own work goes first, and is not interrupted by this
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    give_way()
+    keep_freed_memory()
     with FileLock(config.paths.agent_lock, f"the agent of set {set_name}"):
         asyncio.run(Agent(config).run())
     return 0

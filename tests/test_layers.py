@@ -26,6 +26,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.log": 1,
     "pgcdp.fsio": 1,
     "pgcdp.proc": 1,
+    "pgcdp.background": 1,
     "pgcdp.postgres.*": 2,
     "pgcdp.capture.*": 3,
     "pgcdp.store.*": 4,

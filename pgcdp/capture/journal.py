@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pgcdp.capture.segment import CHUNK_BYTES, SEGMENT_HEADER_BYTES, Head, Segment
+from pgcdp.capture.segment import CHUNK_BYTES, SEGMENT_HEADER_BYTES, Head, Segment, Window
 from pgcdp.errors import DamageError
 from pgcdp.records import BLOCK, RECORD, Position
 
@@ -111,22 +111,28 @@ class _Gather:
     def __init__(self) -> None:
         self.number = 0
         self.position = Position(0, 0)
-        self.records: list[bytes] = []
-        self.data: list[bytes] = []
+        self.records = bytearray()
+        self.data = np.empty(2 * CHUNK_BYTES, dtype=np.uint8)
+        self.filled = 0
         self.ends: list[int] = []
         self.bytes = 0
 
-    def add(self, head: Head, position: Position, records: bytes, data: bytes) -> None:
-        if not self.records:
+    def add(self, head: Head, position: Position, records: memoryview, data: memoryview) -> None:
+        if not self.ends:
             self.number, self.position = head.number, position
-        self.records.append(records)
-        self.data.append(data)
+        self.records += records
+        end = self.filled + len(data)
+        if end > len(self.data):
+            self.data = np.concatenate([self.data[: self.filled], np.empty(end - self.filled, dtype=np.uint8)])
+        self.data[self.filled : end] = data
+        self.filled = end
         self.ends.append(head.last)
         self.bytes += head.length
 
     def run(self, end: Position) -> BatchRun:
-        records = np.frombuffer(b"".join(self.records), dtype=RECORD)
-        data = np.frombuffer(b"".join(self.data), dtype=np.uint8)
+        records = np.frombuffer(bytes(self.records), dtype=RECORD)
+        data = self.data[: self.filled]
+        data.flags.writeable = False
         padded = (records["data_length"].astype(np.int64) + (BLOCK - 1)) & -BLOCK
         offsets = np.cumsum(padded) - padded
         numbers = records["number"]
@@ -144,11 +150,16 @@ class _Gather:
 
 
 class Journal:
-    """Read-only access to a journal directory. Raises DamageError naming segment file and offset."""
+    """Read-only access to a journal directory. Raises DamageError naming segment file and offset.
+
+    Not for several threads at once.
+    """
 
     def __init__(self, directory: Path, set_id: bytes) -> None:
         self.directory = directory
         self.set_id = set_id
+        self.window = Window()
+        self.peeking = Window()
 
     def path(self, sequence: int) -> Path:
         """File of a segment."""
@@ -236,7 +247,7 @@ class _Walk:
     def peek(self, sequence: int) -> Head | None:
         """The first batch of a segment if it is valid; None also when the segment is gone."""
         try:
-            segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
+            segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id, self.journal.peeking)
         except FileNotFoundError:
             return None
         try:
@@ -251,14 +262,14 @@ class _Walk:
         that was given up, and the segment behind it begins with the same number at the same place.
         """
         self.close()
-        self.current = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
+        self.current = Segment(self.journal.path(sequence), sequence, self.journal.set_id, self.journal.window)
         self.exits = {}
         for later in self.sequences[bisect_right(self.sequences, sequence) :]:
             head = self.peek(later)
-            if head is not None and head.previous.segment != sequence:
+            if head is not None and head.previous[0] != sequence:
                 break
             if head is not None:
-                self.exits[head.previous.offset] = later
+                self.exits[head.previous[1]] = later
         return self.current
 
     def runs(self, start: Position | None) -> Iterator[BatchRun]:
@@ -305,7 +316,7 @@ class _Walk:
         if head is not None and (
             (self.number and head.number != self.number)
             or not self.follows(head)
-            or (came_from is not None and head.previous != came_from)
+            or (came_from is not None and head.previous != (came_from.segment, came_from.offset))
         ):
             head = None
         if head is None:
@@ -398,7 +409,7 @@ class _Walk:
 
         The first batch of a later segment may be the damaged one, so all of a later segment is looked through.
         """
-        segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id)
+        segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id, self.journal.peeking)
         try:
             for at in range(offset + BLOCK, segment.size, BLOCK):
                 head = segment.batch(at) if segment.has_magic(at) else None

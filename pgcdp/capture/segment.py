@@ -5,14 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
 from pgcdp.errors import DamageError
 from pgcdp.fsio import read_all
-from pgcdp.records import BLOCK, Position
+from pgcdp.records import BLOCK
 
 CHUNK_BYTES = 4 * 1024 * 1024
 FIRST_WINDOW = 256 * 1024
@@ -22,18 +22,19 @@ BATCH_HEADER_BYTES = 72
 
 _SEGMENT = struct.Struct("<8sII16sQQQQQ")
 _BATCH = struct.Struct("<8sQQQIIQQQQ")
+_CHECKSUM = struct.Struct("<Q")
+_EIGHT_ZEROS = bytes(8)
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A batch header, as it stands in the file."""
+class Head(NamedTuple):
+    """A batch header, as it stands in the file. `previous`: segment and offset where the batch before it ended."""
 
     number: int
     first: int
     records: int
     header_length: int
     length: int
-    previous: Position
+    previous: tuple[int, int]
 
     @property
     def last(self) -> int:
@@ -41,10 +42,34 @@ class Head:
         return self.first + self.records - 1
 
 
+class Window:
+    """The bytes of a segment that are in memory, aligned as O_DIRECT needs them. `owner` is the segment they are of.
+
+    It is kept from segment to segment: pages that the kernel has to clear and to give back cost more than the reading.
+    """
+
+    def __init__(self) -> None:
+        self.owner: object = None
+        self._make(CHUNK_BYTES)
+
+    def _make(self, length: int) -> None:
+        self.buffer = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self.buffer)
+        self.begin = self.filled = 0
+
+    def empty(self, owner: object, begin: int, length: int) -> None:
+        """Nothing is in it any more; `length` bytes of `owner` from `begin` on find room."""
+        if len(self.buffer) < length:
+            self.view.release()
+            self.buffer.close()
+            self._make(length)
+        self.owner, self.begin, self.filled = owner, begin, 0
+
+
 class Segment:
     """An open segment. Raises DamageError when its header is not valid, FileNotFoundError when it is gone."""
 
-    def __init__(self, path: Path, sequence: int, set_id: bytes) -> None:
+    def __init__(self, path: Path, sequence: int, set_id: bytes, window: Window) -> None:
         self.path = path
         self.sequence = sequence
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -58,11 +83,8 @@ class Segment:
                 raise FileNotFoundError(path) from None
             raise
         self._direct = _open_direct(path, self.fd)
-        self._buffer = mmap.mmap(-1, FIRST_WINDOW)  # aligned as O_DIRECT needs it
-        self._view = memoryview(self._buffer)
-        self._begin = 0
-        self._filled = 0
-        self._window = FIRST_WINDOW // 2
+        self._window = window
+        self._span = FIRST_WINDOW // 2
 
     def _read_header(self, set_id: bytes) -> tuple[int, int]:
         head = read_all(self.fd, SEGMENT_HEADER_BYTES, 0)
@@ -86,32 +108,29 @@ class Segment:
             os.close(fd)
         self.fd = self._direct = -1
 
-    def _fill(self, offset: int, length: int, window: int) -> bool:
+    def _fill(self, offset: int, length: int, most: int) -> bool:
         """Have `length` bytes from `offset` in the window; False where the file ends before."""
-        if offset >= self._begin and offset + length <= self._begin + self._filled:
+        window = self._window
+        if window.owner is self and window.begin <= offset and offset + length <= window.begin + window.filled:
             return True
-        self._window = min(self._window * 2, CHUNK_BYTES)
-        span = max(length, min(window, self._window))
-        if len(self._buffer) < span:
-            self._view.release()
-            self._buffer.close()
-            self._buffer = mmap.mmap(-1, span)
-            self._view = memoryview(self._buffer)
-        self._begin, self._filled = offset, 0
+        self._span = min(self._span * 2, CHUNK_BYTES)
+        span = max(length, min(most, self._span))
+        window.empty(self, offset, span)
         want = min(span, self.size - offset)
-        while self._filled < want:
-            got = os.preadv(self._direct, [self._view[self._filled : want]], offset + self._filled)
-            self._filled += got
+        while window.filled < want:
+            got = os.preadv(self._direct, [window.view[window.filled : want]], offset + window.filled)
+            window.filled += got
             if got == 0 or got % BLOCK:  # the file ends here
                 break
-        return self._filled >= length
+        return window.filled >= length
 
     def batch(self, offset: int, *, whole_window: bool = True) -> Head | None:
         """The batch at `offset` if it is valid (FORMAT.md 1.2), else None. Its bytes are then in the window."""
-        window = CHUNK_BYTES if whole_window else 0
-        if offset + BLOCK > self.size or not self._fill(offset, BLOCK, window):
+        most = CHUNK_BYTES if whole_window else 0
+        if offset + BLOCK > self.size or not self._fill(offset, BLOCK, most):
             return None
-        unpacked = _BATCH.unpack_from(self._buffer, offset - self._begin)
+        window = self._window
+        unpacked = _BATCH.unpack_from(window.buffer, offset - window.begin)
         magic, salt, number, first, records, header_length, length, segment, place, checksum = unpacked
         if (
             magic != b"PGCDPBAT"
@@ -121,27 +140,28 @@ class Segment:
             or length < header_length
             or length % BLOCK
             or offset + length > self.size
-            or not self._fill(offset, length, window)
+            or not self._fill(offset, length, most)
         ):
             return None
-        at = offset - self._begin
-        self._buffer[at + 64 : at + 72] = bytes(8)
-        found = xxhash.xxh3_64_intdigest(self._view[at : at + length])
-        struct.pack_into("<Q", self._buffer, at + 64, checksum)
+        at = offset - window.begin
+        window.view[at + 64 : at + 72] = _EIGHT_ZEROS
+        found = xxhash.xxh3_64_intdigest(window.view[at : at + length])
+        _CHECKSUM.pack_into(window.buffer, at + 64, checksum)
         if found != checksum:
             return None
-        return Head(number, first, records, header_length, length, Position(segment, place))
+        return Head(number, first, records, header_length, length, (segment, place))
 
     def has_magic(self, offset: int) -> bool:
         """Whether a batch seems to begin at `offset`."""
         return offset + BLOCK <= self.size and os.pread(self.fd, 8, offset) == b"PGCDPBAT"
 
-    def parts(self, offset: int, head: Head) -> tuple[bytes, bytes]:
-        """Copies of the records and of the data area of the batch that `batch` has just found at `offset`."""
-        at = offset - self._begin
+    def parts(self, offset: int, head: Head) -> tuple[memoryview, memoryview]:
+        """Records and data area of the batch that `batch` has just found at `offset`; to be copied before the next."""
+        at = offset - self._window.begin
+        view = self._window.view
         return (
-            bytes(self._view[at + BATCH_HEADER_BYTES : at + BATCH_HEADER_BYTES + 48 * head.records]),
-            bytes(self._view[at + head.header_length : at + head.length]),
+            view[at + BATCH_HEADER_BYTES : at + BATCH_HEADER_BYTES + 48 * head.records],
+            view[at + head.header_length : at + head.length],
         )
 
 

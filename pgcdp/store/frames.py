@@ -225,26 +225,31 @@ class FrameWriter:
         view = memoryview(data).cast("B")
         done = 0
         while len(view) - done >= room:
-            self._buffer += view[done : done + room]
-            self._flush()
+            if self._buffer:
+                self._buffer += view[done : done + room]
+                self._flush()
+            else:  # a whole frame: not copied first
+                self._write_frame(view[done : done + room])
             done += room
             room = self._frame_bytes
         self._buffer += view[done:]
         return position
 
     def _flush(self) -> None:
-        if not self._buffer:
-            return
-        raw = len(self._buffer)
-        stored = self._compressor.compress(self._buffer)
+        if self._buffer:
+            self._write_frame(self._buffer)
+            self._buffer = bytearray()
+
+    def _write_frame(self, content: bytearray | memoryview) -> None:
+        raw = len(content)
+        stored = self._compressor.compress(content)
         codec = CODEC_ZSTD
         if len(stored) >= raw:
-            stored, codec = bytes(self._buffer), CODEC_PLAIN
+            stored, codec = bytes(content), CODEC_PLAIN
         self._write(frame_header(codec, self.flushed, raw, stored), stored)
         self.entries.append(Entry(self.flushed, self.file_bytes, raw, len(stored)))
         self.file_bytes += FRAME_HEADER_BYTES + len(stored)
         self.flushed += raw
-        self._buffer = bytearray()
 
     def _write(self, head: bytes, stored: bytes) -> None:
         write_all(self._fd, head + stored, self.file_bytes)

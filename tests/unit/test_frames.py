@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,26 @@ def resume(path: Path, durable: int | None = None) -> FrameWriter:
 def noise(seed: int, size: int) -> bytes:
     chooser = random.Random(seed)
     return b"".join(chooser.choice([chooser.randbytes(8), bytes(8), b"abcdefgh"]) for _ in range(-(-size // 8)))[:size]
+
+
+def test_a_write_that_failed_is_written_by_the_next_sync(tmp_path: Path) -> None:
+    writer = create(tmp_path / "writes")
+    content = noise(1, 2500)
+    writer.append(content[:1500])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.file_bytes + 10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writer.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert writer.append(content[1500:]) == 1500
+    writer.sync()
+    with writer.reader() as reader:
+        assert reader.read_stream() == content
+    writer.finish()
+    with open_reader(tmp_path / "writes") as reader:
+        assert reader.read_stream() == content
 
 
 @settings(max_examples=60, deadline=None)

@@ -86,6 +86,23 @@ def test_reading_on_where_the_last_call_ended(tmp_path: Path) -> None:
     assert got == list(range(1, len(ops) + 1))
 
 
+def test_runs_stay_as_they_are_while_others_are_read(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path / "journal", SET_ID, segment_bytes=3 << 20)
+    ops: list[Op] = []
+    for seed in range(60):
+        part = [write_op(seed, 64), write_op(seed + 1000, 1)]
+        writer.append(part)
+        ops += part
+    journal = Journal(writer.directory, SET_ID)
+    pairs = list(zip(journal.batches(0, len(ops)), journal.batches(20, len(ops)), strict=False))
+    assert len(pairs) > 2
+    for runs in zip(*pairs, strict=True):
+        for run in runs:
+            for i, number in enumerate(run.records["number"].tolist()):
+                assert run.data_of(i).tobytes() == ops[number - 1].data
+            assert not run.data.flags.writeable
+
+
 def test_run_splits_at_any_write(tmp_path: Path) -> None:
     writer, ops = make(tmp_path, batches=10)
     (run,) = list(Journal(writer.directory, SET_ID).batches(0, len(ops)))
