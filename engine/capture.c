@@ -103,6 +103,9 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
         return err_set(e, ERR_USAGE, "--segment-bytes is %lu: at least 8388608 and a multiple of 4096", c->segment_bytes);
     if (c->limit < 4 * c->segment_bytes)
         return err_set(e, ERR_USAGE, "--journal-limit is %lu: at least four segments of %lu", c->limit, c->segment_bytes);
+    if (c->limit / c->segment_bytes >= JW_MOST_SEGMENTS)
+        return err_set(e, ERR_USAGE, "--journal-limit is %lu: at most %u segments of %lu", c->limit, JW_MOST_SEGMENTS - 1,
+                       c->segment_bytes);
     for (int i = optind; i < argc; i++)
         if (!strchr(argv[i], '='))
             return err_set(e, ERR_USAGE, "\"%s\" is not NAME=PATH", argv[i]);
@@ -204,6 +207,8 @@ static int replay(struct capture *c, struct err *e)
     jr_end(jr, &end); /* only the mark is known yet */
     uint64_t applied = end.applied_write;
     rc = jr_seek(jr, applied + 1, e);
+    if (rc == 0) /* killed between writing a batch and its sync: no volume may have it before the journal does */
+        rc = jr_sync(jr, e);
     if (rc == 0)
         rc = replay_batches(c, jr, applied, &replayed, e);
     if (rc == 0) {

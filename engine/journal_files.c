@@ -279,6 +279,19 @@ int jr_open(struct jr **out, const char *dir, const uint8_t set_id[16], struct e
     return 0;
 }
 
+int jr_sync(struct jr *jr, struct err *e)
+{
+    for (size_t i = jr->at; i < jr->count; i++) {
+        char name[32];
+        jr_segment_name(name, jr->segments[i].sequence);
+        CLEANUP_CLOSE int fd = openat(jr->dir_fd, name, O_RDONLY | O_CLOEXEC);
+        int rc = fd < 0 ? -errno : io_fdatasync(fd);
+        if (rc)
+            return err_sys(e, rc, "cannot sync segment %s of journal %s", name, jr->dir);
+    }
+    return 0;
+}
+
 void jr_close(struct jr *jr)
 {
     if (!jr)

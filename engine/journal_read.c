@@ -274,29 +274,36 @@ static void consume(struct jr *jr, uint64_t records, uint64_t length)
     jr->prev_end = jr->offset;
 }
 
-/* At the end: which segments hold what. One that was given up has the same first batch as the one that took over. */
-static void finish(struct jr *jr)
+/* At the end: which segments hold what. One that was given up lies behind the place where the batch before the segment
+ * that took over ended; any other one holds batches, also when its first one cannot be read any more: then only an upper
+ * bound is known, and nobody may take it for empty. */
+static int finish(struct jr *jr, struct err *e)
 {
-    uint64_t batch = jr->next_batch, write = jr->next_write;
+    uint64_t write = jr->next_write, ended = jr->prev_segment;
     for (size_t i = jr->count; i-- > 0;) {
         struct jr_segment *s = &jr->segments[i];
-        struct fmt_batch h;
         s->first_write = s->first_batch = s->last_write = 0;
-        if (i > jr->at || jr_read_header(jr, i, BLOCK, &h, NULL) != 1 || h.number >= batch)
+        if (i > jr->at || s->sequence > ended)
             continue;
-        s->first_batch = h.number;
-        s->first_write = h.first_write;
         s->last_write = write - 1;
-        batch = h.number;
-        write = h.first_write;
+        int rc = jr_read_batch(jr, i, BLOCK, e);
+        if (rc == 0 || rc == JR_STALE) /* damaged, or recycled under a reader of a live journal */
+            continue;
+        if (rc < 0)
+            return rc;
+        const struct fmt_batch *h = jr_loaded(jr);
+        s->first_batch = h->number;
+        s->first_write = write = h->first_write;
+        ended = h->prev_segment;
     }
+    return 0;
 }
 
 int jr_next(struct jr *jr, struct jr_batch *out, struct err *e)
 {
     int rc = locate(jr, e);
     if (rc == 0 && jr->started)
-        finish(jr);
+        rc = finish(jr, e);
     if (rc != 1)
         return rc;
     rc = check_records(jr, e);

@@ -87,6 +87,9 @@ const uint8_t *jr_set_id(const struct jr *jr);
  */
 int jr_next(struct jr *jr, struct jr_batch *out, struct err *e);
 
+/* Makes durable, from where it stands on, what a process that died may have left in the disk's cache. 0 or -errno. */
+int jr_sync(struct jr *jr, struct err *e);
+
 /*
  * Goes forward so that the next batch is the first one that holds `write` or a later one. Batches before it are
  * passed by their headers, whole segments by their first batch: numbers are checked, data is not.

@@ -37,7 +37,6 @@
 #include "log.h"
 #include "util.h"
 
-#define MAX_SEGMENTS 65536u
 
 struct segment {
     uint64_t sequence, salt, size;
@@ -56,7 +55,7 @@ struct jw {
     pthread_t preparer;
     bool preparer_runs, stop;
 
-    struct segment *live; /* ring of MAX_SEGMENTS, oldest first, without the ready one */
+    struct segment *live; /* ring of JW_MOST_SEGMENTS, oldest first, without the ready one */
     size_t live_first, live_count;
     struct segment ready; /* fd -1: none */
     uint64_t next_sequence;
@@ -80,8 +79,9 @@ struct jw {
 
 static void segment_name(char out[32], uint64_t sequence) { snprintf(out, 32, "%016lu.seg", sequence); }
 static void free_name(char out[32], uint64_t number) { snprintf(out, 32, "free-%016lu", number); }
+static void new_name(char out[32], uint64_t number) { snprintf(out, 32, "new-%016lu", number); }
 
-static struct segment *live_at(struct jw *jw, size_t i) { return &jw->live[(jw->live_first + i) % MAX_SEGMENTS]; }
+static struct segment *live_at(struct jw *jw, size_t i) { return &jw->live[(jw->live_first + i) % JW_MOST_SEGMENTS]; }
 
 static uint64_t file_count(const struct jw *jw)
 {
@@ -131,7 +131,7 @@ static int write_segment_header(struct jw *jw, int fd, struct segment *s)
     return rc ? rc : io_fdatasync(fd);
 }
 
-/* A file under its free- name becomes segment `s`, durably. */
+/* A file under its free- or new- name becomes segment `s`, durably. */
 static int make_ready(struct jw *jw, const char *from, struct segment *s, bool fresh)
 {
     char to[32];
@@ -152,8 +152,6 @@ static int make_ready(struct jw *jw, const char *from, struct segment *s, bool f
         rc = io_fsync_dir(jw->dir);
     if (rc) {
         close(fd);
-        if (fresh)
-            unlinkat(jw->dir, from, 0);
         return rc;
     }
     s->fd = fd;
@@ -175,14 +173,16 @@ static bool prepare_one(struct jw *jw)
         if (fresh && (file_count(jw) + 1) * jw->segment_bytes > jw->limit)
             return false;
         number = fresh ? jw->next_free_name++ : jw->free_names[--jw->free_count];
-        free_name(from, number);
+        (fresh ? new_name : free_name)(from, number);
         jw->in_transit++;
         s.sequence = jw->next_sequence;
         s.size = jw->segment_bytes;
     }
     int rc = make_ready(jw, from, &s, fresh);
-    if (rc)
+    if (rc) {
         note_error(jw, rc, fresh ? "cannot make a segment" : "cannot use a segment again");
+        unlinkat(jw->dir, from, 0); /* the next try is another file: this one may never work again */
+    }
     HOLD_LOCK(&jw->lock);
     jw->in_transit--;
     if (rc == 0) {
@@ -192,11 +192,8 @@ static bool prepare_one(struct jw *jw)
             jw->error[0] = '\0'; /* that is over; a failed batch stays told until a restart */
         jw->no_segment = false;
         pthread_cond_broadcast(&jw->space);
-    } else {
+    } else
         jw->no_segment = true;
-        if (!fresh) /* it keeps its name until it is ready */
-            jw->free_names[jw->free_count++] = number;
-    }
     return rc == 0;
 }
 
@@ -258,7 +255,7 @@ static void recycle(struct jw *jw)
             break;
         }
         HOLD_LOCK(&jw->lock);
-        jw->live_first = (jw->live_first + 1) % MAX_SEGMENTS;
+        jw->live_first = (jw->live_first + 1) % JW_MOST_SEGMENTS;
         jw->live_count--;
         count++;
         if (keep) {
@@ -440,7 +437,7 @@ void jw_get_status(struct jw *jw, struct jw_status *out)
 
 /* ---- opening ---- */
 
-/* Free- files are of no use unless they have the right size; a half made one has not. */
+/* Free- files are of no use unless they have the right size; new- ones were never made whole. */
 static int collect_free_files(struct jw *jw, struct err *e)
 {
     CLEANUP_CLOSE int scan = openat(jw->dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -452,13 +449,14 @@ static int collect_free_files(struct jw *jw, struct err *e)
     while ((entry = readdir(d))) {
         unsigned long number;
         struct stat st;
+        if (sscanf(entry->d_name, "new-%lu", &number) == 1)
+            unlinkat(jw->dir, entry->d_name, 0);
         if (sscanf(entry->d_name, "free-%lu", &number) != 1)
             continue;
         if (number >= jw->next_free_name)
             jw->next_free_name = number + 1;
-        /* A new file has its blocks only after its first header; one that never got it is not worth keeping. */
         bool usable = fstatat(jw->dir, entry->d_name, &st, 0) == 0 && (uint64_t)st.st_size == jw->segment_bytes &&
-                      (uint64_t)st.st_blocks * 512 >= jw->segment_bytes && jw->free_count < MAX_SEGMENTS;
+                      (uint64_t)st.st_blocks * 512 >= jw->segment_bytes && jw->free_count < JW_MOST_SEGMENTS;
         if (usable)
             jw->free_names[jw->free_count++] = number;
         else
@@ -471,9 +469,9 @@ static int collect_free_files(struct jw *jw, struct err *e)
 /* Segments behind the journal's end hold nothing that counts: they are made ready anew, with new salts. */
 static int take_over_segments(struct jw *jw, const struct jw_options *o, struct err *e)
 {
-    if (o->segment_count >= MAX_SEGMENTS)
+    if (o->segment_count >= JW_MOST_SEGMENTS)
         return err_set(e, ERR_PRECONDITION, "the journal has %zu segments, at most %u can be used", o->segment_count,
-                       MAX_SEGMENTS - 1);
+                       JW_MOST_SEGMENTS - 1);
     size_t kept = o->segment_count;
     /* The last one first: killed in between, the sequence numbers that are left have no hole. */
     while (kept > 0) {
@@ -531,8 +529,8 @@ int jw_open(struct jw **out, const struct jw_options *o, struct err *e)
     pthread_mutex_init(&jw->mark_lock, NULL);
     cond_init_monotonic(&jw->work);
     cond_init_monotonic(&jw->space);
-    jw->live = calloc(MAX_SEGMENTS, sizeof *jw->live);
-    jw->free_names = calloc(MAX_SEGMENTS, sizeof *jw->free_names);
+    jw->live = calloc(JW_MOST_SEGMENTS, sizeof *jw->live);
+    jw->free_names = calloc(JW_MOST_SEGMENTS, sizeof *jw->free_names);
     jw->dir = open(o->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int rc = !jw->live || !jw->free_names ? err_sys(e, -ENOMEM, "journal") : 0;
     if (rc == 0 && jw->dir < 0)

@@ -18,6 +18,8 @@ struct jw_segment { /* one `.seg` file that a restart found, oldest first */
     uint64_t last_write;
 };
 
+#define JW_MOST_SEGMENTS 65536u
+
 struct jw_options {
     const char *directory; /* locked by the caller */
     uint8_t set_id[16];

@@ -237,12 +237,23 @@ static void *committer_main(void *arg)
 
 /* ---- control ---- */
 
-/* A journal that is full may be so for long, and who waits here holds a connection: they are told at once. */
+/* A journal that is full may be so for long, a volume that fails too, and who waits here holds a connection: they are
+ * told at once. */
+static int why_not_to_wait(const struct volume_set *vs)
+{
+    if (vs->stalled)
+        return -EAGAIN;
+    if (vs->apply_failed || vs->volume_failed)
+        return -EIO;
+    return vs->stop_committer ? -ECANCELED : 0;
+}
+
 static int wait_durable(struct volume_set *vs, uint64_t write)
 {
     while (vs->durable_write < write) {
-        if (vs->stop_committer || vs->stalled)
-            return vs->stalled ? -EAGAIN : -ECANCELED;
+        int rc = why_not_to_wait(vs);
+        if (rc)
+            return rc;
         pthread_cond_wait(&vs->progress, &vs->lock);
     }
     return 0;
@@ -253,8 +264,9 @@ int vs_mark(struct volume_set *vs, const char *name, uint64_t *write)
     struct fmt_record r = {.kind = FMT_MARK, .volume = FMT_NO_VOLUME, .data_length = (uint32_t)strlen(name)};
     HOLD_LOCK(&vs->lock);
     while (vs->parked_first || !take(vs, &r, name, NULL)) {
-        if (vs->stop_committer || vs->stalled)
-            return vs->stalled ? -EAGAIN : -ECANCELED;
+        int rc = why_not_to_wait(vs);
+        if (rc)
+            return rc;
         pthread_cond_wait(&vs->progress, &vs->lock);
     }
     *write = r.number;

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 from pgcdp import log
@@ -122,15 +122,15 @@ class Agent:
             self.error = None
         except EngineGone as error:  # the next engine may be another one: begin anew from what is on disk
             self._note(error.message)
-            await self._in_worker(self._close_stages)
+            await self._in_worker(self._give_up_stages)
         except (PgcdpError, OSError) as error:
             self._note(getattr(error, "message", None) or str(error))
-            await self._in_worker(self._close_stages)
+            await self._in_worker(self._give_up_stages)
             pause = RETRY_SECONDS
         except Exception as error:  # a bug in us: capture must not lose its agent for it
             logger.exception("unexpected")
             self._note(f"the agent failed: {error!r}")
-            await self._in_worker(self._close_stages)
+            await self._in_worker(self._give_up_stages)
             pause = RETRY_SECONDS
         async with self.changed:
             self.changed.notify_all()
@@ -249,21 +249,30 @@ class Agent:
                 catalog.put_interval(Bundle.open(store, number).interval)
 
     def _leave_room(self) -> None:
-        """What is written between this agent's end and that of capture must find room in the journal."""
+        """What was taken is made durable and given free: the next agent goes on from there, and what is written between
+        this one's end and that of capture finds room in the journal."""
         with suppress(PgcdpError, OSError):
-            if self.stages is not None and self._pressed(self.engine.status()):
+            if self.stages is not None:
                 self.stages.relieve()
 
     def _close_stages(self) -> None:
-        if self.stages is not None:
-            self.stages.close()
-            self.stages = None
-        if self.catalog is not None:
-            self.catalog.close()
-            self.catalog = None
-        if self.store_lock is not None:
-            self.store_lock.release()
-            self.store_lock = None
+        stages, self.stages = self.stages, None
+        catalog, self.catalog = self.catalog, None
+        lock, self.store_lock = self.store_lock, None
+        with ExitStack() as closing:  # each of them, whatever the others raise
+            if lock is not None:
+                closing.callback(lock.release)
+            if catalog is not None:
+                closing.callback(catalog.close)
+            if stages is not None:
+                closing.callback(stages.close)
+
+    def _give_up_stages(self) -> None:
+        """After an error: what fails in closing is of the same kind, and must not end the agent."""
+        try:
+            self._close_stages()
+        except Exception as error:
+            logger.warning("closing the store: %s", error)
 
     def _remember(self, interval: Interval) -> None:
         assert self.catalog is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError, TargetError
+from pgcdp.intervals.policy import parse_policy
 from pgcdp.postgres.cluster import find_binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Interval, Kind, RecoveryPoint, Target
@@ -55,6 +57,8 @@ def protect(
 
     `more` are further fields of ProtectRequest. Run again after a kill, it finishes or puts back.
     """
+    if cut:
+        parse_policy(cut)
     request = ProtectRequest(
         set_name, pgdata, store, volume=volume, size=size, fs=fs, journal=journal, journal_limit=journal_limit,
         cut=tuple(cut) or None, initdb=initdb, yes=yes, **more,
@@ -88,14 +92,26 @@ def wait_baseline(config: Config, progress: Report) -> None:
 def unprotect(set_name: str, progress: Report = silent) -> Json:
     """Bring the cluster back to plain storage; the store stays."""
     config = load_config(set_name)
-    service.stop(config)
     try:
-        protection.unprotect(config, progress)
+        protection.unprotect(config, progress, lambda: service.start(config), lambda: _end_agent(config, progress))
     except BaseException:
         if EngineClient(config.paths.control).alive():  # the cluster goes on behind capture: so must the agent
             service.start(config)
         raise
     return {"set": set_name, "pgdata": str(config.pgdata), "store": str(config.store)}
+
+
+def _end_agent(config: Config, progress: Report) -> None:
+    """Stop the agent when the store has what the journal holds, which will be removed."""
+    engine = engine_status(config)
+    progress(Progress("storing the last writes"))
+    with suppress(service.AgentGone):
+        while engine is not None:
+            state = service.ask(config.paths, "status")
+            if state["error"] or state["phase"] != "following" or state["taken_write"] >= engine.durable_write:
+                break
+            time.sleep(0.1)
+    service.stop(config)
 
 
 def up(set_name: str, progress: Report = silent) -> Json:
@@ -138,19 +154,22 @@ def status(set_name: str) -> Json:
         agent: Json = service.ask(config.paths, "status")
     except service.AgentGone:
         agent = {}
-    source = source_of(config, engine)
     stored, opened, damage = None, None, None
     intervals: list[Interval] = []
     try:
-        try:
-            points = source.window()
-        except DamageError as error:
-            damage, points = error.message, window(source.published())
-        opened = window_json(*points)
-        intervals = source.intervals()
-        stored = intervals[-1] if intervals else None
-    except (PreconditionError, TargetError):
-        pass
+        source = source_of(config, engine)
+    except PreconditionError as error:
+        if engine is None or engine.released_write:  # else the agent is about to make it
+            damage = error.message
+    else:
+        with suppress(PreconditionError, TargetError):
+            try:
+                points = source.window()
+            except DamageError as error:
+                damage, points = error.message, window(source.published())
+            opened = window_json(*points)
+            intervals = source.intervals()
+            stored = intervals[-1] if intervals else None
     stored_write = stored.to_write if stored else (opened["from_write"] if opened else 0)
     behind = stored.to_time_ns if stored else None
     return {
@@ -272,7 +291,15 @@ def show(set_name: str, write: int) -> Json:
     """One captured write."""
     source = open_source(set_name, None)
     point = source.resolve(Target("write", write))
-    record = source.record(write)
+    try:
+        record = source.record(write)
+    except DamageError:
+        if write != window(source.listing())[0].write:
+            raise
+        raise TargetError(
+            f"write {write} is where the recovery window begins: what it held is in the image, not kept by itself",
+            f"pgcdp show {set_name} {write + 1} shows the next one",
+        ) from None
     kind = Kind(int(record["kind"]))
     names = {volume.number: volume.name for volume in source.store.volumes}
     holds: Json = {}

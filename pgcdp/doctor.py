@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,8 @@ def examine(config: Config, engine: EngineStatus | None, full: bool, progress: R
             found.extend(step())
         except PgcdpError as error:
             found.append(_failed(name, error.message, error.hint, error.kind, started))
+        except OSError as error:  # a disk that is gone
+            found.append(_failed(name, str(error), "see whether it is mounted", started=started))
     return found
 
 
@@ -113,7 +116,10 @@ def _settings(config: Config) -> Iterator[Finding]:
 
 
 def _space(config: Config) -> Iterator[Finding]:
-    used = sum(file.stat().st_size for file in config.journal.iterdir())
+    used = 0
+    for file in config.journal.iterdir():
+        with suppress(FileNotFoundError):  # renamed by the engine just now
+            used += file.stat().st_size
     room = free_space(config.journal) + used
     if room < config.journal_limit:
         yield _failed(

@@ -106,10 +106,12 @@ class Follower:
         stages.close()
 
     def _finish_baseline(self, stages: Stages, rng: random.Random) -> None:
-        while stages.baseline is not None and not stages.baseline.complete:
+        while stages.baseline is not None:  # as the agent does: a step also when the copy was complete
             stages.baseline_step(self.engine.status().applied_write, 0.001)
             if rng.random() < 0.2:
                 stages.relieve()
+            if stages.baseline.complete:
+                break
         if stages.baseline is not None:
             stages.baseline_copied(self.engine.status().durable_write, 0)
         while stages.baseline is not None:

@@ -117,6 +117,10 @@ def program() -> Iterator[Program]:
             "--volume and --size",
         ),
         (["protect", "main", "--pgdata", "/p", "--store", "/s", "--size", "1G"], "not confirmed"),
+        (
+            ["protect", "main", "--pgdata", "/p", "--store", "/s", "--cut", "1min", "--cut", "5min", "--yes"],
+            "a second time",
+        ),
         (["restore", "main", "--target-write", "twelve", "--to-directory", "/d"], '"twelve" is not a write number'),
         (["restore", "main", "--target-write", "-3", "--to-directory", "/d"], '"-3" is not a write number'),
         (["restore", "main", "--target-boundary", "1.5", "--to-directory", "/d"], '"1.5" is not a boundary number'),

@@ -19,6 +19,7 @@ from typing import TypeVar
 from pgcdp import fsio, proc
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone, spawn_capture
+from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, SetPaths, VolumeConfig
 from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
@@ -54,12 +55,13 @@ def up(config: Config, progress: Report = silent, captured: Callable[[], None] =
 def down(config: Config, progress: Report = silent) -> None:
     """Stop Postgres (fast), unmount, detach, stop the engine with its journal clean. Nothing is done when all is down.
 
-    When the engine has died, its journal is replayed first, so that the volumes are plain afterwards.
+    When the engine has died, with this machine or before, its journal is replayed first, so that the volumes are plain
+    afterwards. Raises PreconditionError when they are not.
     """
     with hold(config.paths):
         refuse_pending(config.paths)
         if not EngineClient(config.paths.control).alive():
-            if not _anything_left(config):
+            if not _anything_left(config) and _journal_is_clean(config):
                 return
             clean_leftovers(config, progress)
             progress(Progress("replaying the journal"))
@@ -69,6 +71,11 @@ def down(config: Config, progress: Report = silent) -> None:
         else:
             end_postgres(config, progress)
         detach(config, progress)
+        if not _journal_is_clean(config):
+            raise PreconditionError(
+                f"the volumes of {config.name} lack writes that {config.journal} holds: capture could not apply them",
+                f"look at {config.paths.engine_log}, mend that, then pgcdp up {config.name}; mount nothing before",
+            )
 
 
 def quiesce(config: Config, progress: Report = silent) -> None:
@@ -278,6 +285,12 @@ def _refuse_foreign(config: Config, volume: VolumeConfig) -> None:
             f"{volume.mountpoint} is mounted from {mount.source}, which is not of the set {config.name}",
             f"umount {volume.mountpoint}",
         )
+
+
+def _journal_is_clean(config: Config) -> bool:
+    """Whether the volumes hold all that the journal does."""
+    mark = Journal(config.journal, config.set_id_bytes).applied_mark()
+    return mark is None or mark.clean
 
 
 def _anything_left(config: Config) -> bool:

@@ -137,7 +137,7 @@ def check_tree(pgdata: Path) -> None:
 
 
 def check_places(request: ProtectRequest, pgdata: Path, journal: Path) -> None:
-    """Store and journal: outside the data directory, apart from each other, empty or absent."""
+    """Store and journal: outside the data directory, apart from each other, empty or absent. The store can be made."""
     for what, place in (("store", request.store), ("journal", journal)):
         if not place.is_absolute():
             raise UsageError(f"{what} {place} is not an absolute path", f"give --{what} as an absolute path")
@@ -149,6 +149,11 @@ def check_places(request: ProtectRequest, pgdata: Path, journal: Path) -> None:
             )
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise PreconditionError(f"{what} {place} exists and is not empty", f"choose an empty --{what} directory")
+    if not request.store.parent.is_dir():
+        raise PreconditionError(
+            f"store {request.store} cannot be made: {request.store.parent} does not exist",
+            f"mount what belongs there, or mkdir -p {request.store.parent}",
+        )
     one, other = Path(os.path.realpath(request.store)), Path(os.path.realpath(journal))
     if one == other or one in other.parents or other in one.parents:
         raise PreconditionError(f"store {one} and journal {other} lie in each other", "choose separate directories")

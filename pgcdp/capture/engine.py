@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -216,7 +217,12 @@ def spawn_capture(config: Config, create: bool = False, timeout: float = 3600.0)
     finally:
         os.close(log)
     client = EngineClient(paths.control)
-    _await_answer(client, pid, paths.engine_log, begin, timeout)
+    try:
+        _await_answer(client, pid, paths.engine_log, begin, timeout)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # interrupted: nobody could find it before it answers
+            _end(pid)
+        raise
     return client
 
 
@@ -240,6 +246,13 @@ def run_engine(arguments: Sequence[str]) -> str:
 
 _children: set[int] = set()
 """Engines that this process started: their ends are collected, so that no zombie stays while this process lives."""
+
+
+def _end(pid: int) -> None:
+    if pid in _children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        _children.discard(pid)
 
 
 def _reap() -> None:

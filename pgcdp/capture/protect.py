@@ -4,7 +4,7 @@ Both go through named steps. Before each, the step is written to a small state f
 What a failure or a kill leaves is judged by that file and by what is there:
 
     protect     volume -> stop -> copy -> capture -> switch | start -> remove
-    unprotect   stop -> copy                                | switch -> start -> remove
+    unprotect   stop -> copy (and detach)                   | switch -> start -> remove
 
 Left of the bar everything is put back and the cluster runs as before; right of it, it is finished: once Postgres has
 run on the new place, only that place holds what its clients wrote. The one exception: when Postgres does not start on
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from pgcdp import fsio, log
 from pgcdp.capture import attach, checks, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.copying import copy_tree, measure
-from pgcdp.capture.engine import EngineClient, spawn_capture
+from pgcdp.capture.engine import spawn_capture
 from pgcdp.config import Config, SetPaths, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.progress import Progress, Report, silent
@@ -135,9 +135,16 @@ def protect(request: ProtectRequest, progress: Report = silent) -> Config:
     return config
 
 
-def unprotect(config: Config, progress: Report = silent) -> None:
-    """Bring the cluster back to plain files at the same path; the store stays. The agent must be stopped.
+def unprotect(
+    config: Config,
+    progress: Report = silent,
+    captured: Callable[[], None] = attach.nothing,
+    stopped: Callable[[], None] = attach.nothing,
+) -> None:
+    """Bring the cluster back to plain files at the same path; the store stays.
 
+    `captured` is called when the engine answers and before Postgres is stopped, whose last checkpoint may need the room
+    that the agent makes; `stopped` when nothing writes any more and the agent may end.
     If a step before the switch fails, the cluster runs on behind capture. Raises PreconditionError.
     """
     checks.check_root()
@@ -146,7 +153,7 @@ def unprotect(config: Config, progress: Report = silent) -> None:
         if _recover(paths, progress) == "unprotected":
             return
         was_running, was_attached = attach.cluster_runs(config), attach.is_attached(config)
-        attach.attach(config, progress)
+        attach.attach(config, progress, captured=captured)
         try:
             _check_room(config)
         except PgcdpError:
@@ -157,8 +164,10 @@ def unprotect(config: Config, progress: Report = silent) -> None:
         pending.save()
         with _put_back_on_error(paths, progress):
             attach.stop_cluster(config, progress)
+            stopped()
             pending = pending.at("copy")
             _copy_to_plain(config, progress)
+            attach.detach(config, progress)  # while it can be put back: nobody may write there after the copy
         _finish_unprotect(pending.at("switch"), progress)
 
 
@@ -343,10 +352,6 @@ def _finish_unprotect(pending: _Pending, progress: Report) -> None:
     """The plain copy is whole and durable: it takes the mount point's place, then the rest goes."""
     config = pending.config
     if plain_directory(config).exists():
-        if EngineClient(config.paths.control).alive():
-            attach.detach(config, progress)
-        else:
-            attach.clean_leftovers(config, progress)
         progress(Progress("switching to plain storage"))
         os.rename(plain_directory(config), config.pgdata)
         fsio.sync_directory(config.pgdata.parent)

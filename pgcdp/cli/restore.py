@@ -53,6 +53,7 @@ def command(
     there already is never overwritten; a restore that was killed can be run again.
     """
     from pgcdp import api
+    from pgcdp.records import Target
 
     target = options.pick_target(target_write, target_boundary, target_time)
     if (to_image is None) == (to_directory is None):
@@ -61,7 +62,9 @@ def command(
         )
     name = options.pick_set_or_store(set_name, store)
     if output == "text":
-        screen.note("recovery point: " + point(api.resolve(name, target, store)))
+        resolved = api.resolve(name, target, store)
+        screen.note("recovery point: " + point(resolved))
+        target = Target("write", resolved["write"])  # what was said, also when more was written meanwhile
     with screen.progress(output) as progress:
         value = api.restore(
             name,

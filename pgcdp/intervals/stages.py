@@ -106,6 +106,8 @@ class Stages:
     def _begin_baseline(self) -> None:
         self.baseline = Baseline(self.image, list(self.settings.backings))
         log.info("baseline: %d of %d bytes copied", self.baseline.done, self.baseline.total)
+        if self.store.baseline is not None:  # killed between naming the boundary and reaching it: no write beyond it
+            self._reach(self.store.baseline)
 
     def baseline_step(self, applied: int, seconds: float = 0.5) -> None:
         """Copy for a while, then go through the journal up to `applied`, the engine's applied write."""
@@ -142,9 +144,6 @@ class Stages:
     def finish_baseline(self, durable: int) -> bool:
         """Look for the boundary that ends the baseline in the writes up to `durable`; True when it is there."""
         baseline = self._baseline()
-        if self.store.baseline is not None:  # killed between naming the boundary and reaching it
-            self._reach(self.store.baseline)
-            return True
         for run in self._some(self.journal.batches(baseline.journal_write, durable, self._start)):
             for checkpoint in self.finder.scan(run):
                 if self.baseline_end is not None and checkpoint.write > self.baseline_end:

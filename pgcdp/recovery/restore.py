@@ -53,9 +53,6 @@ def to_directory(source: Source, point: RecoveryPoint, place: Path, progress: Re
     _refuse_used(place, work)
     with mounted(source, point, work, progress) as found:
         status = found.stat()
-        remove(place)
-        place.mkdir(mode=0o700)
-        os.chown(place, status.st_uid, status.st_gid)
         control = found / "global" / "pg_control"
         content, control_status = control.read_bytes(), control.stat()
         for name in ("global/pg_control", "postmaster.pid", "postmaster.opts"):
@@ -64,7 +61,14 @@ def to_directory(source: Source, point: RecoveryPoint, place: Path, progress: Re
         if lost.is_dir():
             lost.rmdir()
         size = copying.measure(found).content
-        copying.copy_tree(found, place, lambda done: progress(Progress("copying files", done, size)))
+        remove(place)
+        try:
+            place.mkdir(mode=0o700)
+            os.chown(place, status.st_uid, status.st_gid)
+            copying.copy_tree(found, place, lambda done: progress(Progress("copying files", done, size)))
+        except BaseException:
+            remove(place)
+            raise
     _put_control(place, content, control_status)
     remove(work)
     sync_directory(place.parent)

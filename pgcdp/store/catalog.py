@@ -6,6 +6,7 @@ Nothing is only here. It is written after the files that it mirrors, so a kill c
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from dataclasses import asdict
 from pathlib import Path
@@ -28,18 +29,24 @@ class Catalog:
     def __init__(self, store: Store, path: Path) -> None:
         self.store = store
         self.path = path
-        connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
+        read_only = not os.access(path.parent, os.W_OK)  # a copy of a store on a read-only filesystem
+        name = os.fspath(path) if not read_only else ":memory:"
+        if read_only and path.exists():
+            name = path.absolute().as_uri() + "?immutable=1"
+        connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=read_only)
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
             self._db = sqlite_utils.Database(connection)
-            self._prepare()
+            if not read_only:
+                connection.execute("PRAGMA journal_mode=WAL")
+            if not name.endswith("?immutable=1"):
+                self._prepare()
         except sqlite3.DatabaseError as error:
             connection.close()
             raise _damaged(path, error) from None
 
     @classmethod
     def open(cls, store: Store) -> Catalog:
-        """Open the catalog of a store; an empty one is made where there is none."""
+        """Open the catalog of a store; where there is none it is made, in memory on a read-only filesystem."""
         return cls(store, store.path / FILE_NAME)
 
     def _prepare(self) -> None:

@@ -137,11 +137,6 @@ def digest_of(fd: int, size: int) -> xxhash.xxh3_64:
     return digest
 
 
-def has_trailer(fd: int, size: int) -> bool:
-    tail = read_all(fd, TRAILER_BYTES, size - TRAILER_BYTES)
-    return tail[:8] == b"PGCDPEND" and xxhash.xxh3_64_intdigest(tail[:24]) == struct.unpack("<Q", tail[24:])[0]
-
-
 def read_directory(path: Path, fd: int, size: int) -> list[Entry]:
     """The frames of a finished file; they must lie one after another and fill it without gaps."""
     tail = read_all(fd, TRAILER_BYTES, max(0, size - TRAILER_BYTES))

@@ -38,7 +38,6 @@ from pgcdp.store.frame_format import (
     file_header,
     frame_after,
     frame_header,
-    has_trailer,
     read_directory,
     read_frame,
     scan,
@@ -171,10 +170,12 @@ class FrameWriter:
         level: int = DEFAULT_LEVEL,
         frame_bytes: int = FRAME_BYTES,
     ) -> FrameWriter:
-        """Take up an unfinished file: check all frames and cut the torn tail; or open a finished one (`finished`).
+        """Take up an unfinished file: check its frames and cut off the rest; one that was finished is taken up as well.
 
-        `durable`: bytes of the stream that somebody relies on. Frames that end before it are damage; None: nothing is
-        known, then only a tail without any valid frame behind it is cut. Raises DamageError with file and offset.
+        `durable`: bytes of the stream that somebody relies on. Frames that end before it are damage, and what lies
+        behind the frame that ends it is cut off, whole or not: a sync of it may have failed, and the kernel tells of
+        that once; read again, the bytes come from memory. None: nothing is known, then only a tail without any valid
+        frame behind it is cut. Raises DamageError with file and offset.
         """
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -188,21 +189,19 @@ class FrameWriter:
                     f"{position} are whole",
                     HINT,
                 )
+            if durable is None and not directory and frame_after(fd, end, size) is not None:
+                raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", HINT)
+            if durable is not None:
+                keep = sum(1 for entry in entries if entry.position < durable)
+                end = entries[keep].offset if keep < len(entries) else end
+                entries = entries[:keep]
             writer = cls(path, fd, content, set_id, interval, level)
             writer._frame_bytes = frame_bytes
             writer.entries = entries
             writer.file_bytes = end
-            writer.flushed = position
+            writer.flushed = entries[-1].position + entries[-1].raw if entries else 0
             writer._digest = digest_of(fd, end)
-            if directory and has_trailer(fd, size):
-                writer.finished = True
-                writer._digest = digest_of(fd, size)
-                writer.file_bytes = size
-                return writer
-            if end < size:
-                if durable is None and not directory and frame_after(fd, end, size) is not None:
-                    raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", HINT)
-                os.ftruncate(fd, end)
+            os.ftruncate(fd, end)
             return writer
         except BaseException:
             os.close(fd)

@@ -334,10 +334,11 @@ class Image:
         self._set(ImageState("moving", boundary=state.boundary, write=state.write, to=to))
 
     def close(self) -> None:
-        """Close the files; sums not yet written are written, nothing is synced. Harmless when done twice."""
+        """Close the files. What was not synced since the last state is done again by whoever opens the image next.
+
+        Harmless when done twice.
+        """
         for files in self._files:
-            if files.fd >= 0 and self.writable:
-                files.flush_sums()
             files.close()
 
 

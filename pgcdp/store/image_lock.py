@@ -5,6 +5,7 @@ One flock on `image/lock`: shared for those who read, exclusive for the agent wh
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -29,7 +30,13 @@ def image_to_move(store: Store, *, wait: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def _locked(store: Store, kind: int) -> Iterator[bool]:
-    fd = os.open(store.image / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(store.image / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS or kind != fcntl.LOCK_SH:
+            raise
+        yield True  # a copy of a store on a read-only filesystem: nobody moves its image
+        return
     try:
         try:
             fcntl.flock(fd, kind)

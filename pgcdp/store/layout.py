@@ -13,6 +13,7 @@ from pgcdp.fsio import FileLock, make_directory, read_json, write_json
 from pgcdp.records import Boundary, Volume
 
 FORMAT = 1
+DIRECTORIES = ("image", "incoming", "intervals", "history")
 
 
 def boundary_from(content: dict[str, Any], where: Path) -> Boundary:
@@ -43,13 +44,16 @@ class Store:
     def create(
         cls, path: Path, set_name: str, set_id: bytes, volumes: list[Volume], extra: dict[str, Any] | None = None
     ) -> Store:
-        """Make a store in an empty or missing directory; its parent must exist. PreconditionError if it is in use."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """Make a store in an empty or missing directory, or in what a killed `create` left; its parent must exist.
+
+        Raises PreconditionError if it is in use.
+        """
+        if path.exists() and (not path.is_dir() or not _only_begun(path)):
             raise PreconditionError(f"{path} is not an empty directory", "name an empty directory with --store")
         if [volume.number for volume in volumes] != list(range(len(volumes))):
             raise PgcdpError(f"the volumes of set {set_name} are not numbered from 0")
         make_directory(path)
-        for name in ("image", "incoming", "intervals", "history"):
+        for name in DIRECTORIES:
             make_directory(path / name)
         store = cls(path, set_name, set_id, tuple(volumes), None, dict(extra or {}))
         store._write()
@@ -133,3 +137,8 @@ class Store:
 
 def _numbers(directory: Path) -> list[int]:
     return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"\d{10}", name))
+
+
+def _only_begun(path: Path) -> bool:
+    """Whether a directory holds nothing but empty directories of a store: none was ever complete here."""
+    return all(entry.name in DIRECTORIES and entry.is_dir() and not any(entry.iterdir()) for entry in path.iterdir())

@@ -69,10 +69,10 @@ class OpenInterval:
     def open(
         cls, store: Store, number: int, from_write: int, *, durable_write: int = 0, level: int = DEFAULT_LEVEL
     ) -> OpenInterval:
-        """Make `incoming/NNNNNNNNNN`, or take it up after a kill and cut both streams to what both hold whole.
+        """Make `incoming/NNNNNNNNNN`, or take it up after a kill or an error and cut both streams to what is durable.
 
-        `durable_write`: the last write that was reported as durable here (the journal's released write). If it is not
-        in the files any more that is DamageError, never a cut tail.
+        `durable_write`: the last write that was reported as durable here (the journal's released write); what lies
+        behind it is in the journal. If it is not in the files any more that is DamageError, never a cut tail.
         """
         path = store.incoming(number)
         made = path.is_dir() and (path / "index").exists() and (path / "writes").exists()
@@ -125,10 +125,8 @@ class OpenInterval:
         )
         whole = int(np.searchsorted(ends, writes.length, side="right"))
         end = int(ends[whole - 1]) if whole else 0
-        if not index.finished:
-            index.cut(whole * INDEX.itemsize)
-        if not writes.finished:
-            writes.cut(end)
+        index.cut(whole * INDEX.itemsize)
+        writes.cut(end)
         if whole * INDEX.itemsize != index.length or end != writes.length:
             raise DamageError(
                 f"{path / 'writes'} ends at byte {writes.length} of its stream, its index at write "
@@ -169,10 +167,8 @@ class OpenInterval:
     def sync(self) -> int:
         """Make everything appended durable, data before index; returns `synced_write`."""
         if self._streams is None:
-            if not self._writes.finished:
-                self._writes.sync()
-            if not self._index.finished:
-                self._index.sync()
+            self._writes.sync()
+            self._index.sync()
         self.synced_write = self.last_write
         return self.synced_write
 

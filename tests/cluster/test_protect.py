@@ -24,6 +24,7 @@ from pgcdp import proc
 from pgcdp.capture import attach, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.journal import Journal
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError
 from pgcdp.postgres import cluster
@@ -302,6 +303,39 @@ def test_a_free_loop_device_keeps_its_flushes(house: House) -> None:
     assert mode.read_text().strip() == volumes.WRITE_BACK
 
 
+def test_a_mount_in_use_keeps_the_set_as_it_is(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain copy that waits for its switch would replace what clients have written since."""
+    config = protect.protect(house.request())
+    monkeypatch.setattr(attach, "BUSY_SECONDS", 0.5)
+    with (house.pgdata / "PG_VERSION").open(), pytest.raises(PreconditionError, match="is in use by"):
+        protect.unprotect(config)
+    with house.connect() as session:
+        session.execute("INSERT INTO ledger VALUES (1001)")
+    attach.up(config)
+    protect.unprotect(config)
+    assert house.count() == 1001
+
+
+def test_down_after_a_crash_of_the_machine_replays(house: House) -> None:
+    """A volume that lacks answered writes is not plain: who mounts it has the next replay write over what he did."""
+    config = protect.protect(house.request())
+    with house.connect() as session:
+        session.execute("INSERT INTO ledger VALUES (1001)")
+    os.kill(EngineClient(config.paths.control).status().pid, signal.SIGKILL)
+    attach.clean_leftovers(config)  # what a boot leaves: nothing runs, nothing is mounted or attached
+    journal = Journal(config.journal, config.set_id_bytes)
+    mark = journal.applied_mark()
+    assert mark is not None
+    assert not mark.clean
+    attach.down(config)
+    mark = journal.applied_mark()
+    assert mark is not None
+    assert mark.clean
+    assert mark.applied_write == mark.durable_write
+    attach.up(config)
+    assert house.count() == 1001
+
+
 def test_a_given_device(house: House) -> None:
     image = house.root / "disk"
     volumes.make_image(image, 384 * MIB)
@@ -371,6 +405,7 @@ def _left_over(house: House) -> ProtectRequest:
         (lambda house: house.request(pgdata=Path("pg")), "not an absolute path"),
         (lambda house: house.request(name="Main"), "not a set name"),
         (lambda house: house.request(store=house.pgdata / "store"), "inside the data directory"),
+        (lambda house: house.request(store=house.root / "no" / "store"), "/no does not exist"),
         (lambda house: house.request(journal=house.pgdata / "journal"), "inside the data directory"),
         (lambda house: house.request(journal=house.root / "store" / "j"), "lie in each other"),
         (_full_store, "not empty"),
@@ -539,8 +574,8 @@ def test_a_killed_protect_is_put_back_or_finished(house: House, step: str, outco
     [
         ("stopping Postgres", "protected"),
         ("copying to plain storage", "protected"),
-        ("unmounting", "unprotected"),
-        ("stopping capture", "unprotected"),
+        ("unmounting", "protected"),
+        ("stopping capture", "protected"),
         ("switching to plain storage", "unprotected"),
         ("starting Postgres", "unprotected"),
         ("removing volume and journal", "unprotected"),

@@ -209,6 +209,51 @@ def test_capture_refuses_a_damaged_journal_that_it_must_replay(make_capture: Mak
     assert {path.name: path.read_bytes() for path in capture.journal.iterdir()} == files
 
 
+@pytest.mark.parametrize("offset", [0, 8, 16, 24, 32, 36, 40, 4096])
+def test_a_segment_whose_first_batch_is_damaged_is_not_taken_for_empty(make_capture: MakeCapture, offset: int) -> None:
+    """Its other batches may be all that is left of their writes: only a release may have it used again."""
+    capture = make_capture({"data": 16 * MIB})
+    capture.start()
+    with Direct(capture.device("data")) as volume:
+        for i in range(40):
+            volume.write(i % 12 * MIB, os.urandom(BLOCK) * 256)
+    capture.stop()
+    first, second = sorted({b.segment for b in read_journal(capture.journal).batches})[:2]
+    paths = [capture.journal / f"{number:016}.seg" for number in (first, second)]
+    for path in paths:
+        flip(path, BLOCK + offset)
+    content = [path.read_bytes() for path in paths]
+    for _ in range(2):
+        capture.start()
+        with Direct(capture.device("data")) as volume:
+            for i in range(20):
+                volume.write(i % 12 * MIB, os.urandom(BLOCK) * 256)
+        capture.stop()
+        assert [path.read_bytes() for path in paths] == content
+    assert capture.engine("check").returncode == 5
+    for path in paths:
+        flip(path, BLOCK + offset)
+    assert capture.engine("check").returncode == 0
+
+
+def test_a_free_file_that_is_gone_does_not_stop_the_writing(make_capture: MakeCapture) -> None:
+    capture = make_capture({"data": 16 * MIB}, segment_bytes=8 * MIB, journal_limit=64 * MIB)
+    capture.allowed.append("cannot use a segment again: No such file")
+    capture.start()
+    removed = 0
+    with Direct(capture.device("data")) as volume:
+        for i in range(160):
+            volume.write(i % 12 * MIB, os.urandom(BLOCK) * 256)
+            capture.request("release", write=capture.status()["durable_write"])
+            for path in capture.journal.glob("free-*"):
+                path.unlink(missing_ok=True)
+                removed += 1
+    assert removed > 2
+    assert capture.status()["state"] == "capturing"
+    capture.stop()
+    assert capture.engine("check").returncode == 0
+
+
 def test_lost_and_foreign_segments_are_damage(make_capture: MakeCapture) -> None:
     capture = make_capture({"data": 16 * MIB})
     capture.start()

@@ -122,7 +122,7 @@ def test_torn_at_any_byte_keeps_what_was_synced(tmp_path: Path) -> None:
             seen = reader.read_stream()
         assert model.startswith(seen)
         writer = resume(path, durable=2500)
-        assert writer.length == len(seen) >= 2500
+        assert writer.length == 2500
         writer.append(model[writer.length :])
         writer.finish()
         with open_reader(path) as reader:
@@ -146,7 +146,6 @@ def test_killed_while_finishing(tmp_path: Path) -> None:
         path.write_bytes(raw[:size])
         writer = resume(path, durable=4500)
         assert writer.length == 4500
-        assert writer.finished == (size == len(raw))
         assert writer.finish() == summary
         assert path.read_bytes() == raw
 

@@ -408,9 +408,8 @@ def test_open_interval_cut_at_any_byte_of_either_file(tmp_path: Path) -> None:
             with snapshot.writes:
                 seen = len(snapshot.index)
             again = OpenInterval.open(world.store, 1, 1, durable_write=12)
-            assert 12 <= again.last_write <= full
-            assert again.last_write == again.synced_write
-            assert again.last_write == seen
+            assert again.last_write == again.synced_write == 12  # the rest is in the journal
+            assert 12 <= seen <= full
             for run in world.journal.batches(again.last_write, full):
                 again.append(run)
             with again.reader() as reader:

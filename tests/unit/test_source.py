@@ -51,9 +51,17 @@ def world(tmp_path: Path) -> World:
     return made
 
 
+def reopen(world: World) -> OpenInterval:
+    """The open interval as the agent left it, which had told the journal of each sync."""
+    made = world.store.incoming(2).is_dir()
+    last = read_open_last(world.store, 2) if made else None
+    released = PUBLISHED if last is None else int(last["number"])
+    return OpenInterval.open(world.store, 2, PUBLISHED + 1, durable_write=released)
+
+
 def take(world: World, upto: int, step: int = 10) -> None:
     """The agent takes writes into the open interval and syncs after every few."""
-    opened = OpenInterval.open(world.store, 2, PUBLISHED + 1)
+    opened = reopen(world)
     while opened.last_write < upto:
         for run in world.journal.batches(opened.last_write, min(upto, opened.last_write + step)):
             opened.append(run)
@@ -75,7 +83,7 @@ def relieve(world: World) -> None:
 def publish(world: World) -> None:
     take(world, DURABLE)
     image = Image.open(world.store)
-    opened = OpenInterval.open(world.store, 2, PUBLISHED + 1)
+    opened = reopen(world)
     close_interval(world.store, opened, image, boundary(2, DURABLE), {})
     image.close()
     recycle(world)

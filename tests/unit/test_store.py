@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +311,53 @@ def test_damaged_catalog_says_how_to_mend_it(tmp_path: Path) -> None:
     with pytest.raises(DamageError, match=r"catalog\.db cannot be read") as caught:
         Catalog.open(store)
     assert "pgcdp rebuild" in str(caught.value.hint)
+
+
+def test_writes_whose_sync_may_have_failed_are_taken_from_the_journal_again(tmp_path: Path) -> None:
+    """A failed sync is told once: the next one says yes to pages that the disk never got."""
+    store = make_store(tmp_path, 1)
+    opened = OpenInterval.open(store, 2, 11, durable_write=15)
+    opened.append(PlainRun(16, random.Random(1), 20))
+    opened.sync()  # let this be the one that failed: nobody was told of write 35
+    opened.close()
+    again = OpenInterval.open(store, 2, 11, durable_write=15)
+    assert again.last_write == 15
+    again.append(PlainRun(16, random.Random(1), 20))
+    assert again.sync() == 35
+    again.set_boundary(replace(boundary(2), write=35))
+    again.finish()
+    again.close()
+    done = OpenInterval.open(store, 2, 11, durable_write=15)
+    assert done.last_write == 35
+    sizes = [(store.incoming(2) / name).stat().st_size for name in ("writes", "index")]
+    done.finish()
+    assert [(store.incoming(2) / name).stat().st_size for name in ("writes", "index")] > sizes
+    done.close()
+
+
+def test_a_killed_create_can_be_done_again(tmp_path: Path) -> None:
+    for name in ("image", "incoming"):
+        (tmp_path / "store" / name).mkdir(parents=True)
+    Store.create(tmp_path / "store", "s", SET_ID, [Volume(0, "data", BLOCKS * BLOCK)])
+    assert Store.open(tmp_path / "store").set_name == "s"
+    (tmp_path / "other" / "image" / "data.img").mkdir(parents=True)
+    with pytest.raises(PreconditionError, match="not an empty directory"):
+        Store.create(tmp_path / "other", "s", SET_ID, [Volume(0, "data", BLOCKS * BLOCK)])
+
+
+def test_an_image_that_cannot_be_written_can_be_closed(tmp_path: Path) -> None:
+    """The agent closes what failed and goes on later: it must not fail at that and end."""
+    store = Store.create(tmp_path / "store", "s", SET_ID, [Volume(0, "data", BLOCKS * BLOCK)])
+    image = Image.create(store, 1)
+    image.write_blocks(0, 0, b"x" * BLOCK)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            image.sync()
+        image.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_open_interval_refuses_a_gap(tmp_path: Path) -> None:
