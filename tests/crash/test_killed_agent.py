@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from pgcdp.intervals.increments import Mode
+from pgcdp.store.layout import Store
 from tests.fix_engine import Capture, MakeCapture
 from tests.follower import STEPS, Killable
 from tests.model import put_extents, read_journal, read_store, replay
 from tests.raw_workload import Workload
 from tests.results import keep_result
 from tests.stage_history import VOLUMES
+from tests.waiting import wait_until
 
 KILLED = -9
 
@@ -85,6 +87,17 @@ def test_killed_at_every_named_step(make_capture: MakeCapture, mode: Mode) -> No
                 code, _ = follower.run(seed=number, turns=200, step=step, times=times)
                 assert code == KILLED, f"the step was never reached: {step}"
         assert assert_same_end(capture, work, follower) >= 5
+
+
+def test_killed_between_naming_boundary_0_and_reaching_it(make_capture: MakeCapture) -> None:
+    """The image must stop at the write that is named, however much was applied to the volumes meanwhile."""
+    with followed(make_capture, 12, "optimal") as (capture, work, follower):
+        assert follower.run(step="boundary 0 named", turns=5)[0] == KILLED
+        named = Store.open(follower.store).baseline
+        assert named is not None
+        work.wait_answered(work.answered + 200)
+        wait_until(lambda: capture.request("sync")["applied_write"] > named.write + 100, what="writes on the volumes")
+        assert assert_same_end(capture, work, follower) >= 1
 
 
 def kill_often(make_capture: MakeCapture, seed: int, mode: Mode, kills: int) -> dict[str, object]:
