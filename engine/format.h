@@ -1,4 +1,4 @@
-/* The on-disk structs of FORMAT.md, section 1 (journal). Little-endian machines only; sizes are asserted. */
+/* The on-disk structs of FORMAT.md, sections 1 (journal) and 2 (frames). Little-endian machines only; sizes are asserted. */
 #ifndef PGCDP_FORMAT_H
 #define PGCDP_FORMAT_H
 
@@ -81,6 +81,41 @@ static_assert(sizeof(struct fmt_applied) == 96, "FORMAT.md 1.4");
 static_assert(offsetof(struct fmt_applied, checksum) == 88, "FORMAT.md 1.4");
 
 #define FMT_APPLIED_CLEAN 1u
+
+static const char FMT_FRAMES_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'F', 'R', 'M'};
+static const char FMT_FRAME_MAGIC[4] = {'F', 'R', 'A', 'M'};
+
+struct fmt_frames_file { /* FORMAT.md 2: how a frames file begins */
+    char magic[8];
+    uint32_t version;
+    char content[4];
+    uint8_t set_id[16];
+    uint64_t interval;
+    uint8_t reserved[16];
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_frames_file) == 64, "FORMAT.md 2");
+
+enum fmt_codec { FMT_CODEC_PLAIN = 0, FMT_CODEC_ZSTD = 1, FMT_CODEC_DIRECTORY = 255 };
+
+struct fmt_frame { /* FORMAT.md 2: before the stored bytes of each frame */
+    char magic[4];
+    uint32_t codec;
+    uint64_t position;
+    uint32_t raw_length;
+    uint32_t stored_length;
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_frame) == 32, "FORMAT.md 2");
+
+#define FMT_FRAME_LIMIT ((size_t)64 << 20)
+
+struct fmt_index { /* FORMAT.md 3.1 */
+    struct fmt_record record;
+    uint64_t position;
+    uint64_t reserved;
+};
+static_assert(sizeof(struct fmt_index) == 64, "FORMAT.md 3.1");
 
 /* Header length of a batch with so many records. */
 static inline uint64_t fmt_batch_header(uint64_t records)

@@ -4,6 +4,7 @@
 
 #include "capture.h"
 #include "dump.h"
+#include "wal_list.h"
 
 static const struct {
     const char *name;
@@ -12,6 +13,7 @@ static const struct {
 } COMMANDS[] = {
     {"capture", cmd_capture, "serve a set's volumes and journal every write"},
     {"dump", cmd_dump, "list the records of a journal"},
+    {"wal", cmd_wal, "list the transactions in the writes of stored intervals"},
     {"check", cmd_check, "read a whole journal and name every damage"},
 };
 

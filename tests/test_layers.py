@@ -67,6 +67,10 @@ C_FLOORS: dict[str, int] = {
     "journal_write": 3,
     "journal_read": 3,
     "journal_files": 3,
+    "frames": 3,
+    "wal": 4,
+    "wal_record": 4,
+    "wal_xacts": 4,
     "volume": 4,
     "volume_set": 4,
     "apply": 4,
@@ -75,6 +79,7 @@ C_FLOORS: dict[str, int] = {
     "control": 5,
     "capture": 6,
     "dump": 6,
+    "wal_list": 6,
     "main": 6,
 }
 """Floor of each room of the engine: NAME.c and NAME.h."""

@@ -1,0 +1,55 @@
+/* PostgreSQL's WAL inside captured writes: which record is complete with which write.
+ *
+ * `wal_take` is given every captured write in order. It recognises WAL pages by their header (src/include/access/
+ * xlog_internal.h, PostgreSQL 13 to 18), keeps the newest content of those from the next record on, and calls `found`
+ * for each record as soon as it is whole and its CRC is right: with the write that completed it, which is the first one
+ * with which recovery reaches it. Records come in order of LSN, each once.
+ *
+ * Whatever looks like WAL and is not (another cluster's, a copy, damage) costs time at most: a record counts when its
+ * LSN, its link to the record before and its CRC are right. Memory is fixed by `wal_open`.
+ */
+#ifndef PGCDP_WAL_H
+#define PGCDP_WAL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "err.h"
+
+struct wal;
+
+struct wal_record {
+    uint64_t lsn;       /* where it begins */
+    uint64_t end_lsn;   /* where it ends, padded to 8 bytes: what commit returns to clients as the LSN to wait for */
+    uint64_t write;     /* the captured write that completed it */
+    uint64_t prev_lsn;
+    uint32_t timeline;
+    uint32_t xid;
+    uint32_t length;    /* bytes, the header of 24 included */
+    uint16_t magic;     /* of its page: tells the version */
+    uint8_t rmid;
+    uint8_t info;
+    const uint8_t *body; /* behind the header, `length` - 24 bytes; valid during the call */
+};
+
+typedef int wal_found(void *arg, const struct wal_record *record);
+
+struct wal_options {
+    uint64_t system_identifier; /* pages of segment starts that bear another one are not ours */
+    uint64_t start_lsn;         /* where to begin; 0: at the first record that begins in the first page seen */
+    uint32_t segment_bytes;     /* wal_segment_size */
+    wal_found *found;           /* not 0: stop, `wal_take` returns it */
+    void *arg;
+};
+
+/* Memory: twice a WAL segment, and what the largest record so far needed. 0 or -errno. */
+int wal_open(struct wal **out, const struct wal_options *options, struct err *e);
+void wal_close(struct wal *w);
+
+/* A captured write: `length` bytes (a multiple of 4096) at `offset` of volume `volume`. */
+int wal_take(struct wal *w, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length);
+
+/* Where the next record is looked for; 0 before the first page was seen. */
+uint64_t wal_next_lsn(const struct wal *w);
+
+#endif

@@ -1,0 +1,183 @@
+"""The engine's reading of WAL inside captured writes, against pg_waldump of the cluster's own WAL."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgcdp import api
+from pgcdp.capture.engine import run_engine
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.units import format_lsn, parse_lsn
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet, ProtectedSet
+
+POSTGRES_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+LINE = re.compile(r"^rmgr: (\w+) .*?tx:\s+(\d+), lsn: ([0-9A-F/]+), prev [0-9A-F/]+, desc: (.*)$")
+ENDS = {
+    "COMMIT": "committed",
+    "ABORT": "aborted",
+    "PREPARE": "prepared",
+    "COMMIT_PREPARED": "committed prepared",
+    "ABORT_PREPARED": "aborted prepared",
+}
+Changes = dict[str, Counter[str]]
+
+
+@dataclass
+class End:
+    """One end of a transaction, as both sides tell it."""
+
+    lsn: int
+    status: str
+    xid: int
+    time: str
+    subxids: list[int]
+    changes: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+
+
+def row_change(description: str) -> tuple[str, int] | None:
+    """What a heap record does to rows: ("inserted", 1)."""
+    word = description.split()[0].removesuffix("+INIT")
+    flags = int(found[1], 16) if (found := re.search(r"flags:? 0x([0-9A-Fa-f]+)", description)) else 0
+    if word == "MULTI_INSERT":
+        count = re.match(r"\S+ (?:ntuples: )?(\d+)", description)
+        assert count is not None, description
+        return "inserted", int(count[1])
+    if word == "HEAP_CONFIRM" or (word == "INSERT" and not flags & 4):
+        return "inserted", 1
+    if word == "DELETE" and not flags & 8:
+        return "deleted", 1
+    return ("updated", 1) if word in ("UPDATE", "HOT_UPDATE") else None
+
+
+def waldump(binaries: Binaries, wal: Path, begin: int, end: int) -> Iterator[End]:
+    """Ends of transactions in pg_waldump's listing, with the rows that pg_waldump shows for them."""
+    command = [str(binaries.path("pg_waldump")), "-p", str(wal), "-s", format_lsn(begin), "-e", format_lsn(end)]
+    listed = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", "TZ": "UTC"}
+    ).stdout
+    rows: defaultdict[int, Changes] = defaultdict(lambda: defaultdict(Counter))
+    for match in filter(None, map(LINE.match, listed.splitlines())):
+        manager, xid, lsn, description = match[1], int(match[2]), parse_lsn(match[3]), match[4]
+        if manager in ("Heap", "Heap2"):
+            change, relation = row_change(description), re.search(r"blkref #0: rel (\d+/\d+/\d+)", description)
+            if change is not None and relation is not None and xid:
+                rows[xid][relation[1]][change[0]] += change[1]
+        word = description.split()[0]
+        if manager != "Transaction" or word not in ENDS:
+            continue
+        named = re.match(r"\w+ (?:gid \S+: |(\d+): )?(\d{4}-\d\d-\d\d \S+) UTC", description)
+        assert named is not None, description
+        subs = re.search(r"subxacts: ([\d ]+)", description)
+        dropped = re.search(r"; rels: ([^;]+)", description)
+        done = End(
+            lsn, ENDS[word], int(named[1] or xid), named[2], [int(each) for each in subs[1].split()] if subs else []
+        )
+        merged: Changes = defaultdict(Counter)
+        for each in (done.xid, *done.subxids):
+            for relation_name, counts in rows[each].items():
+                merged[relation_name].update(counts)
+            if done.status != "prepared":
+                rows.pop(each)
+        done.changes = {name: dict(counts) for name, counts in merged.items()}
+        done.dropped = {name.replace("base/", "1663/") for name in dropped[1].split()} if dropped else set()
+        yield done
+
+
+def listing(found: ProtectedSet, begin: int) -> list[End]:
+    """The same by `pgcdp-engine wal` over the store's intervals."""
+    intervals = sorted((found.store / "intervals").iterdir())
+    identifier = str(found.config.cluster.system_identifier)
+    words = ["wal", "--system-identifier", identifier, "--start-lsn", format_lsn(begin), *map(str, intervals)]
+    ends, write = [], 0
+    for line in run_engine(words).splitlines():
+        row: dict[str, Any] = json.loads(line)
+        assert row["write"] >= write
+        write = row["write"]
+        at = datetime.fromtimestamp(POSTGRES_EPOCH.timestamp() + row["time_us"] // 10**6, UTC)
+        end = End(
+            parse_lsn(row["lsn"]),
+            row["status"],
+            row["xid"],
+            f"{at:%Y-%m-%d %H:%M:%S}.{row['time_us'] % 10**6:06}",
+            row["subxids"],
+        )
+        for change in row["changes"]:
+            counts = {name: change[name] for name in ("inserted", "updated", "deleted") if change[name]}
+            if counts:
+                end.changes[change["file"]] = counts
+            if change["dropped"]:
+                end.dropped.add(change["file"])
+        ends.append(end)
+    return ends
+
+
+def work(found: ProtectedSet) -> None:
+    """A little of everything that a WAL reader can stumble over."""
+    found.pgbench("-i", "-q", "-s", "1")
+    found.pgbench("-n", "-c", "8", "-t", "100")
+    with found.connect() as session:
+        session.execute("create table t (id int primary key, body text)")
+        session.execute("alter table t alter body set storage external")
+        session.execute("create table parts (id int, at int) partition by range (at)")
+        session.execute("create table low partition of parts for values from (0) to (50)")
+        session.execute("create table high partition of parts for values from (50) to (100)")
+        with session.cursor().copy("copy t from stdin") as copy:
+            for number in range(5000):
+                copy.write_row((number, "x" * (number % 700)))
+        session.execute("insert into t select n, repeat(md5(n::text), 400) from generate_series(10000, 10050) n")
+        session.execute("insert into t values (1, 'again') on conflict (id) do update set body = excluded.body")
+        session.execute("insert into t values (20000, 'new') on conflict (id) do nothing")
+        session.execute("insert into parts select n, n % 100 from generate_series(1, 1000) n")
+        session.execute("update parts set at = 99 - at where id < 100")
+        session.execute("delete from t where id % 7 = 0")
+        session.execute("vacuum full t")
+        session.execute("cluster t using t_pkey")
+        session.execute("create table gone as select generate_series(1, 100) as n")
+        session.execute("truncate gone")
+        session.execute("drop table gone")
+        session.execute(
+            "begin; insert into t values (30000, 'a'); savepoint one; update t set body = 'b' where id < 20"
+        )
+        session.execute("rollback to one; savepoint two; delete from t where id < 5; release two; commit")
+        session.execute("begin; delete from t; rollback")
+        session.execute("do $$ begin for i in 1..150 loop begin insert into parts values (i, 1);"
+                        " exception when others then null; end; end loop; end $$")  # fmt: skip
+        for name, end in (("first", "commit"), ("second", "rollback")):
+            session.execute(
+                f"begin; savepoint s; insert into parts values (1, 2); release s; prepare transaction '{name}'"
+            )
+            session.execute(f"{end} prepared '{name}'")
+        session.execute("set synchronous_commit = off")
+        session.execute("do $$ begin for i in 1..500 loop insert into parts values (i, 3); commit; end loop; end $$")
+        session.execute("select pg_switch_wal()")
+        session.execute("insert into parts values (1, 4)")
+        session.execute("set synchronous_commit = on")
+        session.execute("insert into parts values (1, 5)")
+
+
+@pytest.mark.parametrize("version", [15, 17, 18])
+def test_transactions_are_those_of_pg_waldump(make_set: MakeSet, binaries_of: BindirOf, version: int) -> None:
+    settings = {"max_prepared_transactions": "4", "wal_keep_size": "1GB", "autovacuum": "off"}
+    found = make_set(binaries_of(version), settings=settings)
+    begin = parse_lsn(found.sql("select pg_current_wal_insert_lsn()")[0][0])
+    work(found)
+    end = parse_lsn(api.cut(found.name)["redo_lsn"])
+    expected = list(waldump(found.binaries, found.pgdata / "pg_wal", begin, end))
+    assert {each.status for each in expected} == set(ENDS.values())
+    got = [each for each in listing(found, begin) if each.lsn < end]
+    assert [each.lsn for each in got] == [each.lsn for each in expected]
+    for one, other in zip(got, expected, strict=True):
+        assert one == other
