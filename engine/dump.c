@@ -10,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "command.h"
 #include "journal_read.h"
 #include "util.h"
 
@@ -22,30 +23,12 @@ struct dump_options {
 
 static const char *const KIND_NAME[] = {"?", "write", "zero", "discard", "flush", "mark"};
 
-static int report(const struct err *e, int code)
-{
-    fflush(stdout);
-    fprintf(stderr, "pgcdp-engine: error: %s\n", e->message);
-    if (e->hint[0])
-        fprintf(stderr, "hint: %s\n", e->hint);
-    return err_exit_code(code);
-}
-
 static int usage(const char *message, const char *argument)
 {
     struct err e;
     err_set(&e, ERR_USAGE, message, argument);
     err_hint(&e, "pgcdp-engine dump --journal DIR [--from N] [--to N] [--json], or pgcdp-engine check --journal DIR");
-    return report(&e, ERR_USAGE);
-}
-
-static bool parse_number(const char *text, uint64_t *out)
-{
-    char *end;
-    errno = 0;
-    unsigned long long value = strtoull(text, &end, 10);
-    *out = value;
-    return text[0] >= '0' && text[0] <= '9' && !*end && !errno;
+    return command_failed(&e, ERR_USAGE);
 }
 
 /* 0, or the exit code. `whole` allows --from, --to and --json. */
@@ -65,7 +48,7 @@ static int parse(int argc, char **argv, bool whole, struct dump_options *out)
         else if (c == 'j' && whole)
             out->json = true;
         else if ((c == 'f' || c == 't') && whole) {
-            if (!parse_number(optarg, c == 'f' ? &out->from : &out->to))
+            if (!command_number(optarg, c == 'f' ? &out->from : &out->to))
                 return usage("\"%s\" is not a write number", optarg);
         } else
             return usage("unknown option, or option without its value: %s", argv[optind - 1]);
@@ -83,7 +66,7 @@ static int open_journal(struct jr **jr, const char *directory)
         err_hint(&e, "give the journal directory of a volume set");
         rc = ERR_PRECONDITION;
     }
-    return rc ? report(&e, rc) : 0;
+    return rc ? command_failed(&e, rc) : 0;
 }
 
 /* ---- dump ---- */
@@ -166,9 +149,9 @@ int cmd_dump(int argc, char **argv)
     }
     jr_close(jr);
     if (rc < 0)
-        return report(&e, rc);
+        return command_failed(&e, rc);
     if (fflush(stdout) || ferror(stdout))
-        return report(&e, err_sys(&e, -errno, "cannot write the listing"));
+        return command_failed(&e, err_sys(&e, -errno, "cannot write the listing"));
     return 0;
 }
 
@@ -235,7 +218,7 @@ int cmd_check(int argc, char **argv)
             count_batch(&tally, &batch);
             continue;
         }
-        exit_code = report(&e, rc);
+        exit_code = command_failed(&e, rc);
         if (rc != JR_DAMAGE || !jr_pass_damage(jr, &missing_to))
             break;
         tally.damages++;

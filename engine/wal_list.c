@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "cleanup.h"
+#include "command.h"
 #include "format.h"
 #include "frames.h"
 #include "wal.h"
@@ -23,29 +24,12 @@ struct list_options {
 
 static const char *const STATUS[] = {"?", "committed", "aborted", "prepared", "committed prepared", "aborted prepared"};
 
-static int report(const struct err *e, int code)
-{
-    fflush(stdout);
-    fprintf(stderr, "pgcdp-engine: error: %s\n", e->message);
-    if (e->hint[0])
-        fprintf(stderr, "hint: %s\n", e->hint);
-    return err_exit_code(code);
-}
-
 static int usage(const char *message, const char *argument)
 {
     struct err e;
     err_set(&e, ERR_USAGE, message, argument);
     err_hint(&e, "pgcdp-engine wal --system-identifier N [--segment-bytes N] [--start-lsn X/Y] INTERVAL ...");
-    return report(&e, ERR_USAGE);
-}
-
-static bool parse_number(const char *text, uint64_t *out)
-{
-    char *end;
-    errno = 0;
-    *out = strtoull(text, &end, 10);
-    return text[0] >= '0' && text[0] <= '9' && !*end && !errno;
+    return command_failed(&e, ERR_USAGE);
 }
 
 static bool parse_lsn(const char *text, uint64_t *out)
@@ -72,8 +56,8 @@ static int parse(int argc, char **argv, struct list_options *out)
     optind = 1;
     opterr = 0;
     for (int c; (c = getopt_long(argc, argv, ":", options, NULL)) != -1;) {
-        bool right = c == 'i'   ? parse_number(optarg, &out->wal.system_identifier)
-                     : c == 's' ? parse_number(optarg, &segment_bytes) && segment_bytes <= UINT32_MAX
+        bool right = c == 'i'   ? command_number(optarg, &out->wal.system_identifier)
+                     : c == 's' ? command_number(optarg, &segment_bytes) && segment_bytes <= UINT32_MAX
                      : c == 'l' ? parse_lsn(optarg, &out->wal.start_lsn)
                                 : false;
         if (!right)
@@ -166,7 +150,7 @@ int cmd_wal(int argc, char **argv)
     if (rc)
         return rc;
     if ((rc = xacts_open(&xacts, print_end, NULL)))
-        return report(&e, err_set(&e, rc, "no memory to follow transactions"));
+        return command_failed(&e, err_set(&e, rc, "no memory to follow transactions"));
     o.wal.found = take_record;
     o.wal.arg = xacts;
     rc = wal_open(&wal, &o.wal, &e);
@@ -175,8 +159,8 @@ int cmd_wal(int argc, char **argv)
     wal_close(wal);
     xacts_close(xacts);
     if (rc)
-        return report(&e, rc);
+        return command_failed(&e, rc);
     if (fflush(stdout) || ferror(stdout))
-        return report(&e, err_sys(&e, -errno, "cannot write the listing"));
+        return command_failed(&e, err_sys(&e, -errno, "cannot write the listing"));
     return 0;
 }

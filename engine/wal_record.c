@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include "cursor.h"
+
 #define BLOCK_DATA_SHORT 255 /* XLR_BLOCK_ID_DATA_SHORT and so on */
 #define BLOCK_DATA_LONG 254
 #define BLOCK_ORIGIN 253
@@ -18,68 +20,34 @@
 #define IMAGE_COMPRESSED_15 0x1c /* from 15 on: pglz, lz4, zstd */
 #define MAGIC_15 0xD110
 
-struct cursor {
-    const uint8_t *at, *end;
-    bool short_of; /* asked for more than there is */
-};
-
-static const uint8_t *take(struct cursor *c, uint32_t length)
-{
-    static const uint8_t nothing[16];
-    if ((uint64_t)(c->end - c->at) < length) {
-        c->short_of = true;
-        c->at = c->end;
-        return nothing;
-    }
-    const uint8_t *here = c->at;
-    c->at += length;
-    return here;
-}
-
-static uint8_t take_u8(struct cursor *c) { return *take(c, 1); }
-
-static uint16_t take_u16(struct cursor *c)
-{
-    uint16_t v;
-    memcpy(&v, take(c, sizeof v), sizeof v);
-    return v;
-}
-
-static uint32_t take_u32(struct cursor *c)
-{
-    uint32_t v;
-    memcpy(&v, take(c, sizeof v), sizeof v);
-    return v;
-}
-
 /* Length of a block's image. */
 static uint32_t take_image_header(struct cursor *c, uint16_t magic)
 {
-    uint16_t length = take_u16(c);
-    take(c, 2); /* offset of the hole */
-    uint8_t info = take_u8(c);
+    uint16_t length = cursor_u16(c);
+    cursor_take(c, 2); /* offset of the hole */
+    uint8_t info = cursor_u8(c);
     uint8_t compressed = magic >= MAGIC_15 ? IMAGE_COMPRESSED_15 : IMAGE_COMPRESSED_14;
     if ((info & IMAGE_HAS_HOLE) && (info & compressed))
-        take(c, 2); /* length of the hole */
+        cursor_take(c, 2); /* length of the hole */
     return length;
 }
 
 /* One block's header; returns the bytes that its image and data take. */
 static uint32_t take_block(struct cursor *c, uint16_t magic, const struct wal_relation *last, struct wal_block *out)
 {
-    uint8_t flags = take_u8(c);
-    uint32_t length = take_u16(c);
+    uint8_t flags = cursor_u8(c);
+    uint32_t length = cursor_u16(c);
     if (flags & HAS_IMAGE)
         length += take_image_header(c, magic);
     out->fork = flags & FORK_MASK;
     if (flags & SAME_RELATION)
         out->relation = *last;
     else {
-        out->relation.tablespace = take_u32(c);
-        out->relation.database = take_u32(c);
-        out->relation.file = take_u32(c);
+        out->relation.tablespace = cursor_u32(c);
+        out->relation.database = cursor_u32(c);
+        out->relation.file = cursor_u32(c);
     }
-    out->block = take_u32(c);
+    out->block = cursor_u32(c);
     return length;
 }
 
@@ -93,19 +61,19 @@ bool wal_parse(const struct wal_record *r, struct wal_parts *out)
     struct wal_relation last = {0};
     uint64_t behind = 0; /* bytes of images and data so far: what follows the headers */
     while (!c.short_of && (uint64_t)(c.end - c.at) > behind) {
-        uint8_t id = take_u8(&c);
+        uint8_t id = cursor_u8(&c);
         if (id < WAL_MAX_BLOCKS && out->blocks < WAL_MAX_BLOCKS) {
             struct wal_block *block = &out->block[out->blocks++];
             behind += take_block(&c, r->magic, &last, block);
             last = block->relation;
         } else if (id == BLOCK_DATA_SHORT || id == BLOCK_DATA_LONG) {
-            out->main_length = id == BLOCK_DATA_SHORT ? take_u8(&c) : take_u32(&c);
+            out->main_length = id == BLOCK_DATA_SHORT ? cursor_u8(&c) : cursor_u32(&c);
             behind += out->main_length;
             break;
         } else if (id == BLOCK_ORIGIN)
-            take(&c, 2);
+            cursor_take(&c, 2);
         else if (id == BLOCK_TOPLEVEL_XID)
-            out->toplevel_xid = take_u32(&c);
+            out->toplevel_xid = cursor_u32(&c);
         else
             return false;
     }

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cursor.h"
+
 #define BUCKETS 65536u
 
 #define OPERATION 0x70 /* XLOG_XACT_OPMASK, XLOG_HEAP_OPMASK */
@@ -168,36 +170,11 @@ static int take_smgr(struct xacts *x, const struct wal_record *r, const struct w
 
 /* ---- ends ---- */
 
-struct cursor {
-    const uint8_t *at, *end;
-    bool short_of;
-};
-
-static const uint8_t *take(struct cursor *c, uint64_t length)
-{
-    static const uint8_t nothing[8];
-    if ((uint64_t)(c->end - c->at) < length) {
-        c->short_of = true;
-        c->at = c->end;
-        return nothing;
-    }
-    const uint8_t *here = c->at;
-    c->at += length;
-    return here;
-}
-
-static uint32_t take_u32(struct cursor *c)
-{
-    uint32_t v;
-    memcpy(&v, take(c, sizeof v), sizeof v);
-    return v;
-}
-
 /* A list of `count` entries of `size` bytes; NULL, and nothing in it, when it does not fit. */
 static const uint8_t *take_list(struct cursor *c, uint32_t *count, uint32_t size)
 {
-    *count = take_u32(c);
-    const uint8_t *list = take(c, (uint64_t)*count * size);
+    *count = cursor_u32(c);
+    const uint8_t *list = cursor_take(c, (uint64_t)*count * size);
     if (c->short_of)
         *count = 0;
     return list;
@@ -213,11 +190,11 @@ struct ending {
 static bool parse_ending(const struct wal_record *r, const struct wal_parts *p, bool commit, struct ending *out)
 {
     struct cursor c = {.at = p->main, .end = p->main + p->main_length};
-    memcpy(&out->end.time_us, take(&c, 8), 8);
-    uint32_t info = r->info & XACT_HAS_INFO ? take_u32(&c) : 0;
+    memcpy(&out->end.time_us, cursor_take(&c, 8), 8);
+    uint32_t info = r->info & XACT_HAS_INFO ? cursor_u32(&c) : 0;
     if (info & HAS_DATABASE) {
-        out->end.database = take_u32(&c);
-        take(&c, 4); /* its tablespace */
+        out->end.database = cursor_u32(&c);
+        cursor_take(&c, 4); /* its tablespace */
     }
     if (info & HAS_SUBXIDS)
         out->subxids = take_list(&c, &out->end.subxids, 4);
@@ -229,7 +206,7 @@ static bool parse_ending(const struct wal_record *r, const struct wal_parts *p, 
     if (commit && (info & HAS_INVALIDATIONS))
         take_list(&c, &count, INVALIDATION_BYTES);
     if (info & HAS_TWO_PHASE)
-        out->end.xid = take_u32(&c);
+        out->end.xid = cursor_u32(&c);
     return !c.short_of;
 }
 
@@ -238,16 +215,16 @@ static bool parse_prepare(const struct wal_record *r, const struct wal_parts *p,
 {
     struct cursor c = {.at = p->main, .end = p->main + p->main_length};
     uint16_t name;
-    take(&c, 12); /* magic, length, xid */
-    out->end.database = take_u32(&c);
-    memcpy(&out->end.time_us, take(&c, 8), 8);
-    take(&c, 4); /* owner */
-    out->end.subxids = take_u32(&c);
-    take(&c, r->magic >= MAGIC_15 ? 22 : 14); /* counts of files, from 15 on of statistics, of invalidations; a flag */
-    memcpy(&name, take(&c, 2), 2);
-    take(&c, 16); /* origin */
-    take(&c, (name + 7u) & ~7u);
-    out->subxids = take(&c, (uint64_t)out->end.subxids * 4);
+    cursor_take(&c, 12); /* magic, length, xid */
+    out->end.database = cursor_u32(&c);
+    memcpy(&out->end.time_us, cursor_take(&c, 8), 8);
+    cursor_take(&c, 4); /* owner */
+    out->end.subxids = cursor_u32(&c);
+    cursor_take(&c, r->magic >= MAGIC_15 ? 22 : 14); /* counts of files, from 15 on of statistics, of invalidations; a flag */
+    memcpy(&name, cursor_take(&c, 2), 2);
+    cursor_take(&c, 16); /* origin */
+    cursor_take(&c, (name + 7u) & ~7u);
+    out->subxids = cursor_take(&c, (uint64_t)out->end.subxids * 4);
     return !c.short_of;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 from collections import Counter, defaultdict
@@ -16,12 +17,18 @@ from typing import Any
 import pytest
 
 from pgcdp import api
-from pgcdp.capture.engine import run_engine
+from pgcdp.capture.engine import find_engine, run_engine
 from pgcdp.postgres.cluster import Binaries
+from pgcdp.records import BLOCK
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.frames import FrameWriter
+from pgcdp.store.layout import Store
 from pgcdp.units import format_lsn, parse_lsn
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 
+MAGIC_15 = b"\x10\xd1"
+"""How a WAL page of PostgreSQL 15 begins."""
 POSTGRES_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 LINE = re.compile(r"^rmgr: (\w+) .*?tx:\s+(\d+), lsn: ([0-9A-F/]+), prev [0-9A-F/]+, desc: (.*)$")
 ENDS = {
@@ -181,3 +188,45 @@ def test_transactions_are_those_of_pg_waldump(make_set: MakeSet, binaries_of: Bi
     assert [each.lsn for each in got] == [each.lsn for each in expected]
     for one, other in zip(got, expected, strict=True):
         assert one == other
+
+
+def damaged_copy(found: ProtectedSet, number: int, place: Path, rng: random.Random) -> None:
+    """An interval's writes and index again, with bits of its WAL pages flipped and all our own checksums right."""
+    bundle = Bundle.open(Store.open(found.store), number)
+    index = bundle.index()
+    with bundle.writes() as reader:
+        writes = bytearray(reader.read_stream())
+    pages = [at for at in range(0, len(writes), BLOCK) if writes[at : at + 2] == MAGIC_15]
+    for _ in range(20):
+        writes[rng.choice(pages) + rng.randrange(24, BLOCK)] ^= 1 << rng.randrange(8)
+    place.mkdir()
+    for name, content, raw in (("writes", b"WRIT", bytes(writes)), ("index", b"INDX", index.tobytes())):
+        writer = FrameWriter.create(place / name, content, found.config.set_id_bytes, number)
+        writer.append(raw)
+        writer.finish()
+
+
+def test_damaged_wal_never_becomes_a_transaction(make_set: MakeSet, binaries_of: BindirOf, tmp_path: Path) -> None:
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    found.pgbench("-i", "-q", "-s", "1")
+    api.cut(found.name)
+    found.pgbench("-n", "-c", "4", "-t", "100")
+    number = api.cut(found.name)["number"]
+
+    def ends(program: str, interval: Path) -> list[str]:
+        command = [program, "wal", "--system-identifier", str(found.config.cluster.system_identifier), str(interval)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [re.sub(r'"write":\d+,', "", line) for line in done.stdout.splitlines()]
+
+    programs = [str(find_engine()), *filter(None, [os.environ.get("PGCDP_ENGINE_ASAN")])]
+    whole = ends(programs[0], found.store / "intervals" / f"{number:010}")
+    assert len(whole) >= 400
+    fewer = 0
+    for seed in range(20):
+        place = tmp_path / str(seed)
+        damaged_copy(found, number, place, random.Random(seed))
+        for program in programs:
+            got = ends(program, place)
+            assert got == whole[: len(got)]
+            fewer += len(got) < len(whole)
+    assert fewer
