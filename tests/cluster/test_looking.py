@@ -76,6 +76,48 @@ def test_the_status_names_damage_and_what_is_left(make_set: MakeSet, binaries_of
     writes.write_bytes(raw)
 
 
+def test_a_set_whose_store_is_gone_tells_its_state_and_goes_down(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 * MIB, settings={"shared_buffers": "32MB"})
+    found.sql("create table t as select n from generate_series(1, 5000) n")
+    api.cut(found.name)
+    away = found.root / "away"
+    found.store.rename(away)
+    try:
+        told = found.status()
+        assert told["state"] == "capturing"
+        assert str(found.store) in told["error"]
+        checks = {row["name"]: row for row in api.check(found.name)["checks"]}
+        assert not checks["store"]["ok"]
+        assert str(found.store) in checks["space"]["detail"]
+        assert str(found.store) in api.down(found.name)["error"]
+    finally:
+        away.rename(found.store)
+    assert api.up(found.name)["error"] is None
+    assert api.cut(found.name)["number"] >= 2
+
+
+def test_a_store_on_a_read_only_filesystem_is_enough(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 * MIB, settings={"shared_buffers": "32MB"})
+    found.sql("create table t as select n from generate_series(1, 5000) n")
+    boundary = api.cut(found.name)
+    api.verify(found.name, Target("boundary", 1))
+    api.down(found.name)
+    place, image = found.root / "copy", found.root / "image"
+    place.mkdir()
+    subprocess.run(["mount", "--bind", found.store, place], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+        row = api.info(None, store=place)["intervals"][0]
+        assert row["to_write"] == boundary["to_write"]
+        assert row["verified"]["ok"]
+        restored = api.restore(None, Target("boundary", 1), to_image=image, store=place)
+        assert restored["bytes"] == image.stat().st_size
+    finally:
+        subprocess.run(["umount", place], check=True)
+    api.restore(found.name, Target("boundary", 1), to_image=found.root / "other")
+    assert image.read_bytes() == (found.root / "other").read_bytes()
+
+
 def test_no_look_fails_while_the_agent_goes_on(make_set: MakeSet, binaries_of: BindirOf) -> None:
     """A journal that is given back all the time, and an interval every few seconds."""
     found = make_set(
