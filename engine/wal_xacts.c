@@ -288,34 +288,26 @@ static int report(struct xacts *x, struct ending *g)
     return x->ended(x->arg, end);
 }
 
+/* 0: no end of a transaction. */
+static enum xact_status status_of(uint8_t info)
+{
+    switch (info & OPERATION) {
+    case OP_COMMIT: return XACT_COMMITTED;
+    case OP_ABORT: return XACT_ABORTED;
+    case OP_PREPARE: return XACT_PREPARED;
+    case OP_COMMIT_PREPARED: return XACT_COMMITTED_PREPARED;
+    case OP_ABORT_PREPARED: return XACT_ABORTED_PREPARED;
+    default: return 0;
+    }
+}
+
 static int take_xact(struct xacts *x, const struct wal_record *r, const struct wal_parts *p)
 {
-    struct ending g = {.end = {.record = r, .xid = r->xid}};
-    bool whole;
-    switch (r->info & OPERATION) {
-    case OP_COMMIT:
-        g.end.status = XACT_COMMITTED;
-        whole = parse_ending(r, p, true, &g);
-        break;
-    case OP_ABORT:
-        g.end.status = XACT_ABORTED;
-        whole = parse_ending(r, p, false, &g);
-        break;
-    case OP_COMMIT_PREPARED:
-        g.end.status = XACT_COMMITTED_PREPARED;
-        whole = parse_ending(r, p, true, &g);
-        break;
-    case OP_ABORT_PREPARED:
-        g.end.status = XACT_ABORTED_PREPARED;
-        whole = parse_ending(r, p, false, &g);
-        break;
-    case OP_PREPARE:
-        g.end.status = XACT_PREPARED;
-        whole = parse_prepare(r, p, &g);
-        break;
-    default:
+    struct ending g = {.end = {.record = r, .xid = r->xid, .status = status_of(r->info)}};
+    if (!g.end.status)
         return 0;
-    }
+    bool commit = g.end.status == XACT_COMMITTED || g.end.status == XACT_COMMITTED_PREPARED;
+    bool whole = g.end.status == XACT_PREPARED ? parse_prepare(r, p, &g) : parse_ending(r, p, commit, &g);
     if (!whole)
         return 0;
     int rc = report(x, &g);

@@ -30,15 +30,16 @@ class Catalog:
         self.store = store
         self.path = path
         read_only = not os.access(path.parent, os.W_OK)  # a copy of a store on a read-only filesystem
-        name = os.fspath(path) if not read_only else ":memory:"
-        if read_only and path.exists():
+        frozen = read_only and path.exists()
+        name = ":memory:" if read_only else os.fspath(path)
+        if frozen:
             name = path.absolute().as_uri() + "?immutable=1"
-        connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=read_only)
+        connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=frozen)
         try:
             self._db = sqlite_utils.Database(connection)
             if not read_only:
                 connection.execute("PRAGMA journal_mode=WAL")
-            if not name.endswith("?immutable=1"):
+            if not frozen:
                 self._prepare()
         except sqlite3.DatabaseError as error:
             connection.close()

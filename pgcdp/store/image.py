@@ -169,7 +169,6 @@ class Image:
     def __init__(self, store: Store, flags: int, state: ImageState) -> None:
         self.store = store
         self.state = state
-        self.writable = flags & os.O_RDWR != 0
         self._files: list[VolumeFiles] = []
         for volume in store.volumes:
             self._files.append(VolumeFiles(store.image, volume.name, volume.bytes, flags))
