@@ -25,6 +25,16 @@ static inline const uint8_t *cursor_take(struct cursor *c, uint64_t length)
     return here;
 }
 
+/* Copies the next `length` bytes; false, and nothing copied, when there are fewer. */
+static inline bool cursor_copy(struct cursor *c, void *to, uint64_t length)
+{
+    const uint8_t *from = cursor_take(c, length);
+    if (c->short_of)
+        return false;
+    memcpy(to, from, length);
+    return true;
+}
+
 static inline uint8_t cursor_u8(struct cursor *c) { return *cursor_take(c, 1); }
 
 static inline uint16_t cursor_u16(struct cursor *c)

@@ -117,6 +117,73 @@ struct fmt_index { /* FORMAT.md 3.1 */
 };
 static_assert(sizeof(struct fmt_index) == 64, "FORMAT.md 3.1");
 
+struct fmt_relation { /* FORMAT.md 4.1: PostgreSQL's RelFileNode, RelFileLocator */
+    uint32_t tablespace, database, file;
+};
+
+enum fmt_end_status {
+    FMT_END_COMMITTED = 1,
+    FMT_END_ABORTED,
+    FMT_END_PREPARED,
+    FMT_END_COMMITTED_PREPARED,
+    FMT_END_ABORTED_PREPARED,
+};
+
+struct fmt_end { /* FORMAT.md 4.1: the end of a transaction */
+    uint64_t lsn, end_lsn, write;
+    int64_t time_us;
+    uint64_t first_lsn;
+    uint32_t xid, database, timeline;
+    uint32_t changes, subxids;
+    uint32_t begin_at, end_at;
+    uint32_t status;
+};
+static_assert(sizeof(struct fmt_end) == 72, "FORMAT.md 4.1");
+
+enum fmt_change_flags {
+    FMT_CHANGE_CREATED = 1, /* the file was made by the transaction */
+    FMT_CHANGE_DROPPED = 2, /* its end removes the file: DROP, TRUNCATE, or a rewrite */
+    FMT_CHANGE_SHRUNK = 4,  /* cut to fewer blocks: TRUNCATE of what the same transaction made */
+};
+
+struct fmt_change { /* FORMAT.md 4.1: what a transaction did to a file */
+    struct fmt_relation relation;
+    uint32_t flags;
+    uint64_t inserted, updated, deleted; /* rows */
+};
+static_assert(sizeof(struct fmt_change) == 40, "FORMAT.md 4.1");
+
+struct fmt_wal_write { /* FORMAT.md 4.1: the WAL that a write completed */
+    uint64_t write, from_lsn, to_lsn;
+};
+static_assert(sizeof(struct fmt_wal_write) == 24, "FORMAT.md 4.1");
+
+#define FMT_NOTE_LOST 255u /* in place of a resource manager: WAL from lsn to end_lsn was not seen */
+#define FMT_NOTE_MARK 254u /* ... a mark of the journal; the body is its name */
+
+struct fmt_note { /* FORMAT.md 4.1: a record as it is, followed by its body, padded to 8 bytes */
+    uint64_t lsn, end_lsn, write;
+    uint32_t timeline, xid;
+    uint32_t begin_at, body_length;
+    uint16_t magic;
+    uint8_t rmid, info;
+    uint32_t end_at;
+};
+static_assert(sizeof(struct fmt_note) == 48, "FORMAT.md 4.1");
+
+static const char FMT_WAL_STATE_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'W', 'S', 'T'};
+
+struct fmt_wal_state { /* FORMAT.md 4.2: what it begins with */
+    char magic[8];
+    uint32_t version;
+    uint32_t segment_bytes;
+    uint64_t system_identifier;
+    uint64_t length;
+    uint64_t write;
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_wal_state) == 48, "FORMAT.md 4.2");
+
 /* Header length of a batch with so many records. */
 static inline uint64_t fmt_batch_header(uint64_t records)
 {

@@ -4,7 +4,7 @@
 
 #include "capture.h"
 #include "dump.h"
-#include "wal_list.h"
+#include "wal_index.h"
 
 static const struct {
     const char *name;

@@ -6,14 +6,17 @@
  * with which recovery reaches it. Records come in order of LSN, each once.
  *
  * Whatever looks like WAL and is not (another cluster's, a copy, damage) costs time at most: a record counts when its
- * LSN, its link to the record before and its CRC are right. Memory is fixed by `wal_open`.
+ * LSN, its link to the record before and its CRC are right. Memory is fixed by `wal_open`. What never comes whole (writes
+ * that were not captured) is passed over with the next segment that begins 32 MiB or more behind it, and `lost` is told.
  */
 #ifndef PGCDP_WAL_H
 #define PGCDP_WAL_H
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
+#include "cursor.h"
 #include "err.h"
 
 struct wal;
@@ -29,16 +32,22 @@ struct wal_record {
     uint16_t magic;     /* of its page: tells the version */
     uint8_t rmid;
     uint8_t info;
+    uint32_t begin_at;  /* where `lsn` and `end_lsn` lie in that write, in bytes from its beginning; */
+    uint32_t end_at;    /* UINT32_MAX: in an earlier one */
     const uint8_t *body; /* behind the header, `length` - 24 bytes; valid during the call */
 };
 
 typedef int wal_found(void *arg, const struct wal_record *record);
+
+/* WAL from `from` on was not seen whole; reading goes on at `to` with write `write`. */
+typedef int wal_lost(void *arg, uint64_t from, uint64_t to, uint64_t write);
 
 struct wal_options {
     uint64_t system_identifier; /* pages of segment starts that bear another one are not ours */
     uint64_t start_lsn;         /* where to begin; 0: at the first record that begins in the first page seen */
     uint32_t segment_bytes;     /* wal_segment_size */
     wal_found *found;           /* not 0: stop, `wal_take` returns it */
+    wal_lost *lost;             /* likewise; may be NULL */
     void *arg;
 };
 
@@ -51,5 +60,9 @@ int wal_take(struct wal *w, uint64_t write, uint16_t volume, uint64_t offset, co
 
 /* Where the next record is looked for; 0 before the first page was seen. */
 uint64_t wal_next_lsn(const struct wal *w);
+
+/* What one run leaves for the next (FORMAT.md 4.2), which must have the same options. False: that is not it. */
+void wal_save(const struct wal *w, FILE *out);
+bool wal_restore(struct wal *w, struct cursor *in);
 
 #endif

@@ -33,7 +33,7 @@ static uint32_t take_image_header(struct cursor *c, uint16_t magic)
 }
 
 /* One block's header; returns the bytes that its image and data take. */
-static uint32_t take_block(struct cursor *c, uint16_t magic, const struct wal_relation *last, struct wal_block *out)
+static uint32_t take_block(struct cursor *c, uint16_t magic, const struct fmt_relation *last, struct wal_block *out)
 {
     uint8_t flags = cursor_u8(c);
     uint32_t length = cursor_u16(c);
@@ -58,7 +58,7 @@ bool wal_parse(const struct wal_record *r, struct wal_parts *out)
     if (!r->body)
         return false;
     struct cursor c = {.at = r->body, .end = r->body + (r->length - 24)};
-    struct wal_relation last = {0};
+    struct fmt_relation last = {0};
     uint64_t behind = 0; /* bytes of images and data so far: what follows the headers */
     while (!c.short_of && (uint64_t)(c.end - c.at) > behind) {
         uint8_t id = cursor_u8(&c);

@@ -5,14 +5,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "format.h"
 #include "wal.h"
 
-struct wal_relation { /* RelFileNode, RelFileLocator */
-    uint32_t tablespace, database, file;
-};
-
 struct wal_block {
-    struct wal_relation relation;
+    struct fmt_relation relation;
     uint32_t block;
     uint8_t fork; /* 0 main, 1 free space map, 2 visibility map, 3 init */
 };

@@ -32,6 +32,8 @@ enum { HEAP_INSERT = 0x00, HEAP_DELETE = 0x10, HEAP_UPDATE = 0x20, HEAP_HOT_UPDA
 #define INSERT_SPECULATIVE 0x04 /* XLH_INSERT_IS_SPECULATIVE: counts when HEAP_CONFIRM follows */
 #define DELETE_SUPER 0x08       /* XLH_DELETE_IS_SUPER: takes a speculative insert back */
 #define HEAP_CONFIRM 0x50
+#define STANDBY_RUNNING_XACTS 0x10
+#define OLDEST_RUNNING_AT 16u /* xl_running_xacts.oldestRunningXid */
 enum { SMGR_CREATE = 0x10, SMGR_TRUNCATE = 0x20 };
 
 struct xact {
@@ -39,14 +41,15 @@ struct xact {
     uint32_t xid;
     uint64_t first_lsn;
     uint32_t changes, room;
-    struct xact_change *change;
+    struct fmt_change *change;
 };
 
 struct xacts {
     xacts_ended *ended;
     void *arg;
     struct xact *bucket[BUCKETS];
-    struct xact_change *merged;
+    uint32_t count;
+    struct fmt_change *merged;
     uint32_t merged_count, merged_room;
     uint32_t *subxid; /* of the transaction that ends now, aligned */
     uint32_t subxid_room;
@@ -69,7 +72,17 @@ static struct xact *find_or_make(struct xacts *x, uint32_t xid, uint64_t lsn)
         return t;
     *t = (struct xact){.next = x->bucket[xid % BUCKETS], .xid = xid, .first_lsn = lsn};
     x->bucket[xid % BUCKETS] = t;
+    x->count++;
     return t;
+}
+
+static void drop(struct xacts *x, struct xact **link)
+{
+    struct xact *t = *link;
+    *link = t->next;
+    x->count--;
+    free(t->change);
+    free(t);
 }
 
 static void forget(struct xacts *x, uint32_t xid)
@@ -77,40 +90,48 @@ static void forget(struct xacts *x, uint32_t xid)
     struct xact **link = &x->bucket[xid % BUCKETS];
     while (*link && (*link)->xid != xid)
         link = &(*link)->next;
-    struct xact *t = *link;
-    if (!t)
-        return;
-    *link = t->next;
-    free(t->change);
-    free(t);
+    if (*link)
+        drop(x, link);
 }
 
-static bool same(const struct wal_relation *a, const struct wal_relation *b)
+/* Transactions older than the oldest running one, prepared ones among those, ended without a record: in a crash. */
+static void forget_before(struct xacts *x, uint32_t oldest)
+{
+    for (uint32_t b = 0; x->count && b < BUCKETS; b++)
+        for (struct xact **link = &x->bucket[b]; *link;) {
+            if ((int32_t)((*link)->xid - oldest) < 0)
+                drop(x, link);
+            else
+                link = &(*link)->next;
+        }
+}
+
+static bool same(const struct fmt_relation *a, const struct fmt_relation *b)
 {
     return a->file == b->file && a->database == b->database && a->tablespace == b->tablespace;
 }
 
 /* The change of a relation in a growing list, made if it is missing; NULL: no memory. */
-static struct xact_change *change_in(struct xact_change **list, uint32_t *count, uint32_t *room,
-                                     const struct wal_relation *relation)
+static struct fmt_change *change_in(struct fmt_change **list, uint32_t *count, uint32_t *room,
+                                     const struct fmt_relation *relation)
 {
     for (uint32_t i = *count; i-- > 0;)
         if (same(&(*list)[i].relation, relation))
             return &(*list)[i];
     if (*count == *room) {
         uint32_t wanted = *room ? *room * 2 : 4;
-        struct xact_change *grown = realloc(*list, wanted * sizeof **list);
+        struct fmt_change *grown = realloc(*list, wanted * sizeof **list);
         if (!grown)
             return NULL;
         *list = grown;
         *room = wanted;
     }
-    struct xact_change *made = &(*list)[(*count)++];
-    *made = (struct xact_change){.relation = *relation};
+    struct fmt_change *made = &(*list)[(*count)++];
+    *made = (struct fmt_change){.relation = *relation};
     return made;
 }
 
-static struct xact_change *change_of(struct xacts *x, const struct wal_record *r, const struct wal_relation *relation)
+static struct fmt_change *change_of(struct xacts *x, const struct wal_record *r, const struct fmt_relation *relation)
 {
     struct xact *t = find_or_make(x, r->xid, r->lsn);
     return t ? change_in(&t->change, &t->changes, &t->room, relation) : NULL;
@@ -138,7 +159,7 @@ static int take_heap(struct xacts *x, const struct wal_record *r, const struct w
         updated = 1;
     if (!inserted && !updated && !deleted)
         return 0;
-    struct xact_change *c = change_of(x, r, &p->block[0].relation);
+    struct fmt_change *c = change_of(x, r, &p->block[0].relation);
     if (!c)
         return -ENOMEM;
     c->inserted += inserted;
@@ -151,7 +172,7 @@ static int take_smgr(struct xacts *x, const struct wal_record *r, const struct w
 {
     uint8_t operation = r->info & 0xf0;
     uint32_t at = operation == SMGR_CREATE ? 0 : 4; /* xl_smgr_create, xl_smgr_truncate */
-    struct wal_relation relation;
+    struct fmt_relation relation;
     if ((operation != SMGR_CREATE && operation != SMGR_TRUNCATE) || p->main_length < at + sizeof relation + 4 || !r->xid)
         return 0;
     memcpy(&relation, p->main + at, sizeof relation);
@@ -161,10 +182,10 @@ static int take_smgr(struct xacts *x, const struct wal_record *r, const struct w
         if (fork)
             return 0;
     }
-    struct xact_change *c = change_of(x, r, &relation);
+    struct fmt_change *c = change_of(x, r, &relation);
     if (!c)
         return -ENOMEM;
-    c->flags |= operation == SMGR_CREATE ? CHANGE_CREATED : CHANGE_SHRUNK;
+    c->flags |= operation == SMGR_CREATE ? FMT_CHANGE_CREATED : FMT_CHANGE_SHRUNK;
     return 0;
 }
 
@@ -199,7 +220,7 @@ static bool parse_ending(const struct wal_record *r, const struct wal_parts *p, 
     if (info & HAS_SUBXIDS)
         out->subxids = take_list(&c, &out->end.subxids, 4);
     if (info & HAS_FILES)
-        out->files = take_list(&c, &out->file_count, sizeof(struct wal_relation));
+        out->files = take_list(&c, &out->file_count, sizeof(struct fmt_relation));
     uint32_t count;
     if (info & HAS_DROPPED_STATS)
         take_list(&c, &count, r->magic >= MAGIC_18 ? 16 : 12);
@@ -231,7 +252,7 @@ static bool parse_prepare(const struct wal_record *r, const struct wal_parts *p,
 static int merge(struct xacts *x, const struct xact *t)
 {
     for (uint32_t i = 0; t && i < t->changes; i++) {
-        struct xact_change *c = change_in(&x->merged, &x->merged_count, &x->merged_room, &t->change[i].relation);
+        struct fmt_change *c = change_in(&x->merged, &x->merged_count, &x->merged_room, &t->change[i].relation);
         if (!c)
             return -ENOMEM;
         c->flags |= t->change[i].flags;
@@ -276,12 +297,12 @@ static int report(struct xacts *x, struct ending *g)
             end->first_lsn = sub->first_lsn;
     }
     for (uint32_t i = 0; i < g->file_count; i++) {
-        struct wal_relation relation;
+        struct fmt_relation relation;
         memcpy(&relation, g->files + i * sizeof relation, sizeof relation);
-        struct xact_change *c = change_in(&x->merged, &x->merged_count, &x->merged_room, &relation);
+        struct fmt_change *c = change_in(&x->merged, &x->merged_count, &x->merged_room, &relation);
         if (!c)
             return -ENOMEM;
-        c->flags |= CHANGE_DROPPED;
+        c->flags |= FMT_CHANGE_DROPPED;
     }
     end->changes = x->merged_count;
     end->change = x->merged;
@@ -289,14 +310,14 @@ static int report(struct xacts *x, struct ending *g)
 }
 
 /* 0: no end of a transaction. */
-static enum xact_status status_of(uint8_t info)
+static enum fmt_end_status status_of(uint8_t info)
 {
     switch (info & OPERATION) {
-    case OP_COMMIT: return XACT_COMMITTED;
-    case OP_ABORT: return XACT_ABORTED;
-    case OP_PREPARE: return XACT_PREPARED;
-    case OP_COMMIT_PREPARED: return XACT_COMMITTED_PREPARED;
-    case OP_ABORT_PREPARED: return XACT_ABORTED_PREPARED;
+    case OP_COMMIT: return FMT_END_COMMITTED;
+    case OP_ABORT: return FMT_END_ABORTED;
+    case OP_PREPARE: return FMT_END_PREPARED;
+    case OP_COMMIT_PREPARED: return FMT_END_COMMITTED_PREPARED;
+    case OP_ABORT_PREPARED: return FMT_END_ABORTED_PREPARED;
     default: return 0;
     }
 }
@@ -306,12 +327,12 @@ static int take_xact(struct xacts *x, const struct wal_record *r, const struct w
     struct ending g = {.end = {.record = r, .xid = r->xid, .status = status_of(r->info)}};
     if (!g.end.status)
         return 0;
-    bool commit = g.end.status == XACT_COMMITTED || g.end.status == XACT_COMMITTED_PREPARED;
-    bool whole = g.end.status == XACT_PREPARED ? parse_prepare(r, p, &g) : parse_ending(r, p, commit, &g);
+    bool commit = g.end.status == FMT_END_COMMITTED || g.end.status == FMT_END_COMMITTED_PREPARED;
+    bool whole = g.end.status == FMT_END_PREPARED ? parse_prepare(r, p, &g) : parse_ending(r, p, commit, &g);
     if (!whole)
         return 0;
     int rc = report(x, &g);
-    if (g.end.status == XACT_PREPARED)
+    if (g.end.status == FMT_END_PREPARED)
         return rc;
     forget(x, g.end.xid);
     for (uint32_t i = 0; i < g.end.subxids; i++)
@@ -319,16 +340,63 @@ static int take_xact(struct xacts *x, const struct wal_record *r, const struct w
     return rc;
 }
 
-int xacts_take(struct xacts *x, const struct wal_record *r)
+static void take_standby(struct xacts *x, const struct wal_record *r, const struct wal_parts *p)
 {
-    struct wal_parts p;
-    if (r->rmid != RM_XACT && r->rmid != RM_HEAP && r->rmid != RM_HEAP2 && r->rmid != RM_SMGR)
-        return 0;
-    if (!wal_parse(r, &p))
-        return 0;
-    if (r->rmid == RM_XACT)
-        return take_xact(x, r, &p);
-    return r->rmid == RM_SMGR ? take_smgr(x, r, &p) : take_heap(x, r, &p);
+    uint32_t oldest;
+    if ((r->info & 0xf0) != STANDBY_RUNNING_XACTS || p->main_length < OLDEST_RUNNING_AT + sizeof oldest)
+        return;
+    memcpy(&oldest, p->main + OLDEST_RUNNING_AT, sizeof oldest);
+    forget_before(x, oldest);
+}
+
+int xacts_take(struct xacts *x, const struct wal_record *r, const struct wal_parts *p)
+{
+    switch (r->rmid) {
+    case RM_XACT: return take_xact(x, r, p);
+    case RM_HEAP:
+    case RM_HEAP2: return take_heap(x, r, p);
+    case RM_SMGR: return take_smgr(x, r, p);
+    case RM_STANDBY: take_standby(x, r, p); return 0;
+    default: return 0;
+    }
+}
+
+/* ---- between runs ---- */
+
+struct saved_xact { /* FORMAT.md 4.2 */
+    uint64_t first_lsn;
+    uint32_t xid, changes;
+};
+
+void xacts_save(const struct xacts *x, FILE *out)
+{
+    fwrite(&x->count, sizeof x->count, 1, out);
+    for (uint32_t b = 0; b < BUCKETS; b++)
+        for (const struct xact *t = x->bucket[b]; t; t = t->next) {
+            struct saved_xact saved = {t->first_lsn, t->xid, t->changes};
+            fwrite(&saved, sizeof saved, 1, out);
+            for (uint32_t i = 0; i < t->changes; i++)
+                fwrite(&t->change[i], sizeof t->change[i], 1, out);
+        }
+}
+
+bool xacts_restore(struct xacts *x, struct cursor *in)
+{
+    uint32_t count = cursor_u32(in);
+    for (uint32_t i = 0; i < count; i++) {
+        struct saved_xact s;
+        struct fmt_change c;
+        struct xact *t;
+        if (!cursor_copy(in, &s, sizeof s) || !(t = find_or_make(x, s.xid, s.first_lsn)))
+            return false;
+        for (uint32_t k = 0; k < s.changes; k++) {
+            struct fmt_change *into;
+            if (!cursor_copy(in, &c, sizeof c) || !(into = change_in(&t->change, &t->changes, &t->room, &c.relation)))
+                return false;
+            *into = c;
+        }
+    }
+    return true;
 }
 
 int xacts_open(struct xacts **out, xacts_ended *ended, void *arg)

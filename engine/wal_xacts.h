@@ -4,30 +4,20 @@
 #ifndef PGCDP_WAL_XACTS_H
 #define PGCDP_WAL_XACTS_H
 
+#include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
+#include "cursor.h"
+#include "format.h"
 #include "wal.h"
 #include "wal_record.h"
 
 struct xacts;
 
-enum xact_status { XACT_COMMITTED = 1, XACT_ABORTED, XACT_PREPARED, XACT_COMMITTED_PREPARED, XACT_ABORTED_PREPARED };
-
-enum xact_change_flags {
-    CHANGE_CREATED = 1, /* the file was made by the transaction */
-    CHANGE_DROPPED = 2, /* its end removes the file: DROP, TRUNCATE, or a rewrite */
-    CHANGE_SHRUNK = 4,  /* cut to fewer blocks: TRUNCATE of what the same transaction made */
-};
-
-struct xact_change {
-    struct wal_relation relation;
-    uint32_t flags;
-    uint64_t inserted, updated, deleted; /* rows */
-};
-
 struct xact_end {
     const struct wal_record *record;
-    enum xact_status status;
+    enum fmt_end_status status;
     uint32_t xid;         /* of the transaction itself, also where a COMMIT PREPARED has one of its own */
     uint32_t database;    /* 0: not said */
     int64_t time_us;      /* microseconds since 2000-01-01 UTC, as in the record */
@@ -35,7 +25,7 @@ struct xact_end {
     uint32_t subxids;
     const uint32_t *subxid;
     uint32_t changes;
-    const struct xact_change *change;
+    const struct fmt_change *change;
 };
 
 typedef int xacts_ended(void *arg, const struct xact_end *end);
@@ -45,6 +35,10 @@ int xacts_open(struct xacts **out, xacts_ended *ended, void *arg);
 void xacts_close(struct xacts *x);
 
 /* The next record in order of LSN: 0, what `ended` returned if that is not 0, or -ENOMEM. */
-int xacts_take(struct xacts *x, const struct wal_record *record);
+int xacts_take(struct xacts *x, const struct wal_record *record, const struct wal_parts *parts);
+
+/* The transactions that have not ended, for the next run (FORMAT.md 4.2). False: that is not it, or no memory. */
+void xacts_save(const struct xacts *x, FILE *out);
+bool xacts_restore(struct xacts *x, struct cursor *in);
 
 #endif

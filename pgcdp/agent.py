@@ -30,6 +30,8 @@ from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.stages import Stages, StageSettings
+from pgcdp.postgres.catalogs import look
+from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Session, Settings
 from pgcdp.records import Interval
 from pgcdp.store.bundle import Bundle
@@ -64,6 +66,7 @@ class Agent:
         self.session: Session | None = None
         self.settings: Settings = {}
         self.settings_at = 0.0
+        self.looked_at = 0.0
         self.asked: str | None = None
         self.asking: asyncio.Task[int] | None = None
         self.asked_lsn: int | None = None
@@ -163,6 +166,8 @@ class Agent:
             await self._refresh_settings()
         if stages.baseline is not None:
             return await self._baseline_tick(stages, status)
+        if status.state != "stalled":
+            await self._look(stages)
         published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.settings)
         if self.asking is None and self.asked_lsn is not None and stages.finder.checkpoint_lsn >= self.asked_lsn:
             self.asked = self.asked_lsn = None  # cut at, or passed over because a reader held the image: asked anew
@@ -358,6 +363,18 @@ class Agent:
         self.settings_at = time.monotonic()
         with suppress(PgcdpError):
             self.settings = await self._soon(self._read_settings())
+
+    async def _look(self, stages: Stages) -> None:
+        """Keep the names of relations with the open interval; without a look, those of the last one hold."""
+        if self.asking is not None or time.monotonic() - self.looked_at < SETTINGS_SECONDS:
+            return
+        self.looked_at = time.monotonic()
+        with suppress(PgcdpError):
+            found = await self._soon(self._read_catalogs())
+            await self._in_worker(stages.look, found)
+
+    async def _read_catalogs(self) -> Look:
+        return await look(Dsn.of(self.config), await self._connected())
 
     async def _read_settings(self) -> Settings:
         return await (await self._connected()).settings()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pgcdp import doctor, service
+from pgcdp import doctor, service, transactions
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -30,9 +30,12 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
 from pgcdp.store.rebuild import rebuild as rebuild_catalog
-from pgcdp.units import format_lsn, format_time
+from pgcdp.units import format_lsn, format_time, parse_lsn
 
 Json = dict[str, Any]
+
+FOLLOW_SECONDS = 1.0
+"""How often `log --follow` looks for new transactions."""
 
 # --- a set's life
 
@@ -287,6 +290,28 @@ def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:
     }
 
 
+def log(set_name: str | None, store: Path | None = None, **wanted: Any) -> Json:
+    """Transactions, newest first; `wanted` as `pgcdp.transactions.log`."""
+    return transactions.log(open_source(set_name, store), **wanted)
+
+
+def follow(set_name: str, **wanted: Any) -> Iterator[Json]:
+    """The newest transactions, then those that end from now on."""
+    newest = transactions.log(open_source(set_name, None), **wanted)["transactions"]
+    yield from reversed(newest)
+    seen = parse_lsn(newest[0]["lsn"]) if newest else 0
+    while True:
+        for each in transactions.since(open_source(set_name, None), seen, **wanted):
+            seen = parse_lsn(each["lsn"])
+            yield each
+        time.sleep(FOLLOW_SECONDS)
+
+
+def find(set_name: str | None, sql: str, store: Path | None = None, **wanted: Any) -> Json:
+    """Transactions that did what a statement does; `wanted` as `pgcdp.transactions.find`."""
+    return transactions.find(open_source(set_name, store), sql, **wanted)
+
+
 def show(set_name: str, write: int) -> Json:
     """One captured write."""
     source = open_source(set_name, None)
@@ -330,12 +355,31 @@ def point_json(point: RecoveryPoint) -> Json:
         "interval": point.interval,
         "boundary": point.boundary,
         "time": format_time(point.time_ns),
+        "note": point.note,
     }
 
 
-def resolve(set_name: str | None, target: Target, store: Path | None = None) -> Json:
-    """What a target resolves to now."""
-    return point_json(open_source(set_name, store).resolve(target))
+Announce = Callable[[Json], None]
+"""Is told what a target resolved to, before anything is done: as `resolve` returns it."""
+
+
+def resolve(set_name: str | None, target: Target, store: Path | None = None, *, before: str | None = None) -> Json:
+    """What a target resolves to now: {"recovery_point", "last_in", "first_out", "out"}."""
+    source = open_source(set_name, store)
+    return _between(source, _point(source, target, before))
+
+
+def _point(source: Source, target: Target, before: str | None) -> RecoveryPoint:
+    """The recovery point of a target, or just before the one transaction that did what the SQL `before` does."""
+    return source.resolve(target if before is None else transactions.before(source, before))
+
+
+def _between(source: Source, point: RecoveryPoint) -> Json:
+    try:
+        between = transactions.around_json(source, point)
+    except (DamageError, PreconditionError) as error:  # the point itself may be right
+        between = {"last_in": None, "first_out": None, "out": None, "unknown": error.message}
+    return {"recovery_point": point_json(point), **between}
 
 
 def restore(
@@ -345,12 +389,16 @@ def restore(
     to_image: Path | None = None,
     to_directory: Path | None = None,
     store: Path | None = None,
+    before: str | None = None,
+    announce: Announce | None = None,
     progress: Report = silent,
 ) -> Json:
     """Write the recovery point to image files or make a startable data directory."""
     started = time.monotonic()
     source = open_source(set_name, store)
-    point = source.resolve(target)
+    point = _point(source, target, before)
+    if announce is not None:
+        announce(_between(source, point))
     if to_image is not None:
         place, size = to_image, writing.to_image(source, point, to_image, progress)
     else:
@@ -373,12 +421,16 @@ def verify(
     *,
     sql_file: Path | None = None,
     store: Path | None = None,
+    before: str | None = None,
+    announce: Announce | None = None,
     progress: Report = silent,
 ) -> Json:
     """Start Postgres on the recovery point in a sandbox and run all checks."""
     started = time.monotonic()
     source = open_source(set_name, store)
-    point = source.resolve(target)
+    point = _point(source, target, before)
+    if announce is not None:
+        announce(_between(source, point))
     below = Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
     settings = source.settings(point)
     binaries = find_binaries(int(source.store.extra["cluster"]["version"]), _bindir(set_name))

@@ -48,6 +48,79 @@ EXTENT = np.dtype(
 )
 """One extent of a backward or forward map, 32 bytes (FORMAT.md 3.2)."""
 
+END = np.dtype(
+    [
+        ("lsn", "<u8"),
+        ("end_lsn", "<u8"),
+        ("write", "<u8"),
+        ("time_us", "<i8"),
+        ("first_lsn", "<u8"),
+        ("xid", "<u4"),
+        ("database", "<u4"),
+        ("timeline", "<u4"),
+        ("changes", "<u4"),
+        ("subxids", "<u4"),
+        ("begin_at", "<u4"),
+        ("end_at", "<u4"),
+        ("status", "<u4"),
+    ]
+)
+"""The end of a transaction in WAL, 72 bytes (FORMAT.md 4.1)."""
+
+CHANGE = np.dtype(
+    [
+        ("tablespace", "<u4"),
+        ("database", "<u4"),
+        ("file", "<u4"),
+        ("flags", "<u4"),
+        ("inserted", "<u8"),
+        ("updated", "<u8"),
+        ("deleted", "<u8"),
+    ]
+)
+"""What a transaction did to a file, 40 bytes (FORMAT.md 4.1)."""
+
+TRANSACTION = np.dtype(
+    [
+        ("lsn", "<u8"),
+        ("end_lsn", "<u8"),
+        ("write", "<u8"),
+        ("time_us", "<i8"),
+        ("xid", "<u8"),
+        ("timeline", "<u4"),
+        ("begin_at", "<u4"),
+        ("end_at", "<u4"),
+        ("status", "<u4"),
+    ]
+)
+"""The end of a transaction as the transaction index has it: xid of 64 bits, microseconds since 1970."""
+
+COMMITTED, ABORTED, PREPARED, COMMITTED_PREPARED, ABORTED_PREPARED = 1, 2, 3, 4, 5
+"""Values of `status` of END and TRANSACTION."""
+
+WAL_WRITE = np.dtype([("write", "<u8"), ("from_lsn", "<u8"), ("to_lsn", "<u8")])
+"""The WAL that a write completed, 24 bytes (FORMAT.md 4.1)."""
+
+NOTE = np.dtype(
+    [
+        ("lsn", "<u8"),
+        ("end_lsn", "<u8"),
+        ("write", "<u8"),
+        ("timeline", "<u4"),
+        ("xid", "<u4"),
+        ("begin_at", "<u4"),
+        ("body_length", "<u4"),
+        ("magic", "<u2"),
+        ("rmid", "u1"),
+        ("info", "u1"),
+        ("end_at", "<u4"),
+    ]
+)
+"""A WAL record as it is, 48 bytes; its body follows, padded to 8 bytes (FORMAT.md 4.1)."""
+
+NOT_IN_WRITE = 0xFFFFFFFF
+"""`begin_at` and `end_at` of what lies in an earlier write."""
+
 EXTENT_DATA = 0
 EXTENT_ZEROS = 1
 
@@ -103,15 +176,18 @@ class Interval:
     stored: dict[str, int]
 
 
-TargetKind = Literal["write", "boundary", "time", "newest"]
+TargetKind = Literal["write", "boundary", "time", "xid", "lsn", "name", "newest"]
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a user asks for. `value` is a write number, a boundary number, ns since 1970, or 0 for the newest."""
+    """What a user asks for: `value` is a write number, a boundary number, ns since 1970, an xid (64 bits, or the low
+    32), an LSN, or 0 for the newest; `name` is that of a mark. `exclusive`: just before it."""
 
     kind: TargetKind
     value: int = 0
+    name: str = ""
+    exclusive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +195,8 @@ class RecoveryPoint:
     """What a target resolves to: all writes up to `write`, which lies in interval `interval` (None: the open one).
 
     `time_ns` is when that write was captured; `boundary` is the number of the boundary if the point is one.
+    `lsn`: the WAL in that write is blank from here on, which is `blank_at` bytes from the write's beginning; None: all
+    of the write is in. `note`: what the user must know of it.
     """
 
     write: int
@@ -126,6 +204,8 @@ class RecoveryPoint:
     time_ns: int
     boundary: int | None = None
     lsn: int | None = None
+    blank_at: int | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

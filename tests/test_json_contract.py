@@ -20,7 +20,7 @@ import pytest
 from pgcdp import config, service
 from pgcdp.capture import attach
 from pgcdp.errors import PgcdpError
-from pgcdp.postgres import cluster
+from pgcdp.postgres import cluster, session
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
@@ -35,7 +35,8 @@ class Maybe:
     shape: Any
 
 
-POINT: Shape = {"write": int, "lsn": Maybe(LSN), "interval": Maybe(int), "boundary": Maybe(int), "time": TIME}
+POINT: Shape = {"write": int, "lsn": Maybe(LSN), "interval": Maybe(int), "boundary": Maybe(int), "time": TIME,
+                "note": Maybe(str)}  # fmt: skip
 WINDOW: Shape = {"from_time": TIME, "to_time": TIME, "from_write": int, "to_write": int}
 CHECK: Shape = {"name": str, "ok": bool, "seconds": float, "detail": str}
 INTERVAL: Shape = {
@@ -52,9 +53,27 @@ INTERVAL: Shape = {
     "writes": int,
     "bytes_written": int,
     "blocks_changed": int,
-    "stored": {"writes": int, "backward": int, "forward": int, "index": int},
+    "stored": {"writes": int, "backward": int, "forward": int, "index": int, "transactions": int},
     "restorable_by_write": bool,
     "verified": Maybe({"ok": bool}),
+}
+TABLE: Shape = {
+    **dict.fromkeys(("database", "schema", "name"), str),
+    **dict.fromkeys(("inserted", "updated", "deleted", "rows"), int),
+    **dict.fromkeys(("truncated", "dropped", "rewritten"), bool),
+    "share": float,
+}
+TRANSACTION: Shape = {
+    "xid": int,
+    "status": str,
+    "time": TIME,
+    "lsn": LSN,
+    "write": int,
+    "timeline": int,
+    "interval": Maybe(int),
+    "database": Maybe(str),
+    "share": float,
+    "tables": [TABLE],
 }
 STATUS: Shape = {
     "set": str,
@@ -187,6 +206,22 @@ def test_mark_and_show(protected: Protected) -> None:
     assert "mark" in protected.text("show", str(value["write"]))
 
 
+def test_log_and_find(protected: Protected) -> None:
+    file = protected.directory / "root/etc/pgcdp/main.toml"
+    settings = config.parse_config(file.read_text(), "main", file, protected.directory / "root")
+    with session.connect(session.Dsn.of(settings)) as connection:
+        for sql in ("create table found as select generate_series(1, 9) as id", "delete from found"):
+            session.query(connection, sql)
+    shape = {"transactions": [TRANSACTION], "total": int, "unknown": []}
+    for words in (["log"], ["find", "delete from found"]):
+        value = protected.json(*words)
+        assert fits(value, shape) == []
+        assert value["transactions"][0]["tables"][0]["name"] == "found"
+        assert "found" in protected.text(*words)
+    value = protected.json("find", "select 1", code=3)
+    assert value["error"]["kind"] == "target"
+
+
 def test_restore(protected: Protected) -> None:
     image = protected.directory / "restored.img"
     value = protected.json("restore", "--to-image", str(image))
@@ -264,7 +299,7 @@ def test_down_and_up(protected: Protected) -> None:
 def test_documented_keys_are_the_pinned_ones() -> None:
     text = (ROOT / "docs" / "json.md").read_text("utf-8")
     documented = set(re.findall(r'"(\w+)"', text))
-    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE):
+    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, TRANSACTION, TABLE):
         keys = set(shape)
         for inner in shape.values():
             keys |= set(inner) if isinstance(inner, Mapping) else set()

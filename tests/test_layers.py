@@ -34,6 +34,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.recovery.*": 6,
     "pgcdp.service": 7,
     "pgcdp.doctor": 7,
+    "pgcdp.transactions": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,
@@ -48,6 +49,7 @@ ONE_KEY: dict[str, tuple[str, ...]] = {
     "psycopg": ("pgcdp.postgres",),
     "asyncpg": ("pgcdp.postgres",),
     "pglast": ("pgcdp.postgres",),
+    "pyarrow": ("pgcdp.store.transactions", "pgcdp.intervals", "pgcdp.recovery"),
     "click": ("pgcdp.cli",),
     "rich": ("pgcdp.cli",),
 }
@@ -71,8 +73,10 @@ C_FLOORS: dict[str, int] = {
     "journal_files": 3,
     "frames": 3,
     "wal": 4,
+    "wal_pages": 4,
     "wal_record": 4,
     "wal_xacts": 4,
+    "wal_notes": 4,
     "volume": 4,
     "volume_set": 4,
     "apply": 4,
@@ -81,7 +85,9 @@ C_FLOORS: dict[str, int] = {
     "control": 5,
     "capture": 6,
     "dump": 6,
-    "wal_list": 6,
+    "wal_state": 5,
+    "wal_tables": 5,
+    "wal_index": 6,
     "main": 6,
 }
 """Floor of each room of the engine: NAME.c and NAME.h."""
@@ -91,6 +97,7 @@ C_BACK_ROOMS: dict[str, str] = {
     "apply": "volume",
     "reads": "volume",
     "journal_files": "journal_read",
+    "wal_pages": "wal",
 }
 """Files that belong to a room without being its door: the room's own files share what only they may see."""
 

@@ -32,6 +32,8 @@ VERBS = (
     "mark",
     "info",
     "show",
+    "log",
+    "find",
     "restore",
     "verify",
     "check",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_TARGETS: dict[str, Any] = {
+    "target_write": "write",
+    "target_boundary": "boundary",
+    "target_xid": "xid",
+    "target_time": "time",
+    "target_lsn": "lsn",
+    "target_name": "name",
+    "before": "before",
+}
+"""Keyword arguments of `target_options`, and the kinds of targets that they are."""
+
+
 def write_number(text: str) -> int:
     """The number of a write. Raises UsageError."""
     return _number(text, "write number")
@@ -26,6 +38,16 @@ def write_number(text: str) -> int:
 def boundary_number(text: str) -> int:
     """The number of a boundary. Raises UsageError."""
     return _number(text, "boundary number")
+
+
+def xid_number(text: str) -> int:
+    """The number of a transaction. Raises UsageError."""
+    return _number(text, "transaction id")
+
+
+def lsn(text: str) -> int:
+    """An LSN. Raises UsageError."""
+    return units.parse_lsn(text)
 
 
 def _number(text: str, what: str) -> int:
@@ -55,6 +77,16 @@ def output_option(function: F) -> F:
     )(function)
 
 
+def search_options(function: F) -> F:
+    """--limit and --database, for commands that list transactions."""
+    for option in (
+        click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many to show."),
+        click.option("--database", metavar="D", help="Only tables of this database."),
+    ):
+        function = option(function)
+    return function
+
+
 def yes_option(function: F) -> F:
     """--yes, for commands that ask."""
     return click.option("--yes", "-y", is_flag=True, help="Do not ask.")(function)
@@ -71,14 +103,23 @@ def store_option(function: F) -> F:
 
 
 def target_options(function: F) -> F:
-    """--target-write, --target-boundary, --target-time; put them together with `pick_target`."""
+    """The target, and --exclusive and --before; put them together with `pick_target`, given all keyword arguments."""
     for option in (
+        click.option("--exclusive", is_flag=True, help="Just before the target, without it."),
+        click.option(
+            "--before",
+            metavar="SQL",
+            help='Just before the one transaction that did this, such as "DELETE FROM orders".',
+        ),
+        click.option("--target-name", metavar="MARK", help="A mark, or a restore point of Postgres."),
+        click.option("--target-lsn", type=lsn, metavar="L", help="The first WAL record at or behind L."),
         click.option(
             "--target-time",
             type=units.parse_time,
             metavar="T",
-            help="The last write not after this time; local time unless it names a zone.",
+            help="Just before the first commit later than T; local time unless it names a zone.",
         ),
+        click.option("--target-xid", type=xid_number, metavar="N", help="The commit of transaction N."),
         click.option("--target-boundary", type=boundary_number, metavar="N", help="The end of interval N."),
         click.option("--target-write", type=write_number, metavar="N", help="All writes up to write N."),
     ):
@@ -109,20 +150,35 @@ def split_set(words: tuple[str, ...], what: str) -> tuple[str, str]:
     return pick_set(words[0] if len(words) == 2 else None), words[-1]
 
 
-def pick_target(write: int | None, boundary: int | None, time: int | None) -> Target:
-    """The target of the options; none of them: the newest write. Raises UsageError for more than one."""
+def last_word(words: tuple[str, ...], what: str) -> str:
+    """The one word of a command that was given a store instead of SET. Raises UsageError for another number."""
+    if len(words) != 1:
+        raise UsageError(f"{len(words)} arguments are given beside --store", f"give {what} alone")
+    return words[0]
+
+
+def pick_target(given: Mapping[str, Any]) -> tuple[Target, str | None]:
+    """The target of the options, and the SQL of --before; none of them: the newest write.
+
+    `given`: the keyword arguments of `target_options`. Raises UsageError for more than one.
+    """
     from pgcdp.records import Target  # with numpy, which --help does not need
 
-    given: list[tuple[str, Target]] = []
-    if write is not None:
-        given.append(("--target-write", Target("write", write)))
-    if boundary is not None:
-        given.append(("--target-boundary", Target("boundary", boundary)))
-    if time is not None:
-        given.append(("--target-time", Target("time", time)))
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(name for name, _ in given)} cannot be given together", "give one target")
-    return given[0][1] if given else Target("newest")
+    names = [name for name in _TARGETS if given[name] is not None]
+    if len(names) > 1:
+        words = " and ".join("--" + name.replace("_", "-") for name in names)
+        raise UsageError(f"{words} cannot be given together", "give one target")
+    exclusive = bool(given["exclusive"])
+    if not names:
+        if exclusive:
+            raise UsageError("--exclusive needs a target", "--target-xid N --exclusive is just before transaction N")
+        return Target("newest"), None
+    name, value = names[0], given[names[0]]
+    if name == "before":
+        return Target("newest"), str(value)
+    if name == "target_name":
+        return Target("name", name=str(value), exclusive=exclusive), None
+    return Target(_TARGETS[name], value, exclusive=exclusive), None
 
 
 def confirm(question: str, yes: bool, output: str) -> None:

@@ -16,6 +16,8 @@ from pgcdp.units import format_duration, format_size
 @click.command(
     epilog=options.examples(
         "pgcdp restore --to-directory /srv/restored",
+        'pgcdp restore main --before "DELETE FROM orders" --to-directory /srv/restored',
+        "pgcdp restore main --target-xid 812934 --exclusive --to-directory /srv/restored",
         'pgcdp restore main --target-time "2026-11-22 14:03:00" --to-directory /srv/restored',
         "pgcdp restore main --target-write 48213 --to-image /srv/restored.img",
         "pgcdp restore --store /backup/main --target-boundary 12 --to-directory /srv/restored",
@@ -39,32 +41,26 @@ from pgcdp.units import format_duration, format_size
 @options.output_option
 def command(
     set_name: str | None,
-    target_write: int | None,
-    target_boundary: int | None,
-    target_time: int | None,
     to_image: Path | None,
     to_directory: Path | None,
     store: Path | None,
     output: str,
+    **given: Any,
 ) -> None:
-    """Restore the cluster as it was at any captured write.
+    """Restore the cluster as it was at any captured write, or between any two commits.
 
-    Without a target it is the newest write. What the target resolved to is printed before anything is done. What is
-    there already is never overwritten; a restore that was killed can be run again.
+    Without a target it is the newest write. What the target resolved to is printed before anything is done: the last
+    transaction that is in, and the first one that is not. What is there already is never overwritten; a restore that
+    was killed can be run again.
     """
     from pgcdp import api
-    from pgcdp.records import Target
 
-    target = options.pick_target(target_write, target_boundary, target_time)
+    target, before = options.pick_target(given)
     if (to_image is None) == (to_directory is None):
         raise UsageError(
             "give --to-image or --to-directory, and only one of them", "--to-directory DIR makes a startable cluster"
         )
     name = options.pick_set_or_store(set_name, store)
-    if output == "text":
-        resolved = api.resolve(name, target, store)
-        screen.note("recovery point: " + point(resolved))
-        target = Target("write", resolved["write"])  # what was said, also when more was written meanwhile
     with screen.progress(output) as progress:
         value = api.restore(
             name,
@@ -72,9 +68,30 @@ def command(
             to_image=None if to_image is None else to_image.absolute(),
             to_directory=None if to_directory is None else to_directory.absolute(),
             store=store,
+            before=before,
+            announce=announce if output == "text" else None,
             progress=progress,
         )
     screen.result(value, output, _render)
+
+
+def announce(resolved: Mapping[str, Any]) -> None:
+    """Say what a target resolved to, before anything is done."""
+    screen.note("recovery point: " + point(resolved))
+    note = resolved["recovery_point"]["note"]
+    if note:
+        screen.note(f"note: {note}")
+    if resolved["out"] is None:
+        screen.note(f"transactions around it are not known: {resolved['unknown']}")
+        return
+    screen.note(f"last transaction in: {_side(resolved['last_in'])}")
+    screen.note(f"first one out: {_side(resolved['first_out'])}")
+    if resolved["out"]:
+        screen.note(f"committed behind this point, and not in it: {resolved['out']} transactions")
+
+
+def _side(side: Mapping[str, Any] | None) -> str:
+    return "none that is known" if side is None else f"xid {side['xid']}, committed {side['time']}"
 
 
 def point(value: Mapping[str, Any]) -> str:
@@ -83,6 +100,8 @@ def point(value: Mapping[str, Any]) -> str:
     where = "the open interval" if inner["interval"] is None else f"interval {inner['interval']}"
     boundary = inner.get("boundary")
     line = f"write {inner['write']} in {where}, captured {inner['time']}"
+    if inner["lsn"] is not None:
+        line += f", with WAL up to {inner['lsn']}"
     return line if boundary is None else f"{line}, which is boundary {boundary}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pgcdp.cli import options, screen
-from pgcdp.cli.restore import point
+from pgcdp.cli.restore import announce, point
 from pgcdp.errors import VerificationFailed
 from pgcdp.units import format_duration
 
@@ -34,12 +34,10 @@ from pgcdp.units import format_duration
 @options.output_option
 def command(
     set_name: str | None,
-    target_write: int | None,
-    target_boundary: int | None,
-    target_time: int | None,
     sql_file: Path | None,
     store: Path | None,
     output: str,
+    **given: Any,
 ) -> int:
     """Prove a recovery point by starting Postgres on it.
 
@@ -49,10 +47,18 @@ def command(
     """
     from pgcdp import api
 
-    target = options.pick_target(target_write, target_boundary, target_time)
+    target, before = options.pick_target(given)
     name = options.pick_set_or_store(set_name, store)
     with screen.progress(output) as progress:
-        value = api.verify(name, target, sql_file=sql_file, store=store, progress=progress)
+        value = api.verify(
+            name,
+            target,
+            sql_file=sql_file,
+            store=store,
+            before=before,
+            announce=announce if output == "text" else None,
+            progress=progress,
+        )
     screen.result(value, output, _render)
     return 0 if value["ok"] else VerificationFailed.exit_code
 

@@ -18,6 +18,7 @@ from pgcdp.capture.journal import BatchRun
 from pgcdp.errors import BugError
 from pgcdp.fsio import punch_hole, write_all
 from pgcdp.intervals.extents import forward_map, spans
+from pgcdp.intervals.indexing import Start, index_interval
 from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, EXTENT_ZEROS, INDEX, Boundary, Kind
 from pgcdp.store.bundle import Bundle, Increments, publish
 from pgcdp.store.frames import FileSummary, FrameReader, FrameWriter
@@ -134,16 +135,24 @@ def build_increments(interval: OpenInterval, image: Image) -> Increments:
 
 
 def close_interval(
-    store: Store, interval: OpenInterval, image: Image, boundary: Boundary, settings: dict[str, Any]
+    store: Store,
+    interval: OpenInterval,
+    image: Image,
+    boundary: Boundary,
+    settings: dict[str, Any],
+    start: Start | None = None,
 ) -> Bundle:
-    """End an interval at its last write: finish its streams, build both increments, publish it (truth 5).
+    """End an interval at its last write: finish its streams, build both increments, index it, publish it (truth 5).
 
+    `start`: where its WAL is read from; None: it gets no transaction index.
     The image is read, not moved. After a kill open the interval again and call this again with its `boundary`.
     """
     if interval.boundary is None:
         interval.set_boundary(boundary)
     streams = interval.finish()
-    return publish(store, interval, boundary, streams, build_increments(interval, image), settings)
+    increments = build_increments(interval, image)
+    indexed = index_interval(interval, boundary, start) if start else None
+    return publish(store, interval, boundary, streams, increments, settings, indexed)
 
 
 def move_image(image: Image, bundle: Bundle, mode: Mode = "optimal") -> None:

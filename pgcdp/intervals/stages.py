@@ -19,12 +19,15 @@ from pgcdp.fsio import read_json, write_json
 from pgcdp.intervals.baseline import Baseline
 from pgcdp.intervals.cutter import Checkpoint, CheckpointFinder
 from pgcdp.intervals.increments import Mode, close_interval, move_image
+from pgcdp.intervals.indexing import Start
+from pgcdp.postgres.relations import Look
 from pgcdp.records import Boundary, Interval, Position
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
+from pgcdp.store.transactions import write_look
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +243,11 @@ class Stages:
             self._start = run.end
         return published
 
+    def look(self, look: Look) -> None:
+        """Keep a look at the catalogs with the interval that is open."""
+        if self.opened is not None and self.opened.boundary is None:
+            write_look(self.opened.path, look)
+
     def _some(self, runs: Iterator[BatchRun]) -> Iterator[BatchRun]:
         """The first STEP_BYTES of them."""
         taken = 0
@@ -259,7 +267,9 @@ class Stages:
         opened = self._opened()
         if opened.boundary is None:  # a restart finds them before it finds the boundary
             write_json(opened.path / SETTINGS, settings)
-        bundle = close_interval(self.store, opened, self.image, boundary, settings)
+        before = self._boundary(boundary.number - 1)
+        start = Start.of(self.store, before, settings, self.settings.system_identifier)
+        bundle = close_interval(self.store, opened, self.image, boundary, settings, start)
         self.published(bundle.interval)
         self.behind.append(bundle)
         self.move()

@@ -176,6 +176,14 @@ class Session:
         """Where the newest completed checkpoint's record begins, as pg_control says."""
         return parse_lsn(await self._ask(self._connection.fetchval(_CHECKPOINT_SQL)))
 
+    async def lsn(self) -> int:
+        """Where the next WAL record will be inserted."""
+        return parse_lsn(await self._ask(self._connection.fetchval("select pg_current_wal_insert_lsn()::text")))
+
+    async def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """All rows of a statement."""
+        return [tuple(row) for row in await self._ask(self._connection.fetch(sql))]
+
     async def settings(self) -> Settings:
         """As `settings` of this module."""
         rows = [dict(row) for row in await self._ask(self._connection.fetch(_SETTINGS_SQL))]

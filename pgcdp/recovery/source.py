@@ -3,7 +3,7 @@
 A source is looked at while the agent goes on. What holds it together is the image lock: as long as it is held, the
 image stays at its boundary, and every write behind that is in a published interval, in the open one or in the journal.
 Writes only go from the journal to the open interval and from there to a published one. So where a write is no more, the
-next place has it: whoever misses one while the agent went on looks again (`_again`), and only then is it damage.
+next place has it: whoever misses one while the agent went on looks again (`again`), and only then is it damage.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.intervals.extents import spans
 from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forward, apply_run, apply_writes
+from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Target
+from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
 from pgcdp.store.image import Image
@@ -74,7 +76,7 @@ class Source:
     def listing(self) -> Listing:
         """What can be restored now. Raises DamageError when the writes behind the last boundary cannot be read."""
         published = self.published()
-        newest = self._again(lambda: self._newest(published.newest_write))
+        newest = self.again(lambda: self._newest(published.newest_write))
 
         def times(number: int | None) -> NDArray[np.int64]:
             return published.times(number) if number is not None else self._tail_times(published.newest_write, newest)
@@ -97,19 +99,36 @@ class Source:
 
         Damage behind the last boundary is raised only to those who want to go there.
         """
-        if target.kind == "newest":
+        if target.kind == "newest" and not target.exclusive:
             return self.window()[1]
+        wants_history = target.kind in ("xid", "lsn", "time", "name")
+
+        def attempt() -> RecoveryPoint:
+            listing = self.listing()
+            return resolve(target, self._with_history(listing, True) if wants_history else listing)
+
         try:
-            return resolve(target, self.listing())
+            return self.again(attempt)
         except DamageError as damage:
             published = self.published()
             try:
-                point = resolve(target, published)
+                point = resolve(target, self._with_history(published, False) if wants_history else published)
             except TargetError:
                 raise damage from None
             if target.kind == "time" and point.write == published.newest_write:
                 raise
             return point
+
+    def transactions(self, upto: int | None = None) -> Transactions:
+        """The transactions up to a write (None: the newest one); call what reads them `again`."""
+        journal = self.journal.directory if self.journal is not None else None
+        return Transactions(self.store, journal, self.durable_write if upto is None else upto)
+
+    def _with_history(self, listing: Listing, tail: bool) -> Listing:
+        history = self.transactions(listing.newest_write).history()
+        if not tail:
+            history = replace(history, numbers=[number for number in history.numbers if number is not None])
+        return replace(listing, history=history)
 
     def window(self) -> tuple[RecoveryPoint, RecoveryPoint]:
         """The oldest and the newest recovery point, reading no more than the newest one's time needs."""
@@ -173,8 +192,8 @@ class Source:
 
     # --- one write, wherever it is now
 
-    def _again(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` gives; anew when it missed something and the agent took over or published writes meanwhile."""
+    def again(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` reads from here; anew when it missed something and the agent went on meanwhile."""
         attempts = 0
         while True:
             before = self._stored()
@@ -241,7 +260,7 @@ class Source:
         parts = [np.empty(0, dtype=np.int64)]
         done = stored
         while done < newest:
-            part = self._again(partial(self._times, done + 1, newest))
+            part = self.again(partial(self._times, done + 1, newest))
             parts.append(part)
             done += len(part)
         return np.concatenate(parts)
@@ -256,11 +275,11 @@ class Source:
 
     def record(self, write: int) -> np.void:
         """The entry (INDEX or RECORD) of one restorable write. DamageError when nothing holds it."""
-        return self._again(lambda: self._record(write))
+        return self.again(lambda: self._record(write))
 
     def data(self, write: int) -> bytes:
         """The data of one restorable write."""
-        return self._again(lambda: self._data(write))
+        return self.again(lambda: self._data(write))
 
     def _record(self, write: int) -> np.void:
         bundle = self._bundle(write)
@@ -291,11 +310,15 @@ class Source:
             return run.data_of(0).tobytes()
         raise DamageError(f"write {write} is in neither {self.store.path} nor the journal")
 
+    def settings_of(self, number: int) -> dict[str, Any]:
+        """Postgres's settings as they were kept with an interval; empty when Postgres could not be asked."""
+        return Bundle.open(self.store, number).settings()
+
     def settings(self, point: RecoveryPoint) -> dict[str, Any] | None:
         """Postgres's settings at a point: those kept with its interval, or with the last one before it."""
         known = [interval.number for interval in self.intervals() if interval.from_write <= point.write + 1]
         for number in reversed(known):
-            settings = Bundle.open(self.store, number).settings()
+            settings = self.settings_of(number)
             if settings:
                 return settings
         return None
@@ -309,7 +332,7 @@ class Source:
             yield
 
     def materialize(self, point: RecoveryPoint, target: BlockTarget, progress: Report = silent) -> None:
-        """Write the state just behind `point.write` to `target`, whose blocks are zeros. Call it `held`.
+        """Write the state at `point` to `target`, whose blocks are zeros. Call it `held`.
 
         Every byte is checked on its way. Raises DamageError naming file and offset.
         """
@@ -320,10 +343,16 @@ class Source:
                     f"the first backup image of set {self.store.set_name} is being finished",
                     f"run this again when pgcdp status {self.store.set_name} says that the agent follows",
                 )
-            done = self._copy_image(image, point.write, target, progress)
+            whole = point.write if point.blank_at is None else point.write - 1
+            done = self._copy_image(image, whole, target, progress)
         finally:
             image.close()
-        self._forward(done, point.write, target, progress)
+        self._forward(done, whole, target, progress)
+        if point.blank_at is not None:
+            assert point.lsn is not None
+            entry = self.record(point.write)
+            data = blank_wal(self.data(point.write), point.blank_at, point.lsn)
+            target.write_blocks(int(entry["volume"]), int(entry["offset"]) // BLOCK, data)
 
     def _copy_image(self, image: Image, upto: int, target: BlockTarget, progress: Report) -> int:
         """The image, rolled back to the last boundary at or before `upto`; returns the write it is at."""
@@ -352,7 +381,7 @@ class Source:
     def _forward(self, done: int, upto: int, target: BlockTarget, progress: Report) -> None:
         while done < upto:
             progress(Progress("applying single writes", done, upto, "writes"))
-            done = self._again(partial(self._forward_once, done, upto, target))
+            done = self.again(partial(self._forward_once, done, upto, target))
 
     def _forward_once(self, done: int, upto: int, target: BlockTarget) -> int:
         """Go on from write `done` with whatever holds the next write; returns the write reached."""

@@ -1,19 +1,19 @@
 """Pure: what a user asks for, and what exists, to a recovery point.
 
-A time means the last write before the first write with a later time. Wall clocks jump: with this meaning nothing that
-happened after the time by the clock of its own record is ever in, and the point is the same however it is searched.
+Writes, boundaries and the newest are looked up here; what transactions say is in `recovery.instant`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, TargetError
 from pgcdp.records import Boundary, Interval, RecoveryPoint, Target
+from pgcdp.recovery.instant import NO_HISTORY, History, Instant, at_lsn, at_name, at_time, at_xid
 from pgcdp.units import format_time
 
 
@@ -25,7 +25,7 @@ class Listing:
     `newest_write` is the newest restorable write, which may still lie in the open interval or the journal.
     `times(n)` gives the wall clock (int64 ns) of each write of interval n, `times(None)` of those behind the last
     boundary, up to `newest_write`. Until `quiet_until_ns` it is known that nothing else was written (the present while
-    capture runs), so that a time between the newest write and that is the newest write.
+    capture runs), so that a time between the newest write and that is the newest write. `history`: the transactions.
     """
 
     base: Boundary
@@ -33,6 +33,7 @@ class Listing:
     newest_write: int
     times: Callable[[int | None], NDArray[np.int64]]
     quiet_until_ns: int = 0
+    history: History = NO_HISTORY
 
 
 def resolve(target: Target, listing: Listing) -> RecoveryPoint:
@@ -41,13 +42,27 @@ def resolve(target: Target, listing: Listing) -> RecoveryPoint:
     Raises TargetError when there is none, saying what was asked, what exists and what to type.
     """
     _check(listing)
-    if target.kind == "newest":
-        return _at(listing, listing.newest_write)
-    if target.kind == "write":
-        return _by_write(target.value, listing)
-    if target.kind == "boundary":
-        return _by_boundary(target.value, listing)
-    return _by_time(target.value, listing)
+    match target.kind:
+        case "newest":
+            return _at(listing, listing.newest_write)
+        case "write":
+            return _by_write(target.value - target.exclusive, listing)
+        case "boundary":
+            return _by_boundary(target, listing)
+        case "time":
+            return _by_time(target, listing)
+        case "xid":
+            return _by_instant(at_xid(target.value, target.exclusive, listing.history), listing)
+        case "lsn":
+            return _by_instant(at_lsn(target.value, target.exclusive, listing.history), listing)
+        case "name":
+            return _by_instant(at_name(target.name, target.exclusive, listing.history), listing)
+
+
+def _by_instant(instant: Instant, listing: Listing) -> RecoveryPoint:
+    point = _by_write(instant.write, listing)
+    boundary = point.boundary if instant.lsn is None else None
+    return replace(point, boundary=boundary, lsn=instant.lsn, blank_at=instant.blank_at, note=instant.note)
 
 
 def window(listing: Listing) -> tuple[RecoveryPoint, RecoveryPoint]:
@@ -107,11 +122,12 @@ def _type_write(listing: Listing) -> str:
     return f"--target-write takes {listing.base.write} to {listing.newest_write}; pgcdp info lists the intervals"
 
 
-def _by_boundary(number: int, listing: Listing) -> RecoveryPoint:
+def _by_boundary(target: Target, listing: Listing) -> RecoveryPoint:
+    number = target.value
     boundaries = _boundaries(listing)
     for boundary in boundaries:
         if boundary.number == number:
-            return RecoveryPoint(boundary.write, number, boundary.time_ns, number)
+            return _by_write(boundary.write - target.exclusive, listing)
     first, last = boundaries[0].number, boundaries[-1].number
     where = (
         "does not exist yet" if number > last else "cannot be restored any more" if number >= 0 else "does not exist"
@@ -122,37 +138,20 @@ def _by_boundary(number: int, listing: Listing) -> RecoveryPoint:
     )
 
 
-def _by_time(time_ns: int, listing: Listing) -> RecoveryPoint:
+def _by_time(target: Target, listing: Listing) -> RecoveryPoint:
+    """As Postgres means it: just before the first commit in WAL order with a later time."""
+    time_ns = target.value
     hint = "pgcdp info lists the intervals with their times; leave the target out for the newest write"
     if time_ns < listing.base.time_ns:
         raise TargetError(
             f"{format_time(time_ns)} lies before the oldest recovery point, {_exists(listing)}",
             hint.replace("; leave", "; --target-boundary " + f"{listing.base.number} is the oldest; leave"),
         )
-    for interval in listing.intervals:
-        if interval.to_time_ns > time_ns:
-            return _before_later(time_ns, listing, interval.from_write, listing.times(interval.number))
-    first = _boundaries(listing)[-1].write + 1
-    times = listing.times(None)
-    if len(times) and int(times.max()) > time_ns:
-        return _before_later(time_ns, listing, first, times)
+    instant = at_time(time_ns, target.exclusive, listing.history)
+    if instant is not None:
+        return _by_instant(instant, listing)
     newest = _at(listing, listing.newest_write)
-    latest = max(
-        [
-            listing.quiet_until_ns,
-            listing.base.time_ns,
-            newest.time_ns,
-            *(i.to_time_ns for i in listing.intervals),
-            *times.tolist(),
-        ]
-    )
+    latest = max([listing.quiet_until_ns, newest.time_ns, *(interval.to_time_ns for interval in listing.intervals)])
     if time_ns > latest:
         raise TargetError(f"{format_time(time_ns)} is later than the newest write, {_exists(listing)}", hint)
     return newest
-
-
-def _before_later(time_ns: int, listing: Listing, first: int, times: NDArray[np.int64]) -> RecoveryPoint:
-    later = times > time_ns
-    if not later.any():
-        raise BugError(f"no write from {first} on is later than {format_time(time_ns)}, its interval says otherwise")
-    return _at(listing, first + int(np.argmax(later)) - 1)

@@ -28,6 +28,18 @@ __all__ = ["Bundle", "Increments", "OpenInterval", "OpenSnapshot", "publish", "r
 CONTENTS = {"writes": b"WRIT", "index": b"INDX", "backward": b"BWRD", "backward.map": b"BMAP", "forward.map": b"FMAP"}
 
 
+EVENTS, CATALOG_NOTES, WAL_STATE = "events.json", "catalog.notes", "wal.state"
+"""Files of the transaction index (FORMAT.md 3.5 to 3.8) beside those of `store.transactions`."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFiles:
+    """The transaction index of an interval as it lies in its incoming directory, synced; and what to say of it."""
+
+    files: tuple[FileSummary, ...]
+    summary: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Increments:
     """Both increments of an interval as they stand in its incoming directory, finished and synced."""
@@ -45,8 +57,11 @@ def publish(
     streams: Sequence[FileSummary],
     increments: Increments,
     settings: dict[str, Any],
+    indexed: IndexFiles | None = None,
 ) -> Bundle:
     """Write settings and manifest and rename the directory to its place. `streams`: finished `writes` and `index`.
+
+    `indexed`: the transaction index, None when it could not be made.
 
     Raises BugError when the interval does not end exactly at the boundary.
     """
@@ -60,6 +75,7 @@ def publish(
     files = {s.name: s for s in (*streams, increments.backward, increments.backward_map, increments.forward_map)}
     raw = (place / "settings.json").read_bytes()
     files["settings.json"] = FileSummary("settings.json", len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+    files.update({summary.name: summary for summary in (indexed.files if indexed else ())})
     index = opened.index()
     walls = index["wall_ns"]
     write_json(
@@ -83,7 +99,9 @@ def publish(
                 "backward": files["backward"].bytes + files["backward.map"].bytes,
                 "forward": files["forward.map"].bytes,
                 "index": files["index"].bytes,
+                "transactions": sum(summary.bytes for summary in (indexed.files if indexed else ())),
             },
+            "transactions": indexed.summary if indexed else None,
             "files": {
                 name: {"bytes": s.bytes, "checksum": s.checksum, "length": s.length} for name, s in files.items()
             },
@@ -134,7 +152,8 @@ class Bundle:
             interval = Interval(
                 **{name: manifest[name] for name in names}, boundary=boundary_from(manifest["boundary"], place)
             )
-            sizes = {name: int(manifest["files"][name]["bytes"]) for name in (*CONTENTS, "settings.json")}
+            needed = {*CONTENTS, "settings.json"}
+            sizes = {name: int(manifest["files"][name]["bytes"]) for name in needed | set(manifest["files"])}
         except (KeyError, TypeError):
             raise DamageError(f"{place} lacks keys (offset 0)", _still(number)) from None
         for name, size in sizes.items():
@@ -148,6 +167,12 @@ class Bundle:
     def number(self) -> int:
         """Number of the interval."""
         return self.interval.number
+
+    @property
+    def transactions(self) -> dict[str, Any] | None:
+        """Number of transactions, lowest and highest LSN, xid, time and write; None when they are not indexed."""
+        found: dict[str, Any] | None = self.manifest.get("transactions")
+        return found
 
     def _reader(self, name: str) -> FrameReader:
         reader = FrameReader.open(self.path / name, CONTENTS[name], self._set_id, self.number)

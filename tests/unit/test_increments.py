@@ -78,7 +78,7 @@ class World:
 
 def make_world(place: Path) -> World:
     volumes = [Volume(0, "data", BLOCKS * BLOCK), Volume(1, "wal", BLOCKS * BLOCK)]
-    store = Store.create(place / "store", "s", SET_ID, volumes)
+    store = Store.create(place / "store", "s", SET_ID, volumes, {"cluster": {"system_identifier": "1"}})
     image = Image.create(store, 1)
     image.set_at(0, 0)
     image.close()

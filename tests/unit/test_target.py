@@ -51,23 +51,6 @@ def listing_of(walls: list[list[int]], open_walls: list[int], base: int = 0) -> 
 clocks = st.lists(st.lists(st.integers(990, 1100), min_size=1, max_size=12), max_size=6)
 
 
-@settings(max_examples=300)
-@given(walls=clocks, open_walls=st.lists(st.integers(990, 1100), max_size=12), at=st.integers(980, 1110))
-def test_time_is_the_last_write_before_the_first_later_one(
-    walls: list[list[int]], open_walls: list[int], at: int
-) -> None:
-    listing, times = listing_of(walls, open_walls)
-    later = [i for i, time in enumerate(times) if time > at]
-    if at < BASE_TIME or at > max(times):
-        with pytest.raises(TargetError, match="can be restored"):
-            resolve(Target("time", at), listing)
-        return
-    point = resolve(Target("time", at), listing)
-    wanted = BASE_WRITE + (later[0] - 1 if later else len(times) - 1)
-    assert point.write == wanted
-    assert all(time <= at for time in times[: wanted - BASE_WRITE + 1])
-
-
 @settings(max_examples=200)
 @given(walls=clocks, open_walls=st.lists(st.integers(990, 1100), max_size=12), base=st.integers(0, 5))
 def test_every_write_of_the_window_and_no_other(walls: list[list[int]], open_walls: list[int], base: int) -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import subprocess
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
 from pgcdp import api
-from pgcdp.capture.engine import find_engine, run_engine
+from pgcdp.capture.engine import find_engine
+from pgcdp.intervals.indexing import Start
+from pgcdp.intervals.readout import Readout
 from pgcdp.postgres.cluster import Binaries
-from pgcdp.records import BLOCK
+from pgcdp.records import BLOCK, END
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameWriter
 from pgcdp.store.layout import Store
@@ -104,31 +106,42 @@ def waldump(binaries: Binaries, wal: Path, begin: int, end: int) -> Iterator[End
 
 
 def listing(found: ProtectedSet, begin: int) -> list[End]:
-    """The same by `pgcdp-engine wal` over the store's intervals."""
-    intervals = sorted((found.store / "intervals").iterdir())
-    identifier = str(found.config.cluster.system_identifier)
-    words = ["wal", "--system-identifier", identifier, "--start-lsn", format_lsn(begin), *map(str, intervals)]
-    ends, write = [], 0
-    for line in run_engine(words).splitlines():
-        row: dict[str, Any] = json.loads(line)
+    """The same by the engine over the store's intervals, one after another, each from what the one before left."""
+    ends: list[End] = []
+    for number in range(1, len(list((found.store / "intervals").iterdir())) + 1):
+        store = Store.open(found.store)
+        before = Bundle.open(store, number - 1).interval.boundary if number > 1 else store.baseline
+        assert before is not None
+        start = Start.of(store, before, {}, int(found.config.cluster.system_identifier))
+        ends += ends_of(start.read([store.interval(number)]))
+    return [end for end in ends if end.lsn >= begin]
+
+
+def ends_of(readout: Readout) -> Iterator[End]:
+    """The ends in the engine's tables."""
+    change_at = subxid_at = write = 0
+    for row in readout.ends:
         assert row["write"] >= write
         write = row["write"]
-        at = datetime.fromtimestamp(POSTGRES_EPOCH.timestamp() + row["time_us"] // 10**6, UTC)
+        at = datetime.fromtimestamp(POSTGRES_EPOCH.timestamp() + int(row["time_us"]) // 10**6, UTC)
+        subxids = readout.subxids[subxid_at : subxid_at + row["subxids"]].tolist()
+        subxid_at += int(row["subxids"])
         end = End(
-            parse_lsn(row["lsn"]),
-            row["status"],
-            row["xid"],
-            f"{at:%Y-%m-%d %H:%M:%S}.{row['time_us'] % 10**6:06}",
-            row["subxids"],
+            int(row["lsn"]),
+            list(ENDS.values())[int(row["status"]) - 1],
+            int(row["xid"]),
+            f"{at:%Y-%m-%d %H:%M:%S}.{int(row['time_us']) % 10**6:06}",
+            subxids,
         )
-        for change in row["changes"]:
-            counts = {name: change[name] for name in ("inserted", "updated", "deleted") if change[name]}
+        for change in readout.changes[change_at : change_at + row["changes"]]:
+            file = "/".join(str(change[name]) for name in ("tablespace", "database", "file"))
+            counts = {name: int(change[name]) for name in ("inserted", "updated", "deleted") if change[name]}
             if counts:
-                end.changes[change["file"]] = counts
-            if change["dropped"]:
-                end.dropped.add(change["file"])
-        ends.append(end)
-    return ends
+                end.changes[file] = counts
+            if change["flags"] & 2:
+                end.dropped.add(file)
+        change_at += int(row["changes"])
+        yield end
 
 
 def work(found: ProtectedSet) -> None:
@@ -213,10 +226,15 @@ def test_damaged_wal_never_becomes_a_transaction(make_set: MakeSet, binaries_of:
     found.pgbench("-n", "-c", "4", "-t", "100")
     number = api.cut(found.name)["number"]
 
-    def ends(program: str, interval: Path) -> list[str]:
-        command = [program, "wal", "--system-identifier", str(found.config.cluster.system_identifier), str(interval)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return [re.sub(r'"write":\d+,', "", line) for line in done.stdout.splitlines()]
+    def ends(program: str, interval: Path) -> list[bytes]:
+        identifier = str(found.config.cluster.system_identifier)
+        with tempfile.TemporaryDirectory(dir=tmp_path) as out:
+            command = [program, "wal", "--system-identifier", identifier, "--out", out, str(interval)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            table = np.fromfile(Path(out, "ends"), dtype=END)
+        for name in ("write", "begin_at", "end_at"):
+            table[name] = 0
+        return [row.tobytes() for row in table]
 
     programs = [str(find_engine()), *filter(None, [os.environ.get("PGCDP_ENGINE_ASAN")])]
     whole = ends(programs[0], found.store / "intervals" / f"{number:010}")

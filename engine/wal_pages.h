@@ -1,0 +1,95 @@
+/* WAL pages as they are now, gathered from captured writes: those from the next record on, in a ring.
+ *
+ * A page is known by its number, its address / 8192; page p lies in slot p % slots. Writes come in blocks of 4096 bytes, so
+ * a page has two halves. The first says which page it is; the second is the block behind it on the volume. (A filesystem
+ * can tear a page apart at the end of an extent; WAL segments are made whole, 16 MiB or more, so that extents end between
+ * pages.) */
+#ifndef PGCDP_WAL_PAGES_H
+#define PGCDP_WAL_PAGES_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "cursor.h"
+#include "err.h"
+
+#define PAGE 8192u
+#define SHORT_HEADER 24u /* SizeOfXLogShortPHD */
+#define LONG_HEADER 40u  /* SizeOfXLogLongPHD */
+
+#define FIRST_IS_CONTRECORD 0x0001u
+#define FIRST_IS_OVERWRITE 0x0008u
+
+#define NOT_IN_WRITE UINT32_MAX
+
+struct pages_slot {
+    uint64_t page;  /* NO_PAGE: nothing in it */
+    uint64_t place; /* offset of its first half on the volume */
+    uint32_t timeline;
+    uint16_t volume;
+    uint8_t halves;
+};
+
+struct pages_second;
+struct pages_stashed;
+
+struct pages {
+    uint64_t system_identifier;
+    uint32_t segment_bytes;
+    uint64_t start_lsn;
+    uint64_t slots, seconds;
+    uint8_t *content;
+    struct pages_slot *slot;
+    struct pages_second *second;
+    struct pages_stashed *stash;
+    uint64_t next; /* where the next record begins; 0: not known yet */
+    uint32_t timeline;
+    bool jumped;   /* `next` was set anew by a page: what was before it does not link to it */
+    uint64_t write, write_offset, write_length; /* the one taken last */
+    uint16_t write_volume;
+};
+
+int pages_open(struct pages *p, struct err *e);
+void pages_close(struct pages *p);
+
+/* A captured write; whether a page from the next record on has changed. */
+bool pages_take(struct pages *p, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length);
+
+/* Length of a page's header. */
+uint32_t pages_header(const struct pages *p, uint64_t page);
+
+/* The page if its first half is known and it is of this timeline or a later one, else NULL. */
+const uint8_t *pages_get(const struct pages *p, uint64_t page);
+
+/* Whether the bytes of a known page up to `end` are there. */
+bool pages_reach(const struct pages *p, uint64_t page, uint32_t end);
+
+/* Where `lsn` lies in the write taken last, in bytes from its beginning, or NOT_IN_WRITE. `end`: lsn is the first byte
+ * behind something, which may be the end of a page. */
+uint32_t pages_place(const struct pages *p, uint64_t lsn, bool end);
+
+/* Pages from the next record on, and blocks that may still become second halves. */
+void pages_save(const struct pages *p, FILE *out);
+bool pages_restore(struct pages *p, struct cursor *in);
+
+static inline uint16_t page_u16(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
+
+static inline uint32_t page_u32(const uint8_t *at)
+{
+    uint32_t v;
+    memcpy(&v, at, sizeof v);
+    return v;
+}
+
+static inline uint64_t page_u64(const uint8_t *at)
+{
+    uint64_t v;
+    memcpy(&v, at, sizeof v);
+    return v;
+}
+
+static inline uint64_t maxalign(uint64_t n) { return (n + 7) & ~(uint64_t)7; }
+
+#endif

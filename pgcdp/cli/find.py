@@ -1,0 +1,49 @@
+"""pgcdp find"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgcdp.cli import log, options, screen
+
+
+@click.command(
+    epilog=options.examples(
+        'pgcdp find "DELETE FROM orders"',
+        'pgcdp find main "DROP TABLE sales.invoices" --newest',
+        'pgcdp find "TRUNCATE orders" --output json',
+    )
+)
+@click.argument("words", nargs=-1, metavar="[SET] SQL")
+@click.option("--newest", is_flag=True, help="The newest first, instead of the largest share of the table.")
+@options.search_options
+@options.store_option
+@options.output_option
+def command(
+    words: tuple[str, ...], newest: bool, database: str | None, limit: int, store: Path | None, output: str
+) -> None:
+    """The transactions that did what a statement does, largest share of the table first.
+
+    The statement is read for its operation and its tables; conditions do not count. Nothing needs to be logged by
+    Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, DROP TABLE, DROP SCHEMA, DROP DATABASE, and what
+    rewrites a table (ALTER TABLE, VACUUM FULL, CLUSTER). Partitions count for the table that they belong to.
+    """
+    from pgcdp import api
+
+    if store is not None:
+        sql, name = options.last_word(words, "SQL"), None
+    else:
+        name, sql = options.split_set(words, "SQL")
+    value = api.find(name, sql, store, newest=newest, database=database, limit=limit)
+    screen.result(value, output, _render)
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    log.render(value)
+    if value["transactions"]:
+        xid = value["transactions"][0]["xid"]
+        screen.note(f"just before the first of these: pgcdp restore --target-xid {xid} --exclusive --to-directory DIR")

@@ -1,0 +1,111 @@
+"""pgcdp log"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pgcdp import units
+from pgcdp.cli import options, screen
+from pgcdp.errors import UsageError
+
+OPERATIONS = ("insert", "update", "delete", "truncate", "drop", "rewrite")
+
+
+@click.command(
+    epilog=options.examples(
+        "pgcdp log",
+        "pgcdp log main --table orders --op delete",
+        'pgcdp log --since "2026-11-22 14:00" --until "2026-11-22 15:00" --limit 100',
+        "pgcdp log --follow",
+    )
+)
+@options.set_argument()
+@click.option("--table", metavar="T", help="Only what touched this table, or a partition of it; [SCHEMA.]NAME.")
+@click.option("--op", "operation", type=click.Choice(OPERATIONS), help="Only what did this to a table.")
+@click.option("--xid", type=options.xid_number, metavar="N", help="The transaction of this id, or that it belongs to.")
+@click.option("--since", type=units.parse_time, metavar="T", help="Not earlier than this.")
+@click.option("--until", type=units.parse_time, metavar="T", help="Not later than this.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with those that end from now on, until Ctrl-C.")
+@options.search_options
+@options.store_option
+@options.output_option
+def command(
+    set_name: str | None,
+    table: str | None,
+    operation: str | None,
+    xid: int | None,
+    since: int | None,
+    until: int | None,
+    follow: bool,
+    database: str | None,
+    limit: int,
+    store: Path | None,
+    output: str,
+) -> None:
+    """Transactions, newest first: when they ended, where, and what they did to which table.
+
+    "share" is the part of the table's rows that was touched, so that a mass delete stands out. System catalogs and
+    indexes are not shown. With --follow and --output json, one object a line.
+    """
+    from pgcdp import api
+
+    wanted: dict[str, Any] = {
+        "table": table, "operation": operation, "xid": xid, "since_ns": since, "until_ns": until,
+        "database": database, "limit": limit,
+    }  # fmt: skip
+    name = options.pick_set_or_store(set_name, store)
+    if not follow:
+        screen.result(api.log(name, store, **wanted), output, render)
+        return
+    if name is None:
+        raise UsageError("--follow needs a set: nothing is added to a store alone", "name the set instead of --store")
+    for told in api.follow(name, **wanted):
+        screen.result(told, output, _line)
+
+
+def render(value: Mapping[str, Any]) -> None:
+    """Transactions as a table, a line for each table touched."""
+    rows = [row for told in value["transactions"] for row in _rows(told)]
+    screen.table(["time", "xid", "status", "write", "lsn", "table", "did", "share"], rows)
+    more = value["total"] - len(value["transactions"])
+    if more > 0:
+        screen.note(f"{more} more; --limit shows more of them")
+    if not value["total"]:
+        screen.note("no transaction is like that")
+    if value["unknown"]:
+        screen.note(f"the transactions of these intervals are not indexed: {', '.join(map(str, value['unknown']))}")
+
+
+def _rows(told: Mapping[str, Any]) -> list[list[str]]:
+    head = [told["time"], str(told["xid"]), told["status"], str(told["write"]), told["lsn"]]
+    if not told["tables"]:
+        return [[*head, "-", "-", "-"]]
+    shown = []
+    for table in told["tables"]:
+        shown.append([*head, _name(table), _did(table), _share(table["share"])])
+        head = [""] * len(head)
+    return shown
+
+
+def _name(table: Mapping[str, Any]) -> str:
+    name = ".".join(part for part in (table["schema"], table["name"]) if part)
+    return f"{table['database']}:{name}" if table["database"] else name
+
+
+def _did(table: Mapping[str, Any]) -> str:
+    words = [f"{table[name]} {name}" for name in ("inserted", "updated", "deleted") if table[name]]
+    words += [name for name in ("truncated", "dropped", "rewritten") if table[name]]
+    return ", ".join(words) or "created"
+
+
+def _share(part: float) -> str:
+    return "-" if part == 0 else f"{part:.0%}" if part >= 0.005 else "<1%"
+
+
+def _line(told: Mapping[str, Any]) -> None:
+    for row in _rows(told):
+        screen.text("  ".join(cell for cell in row if cell))

@@ -1,0 +1,137 @@
+"""An interval's transaction index beside its writes, before it is published: made, or made again after a kill."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from pgcdp.errors import PgcdpError
+from pgcdp.fsio import read_json, write_atomic, write_json
+from pgcdp.intervals.readout import SEGMENT_BYTES, Cluster, Readout, read_wal
+from pgcdp.intervals.transactions import Indexed, Past, full_xid, index_transactions
+from pgcdp.postgres.relations import Look
+from pgcdp.postgres.wal import Note, pack_notes, read_notes
+from pgcdp.records import Boundary
+from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, IndexFiles
+from pgcdp.store.frames import FileSummary
+from pgcdp.store.layout import Store
+from pgcdp.store.open_interval import OpenInterval
+from pgcdp.store.transactions import read_look, write_look, write_transactions, write_wal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where reading an interval's WAL begins: with what the one before left, or behind its boundary's checkpoint."""
+
+    cluster: Cluster
+    boundary: Boundary
+    state: Path | None
+    past: Past
+
+    @classmethod
+    def of(cls, store: Store, boundary: Boundary, settings: dict[str, Any], system_identifier: int) -> Start:
+        """Behind a boundary of the store. `settings`: any of the cluster's, for the size of WAL segments."""
+        place = store.interval(boundary.number)
+        state = place / WAL_STATE
+        notes: list[Note] = []
+        with suppress(FileNotFoundError):
+            notes = read_notes((place / CATALOG_NOTES).read_bytes())
+        return cls(
+            Cluster(system_identifier, segment_bytes(settings)),
+            boundary,
+            state if state.exists() else None,
+            Past(newest_look(store, boundary.number), notes),
+        )
+
+    def read(self, intervals: list[Path], **more: Any) -> Readout:
+        """Read the WAL behind the boundary: as `readout.read_wal`."""
+        start_lsn = 0 if self.state else self.boundary.checkpoint_lsn
+        return read_wal(self.cluster, intervals, start_lsn=start_lsn, state=self.state, **more)
+
+
+def segment_bytes(settings: dict[str, Any]) -> int:
+    """wal_segment_size of an interval's settings."""
+    for row in settings.get("settings", ()):
+        if row["name"] == "wal_segment_size":
+            return int(row["setting"])
+    return SEGMENT_BYTES
+
+
+def newest_look(store: Store, number: int) -> Look | None:
+    """The look at the catalogs that lies in interval `number` or the nearest one before it."""
+    for each in range(number, 0, -1):
+        look = read_look(store.interval(each))
+        if look is not None:
+            return look
+    return None
+
+
+def index_interval(opened: OpenInterval, boundary: Boundary, start: Start) -> IndexFiles | None:
+    """Index what a finished, not yet published interval holds, durably. None when that failed: the log says why.
+
+    The index is made of what is stored anyway. Whatever is wrong with it must not keep an interval from the store.
+    """
+    try:
+        return _index(opened, boundary, start)
+    except (PgcdpError, OSError) as error:
+        log.error("interval %d: its transactions cannot be listed: %s", opened.number, error)
+    except Exception:  # a bug in us
+        log.exception("interval %d: its transactions cannot be listed", opened.number)
+    return None
+
+
+def _index(opened: OpenInterval, boundary: Boundary, start: Start) -> IndexFiles:
+    place = opened.path
+    state = place / WAL_STATE
+    state.unlink(missing_ok=True)
+    readout = start.read([place], save_state=state)
+    indexed = index_transactions(readout, start.past, read_look(place), boundary.next_xid)
+    write_json(place / EVENTS, {"events": indexed.events, "tables": indexed.tables})
+    recent = [note for note in (*start.past.notes, *readout.notes) if note.lsn >= boundary.redo_lsn]
+    write_atomic(place / CATALOG_NOTES, pack_notes(recent))
+    files = [write_transactions(place, indexed.table), write_wal(place, indexed.wal)]
+    files += [summary_of(place / name) for name in (EVENTS, CATALOG_NOTES, WAL_STATE)]
+    if indexed.look is not None:
+        files.append(write_look(place, indexed.look))
+    return IndexFiles(tuple(files), summarize(indexed))
+
+
+def summarize(indexed: Indexed) -> dict[str, Any]:
+    """What the manifest says of the transactions: whether to look for one here, without opening the index.
+
+    The highest and lowest xid are of 64 bits, those of subtransactions included.
+    """
+    table: pa.Table = indexed.table
+    marks = sum(event["kind"] in ("mark", "restore_point") for event in indexed.events)
+    said = {"marks": marks, "wal_to": int(indexed.wal["to_lsn"].max(initial=0))}
+    if not len(table):
+        return {**said, "count": 0}
+    ends = {name: table.column(name).to_numpy() for name in ("lsn", "xid", "time_us", "write")}
+    subxids = table.column("subxids").combine_chunks().flatten().to_numpy()
+    count = len(np.unique(ends["lsn"]))
+    ends["xid"] = np.append(ends["xid"], full_xid(subxids, indexed.next_xid))
+    return {
+        **said,
+        "count": count,
+        **{f"{bound}_{name}": int(getattr(ends[name], bound)()) for name in ends for bound in ("min", "max")},
+    }
+
+
+def summary_of(path: Path) -> FileSummary:
+    """A finished file."""
+    raw = path.read_bytes()
+    return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+
+
+def read_events(place: Path) -> dict[str, Any]:
+    """The `events` and `tables` of a published interval (FORMAT.md 3.7)."""
+    return read_json(place / EVENTS)

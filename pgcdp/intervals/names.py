@@ -1,0 +1,158 @@
+"""Which relation each change of a file belongs to: looks at the catalogs before and after, and what WAL said."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgcdp.intervals.readout import Readout
+from pgcdp.postgres.relations import REWRITE, CatalogReader, Look, Relation, Said
+from pgcdp.records import CHANGE, COMMITTED, COMMITTED_PREPARED
+
+_TRANSIENT = re.compile(re.escape(REWRITE) + r"(\d+)$")
+IN = (COMMITTED, COMMITTED_PREPARED)
+"""Values of `status` of what counts for others."""
+
+
+@dataclass
+class Names:
+    """Relations by number: `code` of each change (-1: not known), and whether it belongs to a rewrite of the table.
+
+    `look` is what the catalogs are at the end.
+    """
+
+    relations: list[Relation]
+    code: NDArray[np.int64]
+    transient: NDArray[np.bool_]
+    look: Look | None
+
+
+@dataclass
+class _Namer:
+    before: dict[tuple[int, int], Relation]
+    after: dict[tuple[int, int], Relation]
+    by_oid: dict[tuple[int, int], Relation]
+    reader: CatalogReader
+    committed: dict[int, int]
+    top: dict[int, int]
+    relations: list[Relation] = field(default_factory=list)
+    codes: dict[Relation, int] = field(default_factory=dict)
+
+    def intern(self, relation: Relation | None) -> int:
+        if relation is None:
+            return -1
+        relation = replace(relation, file=0, rows=0)
+        if relation not in self.codes:
+            self.codes[relation] = len(self.relations)
+            self.relations.append(relation)
+        return self.codes[relation]
+
+    def settled(self, said: Said) -> Relation:
+        """What is said of a file, and what only looks know; a rewrite's own name gives way to the table's."""
+        relation = said.relation
+        transient = _TRANSIENT.match(relation.name)
+        oid = int(transient[1]) if transient else relation.oid
+        known = self.by_oid.get((relation.database, oid))
+        if transient:
+            earlier = [each for each in self.reader.oids.get((relation.database, oid), []) if each.lsn <= said.lsn]
+            relation = earlier[-1].relation if earlier else known or relation
+        parent = self.reader.parents.get((relation.database, relation.oid), known.parent if known else 0)
+        if known is None or relation is known:
+            return replace(relation, file=0, parent=parent)
+        return replace(
+            relation, file=0, parent=parent, owner=known.owner,
+            schema=known.schema if relation.schema.startswith("schema ") else relation.schema,
+        )  # fmt: skip
+
+    def name_file(
+        self, database: int, file: int, lsns: NDArray[np.uint64], xids: NDArray[np.uint32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """For changes of one file by transactions `xids` that ended at `lsns`: relation codes, and rewrites."""
+        said = self.reader.files.get((database, file), [])
+        known = self.before.get((database, file))
+        if known is None:
+            known = self.settled(said[0]) if said else self.after.get((database, file))
+        codes = np.full(len(lsns), self.intern(known), dtype=np.int64)
+        transient = np.zeros(len(lsns), dtype=np.bool_)
+        ended = [(self.committed[self._top(each)], each) for each in said if self._top(each) in self.committed]
+        for lsn, each in sorted(ended, key=lambda pair: (pair[0], pair[1].lsn)):
+            codes[lsns > lsn] = self.intern(self.settled(each))
+        for each in said:
+            own = xids == self._top(each)
+            if own.any():
+                codes[own] = self.intern(self.settled(each))
+                transient[own] |= bool(_TRANSIENT.match(each.relation.name))
+        return codes, transient
+
+    def _top(self, said: Said) -> int:
+        return self.top.get(said.xid, said.xid)
+
+
+def name_changes(readout: Readout, reader: CatalogReader, before: Look | None, after: Look | None) -> Names:
+    """Name the relations of all changes. `reader` has taken the readout's records, and those of the time before."""
+    ends, changes = readout.ends, readout.changes
+    namer = _Namer(_by_file(before), _by_file(after), _by_oid(before, after), reader, *_commits(readout, reader))
+    owner = np.repeat(np.arange(len(ends)), ends["changes"])
+    code = np.full(len(changes), -1, dtype=np.int64)
+    transient = np.zeros(len(changes), dtype=np.bool_)
+    for database, file, rows in _files(changes):
+        of = ends[owner[rows]]
+        code[rows], transient[rows] = namer.name_file(database, file, of["lsn"], of["xid"])
+    return Names(namer.relations, code, transient, _look_now(namer, before, after))
+
+
+def _look_now(namer: _Namer, before: Look | None, after: Look | None) -> Look | None:
+    """The newest look, with what WAL said since, as far as it was committed."""
+    base = after or before
+    since = base.lsn if base else 0
+    said = [each for of_oid in namer.reader.oids.values() for each in of_oid if each.lsn >= since]
+    if not said:
+        return base
+    relations = {(each.database, each.oid): each for each in (base.relations if base else ())}
+    for each in sorted(said, key=lambda each: each.lsn):
+        if namer.top.get(each.xid, each.xid) in namer.committed and not _TRANSIENT.match(each.relation.name):
+            relations[each.relation.database, each.relation.oid] = replace(namer.settled(each), file=each.relation.file)
+    schemas = {**(base.schemas if base else {}), **namer.reader.schemas}
+    databases = {**(before.databases if before else {}), **(after.databases if after else {})}
+    return Look(since, databases, schemas, tuple(relations.values()))
+
+
+def _rows(relations: dict[tuple[int, int], Relation], said: Said) -> int:
+    known = relations.get((said.relation.database, said.relation.oid))
+    return known.rows if known else 0
+
+
+def _files(changes: NDArray[np.void]) -> list[tuple[int, int, NDArray[np.int64]]]:
+    """Each file with the rows of its changes."""
+    assert changes.dtype == CHANGE
+    key = changes["database"].astype(np.uint64) << np.uint64(32) | changes["file"]
+    order = np.argsort(key, kind="stable")
+    sorted_key = key[order]
+    starts = np.flatnonzero(np.append(True, sorted_key[1:] != sorted_key[:-1])) if len(key) else np.empty(0, int)
+    pieces = np.split(order, starts[1:]) if len(key) else []
+    return [(int(key[rows[0]]) >> 32, int(key[rows[0]]) & 0xFFFFFFFF, rows) for rows in pieces]
+
+
+def _commits(readout: Readout, reader: CatalogReader) -> tuple[dict[int, int], dict[int, int]]:
+    """Of those transactions that changed catalogs: where they committed, and which top transaction a subxid has."""
+    wanted = {said.xid for each in reader.oids.values() for said in each}
+    ends = readout.ends
+    owner = np.repeat(np.arange(len(ends)), ends["subxids"])
+    top = {}
+    for at in np.flatnonzero(np.isin(readout.subxids, list(wanted))).tolist():
+        top[int(readout.subxids[at])] = int(ends["xid"][owner[at]])
+    tops = np.isin(ends["xid"], [*wanted, *top.values()]) & np.isin(ends["status"], IN)
+    return {int(end["xid"]): int(end["lsn"]) for end in ends[tops]}, top
+
+
+def _by_file(look: Look | None) -> dict[tuple[int, int], Relation]:
+    return {(each.database, each.file): each for each in look.relations if each.file} if look else {}
+
+
+def _by_oid(before: Look | None, after: Look | None) -> dict[tuple[int, int], Relation]:
+    """By OID; the earlier look counts."""
+    looks = [look for look in (after, before) if look is not None]
+    return {(each.database, each.oid): each for look in looks for each in look.relations}

@@ -1,0 +1,82 @@
+"""What the engine reads in the WAL of captured writes: runs `pgcdp-engine wal` and takes its tables (FORMAT.md 4.1)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgcdp.capture.engine import run_engine
+from pgcdp.postgres.wal import Note, read_notes
+from pgcdp.records import CHANGE, END, WAL_WRITE
+from pgcdp.units import format_lsn
+
+SEGMENT_BYTES = 16 << 20
+"""wal_segment_size unless the settings say another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """Arrays END, CHANGE (those of each end in turn), u4 (subxids, likewise), WAL_WRITE; records of interest."""
+
+    ends: NDArray[np.void]
+    changes: NDArray[np.void]
+    subxids: NDArray[np.uint32]
+    wal: NDArray[np.void]
+    notes: list[Note]
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Whose WAL it is."""
+
+    system_identifier: int
+    segment_bytes: int = SEGMENT_BYTES
+
+
+def read_wal(
+    cluster: Cluster,
+    intervals: Sequence[Path],
+    *,
+    start_lsn: int = 0,
+    state: Path | None = None,
+    save_state: Path | None = None,
+    journal: Path | None = None,
+    upto: int | None = None,
+) -> Readout:
+    """Read the WAL in the writes of interval directories, then of a journal, up to write `upto`.
+
+    It begins with the first record behind `start_lsn`, or goes on from what another run saved as `state`. Raises what
+    the engine says: DamageError, or PreconditionError when the journal does not hold the next write any more.
+    """
+    words = [
+        "wal",
+        "--system-identifier",
+        str(cluster.system_identifier),
+        "--segment-bytes",
+        str(cluster.segment_bytes),
+    ]
+    if start_lsn:
+        words += ["--start-lsn", format_lsn(start_lsn)]
+    for option, value in (("--state", state), ("--save-state", save_state), ("--journal", journal), ("--upto", upto)):
+        if value is not None:
+            words += [option, str(value)]
+    with tempfile.TemporaryDirectory(prefix="pgcdp-wal-") as place:
+        run_engine([*words, "--out", place, *map(os.fspath, intervals)])
+        return Readout(
+            np.fromfile(Path(place, "ends"), dtype=END),
+            np.fromfile(Path(place, "changes"), dtype=CHANGE),
+            np.fromfile(Path(place, "subxids"), dtype=np.uint32),
+            np.fromfile(Path(place, "wal"), dtype=WAL_WRITE),
+            read_notes(Path(place, "notes").read_bytes()),
+        )
+
+
+def read_nothing() -> Readout:
+    """The readout of no write at all."""
+    return Readout(np.empty(0, END), np.empty(0, CHANGE), np.empty(0, np.uint32), np.empty(0, WAL_WRITE), [])

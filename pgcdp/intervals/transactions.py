@@ -1,0 +1,331 @@
+"""The transaction index of an interval: what each transaction did to which table (FORMAT.md 3.5, 3.7).
+
+It is made of the interval's own files and of what the interval before left, so it can be made again at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pgcdp.intervals.names import IN, Names, name_changes
+from pgcdp.intervals.readout import Readout
+from pgcdp.postgres import wal
+from pgcdp.postgres.relations import CatalogReader, Look, Relation
+from pgcdp.postgres.wal import Manager, Note
+from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, SCHEMA, TRUNCATED
+
+POSTGRES_EPOCH_US = 946_684_800_000_000
+"""2000-01-01 UTC in microseconds since 1970."""
+TABLE_KINDS = "rpmf"
+"""Kinds of relations that are tables to users; indexes, sequences and TOAST tables are not listed."""
+
+_FILE_CREATED, _FILE_DROPPED, _FILE_SHRUNK = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of the time before the writes that are read: a look, and records since the last redo point."""
+
+    look: Look | None = None
+    notes: Sequence[Note] = ()
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The index (SCHEMA), the tables that are in it, the events (FORMAT.md 3.7), array WAL_WRITE, the catalogs then."""
+
+    table: pa.Table
+    tables: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    wal: NDArray[np.void]
+    look: Look | None
+    next_xid: int
+
+
+def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid: int) -> Indexed:
+    """Make the index of what was read. `look`: a later look than the past's; `next_xid` (64 bits) is near its xids."""
+    reader = CatalogReader()
+    for known in (past.look, look):
+        if known is not None:
+            reader.know(known)
+    for note in (*past.notes, *readout.notes):
+        reader.take(note)
+    names = name_changes(readout, reader, past.look, look)
+    databases = {**(past.look.databases if past.look else {}), **(look.databases if look else {})}
+    rows = _rows(readout, names)
+    sizes, now = table_sizes(readout, rows, names, past.look, look)
+    table = _table(readout, rows, sizes, names, databases, next_xid)
+    events = _events(readout, reader, next_xid)
+    return Indexed(table, _tables(rows, names, databases), events, readout.wal, with_sizes(names.look, now), next_xid)
+
+
+def full_xid(xid: NDArray[np.uint32], next_xid: int) -> NDArray[np.uint64]:
+    """64-bit transaction ids of 32-bit ones that lie less than 2^31 away from `next_xid`."""
+    away = (xid.astype(np.uint32) - np.uint32(next_xid & 0xFFFFFFFF)).view(np.int32)
+    return (np.int64(next_xid) + away).astype(np.uint64)
+
+
+# --- rows
+
+
+@dataclass
+class _Rows:
+    """Rows of the index before they are a table: for each the end it belongs to, a relation's number or -1, counts."""
+
+    end: NDArray[np.int64]
+    relation: NDArray[np.int64]
+    inserted: NDArray[np.uint64]
+    updated: NDArray[np.uint64]
+    deleted: NDArray[np.uint64]
+    flags: NDArray[np.uint8]
+
+
+def _table(
+    readout: Readout,
+    rows: _Rows,
+    sizes: NDArray[np.int64],
+    names: Names,
+    databases: dict[int, str],
+    next_xid: int,
+) -> pa.Table:
+    of = readout.ends[rows.end]
+    relation = rows.relation
+    known = relation >= 0
+    at = np.where(known, relation, 0)
+    listed = names.relations or [Relation(0, 0, "", "", "", 0)]
+    numbers = {
+        name: np.array([getattr(each, name) for each in listed], dtype=np.int64)[at] * known
+        for name in ("oid", "database", "parent")
+    }
+    database = np.where(known & (numbers["database"] > 0), numbers["database"], of["database"])
+    columns = {
+        "lsn": of["lsn"],
+        "length": (of["end_lsn"] - of["lsn"]).astype(np.uint32),
+        "write": of["write"],
+        "begin_at": of["begin_at"],
+        "end_at": of["end_at"],
+        "time_us": of["time_us"] + POSTGRES_EPOCH_US,
+        "xid": full_xid(of["xid"], next_xid),
+        "timeline": of["timeline"],
+        "status": of["status"].astype(np.uint8),
+        "back": np.where(of["first_lsn"] > 0, of["lsn"] - of["first_lsn"], 0),
+        "subxids": _subxids(readout).take(pa.array(rows.end)),
+        "database_oid": database.astype(np.uint32),
+        "relation_oid": numbers["oid"].astype(np.uint32),
+        "database": _database_names(database, databases),
+        "schema": _named([each.schema for each in listed], at, known),
+        "name": _named([each.name for each in listed], at, known),
+        "kind": _named([each.kind for each in listed], at, known),
+        "parent_oid": numbers["parent"].astype(np.uint32),
+        "rows": sizes,
+        "inserted": rows.inserted,
+        "updated": rows.updated,
+        "deleted": rows.deleted,
+        "flags": rows.flags,
+    }  # fmt: skip
+    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def table_sizes(
+    readout: Readout, rows: _Rows, names: Names, before: Look | None, after: Look | None
+) -> tuple[NDArray[np.int64], dict[tuple[int, int], int]]:
+    """How many rows the table of each row had just before the transaction, and what each table has at the end.
+
+    Counted from what the look before says, from nothing when the table was made here, else from the later look.
+    """
+    ends = readout.ends
+    oids = np.array([each.database << 32 | each.oid for each in names.relations] or [0], dtype=np.int64)[rows.relation]
+    oids = np.where(rows.relation >= 0, oids, -1)
+    known = {(each.database, each.oid): each.rows for each in (before.relations if before else ())}
+    later = {(each.database, each.oid): each.rows for each in (after.relations if after else ())}
+    committed = np.isin(ends["status"], IN)[rows.end]
+    net = np.where(committed, rows.inserted.astype(np.int64) - rows.deleted.astype(np.int64), 0)
+    emptied = (rows.flags & (CREATED | DROPPED | TRUNCATED)) > 0
+    sizes = np.zeros(len(oids), dtype=np.int64)
+    now: dict[tuple[int, int], int] = {}
+    order = np.argsort(oids, kind="stable")
+    changed = np.flatnonzero(oids[order][1:] != oids[order][:-1]) + 1
+    for here in np.split(order, changed) if len(order) else []:
+        if oids[here[0]] < 0:
+            continue
+        table = int(oids[here[0]]) >> 32, int(oids[here[0]]) & 0xFFFFFFFF
+        base = known.get(table)
+        if base is None:
+            base = 0 if rows.flags[here[0]] & CREATED else later.get(table, 0)
+            seen = ends["lsn"][rows.end[here]] < (after.lsn if after else 0)
+            base = max(0, base - int(net[here][seen].sum())) if not rows.flags[here[0]] & CREATED else base
+        for piece in np.split(here, np.flatnonzero(emptied[here])):
+            if len(piece) and emptied[piece[0]]:
+                sizes[piece[0]], base = base, int(net[piece[0]]) if net[piece[0]] > 0 else 0
+                piece = piece[1:]
+            if len(piece):
+                after_each = base + np.cumsum(net[piece])
+                sizes[piece] = after_each - net[piece]
+                base = int(after_each[-1])
+        now[table] = max(0, base)
+    return np.maximum(sizes, 0), now
+
+
+def with_sizes(look: Look | None, sizes: dict[tuple[int, int], int]) -> Look | None:
+    """A look with the numbers of rows that are known now."""
+    if look is None:
+        return None
+    relations = [
+        replace(each, rows=sizes[each.database, each.oid]) if (each.database, each.oid) in sizes else each
+        for each in look.relations
+    ]
+    return replace(look, relations=tuple(relations))
+
+
+def _tables(rows: _Rows, names: Names, databases: dict[int, str]) -> list[dict[str, Any]]:
+    """Each table that was touched, and by what: so that who looks for one knows whether to look here."""
+    found = []
+    for number in np.unique(rows.relation[rows.relation >= 0]).tolist():
+        relation, here = names.relations[number], rows.relation == number
+        found.append(
+            {
+                "database_oid": relation.database,
+                "oid": relation.oid,
+                "database": databases.get(relation.database, f"database {relation.database}"),
+                "schema": relation.schema,
+                "name": relation.name,
+                "parent_oid": relation.parent,
+                **{name: int(getattr(rows, name)[here].sum()) for name in ("inserted", "updated", "deleted")},
+                "flags": int(np.bitwise_or.reduce(rows.flags[here])),
+            }
+        )
+    return found
+
+
+def _rows(readout: Readout, names: Names) -> _Rows:
+    """One row for each transaction and table, or for a transaction alone that touched none."""
+    ends, changes = readout.ends, readout.changes
+    end = np.repeat(np.arange(len(ends)), ends["changes"])
+    counted = (changes["inserted"] | changes["updated"] | changes["deleted"]) > 0
+    code = names.code.copy()
+    for row in np.flatnonzero((code < 0) & counted).tolist():
+        code[row] = _unknown(names, changes[row])
+    listed = np.array([each.kind in TABLE_KINDS or each.kind == "?" for each in names.relations] or [False])
+    kept = np.flatnonzero((code >= 0) & listed[np.maximum(code, 0)])
+    groups: dict[tuple[int, int, str], int] = {}  # a table under another name is the same table
+    group_of = [groups.setdefault((each.database, each.oid, "" if each.oid else each.name), len(groups))
+                for each in names.relations] or [0]  # fmt: skip
+    group = np.array(group_of)[np.maximum(code, 0)]
+    order = kept[np.lexsort((code[kept], group[kept], end[kept]))]
+    group = group[order]
+    end, code, changes, transient = end[order], code[order], changes[order], names.transient[order]
+    if len(order):
+        starts = np.flatnonzero(np.append(True, (end[1:] != end[:-1]) | (group[1:] != group[:-1])))
+        last = np.append(starts[1:], len(order)) - 1
+        sums = {name: np.add.reduceat(changes[name], starts) for name in ("updated", "deleted")}
+        made = (changes["flags"] & _FILE_CREATED) > 0
+        inserted = np.add.reduceat(np.where(transient & made, np.uint64(0), changes["inserted"]), starts)
+        committed = np.isin(ends["status"][end[starts]], IN)
+        flags = np.where(committed, _flags(changes["flags"], transient, starts), 0).astype(np.uint8)
+        touched = _Rows(end[starts], code[last], inserted, sums["updated"], sums["deleted"], flags)
+        seen = (touched.inserted | touched.updated | touched.deleted | touched.flags) > 0
+    else:
+        none = np.empty(0, dtype=np.uint64)
+        touched = _Rows(end, code, none, none, none, none.astype(np.uint8))
+        seen = np.empty(0, dtype=np.bool_)
+    bare = np.setdiff1d(np.arange(len(ends)), touched.end[seen])
+    zeros = np.zeros(len(bare), dtype=np.uint64)
+    alone = _Rows(bare, np.full(len(bare), -1), zeros, zeros, zeros, zeros.astype(np.uint8))
+    joined = _Rows(
+        *(np.concatenate([getattr(touched, name)[seen], getattr(alone, name)]) for name in _Rows.__dataclass_fields__)
+    )
+    order = np.argsort(joined.end, kind="stable")
+    return _Rows(*(getattr(joined, name)[order] for name in _Rows.__dataclass_fields__))
+
+
+def _unknown(names: Names, change: np.void) -> int:
+    """A file that no look and no record named."""
+    place = "/".join(str(int(change[name])) for name in ("tablespace", "database", "file"))
+    relation = Relation(int(change["database"]), 0, "", place, "?", 0)
+    if relation not in names.relations[-64:]:
+        names.relations.append(relation)
+    return len(names.relations) - 1 - names.relations[::-1].index(relation)
+
+
+def _flags(files: NDArray[np.uint32], transient: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What became of a table, by its files: a new one beside the old one is TRUNCATE, or a rewrite."""
+
+    def any_of(rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.logical_or.reduceat(rows, starts)
+
+    both = (files & (_FILE_CREATED | _FILE_DROPPED)) == (_FILE_CREATED | _FILE_DROPPED)
+    made = any_of(((files & _FILE_CREATED) > 0) & ~both)
+    gone = any_of(((files & _FILE_DROPPED) > 0) & ~both)
+    shrunk = any_of((files & _FILE_SHRUNK) > 0)
+    rewritten = any_of(transient)
+    found: NDArray[np.int64] = (
+        REWRITTEN * rewritten
+        + TRUNCATED * (~rewritten & ((made & gone) | shrunk))
+        + DROPPED * (~rewritten & gone & ~made)
+        + CREATED * (~rewritten & made & ~gone)
+    )
+    return found
+
+
+def _named(
+    names: Sequence[str | None], at: NDArray[np.int64], known: NDArray[np.bool_] | None = None
+) -> pa.DictionaryArray:
+    """Strings by number; equal names become one."""
+    unique: dict[str, int] = {}
+    codes = np.array([-1 if name is None else unique.setdefault(name, len(unique)) for name in names], dtype=np.int32)
+    indices = codes[at]
+    wrong = indices < 0 if known is None else (indices < 0) | ~known
+    return pa.DictionaryArray.from_arrays(pa.array(indices, mask=wrong), pa.array(list(unique), pa.string()))
+
+
+def _database_names(oids: NDArray[np.int64], databases: dict[int, str]) -> pa.DictionaryArray:
+    unique, at = np.unique(oids, return_inverse=True)
+    return _named([databases.get(oid, f"database {oid}") if oid else None for oid in unique.tolist()], at)
+
+
+def _subxids(readout: Readout) -> pa.ListArray:
+    """The list of each end."""
+    offsets = np.concatenate([[0], np.cumsum(readout.ends["subxids"])]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(readout.subxids))
+
+
+# --- events
+
+
+def _events(readout: Readout, reader: CatalogReader, next_xid: int) -> list[dict[str, Any]]:
+    """Restore points, marks by message, databases dropped with their first irreversible effect, and what was lost."""
+    invalidated: dict[int, Note] = {}
+    for note, database in reader.inplace:
+        invalidated.setdefault(database, note)
+    return [event for note in readout.notes for event in _event(note, invalidated, next_xid)]
+
+
+def _event(note: Note, invalidated: dict[int, Note], next_xid: int) -> Iterable[dict[str, Any]]:
+    place = {"lsn": note.lsn, "end_lsn": note.end_lsn, "write": note.write, "timeline": note.timeline,
+             "begin_at": note.begin_at, "end_at": note.end_at}  # fmt: skip
+    if note.rmid == Manager.LOST:
+        yield {"kind": "lost", **place}
+        return
+    if note.rmid == Manager.MARK:
+        yield {"kind": "mark", "name": note.body.decode("utf-8", "replace"), "write": note.write, "lsn": None}
+        return
+    name = wal.restore_point(note)
+    if name is not None:
+        yield {"kind": "restore_point", "name": name, **place}
+    message = wal.message(note)
+    xid = int(full_xid(np.array([note.xid], dtype=np.uint32), next_xid)[0]) if note.xid else 0
+    if message is not None:
+        yield {"kind": "mark", "name": message[1], "xid": xid if message[0] else 0, **place}
+    database = wal.dropped_database(note)
+    if database is not None:
+        first = invalidated.pop(database, note)
+        yield {
+            "kind": "drop_database", "database": database, "xid": xid, **place,
+            "first": {"lsn": first.lsn, "write": first.write, "begin_at": first.begin_at},
+        }  # fmt: skip

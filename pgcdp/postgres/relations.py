@@ -1,0 +1,250 @@
+"""Which relation a file belonged to, over time: from looks at the catalogs by SQL, and from their own changes in WAL.
+
+A look says what was so when it was taken. What happened between two looks (tables made and dropped, rewritten,
+renamed) is in the WAL of pg_class: the first record about a page behind a checkpoint bears the whole page (full page
+writes), so the tuples that later records name only by their place are known. Tuples: src/include/catalog/pg_class.h
+and pg_namespace.h, access/htup_details.h, storage/bufpage.h of PostgreSQL 13 to 18.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pgcdp.errors import DamageError
+from pgcdp.postgres.wal import MAGIC_18, Block, Manager, Note, Parts, parse
+
+PG_CLASS = 1259
+PG_DATABASE = 1262
+PG_INHERITS = 2611
+PG_NAMESPACE = 2615
+CATALOGS = (PG_CLASS, PG_DATABASE, PG_INHERITS, PG_NAMESPACE)
+
+INSERT, DELETE, UPDATE, HOT_UPDATE, INPLACE = 0x00, 0x10, 0x20, 0x40, 0x70
+MULTI_INSERT = 0x50
+PREFIX_FROM_OLD, SUFFIX_FROM_OLD = 1 << 5, 1 << 6
+INIT_PAGE = 0x80
+TUPLE_HEADER = 23
+"""Bytes of a heap tuple before its null bitmap (SizeofHeapTupleHeader)."""
+
+REWRITE = "pg_temp_"
+"""How the new files of a table are called while it is rewritten: with its OID behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A row of pg_class as it was: `database` and `oid` make it one; `schema` is a name, `parent` and `owner` are OIDs.
+
+    `rows`: how many it had, as far as statistics told (0: not known). `parent`: of a partition or an heir, 0 for none.
+    `owner`: of a TOAST table, the table that it belongs to. `file` 0: it has none, or pg_class does not say.
+    """
+
+    database: int
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    file: int
+    rows: int = 0
+    parent: int = 0
+    owner: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The catalogs of all databases as SQL showed them, not before `lsn`.
+
+    `databases`: names by OID; `schemas`: names by (database, OID).
+    """
+
+    lsn: int
+    databases: Mapping[int, str]
+    schemas: Mapping[tuple[int, int], str]
+    relations: tuple[Relation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a record in WAL said: from `lsn` on, for transaction `xid` and, when that commits, for all."""
+
+    lsn: int
+    xid: int
+    relation: Relation
+
+
+@dataclass
+class CatalogReader:
+    """Follows the pages of pg_class, pg_namespace, pg_inherits and pg_database through their records, in order of LSN.
+
+    `files` holds what was said of each (database, file); `limits` the in-place changes of rows of pg_database:
+    (record, OID of the database). What cannot be understood is passed over: looks make up for it.
+    """
+
+    catalogs: dict[tuple[int, int], int] = field(default_factory=dict)
+    files: dict[tuple[int, int], list[Said]] = field(default_factory=lambda: defaultdict(list))
+    oids: dict[tuple[int, int], list[Said]] = field(default_factory=lambda: defaultdict(list))
+    schemas: dict[tuple[int, int], str] = field(default_factory=dict)
+    parents: dict[tuple[int, int], int] = field(default_factory=dict)
+    inplace: list[tuple[Note, int]] = field(default_factory=list)
+    _tuples: dict[tuple[int, int, int], dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
+
+    def know(self, look: Look) -> None:
+        """Names of schemas, and where the catalogs lie, from a look."""
+        self.schemas.update(look.schemas)
+        for relation in look.relations:
+            if relation.oid in CATALOGS:
+                self.catalogs[relation.database, relation.file] = relation.oid
+
+    def take(self, note: Note) -> None:
+        """The next record."""
+        if note.rmid not in (Manager.HEAP, Manager.HEAP2, Manager.XLOG, Manager.RELMAP):
+            return
+        try:
+            parts = parse(note)
+            if note.rmid == Manager.RELMAP:
+                self._take_map(parts.main)
+                return
+            for block in parts.blocks:
+                if self._catalog(block) is not None:
+                    self._take_image(note, block)
+            if parts.blocks and note.rmid != Manager.XLOG and self._catalog(parts.blocks[0]) is not None:
+                self._take_heap(note, parts)
+        except (DamageError, struct.error, IndexError, KeyError):
+            return
+
+    def _catalog(self, block: Block) -> int | None:
+        if block.fork:
+            return None
+        known = self.catalogs.get((block.database, block.file))
+        if known is None and block.file in CATALOGS:
+            return block.file
+        return known
+
+    def _take_map(self, main: bytes) -> None:
+        database, count = struct.unpack_from("<I", main)[0], struct.unpack_from("<I", main, 16)[0]
+        for number in range(count):
+            oid, file = struct.unpack_from("<II", main, 20 + 8 * number)
+            if oid in (PG_CLASS, PG_DATABASE):
+                self.catalogs[database, file] = oid
+
+    def _take_image(self, note: Note, block: Block) -> None:
+        if not block.has_image:
+            return
+        place = self._tuples[block.database, block.file, block.number]
+        place.clear()
+        if block.image is not None:
+            place.update(page_tuples(block.image))
+            if note.rmid == Manager.XLOG:  # a page written as a whole: by a rewrite, or in a new database
+                for tuple_ in place.values():
+                    self._say(note, block, tuple_)
+
+    def _take_heap(self, note: Note, parts: Parts) -> None:
+        block, operation = parts.blocks[0], note.info & 0x70
+        place = self._tuples[block.database, block.file, block.number]
+        if note.rmid == Manager.HEAP2:
+            if operation == MULTI_INSERT:
+                self._take_multi(note, parts, block, place)
+            return
+        if operation == INSERT:
+            offset = struct.unpack_from("<H", parts.main)[0]
+            if not block.has_image:
+                place[offset] = _tuple(block.data, 0)
+            self._say(note, block, place[offset])
+        elif operation in (UPDATE, HOT_UPDATE):
+            old_offset, flags = struct.unpack_from("<HxB", parts.main, 4)
+            offset = struct.unpack_from("<H", parts.main, 12)[0]
+            if not block.has_image:
+                old_block = parts.blocks[1] if len(parts.blocks) > 1 else block
+                old = self._tuples[old_block.database, old_block.file, old_block.number].get(old_offset)
+                place[offset] = _updated(block.data, flags, old)
+            self._say(note, block, place[offset])
+        elif operation == INPLACE and self._catalog(block) == PG_DATABASE:
+            offset = struct.unpack_from("<H", parts.main)[0]
+            raw = block.data if not block.has_image else _content(place[offset])
+            self.inplace.append((note, struct.unpack_from("<I", raw)[0]))
+
+    def _take_multi(self, note: Note, parts: Parts, block: Block, place: dict[int, bytes]) -> None:
+        """xl_heap_multi_insert: flags, ntuples, offsets (none on a new page); xl_multi_insert_tuple, aligned to 2."""
+        count = struct.unpack_from("<H", parts.main, 2)[0]
+        new_page = bool(note.info & INIT_PAGE)
+        at = 0
+        for number in range(count):
+            offset = number + 1 if new_page else struct.unpack_from("<H", parts.main, 4 + 2 * number)[0]
+            if not block.has_image:
+                at += at % 2
+                length, infomask2, infomask, hoff = struct.unpack_from("<HHHB", block.data, at)
+                place[offset] = _made(infomask2, infomask, hoff, block.data[at + 7 : at + 7 + length])
+                at += 7 + length
+            self._say(note, block, place[offset])
+
+    def _say(self, note: Note, block: Block, tuple_: bytes) -> None:
+        catalog = self._catalog(block)
+        content = _content(tuple_)
+        if catalog == PG_NAMESPACE and len(content) >= 68:
+            self.schemas[block.database, struct.unpack_from("<I", content)[0]] = _name(content, 4)
+        if catalog == PG_INHERITS and len(content) >= 8:
+            child, parent = struct.unpack_from("<II", content)
+            self.parents[block.database, child] = parent
+        if catalog != PG_CLASS or len(content) < 120:
+            return
+        oid, schema, file = (struct.unpack_from("<I", content, at)[0] for at in (0, 68, 88))
+        toast_at = 112 if note.magic >= MAGIC_18 else 108  # relallfrozen came with 18
+        kind = chr(content[toast_at + 4 + 3])  # behind reltoastrelid, relhasindex, relisshared, relpersistence
+        relation = Relation(
+            block.database, oid, self.schemas.get((block.database, schema), f"schema {schema}"), _name(content, 4),
+            kind, file, 0, 0, 0,
+        )  # fmt: skip
+        said = Said(note.lsn, note.xid, relation)
+        self.oids[block.database, oid].append(said)
+        if file:
+            self.files[block.database, file].append(said)
+
+
+def page_tuples(page: bytes) -> Iterable[tuple[int, bytes]]:
+    """(line pointer number, tuple) of each tuple that has storage on a heap page."""
+    lower = struct.unpack_from("<H", page, 12)[0]
+    for number in range(1, (min(lower, len(page)) - 24) // 4 + 1):
+        pointer = struct.unpack_from("<I", page, 20 + 4 * number)[0]
+        offset, flags, length = pointer & 0x7FFF, pointer >> 15 & 3, pointer >> 17
+        if flags == 1 and length >= TUPLE_HEADER:
+            yield number, page[offset : offset + length]
+
+
+def _made(infomask2: int, infomask: int, hoff: int, behind: bytes) -> bytes:
+    """A tuple of which WAL has no transaction ids: zeros in their place."""
+    return bytes(18) + struct.pack("<HHB", infomask2, infomask, hoff) + behind
+
+
+def _tuple(data: bytes, at: int) -> bytes:
+    infomask2, infomask, hoff = struct.unpack_from("<HHB", data, at)
+    return _made(infomask2, infomask, hoff, data[at + 5 :])
+
+
+def _updated(data: bytes, flags: int, old: bytes | None) -> bytes:
+    """The new tuple of an update whose beginning or end may be that of the old one."""
+    at = prefix = suffix = 0
+    if flags & PREFIX_FROM_OLD:
+        prefix = struct.unpack_from("<H", data, at)[0]
+        at += 2
+    if flags & SUFFIX_FROM_OLD:
+        suffix = struct.unpack_from("<H", data, at)[0]
+        at += 2
+    infomask2, infomask, hoff = struct.unpack_from("<HHB", data, at)
+    behind = data[at + 5 :]
+    if prefix or suffix:
+        if old is None:
+            raise KeyError
+        bitmap = hoff - TUPLE_HEADER
+        begin = old[22]
+        behind = behind[:bitmap] + old[begin : begin + prefix] + behind[bitmap:] + old[len(old) - suffix :]
+    return _made(infomask2, infomask, hoff, behind)
+
+
+def _content(tuple_: bytes) -> bytes:
+    return tuple_[tuple_[22] :]
+
+
+def _name(content: bytes, at: int) -> str:
+    return content[at : at + 64].split(b"\0")[0].decode("utf-8", "replace")

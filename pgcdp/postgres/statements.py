@@ -1,0 +1,123 @@
+"""SQL to what it does to which tables: enough to look for the transaction that ran it (parsed by pglast)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pglast import ast, parse_sql
+from pglast.enums import ObjectType
+from pglast.parser import ParseError
+from pglast.visitors import Visitor
+
+from pgcdp.errors import TargetError
+
+Operation = Literal["insert", "update", "delete", "truncate", "drop", "rewrite", "drop schema", "drop database"]
+
+_DROPPED_TABLES = (
+    ObjectType.OBJECT_TABLE,
+    ObjectType.OBJECT_MATVIEW,
+    ObjectType.OBJECT_FOREIGN_TABLE,
+)
+_COMMANDS: dict[str, Operation] = {"CMD_INSERT": "insert", "CMD_UPDATE": "update", "CMD_DELETE": "delete"}
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """One operation on one object. `schema` None: it is not said; for a schema or a database `name` is its name."""
+
+    operation: Operation
+    name: str
+    schema: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.name if self.schema is None else f'{self.schema}.{self.name}'}"
+
+
+def deeds_of(sql: str) -> list[Deed]:
+    """What a statement does to tables, schemas, databases. All of them must be found in one transaction.
+
+    Raises TargetError when it cannot be parsed, or does nothing that can be looked for.
+    """
+    try:
+        statements = parse_sql(sql)
+    except ParseError as error:
+        message, at = str(error.args[0]), int(error.args[1] or 0) if len(error.args) > 1 else 0
+        raise TargetError(
+            f'"{sql}" is not a statement: {message}, at character {at + 1}',
+            'give SQL as it was run, such as "DELETE FROM orders"; conditions may be left out',
+        ) from None
+    found = list(dict.fromkeys(deed for raw in statements for deed in _deeds(raw.stmt)))
+    if not found:
+        raise TargetError(
+            f'"{sql}" changes no table',
+            "what can be looked for: INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, DROP TABLE, DROP SCHEMA, "
+            "DROP DATABASE, and what rewrites a table",
+        )
+    return found
+
+
+def _deeds(statement: Any) -> Iterator[Deed]:
+    inner = _Inner()
+    inner(statement)
+    for nested in (statement, *inner.found):
+        yield from _own_deeds(nested)
+
+
+class _Inner(Visitor):
+    """Statements inside WITH."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def visit_CommonTableExpr(self, _: Any, node: Any) -> None:  # noqa: N802 - pglast calls it by the node's name
+        self.found.append(node.ctequery)
+
+
+def _own_deeds(statement: Any) -> list[Deed]:
+    match statement:
+        case ast.InsertStmt():
+            return [_on("insert", statement.relation)]
+        case ast.UpdateStmt():
+            return [_on("update", statement.relation)]
+        case ast.DeleteStmt():
+            return [_on("delete", statement.relation)]
+        case ast.MergeStmt():
+            return _merge(statement)
+        case ast.CopyStmt():
+            return [_on("insert", statement.relation)] if statement.is_from and statement.relation else []
+        case ast.TruncateStmt():
+            return [_on("truncate", relation) for relation in statement.relations or ()]
+        case ast.DropStmt():
+            return _drop(statement)
+        case ast.DropdbStmt():
+            return [Deed("drop database", str(statement.dbname))]
+        case ast.AlterTableStmt():
+            return [_on("rewrite", statement.relation)]
+        case ast.VacuumStmt():
+            full = any(option.defname == "full" for option in statement.options or ())
+            return [_on("rewrite", each.relation) for each in statement.rels or ()] if full else []
+        case ast.RefreshMatViewStmt():
+            return [_on("rewrite", statement.relation)]
+    if type(statement).__name__ in ("ClusterStmt", "RepackStmt") and statement.relation is not None:
+        return [_on("rewrite", statement.relation)]
+    return []
+
+
+def _on(operation: Operation, relation: Any) -> Deed:
+    return Deed(operation, relation.relname, relation.schemaname)
+
+
+def _merge(statement: Any) -> list[Deed]:
+    commands = {clause.commandType.name for clause in statement.mergeWhenClauses}
+    return [_on(operation, statement.relation) for name, operation in _COMMANDS.items() if name in commands]
+
+
+def _drop(statement: Any) -> list[Deed]:
+    if statement.removeType == ObjectType.OBJECT_SCHEMA:
+        return [Deed("drop schema", each.sval) for each in statement.objects]
+    if statement.removeType not in _DROPPED_TABLES:
+        return []
+    parts = [[part.sval for part in each] for each in statement.objects]
+    return [Deed("drop", each[-1], each[-2] if len(each) > 1 else None) for each in parts]

@@ -1,0 +1,122 @@
+"""The transactions of a source: from the indexes of its intervals, and read from the writes behind the last of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pgcdp.intervals.indexing import Start, read_events
+from pgcdp.intervals.readout import read_nothing
+from pgcdp.intervals.transactions import Indexed, index_transactions
+from pgcdp.postgres.relations import Look
+from pgcdp.records import TRANSACTION
+from pgcdp.recovery.instant import Commits, History
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.layout import Store
+from pgcdp.store.transactions import read_look, read_transactions, read_wal
+
+_COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status")
+
+
+class Transactions:
+    """The transactions of a store, and of `journal` up to write `upto` where there is one.
+
+    What lies behind the last boundary is read once, when it is first asked for. Raises DamageError, or
+    PreconditionError when the writes went on from journal to store meanwhile: make it anew then.
+    """
+
+    def __init__(self, store: Store, journal: Path | None = None, upto: int | None = None) -> None:
+        self.store = store
+        self.journal = journal
+        self.upto = upto
+        self.bundles = {number: Bundle.open(store, number) for number in store.interval_numbers()}
+        self.commits = cache(self._commits)
+        self.tail = cache(self._tail)
+        self.events = cache(lambda number: read_events(self.bundles[number].path))
+
+    @property
+    def numbers(self) -> list[int | None]:
+        """Intervals whose transactions are known, in order; None: what lies behind the last boundary."""
+        return [*(number for number, bundle in self.bundles.items() if bundle.transactions is not None), None]
+
+    def history(self) -> History:
+        """What targets are resolved with."""
+        unknown = [number for number, bundle in self.bundles.items() if bundle.transactions is None]
+        return History(self.numbers, self.commits, self.summary, unknown)
+
+    def summary(self, number: int | None) -> Mapping[str, Any] | None:
+        """What an interval's manifest says of its transactions."""
+        return None if number is None else self.bundles[number].transactions
+
+    def table(self, number: int | None, columns: Sequence[str] | None = None) -> pa.Table:
+        """The transaction index of an interval (columns of store.transactions.SCHEMA)."""
+        if number is None:
+            table = self.tail().table
+            return table if columns is None else table.select(list(columns))
+        return read_transactions(self.bundles[number].path, columns)
+
+    def tables(self, number: int | None) -> list[dict[str, Any]]:
+        """The tables that were touched in an interval, and by what (FORMAT.md 3.7)."""
+        if number is None:
+            return self.tail().tables
+        found: list[dict[str, Any]] = self.events(number)["tables"]
+        return found
+
+    def looks(self) -> Iterator[Look]:
+        """All looks at the catalogs, newest first."""
+        last = max(self.store.interval_numbers(), default=0)
+        places = [self.store.incoming(last + 1), *(self.store.interval(number) for number in range(last, 0, -1))]
+        yield from (look for look in map(read_look, places) if look is not None)
+
+    def look(self) -> Look | None:
+        """The newest look at the catalogs."""
+        return next(self.looks(), None)
+
+    def _commits(self, number: int | None) -> Commits:
+        if number is None:
+            indexed = self.tail()
+            return _as_commits(indexed.table, indexed.events, lambda: indexed.wal)
+        path = self.bundles[number].path
+        table = read_transactions(path, (*_COLUMNS, "subxids"))
+        return _as_commits(table, self.events(number)["events"], partial(read_wal, path))
+
+    def _tail(self) -> Indexed:
+        last = max(self.bundles, default=0)
+        boundary = self.bundles[last].interval.boundary if last else self.store.baseline
+        assert boundary is not None
+        settings = self.bundles[last].settings() if last else {}
+        start = Start.of(self.store, boundary, settings, int(self.store.extra["cluster"]["system_identifier"]))
+        opened = self.store.incoming(last + 1)
+        intervals = [opened] if (opened / "index").exists() else []
+        if not intervals and self.journal is None:
+            return index_transactions(read_nothing(), start.past, None, boundary.next_xid)
+        readout = start.read(intervals, journal=self.journal, upto=self.upto)
+        return index_transactions(readout, start.past, read_look(opened), boundary.next_xid)
+
+
+def _as_commits(table: pa.Table, events: Sequence[Mapping[str, Any]], wal: Any) -> Commits:
+    lsn = table.column("lsn").to_numpy()
+    rows = np.flatnonzero(np.append(True, lsn[1:] != lsn[:-1])) if len(lsn) else np.empty(0, dtype=np.int64)
+    ends = np.empty(len(rows), dtype=TRANSACTION)
+    for name in _COLUMNS:
+        if name != "length":
+            ends[name] = table.column(name).to_numpy()[rows]
+    ends["end_lsn"] = ends["lsn"] + table.column("length").to_numpy()[rows]
+    return Commits(ends, _tops(table, ends, rows), events, wal)
+
+
+def _tops(table: pa.Table, ends: NDArray[np.void], rows: NDArray[np.int64]) -> dict[int, int]:
+    lists = table.column("subxids").combine_chunks()
+    if not len(lists) or not len(lists.flatten()):
+        return {}
+    found = {}
+    for row, subxids in zip(rows.tolist(), lists.take(pa.array(rows)).to_pylist(), strict=True):
+        for subxid in subxids:
+            found[subxid] = int(ends["xid"][np.searchsorted(rows, row)])
+    return found

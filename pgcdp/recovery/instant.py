@@ -1,0 +1,316 @@
+"""Pure: the point just behind or just before a transaction, an LSN, a time or a mark, between two commits of one write.
+
+Group commit puts several commit records into one write. A point between them is that write with its WAL blank from an
+LSN on: Postgres's recovery ends there (DESIGN 'Exactly before a transaction').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgcdp.errors import TargetError
+from pgcdp.records import ABORTED, ABORTED_PREPARED, COMMITTED, COMMITTED_PREPARED, NOT_IN_WRITE, PREPARED
+from pgcdp.units import format_lsn, format_time
+
+CANDIDATES = 10
+"""How many of the transactions that are meant are named in a message."""
+
+
+@dataclass(frozen=True)
+class Commits:
+    """The transactions that ended in an interval.
+
+    `ends`: array TRANSACTION in order of LSN. `tops`: the top transaction (64 bits) of a subtransaction (32 bits).
+    `events`: as FORMAT.md 3.7. `wal()`: array WAL_WRITE.
+    """
+
+    ends: NDArray[np.void]
+    tops: Mapping[int, int]
+    events: Sequence[Mapping[str, Any]]
+    wal: Callable[[], NDArray[np.void]]
+
+
+@dataclass(frozen=True)
+class History:
+    """All transactions that are known: `numbers` are the intervals in order, the last one None for what is behind them.
+
+    `commits(n)` are those of an interval. `summary(n)` is what its manifest says of them, None: look into it.
+    `unknown`: intervals whose transactions could not be indexed.
+    """
+
+    numbers: Sequence[int | None]
+    commits: Callable[[int | None], Commits]
+    summary: Callable[[int | None], Mapping[str, Any] | None] = lambda number: None
+    unknown: Sequence[int] = ()
+
+    def newest_first(self) -> Iterator[tuple[int | None, Commits]]:
+        """All intervals with their transactions."""
+        for number in reversed(self.numbers):
+            yield number, self.commits(number)
+
+
+def _nothing(number: int | None) -> Commits:
+    raise TargetError(f"no transactions are known of interval {number}")
+
+
+NO_HISTORY = History((), _nothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """All up to `write`, in which WAL is blank from `lsn` on, at `blank_at` (None: all of the write is in)."""
+
+    write: int
+    lsn: int | None = None
+    blank_at: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a point is between: the last transaction in, the first one out, and how many committed behind it."""
+
+    last_in: np.void | None
+    first_out: np.void | None
+    out: int
+
+
+def _before(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instant:
+    """Without a record and all that follows it."""
+    if int(end["begin_at"]) == NOT_IN_WRITE:  # it begins in an earlier write, and is not whole before this one
+        return Instant(int(end["write"]) - 1, None, None, note)
+    return Instant(int(end["write"]), int(end["lsn"]), int(end["begin_at"]), note)
+
+
+def _behind(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instant:
+    """With a record, without what follows it in the same write."""
+    if int(end["end_at"]) == NOT_IN_WRITE:
+        return Instant(int(end["write"]), None, None, note)
+    return Instant(int(end["write"]), int(end["end_lsn"]), int(end["end_at"]), note)
+
+
+def _is_in(ends: NDArray[np.void]) -> NDArray[np.bool_]:
+    return np.isin(ends["status"], (COMMITTED, COMMITTED_PREPARED))
+
+
+def at_xid(xid: int, exclusive: bool, history: History) -> Instant:
+    """The end of a transaction; `xid` of 64 bits, or the low 32 of the newest that has them."""
+    found = _find_xid(xid, history)
+    if found is None:
+        raise TargetError(f"no transaction {xid} ended in what can be restored", _where_unknown(history))
+    commits, end = found
+    if not exclusive:
+        note = "it is prepared there, not committed" if end["status"] == PREPARED else None
+        return _behind(end, note)
+    return before_transaction(end, commits)
+
+
+def before_transaction(end: np.void, commits: Commits) -> Instant:
+    """Just before a transaction: for one that destroys before it commits, before its first irreversible effect."""
+    for event in commits.events:
+        if event["kind"] == "drop_database" and event["xid"] == int(end["xid"]):
+            first = event["first"]
+            note = "it drops a database: the point is before its first irreversible effect, not before its commit"
+            return _before(first, note)
+    if end["status"] == COMMITTED_PREPARED:
+        return _before(end, f"transaction {end['xid']} is prepared there, with its locks: commit it or roll it back")
+    return _before(end)
+
+
+def _find_xid(xid: int, history: History) -> tuple[Commits, np.void] | None:
+    low = xid < 1 << 32
+    for number in reversed(history.numbers):
+        if not _may_hold(xid, history.summary(number)):
+            continue
+        commits = history.commits(number)
+        xids = commits.ends["xid"]
+        same = (xids & np.uint64(0xFFFFFFFF)) == xid if low else xids == xid
+        rows = np.flatnonzero(same)
+        if not len(rows) and (xid & 0xFFFFFFFF) in commits.tops:
+            rows = np.flatnonzero(xids == commits.tops[xid & 0xFFFFFFFF])
+        if len(rows):
+            return commits, commits.ends[rows[-1]]
+    return None
+
+
+def _may_hold(xid: int, said: Mapping[str, Any] | None) -> bool:
+    """Whether an interval can have the end of a transaction, as its manifest tells."""
+    if said is None or not said["count"]:
+        return said is None
+    highest = int(said["max_xid"])
+    if xid < 1 << 32:
+        xid |= highest >> 32 << 32
+        xid -= (1 << 32) * (xid > highest)
+    return int(said["min_xid"]) <= xid <= highest
+
+
+def at_lsn(lsn: int, exclusive: bool, history: History) -> Instant:
+    """As Postgres: with the first record at or behind `lsn`, or without it. Only ends of transactions can be seen."""
+    for number in history.numbers:
+        said = history.summary(number)
+        if said is not None and said["wal_to"] < lsn:
+            continue
+        commits = history.commits(number)
+        wal = commits.wal()
+        reached = wal["to_lsn"] >= lsn if exclusive else wal["to_lsn"] > lsn
+        if not reached.any():
+            continue
+        if lsn < int(wal["from_lsn"][0]) and number == history.numbers[0]:
+            break  # before all that was seen
+        write = int(wal["write"][np.argmax(reached)])
+        ends = commits.ends
+        out = np.flatnonzero(ends["lsn"] >= lsn if exclusive else ends["lsn"] > lsn)
+        if len(out) and int(ends["write"][out[0]]) <= write:
+            return _before(ends[out[0]])
+        return Instant(write)
+    raise TargetError(f"LSN {format_lsn(lsn)} is not in what can be restored", _lsn_hint(history))
+
+
+def _lsn_hint(history: History) -> str:
+    bounds = [commits.wal() for _, commits in history.newest_first()]
+    bounds = [wal for wal in bounds if len(wal)]
+    if not bounds:
+        return "no WAL was captured yet"
+    first, last = format_lsn(int(bounds[-1]["from_lsn"][0])), format_lsn(int(bounds[0]["to_lsn"][-1]))
+    return f"--target-lsn takes {first} to {last}; pgcdp log lists transactions with theirs"
+
+
+def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
+    """Just before the first commit in WAL order with a later time (exclusive: not earlier); None: there is none.
+
+    Raises TargetError when commits with earlier times follow that one: several points are meant then.
+    """
+    last = time_ns // 1000 - (1 if exclusive else 0)
+    first: tuple[Commits, np.void] | None = None
+    earlier: list[np.void] = []
+    for number in history.numbers:
+        said = history.summary(number)
+        if said is not None and (not said["count"] or (first is None and said["max_time_us"] <= last)):
+            continue
+        if said is not None and first is not None and said["min_time_us"] > last:
+            continue
+        commits = history.commits(number)
+        ends = commits.ends[_is_in(commits.ends)]
+        later = np.flatnonzero(ends["time_us"] > last)
+        behind = ends
+        if first is None:
+            if not len(later):
+                continue
+            first = commits, ends[later[0]]
+            behind = ends[later[0] + 1 :]
+        earlier += list(behind[behind["time_us"] <= last])
+    if first is None:
+        return None
+    if earlier:
+        raise TargetError(_ambiguous(time_ns, first[1], earlier), _ambiguous_hint(first[1], earlier))
+    return before_transaction(first[1], first[0])
+
+
+def _ambiguous(time_ns: int, first: np.void, earlier: list[np.void]) -> str:
+    named = ", ".join(_told(end) for end in earlier[:CANDIDATES])
+    more = f" and {len(earlier) - CANDIDATES} more" if len(earlier) > CANDIDATES else ""
+    return (
+        f"{format_time(time_ns)} is ambiguous: the first later commit is {_told(first)}, "
+        f"but behind it follow earlier ones: {named}{more}"
+    )
+
+
+def _ambiguous_hint(first: np.void, earlier: list[np.void]) -> str:
+    return (
+        f"choose one: --target-xid {first['xid']} --exclusive is before all of them, "
+        f"--target-xid {earlier[-1]['xid']} behind the last"
+    )
+
+
+def _told(end: np.void) -> str:
+    return f"xid {end['xid']} at {format_time(int(end['time_us']) * 1000)}"
+
+
+@dataclass
+class _Named:
+    """What bears a name."""
+
+    write: int
+    event: Mapping[str, Any]
+    end: np.void | None = None
+    commits: Commits | None = field(default=None, repr=False)
+
+
+def at_name(name: str, exclusive: bool, history: History) -> Instant:
+    """The newest mark or restore point of that name."""
+    found = [each for each in marks(history) if each.event["name"] == name]
+    if not found:
+        raise TargetError(f'no mark or restore point "{name}" in what can be restored', _names_hint(history))
+    named = found[0]
+    note = f'{len(found)} marks are called "{name}"; this is the newest one' if len(found) > 1 else None
+    if named.event["lsn"] is None:
+        return Instant(named.write - (1 if exclusive else 0), None, None, note)
+    record = named.event if named.end is None else named.end
+    return _before(record, note) if exclusive else _behind(record, note)
+
+
+def marks(history: History) -> list[_Named]:
+    """Marks and restore points, newest first. One in a transaction counts when that commits, where it does."""
+    found = []
+    for number in history.numbers:
+        said = history.summary(number)
+        if said is not None and not said.get("marks", 1):
+            continue
+        commits = history.commits(number)
+        for event in commits.events:
+            if event["kind"] not in ("mark", "restore_point"):
+                continue
+            if not event.get("xid"):
+                found.append(_Named(int(event["write"]), event))
+                continue
+            ended = _find_xid(int(event["xid"]), history)
+            if ended is not None and ended[1]["status"] in (COMMITTED, COMMITTED_PREPARED):
+                found.append(_Named(int(ended[1]["write"]), event, ended[1], ended[0]))
+    return sorted(found, key=lambda each: (each.write, each.event["lsn"] or 0), reverse=True)
+
+
+def _names_hint(history: History) -> str:
+    names = list(dict.fromkeys(each.event["name"] for each in marks(history)))[:CANDIDATES]
+    return f"there are: {', '.join(names)}" if names else "no mark was set; pgcdp mark NAME sets one"
+
+
+def _where_unknown(history: History) -> str:
+    if history.unknown:
+        numbers = ", ".join(str(number) for number in history.unknown)
+        return f"the transactions of interval {numbers} are not indexed; pgcdp log lists the others"
+    return "pgcdp log lists transactions, newest first"
+
+
+def around(write: int, lsn: int | None, history: History) -> Around:
+    """What a point is between."""
+    last_in: np.void | None = None
+    first_out: np.void | None = None
+    out = 0
+    for _, commits in history.newest_first():
+        ends = commits.ends[_is_in(commits.ends)]
+        within = ends["write"] < write
+        within |= (ends["write"] == write) & ((ends["lsn"] < lsn) if lsn is not None else True)
+        count = int(within.sum())
+        outside = ends[~within]
+        out += len(outside)
+        if len(outside):
+            first_out = outside[0]
+        if count:
+            last_in = ends[within][-1]
+            break
+    return Around(last_in, first_out, out)
+
+
+STATUS = {
+    COMMITTED: "committed",
+    ABORTED: "aborted",
+    PREPARED: "prepared",
+    COMMITTED_PREPARED: "committed",
+    ABORTED_PREPARED: "aborted",
+}
+"""Status in the JSON contract."""

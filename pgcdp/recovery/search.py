@@ -1,0 +1,363 @@
+"""Looking for transactions: by table, operation, xid and time, or by what a statement does."""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pgcdp.errors import TargetError
+from pgcdp.postgres.statements import Deed
+from pgcdp.recovery.history import Transactions
+from pgcdp.recovery.instant import STATUS
+from pgcdp.store.transactions import DROPPED, REWRITTEN, TRUNCATED
+
+HIDDEN_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
+NEAREST = 5
+_KEYS = ("database_oid", "oid", "schema", "name", "database", "parent_oid")
+_SHARED = ("rows", "inserted", "updated", "deleted", "flags")
+_COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
+_FLAGS = {"truncate": TRUNCATED, "drop": DROPPED, "drop schema": DROPPED, "rewrite": REWRITTEN}
+
+Table = tuple[int, int]
+"""A relation over all time: OIDs of database and relation."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which transactions are meant. None: any. `tables` must be touched, by `operation` where one is given."""
+
+    tables: frozenset[Table] | None = None
+    operation: str | None = None
+    xid: int | None = None
+    since_us: int | None = None
+    until_us: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Transactions as the JSON contract has them, and how many more there are."""
+
+    transactions: list[dict[str, Any]]
+    total: int
+
+
+# --- tables by name
+
+
+@dataclass
+class Known:
+    """Every table that a look or the index knows: (schema, name, database) to OIDs, and children by parent."""
+
+    names: dict[tuple[str, str, str], set[Table]] = field(default_factory=lambda: defaultdict(set))
+    children: dict[Table, set[Table]] = field(default_factory=lambda: defaultdict(set))
+
+    @classmethod
+    def of(cls, transactions: Transactions) -> Known:
+        """What the newest look and the indexes of all intervals name."""
+        known = cls()
+        look = transactions.look()
+        for each in look.relations if look else ():
+            if each.kind in "rpmf":
+                assert look is not None
+                name = look.databases.get(each.database, "")
+                known._take(each.database, each.oid, each.schema, each.name, name, each.parent)
+        for number in transactions.numbers:
+            for row in transactions.tables(number):
+                known._take(*(row[key] for key in _KEYS))
+        return known
+
+    def _take(self, database_oid: int, oid: int, schema: str, name: str, database: str, parent: int) -> None:
+        self.names[schema, name, database].add((database_oid, oid))
+        if parent:
+            self.children[database_oid, parent].add((database_oid, oid))
+
+    def family(self, tables: Iterable[Table]) -> frozenset[Table]:
+        """The tables, their partitions and heirs."""
+        found: set[Table] = set()
+        waiting = list(tables)
+        while waiting:
+            table = waiting.pop()
+            if table not in found:
+                found.add(table)
+                waiting += self.children.get(table, ())
+        return frozenset(found)
+
+    def tables(self, name: str, schema: str | None, database: str | None, path: Sequence[str]) -> frozenset[Table]:
+        """The tables of a name, with their partitions and heirs. Without a schema those of the search path come first.
+
+        Raises TargetError with the nearest names when there never was one.
+        """
+        found: defaultdict[str, set[Table]] = defaultdict(set)
+        for key, tables in self.names.items():
+            if key[1] == name and schema in (None, key[0]) and database in (None, key[2]):
+                found[key[0]] |= tables
+        if not found:
+            raise TargetError(f"no table {_dotted(schema, name)} is known{_where(database)}", self._nearest(name))
+        for place in path:
+            if schema is None and place in found:
+                return self.family(found[place])
+        return self.family(set().union(*found.values()))
+
+    def in_schema(self, schema: str, database: str | None) -> frozenset[Table]:
+        """The tables of a schema. Raises TargetError when none is known."""
+        found = [tables for key, tables in self.names.items() if key[0] == schema and database in (None, key[2])]
+        if not found:
+            schemas = sorted({key[0] for key in self.names} - set(HIDDEN_SCHEMAS))
+            raise TargetError(
+                f"no table of a schema {schema} is known{_where(database)}", f"there are: {', '.join(schemas)}"
+            )
+        return frozenset(set().union(*found))
+
+    def _nearest(self, name: str) -> str:
+        shown = {key[1]: key[0] for key in self.names if key[0] not in HIDDEN_SCHEMAS}
+        near = difflib.get_close_matches(name, shown, n=NEAREST, cutoff=0.4) or sorted(shown)[:NEAREST]
+        return f"the nearest are: {', '.join(_dotted(shown[each], each) for each in near)}" if near else "there is none"
+
+
+def _dotted(schema: str | None, name: str) -> str:
+    return name if schema is None else f"{schema}.{name}"
+
+
+def _where(database: str | None) -> str:
+    return "" if database is None else f" in database {database}"
+
+
+# --- the listing
+
+
+def listing(transactions: Transactions, wanted: Wanted, limit: int) -> Found:
+    """What is wanted, newest first."""
+    told: list[dict[str, Any]] = []
+    total = 0
+    for number in reversed(transactions.numbers):
+        if not _may_hold(transactions, number, wanted):
+            continue
+        lsns = _matching(transactions, number, wanted)[0]
+        total += len(lsns)
+        if len(told) < limit:
+            told += tell(transactions, number, lsns[::-1][: limit - len(told)], wanted.tables)
+    return Found(told, total)
+
+
+def by_share(transactions: Transactions, wanted: Wanted, limit: int) -> Found:
+    """What is wanted, largest share of a table first."""
+    best: list[tuple[float, int, int, int | None]] = []
+    total = 0
+    for order, number in enumerate(transactions.numbers):
+        if not _may_hold(transactions, number, wanted):
+            continue
+        lsns, shares = _matching(transactions, number, wanted)
+        total += len(lsns)
+        top = np.argsort(shares, kind="stable")[-limit:]
+        rows = [(float(shares[row]), order, int(lsns[row]), number) for row in top.tolist()]
+        best = heapq.nlargest(limit, [*best, *rows], key=lambda row: row[:3])
+    told: dict[tuple[int | None, int], dict[str, Any]] = {}
+    for number in {row[3] for row in best}:
+        wanted_lsns = np.array([row[2] for row in best if row[3] == number], dtype=np.uint64)
+        for each, lsn in zip(
+            tell(transactions, number, np.sort(wanted_lsns)[::-1], wanted.tables),
+            np.sort(wanted_lsns)[::-1],
+            strict=True,
+        ):
+            told[number, int(lsn)] = each
+    return Found([told[number, lsn] for _, _, lsn, number in best], total)
+
+
+def _may_hold(transactions: Transactions, number: int | None, wanted: Wanted) -> bool:
+    """Whether an interval can have something that is wanted, by what is said of it as a whole."""
+    if not _in_time(transactions.summary(number), wanted):
+        return False
+    if wanted.tables is None:
+        return True
+    for row in transactions.tables(number):
+        if (row["database_oid"], row["oid"]) not in wanted.tables:
+            continue
+        if wanted.operation is None or row.get(_COUNTS.get(wanted.operation, "")):
+            return True
+        if row["flags"] & _FLAGS.get(wanted.operation, 0):
+            return True
+    return False
+
+
+def _in_time(said: Mapping[str, Any] | None, wanted: Wanted) -> bool:
+    if said is None:
+        return True
+    if not said["count"]:
+        return False
+    return not (
+        (wanted.since_us is not None and said["max_time_us"] < wanted.since_us)
+        or (wanted.until_us is not None and said["min_time_us"] > wanted.until_us)
+    )
+
+
+def _matching(
+    transactions: Transactions, number: int | None, wanted: Wanted
+) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
+    """LSNs of the transactions of an interval that are wanted, rising, and the share of the table that each touched."""
+    columns = ["lsn", "rows", "inserted", "updated", "deleted", "flags", "relation_oid", "database_oid"]
+    columns += ["xid", "subxids"] if wanted.xid is not None else []
+    columns += ["time_us"] if (wanted.since_us, wanted.until_us) != (None, None) else []
+    table = transactions.table(number, columns)
+    values = {name: table.column(name).to_numpy() for name in columns if name != "subxids"}
+    kept = np.ones(len(table), dtype=np.bool_)
+    if wanted.tables is not None:
+        key = values["database_oid"].astype(np.uint64) << np.uint64(32) | values["relation_oid"]
+        kept &= np.isin(key, np.array([d << 32 | r for d, r in wanted.tables], dtype=np.uint64))
+    if wanted.operation in _COUNTS:
+        kept &= values[_COUNTS[wanted.operation]] > 0
+    elif wanted.operation is not None:
+        kept &= (values["flags"] & _FLAGS[wanted.operation]) > 0
+    if wanted.xid is not None:
+        kept &= _is_xid(table, values["xid"], wanted.xid)
+    if wanted.since_us is not None:
+        kept &= values["time_us"] >= wanted.since_us
+    if wanted.until_us is not None:
+        kept &= values["time_us"] <= wanted.until_us
+    rows = np.flatnonzero(kept)
+    lsns = values["lsn"][rows]
+    shares = share({name: column[rows] for name, column in values.items()}, wanted.operation)
+    if not len(rows):
+        return lsns, shares
+    starts = np.flatnonzero(np.append(True, lsns[1:] != lsns[:-1]))
+    return lsns[starts], np.maximum.reduceat(shares, starts)
+
+
+def _is_xid(table: pa.Table, xids: NDArray[np.uint64], xid: int) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = xids == xid if xid >> 32 else (xids & np.uint64(0xFFFFFFFF)) == xid
+    lists = table.column("subxids").combine_chunks()
+    if not found.any() and len(lists.flatten()):
+        inside = pc.list_parent_indices(lists).to_numpy()[lists.flatten().to_numpy() == xid & 0xFFFFFFFF]
+        found |= np.isin(np.arange(len(table)), inside)
+    return found
+
+
+def share(values: Mapping[str, NDArray[Any]], operation: str | None) -> NDArray[np.float64]:
+    """The part of a table's rows that was touched, 0 to 1: all of it when it was truncated, dropped or rewritten."""
+    rows = values["rows"].astype(np.float64)
+    counts = ("updated", "deleted") if operation is None else (_COUNTS.get(operation, "deleted"),)
+    touched = np.sum([values[name] for name in counts], axis=0).astype(np.float64)
+    inserted = values["inserted"].astype(np.float64) if operation == "insert" else 0.0
+    whole = np.maximum(rows + inserted, touched)
+    part = np.divide(touched, whole, out=np.zeros_like(rows), where=touched > 0)
+    return np.where((values["flags"] & (TRUNCATED | DROPPED)) > 0, 1.0, part)
+
+
+# --- telling
+
+
+def tell(
+    transactions: Transactions, number: int | None, lsns: NDArray[np.uint64], tables: frozenset[Table] | None = None
+) -> list[dict[str, Any]]:
+    """Transactions of an interval in the order of `lsns`, as the JSON contract has them (LSNs and times as numbers)."""
+    table = transactions.table(number)
+    mask = np.isin(table.column("lsn").to_numpy(), lsns)
+    found: dict[int, dict[str, Any]] = {}
+    for row in table.filter(pa.array(mask)).to_pylist():
+        told = found.setdefault(
+            row["lsn"],
+            {
+                "xid": row["xid"],
+                "status": STATUS[row["status"]],
+                "time_us": row["time_us"],
+                "lsn": row["lsn"],
+                "write": row["write"],
+                "timeline": row["timeline"],
+                "interval": number,
+                "database": row["database"],
+                "tables": [],
+                "share": 0.0,
+            },
+        )
+        if row["name"] is None:
+            continue
+        key = row["database_oid"], row["relation_oid"]
+        if row["schema"] in HIDDEN_SCHEMAS and (tables is None or key not in tables):
+            continue
+        part = float(
+            share({name: np.array([row[name]]) for name in ("rows", "inserted", "updated", "deleted", "flags")}, None)[
+                0
+            ]
+        )
+        told["share"] = max(told["share"], part)
+        told["tables"].append(_told_table(row, part))
+    return [found[int(lsn)] for lsn in lsns]
+
+
+def _told_table(row: Mapping[str, Any], part: float) -> dict[str, Any]:
+    flags = row["flags"]
+    return {
+        "database": row["database"], "schema": row["schema"], "name": row["name"], "inserted": row["inserted"],
+        "updated": row["updated"], "deleted": row["deleted"], "truncated": bool(flags & TRUNCATED),
+        "dropped": bool(flags & DROPPED), "rewritten": bool(flags & REWRITTEN), "rows": row["rows"], "share": part,
+    }  # fmt: skip
+
+
+# --- statements
+
+
+def find(
+    transactions: Transactions, deeds: Sequence[Deed], path: Sequence[str], limit: int, *, newest: bool,
+    database: str | None = None,
+) -> Found:  # fmt: skip
+    """The transactions that did all of `deeds`, largest share of a table first, or `newest` first.
+
+    `path`: schemas of the search path. Raises TargetError when a table or schema never existed.
+    """
+    dropped = [deed for deed in deeds if deed.operation == "drop database"]
+    if dropped:
+        return _dropped_databases(transactions, {deed.name for deed in dropped})
+    known = Known.of(transactions)
+    wanted = [
+        Wanted(
+            known.in_schema(deed.name, database)
+            if deed.operation == "drop schema"
+            else known.tables(deed.name, deed.schema, database, path),
+            deed.operation,
+        )
+        for deed in deeds
+    ]
+    if len(wanted) == 1:
+        return (listing if newest else by_share)(transactions, wanted[0], limit)
+    return _all_of(transactions, wanted, limit, newest=newest)
+
+
+def _all_of(transactions: Transactions, wanted: Sequence[Wanted], limit: int, *, newest: bool) -> Found:
+    told = []
+    for number in reversed(transactions.numbers):
+        if not all(_may_hold(transactions, number, each) for each in wanted):
+            continue
+        common: NDArray[np.uint64] | None = None
+        for each in wanted:
+            lsns = _matching(transactions, number, each)[0]
+            common = lsns if common is None else np.intersect1d(common, lsns)
+        if common is not None and len(common):
+            told += tell(transactions, number, common[::-1], frozenset().union(*(w.tables or () for w in wanted)))
+    if not newest:
+        told.sort(key=lambda each: -each["share"])
+    return Found(told[:limit], len(told))
+
+
+def _dropped_databases(transactions: Transactions, names: set[str]) -> Found:
+    """Those that dropped a database of a name; looks tell how databases were called."""
+    told: list[dict[str, Any]] = []
+    looks = list(transactions.looks())
+    oids = {oid for look in looks for oid, name in look.databases.items() if name in names}
+    if not oids:
+        known = sorted({name for look in looks for name in look.databases.values()})
+        raise TargetError(f"no database {', '.join(sorted(names))} is known", f"there are: {', '.join(known)}")
+    for number in reversed(transactions.numbers):
+        commits = transactions.commits(number)
+        for event in reversed(commits.events):
+            if event["kind"] == "drop_database" and event["database"] in oids:
+                lsns = commits.ends["lsn"][commits.ends["xid"] == event["xid"]]
+                told += tell(transactions, number, lsns)
+    return Found(told, len(told))

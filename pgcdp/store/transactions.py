@@ -1,0 +1,181 @@
+"""The transaction index of an interval in its bundle: Parquet, one row for each transaction and table touched.
+
+Written and read as a whole or by columns; what is in the columns, and how they are made, is said in FORMAT.md 3.5.
+Names of relations as a look at the catalogs showed them lie beside it in the same way (FORMAT.md 3.6).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from pgcdp.errors import DamageError
+from pgcdp.fsio import sync_directory
+from pgcdp.postgres.relations import Look, Relation
+from pgcdp.records import WAL_WRITE
+from pgcdp.store.frames import FileSummary
+
+TRANSACTIONS = "transactions.parquet"
+WAL = "wal.parquet"
+RELATIONS = "relations.parquet"
+
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+
+SCHEMA = pa.schema(
+    [
+        ("lsn", pa.uint64()),
+        ("length", pa.uint32()),
+        ("write", pa.uint64()),
+        ("begin_at", pa.uint32()),
+        ("end_at", pa.uint32()),
+        ("time_us", pa.int64()),
+        ("xid", pa.uint64()),
+        ("timeline", pa.uint32()),
+        ("status", pa.uint8()),
+        ("back", pa.uint64()),
+        ("subxids", pa.list_(pa.uint32())),
+        ("database_oid", pa.uint32()),
+        ("relation_oid", pa.uint32()),
+        ("database", _NAMES),
+        ("schema", _NAMES),
+        ("name", _NAMES),
+        ("kind", _NAMES),
+        ("parent_oid", pa.uint32()),
+        ("rows", pa.int64()),
+        ("inserted", pa.uint64()),
+        ("updated", pa.uint64()),
+        ("deleted", pa.uint64()),
+        ("flags", pa.uint8()),
+    ]
+)
+"""Columns of the transaction index."""
+
+CREATED, DROPPED, TRUNCATED, REWRITTEN = 1, 2, 4, 8
+"""Bits of `flags`: what became of the table."""
+
+_DELTA = ("lsn", "write", "time_us", "xid", "from_lsn", "to_lsn")
+"""Columns that rise steadily: stored as differences."""
+_DICTIONARY = [name for name in SCHEMA.names if name not in (*_DELTA, "begin_at", "end_at", "subxids")]
+
+_LOOK_SCHEMA = pa.schema(
+    [
+        ("database", pa.uint32()),
+        ("oid", pa.uint32()),
+        ("schema", pa.string()),
+        ("name", pa.string()),
+        ("kind", pa.string()),
+        ("file", pa.uint32()),
+        ("rows", pa.int64()),
+        ("parent", pa.uint32()),
+        ("owner", pa.uint32()),
+    ]
+)
+
+
+def write_transactions(place: Path, table: pa.Table) -> FileSummary:
+    """Write the index of an interval beside its writes, synced. `table` has SCHEMA, in order of LSN."""
+    return _write(place / TRANSACTIONS, table.cast(SCHEMA))
+
+
+def read_transactions(place: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some columns of an interval's index. Raises FileNotFoundError when it has none, DamageError with the file."""
+    return _read(place / TRANSACTIONS, columns)
+
+
+def write_wal(place: Path, wal: NDArray[np.void]) -> FileSummary:
+    """Write which WAL each write completed (array WAL_WRITE), synced."""
+    return _write(place / WAL, pa.table({name: wal[name] for name in WAL_WRITE.names or ()}))
+
+
+def read_wal(place: Path) -> NDArray[np.void]:
+    """Array WAL_WRITE of an interval. Raises FileNotFoundError or DamageError."""
+    table = _read(place / WAL)
+    found = np.empty(len(table), dtype=WAL_WRITE)
+    for name in WAL_WRITE.names or ():
+        found[name] = table.column(name).to_numpy()
+    return found
+
+
+def write_look(place: Path, look: Look) -> FileSummary:
+    """Write what a look at the catalogs showed, synced; one that is there is replaced."""
+    columns = {name: [getattr(each, name) for each in look.relations] for name in _LOOK_SCHEMA.names}
+    facts = {b"lsn": str(look.lsn).encode(), b"databases": _pairs(look.databases), b"schemas": _pairs(look.schemas)}
+    table = pa.table(columns, schema=_LOOK_SCHEMA).replace_schema_metadata(facts)
+    return _write(place / RELATIONS, table)
+
+
+def read_look(place: Path) -> Look | None:
+    """The look that lies in a bundle or an open interval; None when there is none. Raises DamageError."""
+    try:
+        table = _read(place / RELATIONS)
+    except FileNotFoundError:
+        return None
+    facts = table.schema.metadata
+    databases = {int(oid): name for oid, name in _unpaired(facts[b"databases"])}
+    schemas = {}
+    for key, name in _unpaired(facts[b"schemas"]):
+        database, _, oid = key.partition("/")
+        schemas[int(database), int(oid)] = name
+    columns = [table.column(name).to_pylist() for name in _LOOK_SCHEMA.names]
+    relations = tuple(Relation(*row) for row in zip(*columns, strict=True))
+    return Look(int(facts[b"lsn"]), databases, schemas, relations)
+
+
+def _pairs(names: Mapping[int, str] | Mapping[tuple[int, int], str]) -> bytes:
+    def text(key: int | tuple[int, int]) -> str:
+        return str(key) if isinstance(key, int) else f"{key[0]}/{key[1]}"
+
+    return "\0".join(f"{text(key)}={name}" for key, name in names.items()).encode()
+
+
+def _unpaired(raw: bytes) -> list[tuple[str, str]]:
+    found = []
+    for entry in raw.decode().split("\0"):
+        key, equals, name = entry.partition("=")
+        if equals:
+            found.append((key, name))
+    return found
+
+
+def _write(path: Path, table: pa.Table) -> FileSummary:
+    fresh = path.with_suffix(".new")
+    delta = {name: "DELTA_BINARY_PACKED" for name in _DELTA if name in table.schema.names}
+    pq.write_table(
+        table,
+        fresh,
+        compression="zstd",
+        use_dictionary=[name for name in table.schema.names if name in _DICTIONARY or table.schema is _LOOK_SCHEMA],
+        column_encoding=delta or None,
+        row_group_size=1 << 20,
+        write_page_checksum=True,
+    )
+    fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    raw = fresh.read_bytes()
+    fresh.rename(path)
+    sync_directory(path.parent)
+    return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+
+
+def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(
+            path, columns=None if columns is None else list(columns), page_checksum_verification=True, partitioning=None
+        )
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DamageError(
+            f"{path} is damaged (offset unknown to parquet): {error}",
+            "every boundary and write can still be restored; transactions of this interval cannot be listed",
+        ) from None

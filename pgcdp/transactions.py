@@ -1,0 +1,173 @@
+"""The use cases about transactions: list them, find the one that did something, say what a point is between.
+
+As in `pgcdp.api`, each returns plain values in the shape of docs/json.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pgcdp.errors import TargetError
+from pgcdp.postgres.statements import deeds_of
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery import search
+from pgcdp.recovery.history import Transactions
+from pgcdp.recovery.instant import STATUS, around
+from pgcdp.recovery.search import Known, Wanted
+from pgcdp.recovery.source import Source
+from pgcdp.units import format_lsn, format_time, parse_lsn
+
+Json = dict[str, Any]
+
+DEFAULT_PATH = ("public",)
+"""The search path of a cluster that sets none, without "$user"."""
+FOLLOW_LIMIT = 1000
+"""How many transactions are shown at once when they are followed."""
+
+
+def log(
+    source: Source,
+    *,
+    table: str | None = None,
+    operation: str | None = None,
+    xid: int | None = None,
+    since_ns: int | None = None,
+    until_ns: int | None = None,
+    database: str | None = None,
+    limit: int = 20,
+) -> Json:
+    """Transactions, newest first: {"transactions", "total", "unknown"}."""
+
+    def look() -> Json:
+        transactions = source.transactions()
+        wanted = _wanted(source, transactions, table, operation, xid, since_ns, until_ns, database)
+        return _told(transactions, search.listing(transactions, wanted, limit))
+
+    return source.again(look)
+
+
+def since(source: Source, seen_lsn: int, **wanted: Any) -> list[Json]:
+    """Transactions that ended behind `seen_lsn`, oldest first; each as in `log`."""
+    found = log(source, **{**wanted, "limit": FOLLOW_LIMIT})["transactions"]
+    return [each for each in reversed(found) if parse_lsn(each["lsn"]) > seen_lsn]
+
+
+def _wanted(
+    source: Source,
+    transactions: Transactions,
+    table: str | None,
+    operation: str | None,
+    xid: int | None,
+    since_ns: int | None,
+    until_ns: int | None,
+    database: str | None,
+) -> Wanted:
+    tables = None
+    if table is not None:
+        schema, dot, name = table.rpartition(".")
+        tables = Known.of(transactions).tables(name, schema if dot else None, database, _search_path(source))
+    return Wanted(
+        tables, operation, xid,
+        None if since_ns is None else since_ns // 1000, None if until_ns is None else until_ns // 1000,
+    )  # fmt: skip
+
+
+def find(source: Source, sql: str, *, newest: bool = False, database: str | None = None, limit: int = 20) -> Json:
+    """Transactions that did what a statement does, largest share of a table first: as `log`."""
+    deeds = deeds_of(sql)
+
+    def look() -> Json:
+        transactions = source.transactions()
+        found = search.find(transactions, deeds, _search_path(source), limit, newest=newest, database=database)
+        return _told(transactions, found)
+
+    return source.again(look)
+
+
+def before(source: Source, sql: str) -> Target:
+    """Just before the one transaction that did what a statement does. Raises TargetError for none or several."""
+    found = find(source, sql)
+    told = [each for each in found["transactions"] if each["status"] != "aborted"]
+    if not told:
+        raise TargetError(f'no transaction did "{sql}"', "pgcdp log lists transactions, newest first")
+    if len(told) > 1:
+        lines = "; ".join(line(each) for each in told)
+        more = found["total"] - len(found["transactions"])
+        raise TargetError(
+            f'{found["total"]} transactions did "{sql}": {lines}{f"; and {more} more" if more > 0 else ""}',
+            f"choose one, such as --target-xid {told[0]['xid']} --exclusive",
+        )
+    return Target("xid", int(told[0]["xid"]), exclusive=True)
+
+
+def line(told: Json) -> str:
+    """A transaction in a few words."""
+    return f"xid {told['xid']} at {told['time']}, {', '.join(map(deed, told['tables'])) or 'no table'}"
+
+
+def deed(table: Json) -> str:
+    """What was done to a table in a few words."""
+    words = [f"{table[name]} {name}" for name in ("inserted", "updated", "deleted") if table[name]]
+    words += [name for name in ("truncated", "dropped", "rewritten") if table[name]]
+    name = ".".join(filter(None, (table["schema"], table["name"])))
+    part = f" ({table['share']:.0%} of it)" if table["share"] >= 0.005 else ""
+    return f"{name}: {', '.join(words) or 'created'}{part}"
+
+
+def _search_path(source: Source) -> tuple[str, ...]:
+    settings = {}
+    for interval in reversed(source.intervals()):
+        settings = source.settings_of(interval.number)
+        break
+    for row in settings.get("settings", ()):
+        if row["name"] == "search_path":
+            return tuple(part.strip().strip('"') for part in row["setting"].split(",") if "$user" not in part)
+    return DEFAULT_PATH
+
+
+def _told(transactions: Transactions, found: search.Found) -> Json:
+    return {
+        "transactions": [_as_json(each) for each in found.transactions],
+        "total": found.total,
+        "unknown": list(transactions.history().unknown),
+    }
+
+
+def _as_json(told: Json) -> Json:
+    shown = {key: value for key, value in told.items() if key != "time_us"}
+    tables = [{**table, "share": round(table["share"], 6)} for table in told["tables"]]
+    return {
+        **shown, "time": format_time(told["time_us"] * 1000), "lsn": format_lsn(told["lsn"]),
+        "share": round(told["share"], 6), "tables": tables,
+    }  # fmt: skip
+
+
+# --- what a point is between
+
+
+def around_json(source: Source, point: RecoveryPoint) -> Json:
+    """{"last_in", "first_out", "out"}: the transactions on both sides of a point, and how many it leaves out."""
+
+    def look() -> Json:
+        found = around(point.write, point.lsn, source.transactions().history())
+        return {
+            "last_in": _side(found.last_in),
+            "first_out": _side(found.first_out),
+            "out": found.out,
+        }
+
+    return source.again(look)
+
+
+def _side(end: np.void | None) -> Json | None:
+    if end is None:
+        return None
+    return {
+        "xid": int(end["xid"]),
+        "time": format_time(int(end["time_us"]) * 1000),
+        "lsn": format_lsn(int(end["lsn"])),
+        "write": int(end["write"]),
+        "status": STATUS[int(end["status"])],
+    }

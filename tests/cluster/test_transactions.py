@@ -1,0 +1,109 @@
+"""The transaction index: which transaction did what to which table, under the name that the table had then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pgcdp import api
+from pgcdp.errors import TargetError
+from pgcdp.records import Target
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet, ProtectedSet
+
+
+def log(found: ProtectedSet, **wanted: Any) -> list[dict[str, Any]]:
+    """Transactions, oldest first."""
+    return list(reversed(api.log(found.name, limit=1000, **wanted)["transactions"]))
+
+
+def deeds(found: ProtectedSet, **wanted: Any) -> list[str]:
+    """What the transactions did, in words, oldest first; those without a table are left out."""
+    told = []
+    for each in log(found, **wanted):
+        for table in each["tables"]:
+            did = [f"{name} {table[name]}" for name in ("inserted", "updated", "deleted") if table[name]]
+            did += [name for name in ("truncated", "dropped", "rewritten") if table[name]]
+            told.append(f"{each['status']} {table['schema']}.{table['name']}: {', '.join(did) or 'created'}")
+    return told
+
+
+@pytest.mark.parametrize("version", [15, 18])
+def test_tables_are_named_as_they_were_called_then(make_set: MakeSet, binaries_of: BindirOf, version: int) -> None:
+    """Nobody looks at the catalogs between these statements: all names come from the WAL of the catalogs."""
+    found = make_set(binaries_of(version), settings={"autovacuum": "off"})
+    api.cut(found.name)
+    with found.connect() as session:
+        session.execute("create table public.a (id int primary key, body text)")
+        session.execute("insert into a select n, repeat('x', n % 9000) from generate_series(1, 1000) n")
+        session.execute("alter table a rename to b")
+        session.execute("delete from b where id <= 10")
+        session.execute("truncate b")
+        session.execute("insert into b values (1, 'y')")
+        session.execute("create schema s")
+        session.execute("create table s.b (like b)")
+        session.execute("insert into s.b values (2, 'z')")
+        session.execute("alter table s.b alter id type bigint")
+        session.execute("vacuum full s.b")
+        session.execute("begin; alter table s.b rename to never; rollback")
+        session.execute("update s.b set body = 'w'")
+        session.execute("drop table s.b")
+        session.execute("begin; delete from b; rollback")
+        session.execute("begin; savepoint one; insert into b values (3, 'q'); release one; commit")
+    expected = [
+        "committed public.a: created",
+        "committed public.a: inserted 1000",
+        "committed public.b: deleted 10",
+        "committed public.b: truncated",
+        "committed public.b: inserted 1",
+        "committed s.b: created",
+        "committed s.b: inserted 1",
+        "committed s.b: rewritten",
+        "committed s.b: rewritten",
+        "committed s.b: updated 1",
+        "committed s.b: dropped",
+        "aborted public.b: deleted 1",
+        "committed public.b: inserted 1",
+    ]
+    assert deeds(found) == expected
+    api.cut(found.name)
+    assert deeds(found) == expected
+    with found.connect() as session:
+        session.execute("insert into b values (4, 'after')")
+    assert deeds(found) == [*expected, "committed public.b: inserted 1"]
+
+
+def test_find_names_the_transaction(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15))
+    with found.connect() as session:
+        session.execute("create table orders (id int primary key, paid bool)")
+        session.execute("insert into orders select n, n % 2 = 0 from generate_series(1, 1000) n")
+        session.execute("delete from orders where id = 7")
+        session.execute("begin")
+        session.execute("delete from orders where paid")
+        xid = session.execute("select txid_current()").fetchone()
+        session.execute("commit")
+        session.execute("delete from orders where id = 9")
+        session.execute("create table parts (id int) partition by range (id)")
+        session.execute("create table part1 partition of parts for values from (0) to (10)")
+        session.execute("insert into parts values (1)")
+    assert xid is not None
+    api.cut(found.name)
+    with found.connect() as session:
+        session.execute("truncate parts")
+    told = api.find(found.name, "DELETE FROM orders WHERE whatever")
+    assert told["total"] == 3
+    assert told["transactions"][0]["xid"] == xid[0]
+    assert told["transactions"][0]["tables"][0]["deleted"] == 500
+    assert told["transactions"][0]["share"] > 0.4
+    newest = api.find(found.name, "delete from public.orders", newest=True)
+    assert [each["tables"][0]["deleted"] for each in newest["transactions"]] == [1, 500, 1]
+    assert api.find(found.name, "truncate parts")["total"] == 1
+    with pytest.raises(TargetError, match="no table order_ is known") as raised:
+        api.find(found.name, "delete from order_")
+    assert "orders" in (raised.value.hint or "")
+    with pytest.raises(TargetError, match="3 transactions"):
+        api.resolve(found.name, Target("newest"), before="delete from orders")
+    point = api.resolve(found.name, Target("newest"), before="truncate parts")
+    assert point["first_out"]["xid"] == api.find(found.name, "truncate parts")["transactions"][0]["xid"]

@@ -1,0 +1,182 @@
+"""Points between transactions: each target leaves in exactly what its definition says, whatever clocks and writes do.
+
+The model is a list of transactions in WAL order, several of them in one write; a point is judged by which of them it
+holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pgcdp.errors import TargetError
+from pgcdp.records import (
+    ABORTED,
+    COMMITTED,
+    COMMITTED_PREPARED,
+    NOT_IN_WRITE,
+    PREPARED,
+    TRANSACTION,
+    WAL_WRITE,
+    Boundary,
+    Interval,
+    RecoveryPoint,
+    Target,
+)
+from pgcdp.recovery.instant import Commits, History, around
+from pgcdp.recovery.target import Listing, resolve
+
+BASE_WRITE = 10
+FIRST_XID = (1 << 32) - 3
+"""Soon the low 32 bits begin anew."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """All ends in WAL order, each with its interval (None: the tail), and what resolves targets."""
+
+    ends: list[np.void]
+    listing: Listing
+
+    def held(self, point: RecoveryPoint) -> int:
+        """How many of the ends a point holds; they must be the first ones."""
+        inside = [
+            int(end["write"]) < point.write
+            or (int(end["write"]) == point.write and (point.lsn is None or int(end["lsn"]) < point.lsn))
+            for end in self.ends
+        ]
+        assert inside == sorted(inside, reverse=True)
+        return sum(inside)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    """Intervals of writes of transactions; clocks go as they like."""
+    intervals: list[Interval] = []
+    chapters: dict[int | None, Commits] = {}
+    summaries: dict[int | None, Mapping[str, Any] | None] = {}
+    all_ends: list[np.void] = []
+    write, lsn, xid = BASE_WRITE, 1000, FIRST_XID
+    numbers: list[int | None] = [*range(1, draw(st.integers(0, 3)) + 1), None]
+    for number in numbers:
+        first = write + 1
+        rows: list[tuple[int, ...]] = []
+        wal: list[tuple[int, int, int]] = []
+        for _ in range(draw(st.integers(1, 4))):
+            write += 1
+            begin_lsn, at = lsn, 0
+            for place in range(draw(st.integers(0, 4))):
+                length = draw(st.integers(1, 9)) * 8
+                crossing = place == 0 and bool(rows) and draw(st.booleans())
+                status = draw(st.sampled_from([COMMITTED, COMMITTED, COMMITTED, ABORTED, COMMITTED_PREPARED, PREPARED]))
+                rows.append(
+                    (lsn, lsn + length, write, draw(st.integers(0, 30)), xid, 1,
+                     NOT_IN_WRITE if crossing else at, at + length, status)
+                )  # fmt: skip
+                xid += draw(st.integers(1, 3))
+                lsn += length + draw(st.integers(0, 2)) * 8
+                at += length
+            if lsn != begin_lsn:
+                wal.append((write, begin_lsn, lsn))
+        ends = np.array(rows, dtype=TRANSACTION)
+        events = [{"kind": "mark", "name": f"m{write}", "write": write, "lsn": None}]
+        table = np.array(wal, dtype=WAL_WRITE)
+        chapters[number] = Commits(ends, {}, events, lambda table=table: table)  # type: ignore[misc]
+        all_ends += list(ends)
+        if number is not None:
+            boundary = Boundary(number, write, write * 1000, 0, 0, 1, 0, "period")
+            intervals.append(Interval(number, first, write, first * 1000, write * 1000, boundary, 1, 0, 0, {}))
+            summaries[number] = {"count": len(ends), "marks": 1, "wal_to": int(table["to_lsn"].max(initial=0)), **({
+                f"{name}_{column}": int(getattr(ends[column], name)())
+                for column in ("lsn", "xid", "time_us", "write") for name in ("min", "max")
+            } if len(ends) else {})}  # fmt: skip
+    history = History(numbers, chapters.__getitem__, summaries.get)
+    base = Boundary(0, BASE_WRITE, 0, 0, 0, 1, 0, "baseline")
+
+    def times(number: int | None) -> Any:
+        last = intervals[-1].to_write if intervals else BASE_WRITE
+        if number is None:
+            return np.arange(last + 1, write + 1) * 1000
+        return np.arange(intervals[number - 1].from_write, intervals[number - 1].to_write + 1) * 1000
+
+    return Model(all_ends, Listing(base, intervals, write, times, 10**9, history))
+
+
+def is_in(end: np.void) -> bool:
+    return int(end["status"]) in (COMMITTED, COMMITTED_PREPARED)
+
+
+@settings(max_examples=300, deadline=None)
+@given(model=models(), data=st.data())
+def test_a_transaction_and_its_neighbours(model: Model, data: st.DataObject) -> None:
+    assume(model.ends)
+    place = data.draw(st.integers(0, len(model.ends) - 1))
+    end = model.ends[place]
+    xid = int(end["xid"]) & 0xFFFFFFFF if data.draw(st.booleans()) else int(end["xid"])
+    before = resolve(Target("xid", xid, exclusive=True), model.listing)
+    assert model.held(before) == place
+    behind = resolve(Target("xid", xid), model.listing)
+    assert model.held(behind) == place + 1
+    if end["status"] == COMMITTED_PREPARED:
+        assert "is prepared there" in (before.note or "")
+    found = around(before.write, before.lsn, model.listing.history)
+    committed = [each for each in model.ends[:place] if is_in(each)]
+    assert (found.last_in is None) == (not committed)
+    if committed and found.last_in is not None:
+        assert found.last_in["lsn"] == committed[-1]["lsn"]
+    assert found.out == sum(is_in(each) for each in model.ends[place:])
+
+
+@settings(max_examples=400, deadline=None)
+@given(model=models(), at=st.integers(-1, 31), exclusive=st.booleans())
+def test_a_time_means_the_first_later_commit_or_is_ambiguous(model: Model, at: int, exclusive: bool) -> None:
+    target = Target("time", max(0, at) * 1000, exclusive=exclusive)
+    last = max(0, at) - exclusive
+    later = [place for place, end in enumerate(model.ends) if is_in(end) and end["time_us"] > last]
+    if not later:
+        assert resolve(target, model.listing).write == model.listing.newest_write
+        return
+    behind = [end for end in model.ends[later[0] :] if is_in(end) and end["time_us"] <= last]
+    if behind:
+        with pytest.raises(TargetError, match="is ambiguous") as raised:
+            resolve(target, model.listing)
+        assert f"xid {behind[0]['xid']}" in raised.value.message
+        assert f"--target-xid {model.ends[later[0]]['xid']} --exclusive" in (raised.value.hint or "")
+        return
+    assert model.held(resolve(target, model.listing)) == later[0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(model=models(), data=st.data())
+def test_an_lsn_is_the_first_record_at_or_behind_it(model: Model, data: st.DataObject) -> None:
+    assume(model.ends)
+    end = data.draw(st.sampled_from(model.ends))
+    lsn = int(end["lsn"]) + data.draw(st.sampled_from([-8, 0, 8]))
+    newest = max(int(each["end_lsn"]) for each in model.ends)
+    assume(1000 <= lsn < newest)
+    exclusive = resolve(Target("lsn", lsn, exclusive=True), model.listing)
+    assert model.held(exclusive) == sum(int(each["lsn"]) < lsn for each in model.ends)
+    inclusive = resolve(Target("lsn", lsn), model.listing)
+    assert model.held(inclusive) == sum(int(each["lsn"]) <= lsn for each in model.ends)
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=models())
+def test_a_mark_is_its_write(model: Model) -> None:
+    name = f"m{model.listing.newest_write}"
+    assert resolve(Target("name", name=name), model.listing).write == model.listing.newest_write
+    with pytest.raises(TargetError, match='no mark or restore point "nothing"') as raised:
+        resolve(Target("name", name="nothing"), model.listing)
+    assert name in (raised.value.hint or "")
+
+
+def test_an_unknown_transaction_is_said() -> None:
+    listing = Listing(Boundary(0, 1, 0, 0, 0, 1, 0, "baseline"), [], 1, lambda number: np.empty(0, dtype=np.int64))
+    with pytest.raises(TargetError, match="no transaction 7 ended"):
+        resolve(Target("xid", 7), listing)
