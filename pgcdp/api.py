@@ -9,20 +9,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pgcdp import doctor, service, transactions
+from pgcdp import doctor, salvaging, service, transactions
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
-from pgcdp.errors import DamageError, PreconditionError, TargetError
+from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.intervals.policy import parse_policy
-from pgcdp.postgres.cluster import find_binaries
+from pgcdp.postgres import session
+from pgcdp.postgres.cluster import Binaries, find_binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Interval, Kind, RecoveryPoint, Target
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery import verify as proving
+from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.scratch import mounted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -431,10 +433,9 @@ def verify(
     point = _point(source, target, before)
     if announce is not None:
         announce(_between(source, point))
-    below = Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
     settings = source.settings(point)
-    binaries = find_binaries(int(source.store.extra["cluster"]["version"]), _bindir(set_name))
-    with mounted(source, point, below, progress) as pgdata:
+    binaries = _binaries(source, set_name)
+    with mounted(source, point, _scratch(source), progress) as pgdata:
         progress(Progress("starting postgres on it"))
         checks = proving.verify_directory(
             pgdata,
@@ -455,6 +456,54 @@ def verify(
     if store is None:
         _remember(source, "verification", {**result, "interval": point.interval})
     return {"ok": result["ok"], "results": [result]}
+
+
+def salvage(
+    set_name: str | None,
+    target: Target,
+    wanted: Wanted,
+    *,
+    store: Path | None = None,
+    before: str | None = None,
+    into: str | None = None,
+    announce: Announce | None = None,
+    progress: Report = silent,
+    **how: Any,
+) -> Json:
+    """Bring tables back as they were; `into`: a connection string instead of the set's own cluster.
+
+    `how` are further arguments of `pgcdp.salvaging.run`.
+    """
+    source = open_source(set_name, store)
+    point = _point(source, target, before)
+    if announce is not None:
+        announce(_between(source, point))
+
+    def connect(database: str) -> session.Connection:
+        if into is not None:
+            return session.connect_to(into)
+        if set_name is None:
+            raise UsageError("a store alone has no running database", "say where the rows go: --into DSN or --file F")
+        return session.connect(session.Dsn.of(load_config(set_name)), database)
+
+    value = salvaging.run(
+        source, point, wanted, below=_scratch(source), binaries=_binaries(source, set_name), connect=connect,
+        progress=progress, **how,
+    )  # fmt: skip
+    result = {"recovery_point": point_json(point), **value}
+    if store is None:
+        _remember(source, "restore", {**result, "interval": point.interval})
+    return result
+
+
+def _scratch(source: Source) -> Path:
+    """Where scratch places of a set are."""
+    return Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
+
+
+def _binaries(source: Source, set_name: str | None) -> Binaries:
+    """Postgres's programs of the version of the store."""
+    return find_binaries(int(source.store.extra["cluster"]["version"]), _bindir(set_name))
 
 
 def _bindir(set_name: str | None) -> Path | None:

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pgcdp import api, config, log, proc
+from pgcdp import api, config, log, proc, transactions
 from pgcdp.capture import attach, checks
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import cluster, session
 from pgcdp.progress import Progress, Report
 from pgcdp.records import Target
+from pgcdp.recovery.salvage import Wanted
 
 SET = "demo"
 PAID = 1000
@@ -183,12 +184,10 @@ def _protect(demo: _Demo) -> None:
 
 @dataclass(frozen=True)
 class _Points:
-    """Where the demo restores to: a boundary, the last write before and the first known one after, and a time."""
+    """Where the demo restores to: a boundary, and just before and just behind the bad transaction, which was found."""
 
     boundary: int
-    before: int
-    after: int
-    time_ns: int
+    xid: int
 
 
 def _make_the_mistake(demo: _Demo) -> _Points:
@@ -203,24 +202,33 @@ def _make_the_mistake(demo: _Demo) -> _Points:
         _await_orders(demo, 2000)
         told["detail"] = f"{demo.orders('new')} new orders"
     with demo.step(f"the mistake: {BAD_STATEMENT}") as told:
-        before, time_ns = _durable_write(), time.time_ns()
         demo.ask(BAD_STATEMENT)
-        after = _durable_write()
-        told["detail"] = f"between the writes {before} and {after}"
+        told["detail"] = f"{demo.orders('paid')} paid orders are left"
     with demo.step("more load, as nobody has noticed") as told:
         _await_orders(demo, demo.orders("new") + 2000)
         _end_load(demo)
         told["detail"] = f"{demo.orders('new')} new orders"
     with demo.step("checkpoint, cutting the interval"):
         api.cut(SET)
-    return _Points(boundary, before, after, time_ns)
+    return _Points(boundary, _find(demo))
+
+
+def _find(demo: _Demo) -> int:
+    """What a DBA types who knows what was run, but not when: `pgcdp find`."""
+    with demo.step(f'finding it: pgcdp find "{BAD_STATEMENT}"') as told:
+        found = api.find(SET, BAD_STATEMENT)["transactions"]
+        listed = api.log(SET, limit=1)["total"]
+        if len(found) != 1 or found[0]["tables"][0]["deleted"] != PAID:
+            raise PgcdpError(f"find names {len(found)} transactions, not the one", "pgcdp demo --keep, then pgcdp log")
+        told["detail"] = f"{transactions.line(found[0])}, among {listed} transactions"
+    return int(found[0]["xid"])
 
 
 def _prove(demo: _Demo, points: _Points) -> None:
     for name, target, paid in (
         (f"boundary {points.boundary}, before the load", Target("boundary", points.boundary), PAID),
-        (f"write {points.before}, the last one before the mistake", Target("write", points.before), PAID),
-        (f"write {points.after}, when it was committed", Target("write", points.after), 0),
+        ("exactly before the mistake", Target("xid", points.xid, exclusive=True), PAID),
+        ("exactly behind it", Target("xid", points.xid), 0),
     ):
         with demo.step(f"verifying {name}") as told:
             assertion = demo.directory / "assertion.sql"
@@ -234,10 +242,10 @@ def _prove(demo: _Demo, points: _Points) -> None:
 
 
 def _bring_back(demo: _Demo, points: _Points) -> None:
-    """What a DBA does next: a directory at the time of the mistake, and Postgres on it."""
-    with demo.step("restoring to the time just before it, into a directory") as told:
+    """What a DBA does next: a directory as it was just before, and Postgres on it; then the rows, in production."""
+    with demo.step(f'restoring to just before it: --before "{BAD_STATEMENT}"') as told:
         place = demo.directory / "restored"
-        value = api.restore(SET, Target("time", points.time_ns), to_directory=place)
+        value = api.restore(SET, Target("newest"), before=BAD_STATEMENT, to_directory=place)
         sockets = demo.directory / "restored-sockets"
         sockets.mkdir(mode=0o700)
         os.chown(sockets, demo.user.uid, demo.user.gid)
@@ -246,15 +254,35 @@ def _bring_back(demo: _Demo, points: _Points) -> None:
         cluster.start(command, place, demo.user, demo.directory / "restored.log")
         try:
             paid = int(demo.ask("SELECT count(*) FROM orders WHERE status = 'paid'", sockets))
+            row = demo.ask("SELECT orders::text FROM orders WHERE status = 'paid' ORDER BY id LIMIT 1", sockets)
         finally:
             cluster.stop(place)
-        told["detail"] = f"{paid} paid orders are in it"
+        told["detail"] = f"{paid} paid orders are in it, the first {row}"
     demo.restores.append(
         {
-            "name": "the time just before the mistake, in a directory",
+            "name": "exactly before the mistake, in a directory",
             "paid_orders": paid,
             "recovery_point": value["recovery_point"],
             "ok": paid == PAID,
+            "seconds": value["seconds"],
+            "checks": [],
+        }
+    )
+    with demo.step("putting the rows back into the live table: salvage --diff --apply") as told:
+        target = Target("xid", points.xid, exclusive=True)
+        value = api.salvage(SET, target, Wanted(("orders",)), diff=True, agree=lambda difference: None)
+        table = value["tables"][0]
+        paid = demo.orders("paid")
+        told["detail"] = (
+            f"{table['put_back']['inserted']} rows put back, {table['difference']['added']} newer ones kept, "
+            f"{paid} paid orders in production"
+        )
+    demo.restores.append(
+        {
+            "name": "the rows of the mistake, back in production",
+            "paid_orders": paid,
+            "recovery_point": value["recovery_point"],
+            "ok": paid == PAID and table["put_back"] == {"inserted": PAID, "updated": 0},
             "seconds": value["seconds"],
             "checks": [],
         }
@@ -285,10 +313,6 @@ def _pgbench_command(demo: _Demo, *words: str) -> list[str]:
 
 def _pgbench(demo: _Demo, *words: str) -> None:
     proc.run(_pgbench_command(demo, *words), user=demo.user, env=cluster.environment(), timeout=300)
-
-
-def _durable_write() -> int:
-    return int(api.status(SET)["durable_write"])
 
 
 def _window() -> dict[str, Any]:
@@ -344,8 +368,9 @@ def _next(demo: _Demo, points: _Points, keep: bool) -> list[str]:
     return [
         f"{prefix} status",
         f"{prefix} info",
-        f"{prefix} show {points.before}",
-        f"{prefix} verify --target-write {points.before}",
+        f'{prefix} find "{BAD_STATEMENT}"',
+        f"{prefix} log --op delete",
+        f"{prefix} verify --target-xid {points.xid} --exclusive",
         f"psql -h {demo.sockets} -U postgres",
     ]
 

@@ -35,6 +35,7 @@ VERBS = (
     "log",
     "find",
     "restore",
+    "salvage",
     "verify",
     "check",
     "rebuild",

@@ -105,6 +105,16 @@ def connect(
         raise _unreachable(dsn, error) from None
 
 
+def connect_to(conninfo: str) -> Connection:
+    """An autocommit connection to what a libpq connection string names. Raises PreconditionError."""
+    try:
+        return psycopg.connect(conninfo, autocommit=True, connect_timeout=10, application_name="pgcdp")
+    except psycopg.Error as error:
+        raise PreconditionError(
+            f"cannot connect to that database: {_first_line(error)}", 'it takes what psql takes, such as "dbname=shop"'
+        ) from None
+
+
 def query(connection: Connection, sql: str, limit: int | None = None) -> Answer:
     """Run one statement and give at most `limit` of its rows. Raises PgcdpError with Postgres's words when it fails."""
     try:

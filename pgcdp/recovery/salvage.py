@@ -1,0 +1,202 @@
+"""One table's rows as they were at a recovery point, into a new table of a running database or into a file.
+
+A Postgres in a sandbox runs on the recovery point; rows are taken from it. Nothing else of the running database is
+touched, except by `put_back`, which gives back what was deleted or changed since.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pgcdp import proc
+from pgcdp.errors import PreconditionError, TargetError, UsageError
+from pgcdp.fsio import sync_directory
+from pgcdp.postgres import session, tables
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.postgres.tables import Difference, TableShape
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import RecoveryPoint
+from pgcdp.recovery import sandbox
+from pgcdp.recovery.sandbox import Sandbox
+from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.source import Source
+
+Format = Literal["csv", "sql", "custom"]
+FORMATS: dict[str, Format] = {".csv": "csv", ".sql": "sql", ".dump": "custom", ".pgdump": "custom"}
+"""Formats of files by the end of their names."""
+SAMPLES = 10
+TEMPORARY = "pgcdp_salvaged"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be salvaged: tables as [SCHEMA.]NAME, or all of a schema; the rows that `where` is true for."""
+
+    tables: tuple[str, ...]
+    schema: str | None = None
+    where: str | None = None
+    database: str | None = None
+
+
+@contextmanager
+def opened(
+    source: Source, point: RecoveryPoint, below: Path, binaries: Binaries, progress: Report = silent
+) -> Iterator[Sandbox]:
+    """A Postgres on the recovery point, in a scratch place; all of it is gone afterwards."""
+    hide = [Path(place) for place in source.store.extra["mountpoints"].values()]
+    with mounted(source, point, below, progress) as pgdata:
+        progress(Progress("starting postgres on it"))
+        box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=binaries, hide=hide)
+        with box:
+            yield box
+
+
+def find_tables(box: Sandbox, wanted: Wanted) -> tuple[str, list[TableShape]]:
+    """The database and the tables that are meant, as they were. Raises TargetError, with what is there."""
+    found: dict[str, list[TableShape]] = {}
+    known: dict[str, list[tuple[str, str]]] = {}
+    for database in _databases(box, wanted.database):
+        with box.connect(database) as connection:
+            known[database] = tables.list_tables(connection)
+            shapes = [shape for name in _names(wanted, known[database]) for shape in _shapes(connection, name)]
+            if shapes:
+                found[database] = shapes
+    if len(found) > 1:
+        raise TargetError(f"{_what(wanted)} was in databases {', '.join(found)}", "choose one with --database D")
+    if not found:
+        raise TargetError(f"{_what(wanted)} did not exist then", _nearest(wanted, known))
+    database, shapes = next(iter(found.items()))
+    missing = [name for name in wanted.tables if not any(name in (str(s), s.name) for s in shapes)]
+    if missing:
+        raise TargetError(f"table {', '.join(missing)} did not exist then", _nearest(wanted, known))
+    _refuse(shapes, wanted)
+    with box.connect(database) as connection:
+        for shape in shapes:
+            if wanted.where:
+                tables.check_condition(connection, shape, wanted.where)
+    return database, shapes
+
+
+def _databases(box: Sandbox, database: str | None) -> list[str]:
+    with box.connect() as connection:
+        names = [each.name for each in session.databases(connection) if each.connectable and each.name != "template1"]
+    if database is not None and database not in names:
+        raise TargetError(f"database {database} did not exist then", f"there were: {', '.join(names)}")
+    return names if database is None else [database]
+
+
+def _names(wanted: Wanted, known: Sequence[tuple[str, str]]) -> list[str]:
+    """[SCHEMA.]NAME of each table."""
+    if wanted.schema is None:
+        return list(wanted.tables)
+    return [f"{schema}.{name}" for schema, name in known if schema == wanted.schema]
+
+
+def _shapes(connection: session.Connection, name: str) -> list[TableShape]:
+    schema, dot, table = name.rpartition(".")
+    found = tables.find_shapes(connection, table, schema if dot else None)
+    public = [shape for shape in found if shape.schema == "public"]
+    return public if not dot and public else found
+
+
+def _what(wanted: Wanted) -> str:
+    return f"schema {wanted.schema}" if wanted.schema else f"table {', '.join(wanted.tables)}"
+
+
+def _nearest(wanted: Wanted, known: dict[str, list[tuple[str, str]]]) -> str:
+    names = {name: f"{schema}.{name}" for each in known.values() for schema, name in each}
+    asked = wanted.schema or wanted.tables[0].rpartition(".")[2]
+    near = difflib.get_close_matches(asked, names, n=5, cutoff=0.4) or sorted(names)[:5]
+    return f"the nearest were: {', '.join(names[each] for each in near)}" if near else "no table of a user was there"
+
+
+def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
+    unlogged = [str(shape) for shape in shapes if shape.unlogged]
+    if unlogged:
+        raise TargetError(
+            f"table {', '.join(unlogged)} is unlogged: it is empty after any recovery",
+            "its rows are not in the WAL; no point has them",
+        )
+    ambiguous = {shape.name for shape in shapes if sum(each.name == shape.name for each in shapes) > 1}
+    named = [name for name in wanted.tables if name in ambiguous]
+    if named:
+        raise TargetError(
+            f"there are several tables {named[0]}: {', '.join(str(s) for s in shapes if s.name == named[0])}",
+            "name the schema too",
+        )
+
+
+def to_file(box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, file: Path) -> int | None:
+    """Write tables to a new file, in the format of its name; returns the number of rows where that is known."""
+    how = FORMATS.get(file.suffix)
+    if how is None:
+        raise UsageError(f"{file} has no known ending", f"end it with one of {', '.join(FORMATS)}")
+    if file.exists():
+        raise UsageError(f"{file} exists", "name a file that does not exist")
+    partial = file.with_name(file.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        rows = _write(box, database, shapes, wanted, partial, how)
+        fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        partial.rename(file)
+        sync_directory(file.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def _write(
+    box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, file: Path, how: Format
+) -> int | None:
+    if how == "csv":
+        if len(shapes) != 1:
+            raise UsageError(f"CSV holds one table, not {len(shapes)}", "end the file with .sql or .dump")
+        with box.connect(database) as connection:
+            return tables.copy_to_csv(connection, shapes[0], wanted.where, file)
+    if wanted.where:
+        with box.connect(database) as connection:
+            for shape in shapes:
+                tables.keep_only(connection, shape, wanted.where)
+    words = [str(box.binaries.path("pg_dump")), "--no-sync", f"--format={'plain' if how == 'sql' else 'custom'}"]
+    words += [f'--table="{shape.schema}"."{shape.name}"' for shape in shapes]
+    proc.run([*words, f"--file={file}", database], env=box.environment())
+    return None
+
+
+@dataclass(frozen=True)
+class Running:
+    """The running database that rows are brought into."""
+
+    connection: session.Connection
+
+    def take(self, box: Sandbox, database: str, shape: TableShape, wanted: Wanted, name: str) -> int:
+        """Rows into a new table `name` beside the one they come from; all of it or nothing."""
+        with box.connect(database) as source, self.connection.transaction():
+            return tables.copy_into(source, shape, wanted.where, self.connection, (shape.schema, name), False)
+
+    def compare(self, box: Sandbox, database: str, shape: TableShape, wanted: Wanted) -> Difference:
+        """How the table differs now, by primary key; the rows as they were stay in a temporary table."""
+        now = tables.same_columns(shape, tables.find_shapes(self.connection, shape.name, shape.schema))
+        with box.connect(database) as source:
+            tables.copy_into(source, shape, wanted.where, self.connection, ("", TEMPORARY), True)
+        return tables.difference(self.connection, now, TEMPORARY, wanted.where, SAMPLES)
+
+    def put_back(self, shape: TableShape, wanted: Wanted, seen: Difference) -> tuple[int, int]:
+        """Give back what was deleted and changed, if it still is what `compare` showed. Raises PreconditionError."""
+        now = tables.same_columns(shape, tables.find_shapes(self.connection, shape.name, shape.schema))
+        with self.connection.transaction():
+            tables.lock(self.connection, now)
+            found = tables.difference(self.connection, now, TEMPORARY, wanted.where, SAMPLES)
+            if found != seen:
+                raise PreconditionError(f"table {shape} has changed since the difference was shown", "run it again")
+            return tables.put_back(self.connection, now, TEMPORARY, wanted.where)

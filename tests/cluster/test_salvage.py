@@ -1,0 +1,135 @@
+"""Salvage brings back the rows that were there, all of them, and touches nothing else."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgcdp import api
+from pgcdp.errors import PgcdpError, PreconditionError, TargetError, UsageError
+from pgcdp.records import Target
+from pgcdp.recovery.salvage import Wanted
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet, ProtectedSet
+
+NEWEST = Target("newest")
+BEFORE = "delete from orders"
+
+
+@pytest.fixture
+def shop(make_set: MakeSet, binaries_of: BindirOf) -> ProtectedSet:
+    """Orders 1 to 1000, of which a DELETE took the even ones; then some were changed and some added."""
+    found = make_set(binaries_of(15))
+    with found.connect() as session:
+        session.execute("""create table orders (id int generated always as identity primary key, note text,
+            total numeric, twice numeric generated always as (total * 2) stored, doc json,
+            at timestamptz default now())""")
+        session.execute("""insert into orders (note, total, doc)
+            select 'it''s ' || n, n / 3.0, '{"a": 1}' from generate_series(1, 1000) n""")
+        session.execute("create schema s; create table s.other (id int primary key); insert into s.other values (1)")
+        session.execute("create unlogged table volatile (id int); insert into volatile values (1)")
+        session.execute("create table kept as select * from orders")
+    api.cut(found.name)
+    with found.connect() as session:
+        session.execute("delete from orders where id % 2 = 0")
+        session.execute("update orders set note = 'changed' where id <= 9")
+        session.execute("insert into orders (note, total) values ('new', 1), ('new', 2)")
+    return found
+
+
+def salvage(found: ProtectedSet, *tables: str, **options: Any) -> dict[str, Any]:
+    where = options.pop("where", None)
+    schema = options.pop("schema", None)
+    before = options.pop("before", BEFORE)
+    return api.salvage(found.name, NEWEST, Wanted(tables, schema, where), before=before, **options)
+
+
+def missing(found: ProtectedSet, one: str, other: str) -> int:
+    """How many rows of one table the other does not have."""
+    rows = found.sql(f"select count(*) from (select a::text from {one} a except select b::text from {other} b) d")
+    return int(rows[0][0])
+
+
+def test_rows_come_into_a_new_table(shop: ProtectedSet) -> None:
+    told = salvage(shop, "orders")
+    assert told["tables"][0]["rows"] == 1000
+    assert shop.sql(
+        "select count(*) from (select a::text from orders_salvaged a except select b::text from kept b) d"
+    ) == [(0,)]
+    assert shop.sql(
+        "select count(*) from (select a::text from kept a except select b::text from orders_salvaged b) d"
+    ) == [(0,)]
+    assert shop.sql("select count(*) from orders") == [(502,)]
+    with pytest.raises(PreconditionError, match=r"table public\.orders_salvaged exists"):
+        salvage(shop, "orders")
+    told = salvage(shop, "public.orders", name="evens", where="id % 2 = 0")
+    assert told["tables"][0]["rows"] == 500
+
+
+def test_only_what_was_lost_is_put_back(shop: ProtectedSet) -> None:
+    seen: list[dict[str, Any]] = []
+    told = salvage(shop, "orders", diff=True)
+    difference = told["tables"][0]["difference"]
+    assert (difference["deleted"], difference["changed"], difference["added"]) == (500, 5, 2)
+    assert difference["samples"]["added"] == [{"id": "1001"}, {"id": "1002"}]
+    assert shop.sql("select count(*) from orders") == [(502,)]
+    told = salvage(shop, "orders", diff=True, agree=seen.append)
+    assert seen[0]["difference"] == difference
+    assert told["tables"][0]["put_back"] == {"inserted": 500, "updated": 5}
+    assert missing(shop, "kept", "orders") == 0
+    assert shop.sql("select id, note from orders where id > 1000 order by id") == [(1001, "new"), (1002, "new")]
+    told = salvage(shop, "orders", diff=True, agree=seen.append)
+    assert told["tables"][0]["put_back"] == {"inserted": 0, "updated": 0}
+    assert len(seen) == 1
+
+
+def test_nothing_is_put_back_over_what_came_meanwhile(shop: ProtectedSet) -> None:
+    def change(_: dict[str, Any]) -> None:
+        shop.sql("update orders set note = 'meanwhile' where id = 11")
+
+    with pytest.raises(PreconditionError, match="has changed since"):
+        salvage(shop, "orders", diff=True, agree=change)
+    assert shop.sql("select count(*) from orders") == [(502,)]
+
+    def refuse(_: dict[str, Any]) -> None:
+        raise PgcdpError("not confirmed")
+
+    with pytest.raises(PgcdpError, match="not confirmed"):
+        salvage(shop, "orders", diff=True, agree=refuse)
+    assert shop.sql("select count(*) from orders") == [(502,)]
+
+
+def test_files(shop: ProtectedSet) -> None:
+    place = Path(shop.root / "out.csv")
+    assert salvage(shop, "orders", file=place, where="id <= 10")["tables"][0]["rows"] == 10
+    with place.open() as file:
+        assert [row["note"] for row in csv.DictReader(file)] == [f"it's {n}" for n in range(1, 11)]
+    with pytest.raises(UsageError, match="exists"):
+        salvage(shop, "orders", file=place)
+    with pytest.raises(UsageError, match="no known ending"):
+        salvage(shop, "orders", file=shop.root / "out.xls")
+    dump = shop.root / "out.dump"
+    salvage(shop, schema="s", file=dump)
+    words = [str(shop.binaries.path("pg_restore")), "--list", str(dump)]
+    assert "TABLE DATA s other" in subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    text = shop.root / "out.sql"
+    salvage(shop, "orders", "s.other", file=text, where="id = 1")
+    assert text.read_text().count("it's ") == 1
+    assert not list(shop.root.glob("*.partial"))
+
+
+def test_what_cannot_be_salvaged_is_said(shop: ProtectedSet) -> None:
+    for tables, words in (
+        (("volatile",), "is unlogged"),
+        (("ordres",), "table ordres did not exist then"),
+        (("orders", "nothing"), "table nothing did not exist then"),
+    ):
+        with pytest.raises(TargetError, match=words) as raised:
+            salvage(shop, *tables)
+        assert raised.value.hint
+    with pytest.raises(UsageError, match="no condition"):
+        salvage(shop, "orders", where="nonsense = 1")
