@@ -14,6 +14,12 @@
 #define RM_XLOG 0
 #define XLOG_SWITCH 0x40
 
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+bool wal_fuzz_ignore_crc;
+#else
+static const bool wal_fuzz_ignore_crc = false;
+#endif
+
 struct wal {
     struct wal_options o;
     struct pages pages;
@@ -146,7 +152,7 @@ static enum outcome next_record(struct wal *w, struct wal_record *r)
     memcpy(head, record, RECORD_HEADER);
     uint32_t crc = crc32_iscsi((uint8_t *)record + RECORD_HEADER, (int)(length - RECORD_HEADER), UINT32_MAX);
     crc = ~crc32_iscsi(head, RECORD_CRC, crc);
-    if (crc != page_u32(head + RECORD_CRC))
+    if (crc != page_u32(head + RECORD_CRC) && !wal_fuzz_ignore_crc)
         return WAIT;
     *r = (struct wal_record){
         .lsn = lsn, .end_lsn = end, .prev_lsn = page_u64(head + 8), .xid = page_u32(head + 4), .length = length,

@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,8 @@ def new_cluster(binaries: Binaries, *initdb_options: str, start: bool = True, **
 MakeCluster = Callable[..., Live]
 
 
-@pytest.fixture(scope="session")
-def binaries_of() -> Iterator[BindirOf]:
+@contextmanager
+def all_binaries() -> Iterator[BindirOf]:
     """A function: major version to its programs, such that user postgres can run them; pgcdp finds them too."""
     copies = Path(tempfile.mkdtemp(prefix="pgcdp-wheels-", dir="/var/tmp"))
     before = os.environ.get("PGCDP_PG_BINDIRS")
@@ -213,6 +213,13 @@ def binaries_of() -> Iterator[BindirOf]:
         else:
             os.environ["PGCDP_PG_BINDIRS"] = before
         shutil.rmtree(copies, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def binaries_of() -> Iterator[BindirOf]:
+    """`all_binaries`."""
+    with all_binaries() as found:
+        yield found
 
 
 @pytest.fixture(params=VERSIONS, ids=lambda major: f"pg{major}")

@@ -19,7 +19,7 @@ from pgcdp.records import TRANSACTION
 from pgcdp.recovery.instant import Commits, History
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
-from pgcdp.store.transactions import read_look, read_transactions, read_wal
+from pgcdp.store.transactions import Ranges, read_look, read_transactions, read_wal
 
 _COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status")
 
@@ -54,12 +54,12 @@ class Transactions:
         """What an interval's manifest says of its transactions."""
         return None if number is None else self.bundles[number].transactions
 
-    def table(self, number: int | None, columns: Sequence[str] | None = None) -> pa.Table:
-        """The transaction index of an interval (columns of store.transactions.SCHEMA)."""
+    def table(self, number: int | None, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
+        """The transaction index of an interval (columns of store.transactions.SCHEMA), or the parts `within`."""
         if number is None:
             table = self.tail().table
             return table if columns is None else table.select(list(columns))
-        return read_transactions(self.bundles[number].path, columns)
+        return read_transactions(self.bundles[number].path, columns, within)
 
     def tables(self, number: int | None) -> list[dict[str, Any]]:
         """The tables that were touched in an interval, and by what (FORMAT.md 3.7)."""

@@ -18,7 +18,7 @@ from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import Deed
 from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import STATUS
-from pgcdp.store.transactions import DROPPED, REWRITTEN, TRUNCATED
+from pgcdp.store.transactions import DROPPED, REWRITTEN, TRUNCATED, Ranges
 
 HIDDEN_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
 NEAREST = 5
@@ -26,6 +26,8 @@ _KEYS = ("database_oid", "oid", "schema", "name", "database", "parent_oid")
 _SHARED = ("rows", "inserted", "updated", "deleted", "flags")
 _COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
 _FLAGS = {"truncate": TRUNCATED, "drop": DROPPED, "drop schema": DROPPED, "rewrite": REWRITTEN}
+
+ANY = 1 << 62
 
 Table = tuple[int, int]
 """A relation over all time: OIDs of database and relation."""
@@ -206,7 +208,7 @@ def _matching(
     columns = ["lsn", "rows", "inserted", "updated", "deleted", "flags", "relation_oid", "database_oid"]
     columns += ["xid", "subxids"] if wanted.xid is not None else []
     columns += ["time_us"] if (wanted.since_us, wanted.until_us) != (None, None) else []
-    table = transactions.table(number, columns)
+    table = transactions.table(number, columns, _ranges(wanted))
     values = {name: table.column(name).to_numpy() for name in columns if name != "subxids"}
     kept = np.ones(len(table), dtype=np.bool_)
     if wanted.tables is not None:
@@ -229,6 +231,18 @@ def _matching(
         return lsns, shares
     starts = np.flatnonzero(np.append(True, lsns[1:] != lsns[:-1]))
     return lsns[starts], np.maximum.reduceat(shares, starts)
+
+
+def _ranges(wanted: Wanted) -> Ranges:
+    """What rows that are wanted have in common, roughly."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    if wanted.tables is not None:
+        found["relation_oid"] = [(oid, oid) for _, oid in wanted.tables]
+    if wanted.operation is not None:
+        found[_COUNTS.get(wanted.operation, "flags")] = [(1, ANY)]
+    if wanted.since_us is not None or wanted.until_us is not None:
+        found["time_us"] = [(wanted.since_us or -ANY, ANY if wanted.until_us is None else wanted.until_us)]
+    return found
 
 
 def _is_xid(table: pa.Table, xids: NDArray[np.uint64], xid: int) -> NDArray[np.bool_]:
@@ -258,7 +272,7 @@ def tell(
     transactions: Transactions, number: int | None, lsns: NDArray[np.uint64], tables: frozenset[Table] | None = None
 ) -> list[dict[str, Any]]:
     """Transactions of an interval in the order of `lsns`, as the JSON contract has them (LSNs and times as numbers)."""
-    table = transactions.table(number)
+    table = transactions.table(number, within={"lsn": [(lsn, lsn) for lsn in lsns.tolist()]})
     mask = np.isin(table.column("lsn").to_numpy(), lsns)
     found: dict[int, dict[str, Any]] = {}
     for row in table.filter(pa.array(mask)).to_pylist():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,9 +61,12 @@ SCHEMA = pa.schema(
 CREATED, DROPPED, TRUNCATED, REWRITTEN = 1, 2, 4, 8
 """Bits of `flags`: what became of the table."""
 
-_DELTA = ("lsn", "write", "time_us", "xid", "from_lsn", "to_lsn")
+ROW_GROUP = 1 << 16
+"""Rows of a row group: what is looked for is seldom in more than a few of them."""
+
+_DELTA = ("lsn", "write", "time_us", "xid", "from_lsn", "to_lsn", "rows", "begin_at", "end_at")
 """Columns that rise steadily: stored as differences."""
-_DICTIONARY = [name for name in SCHEMA.names if name not in (*_DELTA, "begin_at", "end_at", "subxids")]
+_DICTIONARY = [name for name in SCHEMA.names if name not in (*_DELTA, "subxids")]
 
 _LOOK_SCHEMA = pa.schema(
     [
@@ -84,9 +88,16 @@ def write_transactions(place: Path, table: pa.Table) -> FileSummary:
     return _write(place / TRANSACTIONS, table.cast(SCHEMA))
 
 
-def read_transactions(place: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Some columns of an interval's index. Raises FileNotFoundError when it has none, DamageError with the file."""
-    return _read(place / TRANSACTIONS, columns)
+Ranges = Mapping[str, Sequence[tuple[int, int]]]
+"""For columns of numbers: what is looked for lies in one of these ranges, bounds included."""
+
+
+def read_transactions(place: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
+    """Some columns of an interval's index; with `within`, only the parts of it that can hold what is looked for.
+
+    Raises FileNotFoundError when it has none, DamageError with the file.
+    """
+    return _read(place / TRANSACTIONS, columns, within or {})
 
 
 def write_wal(place: Path, wal: NDArray[np.void]) -> FileSummary:
@@ -153,7 +164,7 @@ def _write(path: Path, table: pa.Table) -> FileSummary:
         compression="zstd",
         use_dictionary=[name for name in table.schema.names if name in _DICTIONARY or table.schema is _LOOK_SCHEMA],
         column_encoding=delta or None,
-        row_group_size=1 << 20,
+        row_group_size=ROW_GROUP,
         write_page_checksum=True,
     )
     fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
@@ -167,11 +178,13 @@ def _write(path: Path, table: pa.Table) -> FileSummary:
     return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
 
 
-def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def _read(path: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
     try:
-        return pq.read_table(
-            path, columns=None if columns is None else list(columns), page_checksum_verification=True, partitioning=None
-        )
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            groups = [
+                group for group in range(file.num_row_groups) if _may_hold(file.metadata.row_group(group), within)
+            ]
+            return file.read_row_groups(groups, columns=None if columns is None else list(columns))
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
@@ -179,3 +192,18 @@ def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
             f"{path} is damaged (offset unknown to parquet): {error}",
             "every boundary and write can still be restored; transactions of this interval cannot be listed",
         ) from None
+
+
+def _may_hold(group: Any, within: Ranges | None) -> bool:
+    """Whether a row group can have a row within the ranges, by its statistics."""
+    if not within:
+        return True
+    for at in range(group.num_columns):
+        column = group.column(at)
+        ranges = within.get(column.path_in_schema)
+        said = column.statistics
+        if ranges is None or said is None or not said.has_min_max:
+            continue
+        if not any(low <= said.max and said.min <= high for low, high in ranges):
+            return False
+    return True

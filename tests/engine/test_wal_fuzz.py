@@ -1,0 +1,55 @@
+"""Bytes that look like WAL never crash the reader nor make it contradict itself: libFuzzer with address sanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import zstandard
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = ROOT / "tests" / "fuzz" / "corpus"
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fuzz target."""
+    program = tmp_path_factory.mktemp("fuzz") / "fuzz_wal"
+    subprocess.run([str(ROOT / "script" / "fuzz-build"), str(program)], check=True)
+    return program
+
+
+def seeds(place: Path) -> Path:
+    """The corpus with each set of flags that fuzz_wal.c knows."""
+    place.mkdir()
+    for file in CORPUS.glob("*.zst"):
+        raw = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+        for flags in (0, 1, 3, 5):
+            (place / f"{file.stem}-{flags}").write_bytes(bytes([flags]) + raw[1:])
+    return place
+
+
+def test_the_seeds_reach_what_is_read(target: Path, tmp_path: Path) -> None:
+    """Else the target would prove nothing: in every seed it finds the transactions of make_corpus.WORK."""
+    for seed in seeds(tmp_path / "seeds").iterdir():
+        environment = {**os.environ, "FUZZ_WAL_TELL": "1"}
+        done = subprocess.run(
+            [str(target), "-runs=1", str(seed)], check=False, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends = [int(line.split(":")[1]) for line in done.stderr.splitlines() if line.startswith("ends of")]
+        assert max(ends) >= 12, seed
+
+
+def test_a_minute_of_fuzzing_finds_nothing(target: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    found.mkdir()
+    seconds = int(os.environ.get("PGCDP_FUZZ_SECONDS", SECONDS))
+    words = [str(target), f"-max_total_time={seconds}", "-max_len=130000", "-timeout=10", "-rss_limit_mb=1024"]
+    words += [f"-artifact_prefix={tmp_path}/", str(found), str(seeds(tmp_path / "seeds"))]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Done " in done.stderr
