@@ -16,12 +16,13 @@ from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
-from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.intervals.policy import parse_policy
-from pgcdp.postgres import session
+from pgcdp.postgres import role, session
 from pgcdp.postgres.cluster import Binaries, find_binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Interval, Kind, RecoveryPoint, Target
+from pgcdp.recovery import instant
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery import verify as proving
 from pgcdp.recovery.salvage import Wanted
@@ -72,6 +73,9 @@ def protect(
     attach.up(config, progress)
     service.start(config)
     wait_baseline(config, progress)
+    progress(Progress("making the role pgcdp and the function pgcdp.mark"))
+    with suppress(PgcdpError):  # protection does not depend on them; pgcdp check says what is missing
+        role.install(session.Dsn.of(config))
     return status(set_name)
 
 
@@ -145,7 +149,29 @@ def cut(set_name: str) -> Json:
 def mark(set_name: str, name: str) -> Json:
     """Put a named mark into the write order."""
     config = load_config(set_name)
-    return {"set": set_name, "name": name, "write": EngineClient(config.paths.control).mark(name)}
+    client = EngineClient(config.paths.control)
+    earlier: list[int] = []
+    with suppress(PgcdpError, OSError):  # the mark itself needs no store
+        earlier = [each["write"] for each in marks(open_source(set_name, None)) if each["name"] == name]
+    return {"set": set_name, "name": name, "write": client.mark(name), "earlier": earlier}
+
+
+def marks(source: Source) -> list[Json]:
+    """Marks and restore points, newest first: {"name", "kind", "write", "lsn"}."""
+
+    def look() -> list[Json]:
+        found = instant.marks(source.transactions().history())
+        return [
+            {
+                "name": each.event["name"],
+                "kind": each.event["kind"],
+                "write": each.write,
+                "lsn": None if each.event["lsn"] is None else format_lsn(each.event["lsn"]),
+            }
+            for each in found
+        ]
+
+    return source.again(look)
 
 
 # --- looking
@@ -256,7 +282,15 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
         rows = [interval_json(each, catalog.last_verification(each.number)) for each in source.intervals()]
     finally:
         catalog.close()
-    return {"set": source.store.set_name, "recovery_window": window_json(first, last), "intervals": rows}
+    known: list[Json] | None = None
+    with suppress(DamageError, PreconditionError):  # intervals can be listed all the same
+        known = marks(source)
+    return {
+        "set": source.store.set_name,
+        "recovery_window": window_json(first, last),
+        "intervals": rows,
+        "marks": known,
+    }
 
 
 def interval_json(interval: Interval, verified: Json | None) -> Json:

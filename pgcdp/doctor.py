@@ -15,7 +15,7 @@ from pgcdp.capture.engine import EngineStatus, run_engine
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import free_space
-from pgcdp.postgres import session
+from pgcdp.postgres import role, session
 from pgcdp.postgres.control import describe, find_control_blocks
 from pgcdp.progress import Progress, Report
 from pgcdp.records import BLOCK, Check
@@ -42,6 +42,7 @@ def examine(config: Config, engine: EngineStatus | None, full: bool, progress: R
         ("capture", lambda: _capture(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config)),
+        ("role", lambda: _role(config)),
         ("space", lambda: _space(config)),
         ("journal", lambda: _journal(config, engine, full)),
         ("store", lambda: _store(config, full, progress)),
@@ -113,6 +114,15 @@ def _settings(config: Config) -> Iterator[Finding]:
         yield _failed("data outside the set", f"not captured: {places}", "move it into the data directory")
     else:
         yield _passed("data outside the set", "none")
+
+
+def _role(config: Config) -> Iterator[Finding]:
+    """The role and its function are a convenience: without them marks are set by `pgcdp mark` alone."""
+    lacking = role.missing(session.Dsn.of(config))
+    if lacking:
+        yield _passed("role pgcdp", f"warning: missing: {', '.join(lacking)}; pgcdp protect {config.name} makes them")
+    else:
+        yield _passed("role pgcdp", "least privilege, and pgcdp.mark in every database")
 
 
 def _space(config: Config) -> Iterator[Finding]:

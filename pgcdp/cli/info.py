@@ -28,6 +28,13 @@ def _render(value: Mapping[str, Any]) -> None:
     screen.pairs([("set", value["set"]), ("recovery window", window(value["recovery_window"]))])
     screen.text()
     intervals_table(value["intervals"])
+    if value["marks"]:
+        screen.text()
+        rows = [
+            [each["name"], each["kind"].replace("_", " "), str(each["write"]), each["lsn"] or "-"]
+            for each in value["marks"]
+        ]
+        screen.table(["mark", "kind", "write", "lsn"], rows)
 
 
 def intervals_table(intervals: Sequence[Mapping[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from pgcdp import proc
 from pgcdp.errors import PgcdpError, VerificationFailed
 from pgcdp.postgres import session
 from pgcdp.postgres.cluster import Binaries
+from pgcdp.postgres.role import sql_files
 from pgcdp.records import Check
 from pgcdp.recovery import assertions, sandbox
 from pgcdp.recovery.assertions import Assertion
@@ -33,10 +34,8 @@ Report = Callable[[Check], None]
 
 
 def own_checks() -> list[Path]:
-    """pgcdp's own assertions, sql/checks/*.sql: in the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    places = (package / "_sql" / "checks", package.parent / "sql" / "checks")
-    return sorted(next((place for place in places if place.is_dir()), places[0]).glob("*.sql"))
+    """pgcdp's own assertions, sql/checks/*.sql."""
+    return sql_files("checks")
 
 
 def verify_directory(
