@@ -155,8 +155,9 @@ static_assert(sizeof(struct fmt_change) == 40, "FORMAT.md 4.1");
 
 struct fmt_wal_write { /* FORMAT.md 4.1: the WAL that a write completed */
     uint64_t write, from_lsn, to_lsn;
+    uint64_t durable; /* the write with which recovery reaches it */
 };
-static_assert(sizeof(struct fmt_wal_write) == 24, "FORMAT.md 4.1");
+static_assert(sizeof(struct fmt_wal_write) == 32, "FORMAT.md 4.1");
 
 #define FMT_NOTE_LOST 255u /* in place of a resource manager: WAL from lsn to end_lsn was not seen */
 #define FMT_NOTE_MARK 254u /* ... a mark of the journal; the body is its name */

@@ -25,6 +25,7 @@ struct wal {
     struct pages pages;
     uint64_t previous;  /* LSN of the record before the next one; 0: not known */
     uint64_t next_read; /* where the next record begins, as far as was read; pages.next runs ahead when it jumps */
+    uint64_t fresh_from; /* of the write taken last */
     uint8_t *record;
     size_t record_room;
 };
@@ -162,6 +163,21 @@ static enum outcome next_record(struct wal *w, struct wal_record *r)
     return DONE;
 }
 
+/* The next record, when all that it lacks is the second half of a page that was torn apart. */
+static enum outcome with_lone_half(struct wal *w, struct wal_record *r)
+{
+    uint64_t page = pages_torn(&w->pages);
+    for (uint32_t candidate = 0; page && candidate < PAGES_CANDIDATES; candidate++) {
+        if (!pages_try(&w->pages, page, candidate))
+            continue;
+        enum outcome got = next_record(w, r);
+        if (got == DONE)
+            return DONE;
+        pages_reject(&w->pages, page);
+    }
+    return WAIT;
+}
+
 /* A page said where to go on: what lies between is not known, and nothing links to it. */
 static int jump(struct wal *w)
 {
@@ -179,6 +195,8 @@ static int advance(struct wal *w)
         struct wal_record r;
         enum outcome got = next_record(w, &r);
         if (got == WAIT)
+            got = with_lone_half(w, &r);
+        if (got == WAIT)
             return 0;
         w->next_read = w->pages.next;
         if (got == AGAIN)
@@ -186,6 +204,8 @@ static int advance(struct wal *w)
         r.write = w->pages.write;
         r.begin_at = pages_place(&w->pages, r.lsn, false);
         r.end_at = pages_place(&w->pages, r.end_lsn, true);
+        if (!w->fresh_from && pages_fresh(&w->pages, r.lsn, r.end_lsn))
+            w->fresh_from = r.lsn;
         w->previous = r.lsn;
         w->pages.next = r.end_lsn;
         uint32_t segment = w->o.segment_bytes;
@@ -202,10 +222,15 @@ static int advance(struct wal *w)
 
 int wal_take(struct wal *w, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length)
 {
+    w->fresh_from = 0;
     return pages_take(&w->pages, write, volume, offset, data, length) ? advance(w) : 0;
 }
 
 uint64_t wal_next_lsn(const struct wal *w) { return w->next_read; }
+
+uint64_t wal_fresh_from(const struct wal *w) { return w->fresh_from; }
+
+bool wal_again(const struct wal *w) { return w->pages.again; }
 
 /* ---- life ---- */
 

@@ -61,6 +61,12 @@ int wal_take(struct wal *w, uint64_t write, uint16_t volume, uint64_t offset, co
 /* Where the next record is looked for; 0 before the first page was seen. */
 uint64_t wal_next_lsn(const struct wal *w);
 
+/* Of the write taken last: the first of the records that it completed for which it was the first write to one of their
+ * blocks, 0: none; and whether it held blocks that had been written before. A flush of WAL begins with the page that the one
+ * before ended in. */
+uint64_t wal_fresh_from(const struct wal *w);
+bool wal_again(const struct wal *w);
+
 /* What one run leaves for the next (FORMAT.md 4.2), which must have the same options. False: that is not it. */
 void wal_save(const struct wal *w, FILE *out);
 bool wal_restore(struct wal *w, struct cursor *in);

@@ -14,12 +14,14 @@
 #include "frames.h"
 #include "journal_read.h"
 #include "util.h"
+#include "wal_settle.h"
 #include "wal_state.h"
 #include "wal_tables.h"
 
 struct index_options {
     uint64_t system_identifier, segment_bytes, start_lsn, upto;
     const char *state, *save_state, *journal, *out;
+    bool holes;
     char **interval;
     int intervals;
 };
@@ -27,6 +29,7 @@ struct index_options {
 struct index_run {
     struct wal_reading reading;
     struct tables *tables;
+    struct settle settle;
     uint64_t upto;
 };
 
@@ -35,7 +38,7 @@ static int usage(const char *message, const char *argument)
     struct err e;
     err_set(&e, ERR_USAGE, message, argument);
     err_hint(&e, "pgcdp-engine wal --system-identifier N --out DIR [--segment-bytes N] [--start-lsn X/Y | --state FILE] "
-                 "[--save-state FILE] [--journal DIR] [--upto WRITE] [INTERVAL ...]");
+                 "[--save-state FILE] [--journal DIR] [--upto WRITE] [--wal-holes] [INTERVAL ...]");
     return command_failed(&e, ERR_USAGE);
 }
 
@@ -60,6 +63,7 @@ static bool take_option(struct index_options *o, int option, const char *value)
     case 'S': o->save_state = value; return true;
     case 'j': o->journal = value; return true;
     case 'o': o->out = value; return true;
+    case 'h': o->holes = true; return true;
     default: return false;
     }
 }
@@ -72,7 +76,7 @@ static int parse(int argc, char **argv, struct index_options *o)
         {"start-lsn", required_argument, NULL, 'l'},         {"upto", required_argument, NULL, 'u'},
         {"state", required_argument, NULL, 's'},             {"save-state", required_argument, NULL, 'S'},
         {"journal", required_argument, NULL, 'j'},           {"out", required_argument, NULL, 'o'},
-        {NULL, 0, NULL, 0},
+        {"wal-holes", no_argument, NULL, 'h'},               {NULL, 0, NULL, 0},
     };
     *o = (struct index_options){.segment_bytes = 16u << 20, .upto = UINT64_MAX};
     optind = 1;
@@ -125,8 +129,11 @@ static int take_write(struct index_run *run, const struct fmt_record *r, const u
         return 0;
     uint64_t from = wal_next_lsn(wal);
     int rc = wal_take(wal, r->number, r->volume, r->offset, data, r->data_length);
-    if (!rc && wal_next_lsn(wal) != from)
-        rc = tables_write(run->tables, r->number, from, wal_next_lsn(wal));
+    struct fmt_wal_write row = {.write = r->number, .from_lsn = from, .to_lsn = wal_next_lsn(wal)};
+    if (!rc && row.to_lsn != from)
+        rc = settle_wal(&run->settle, run->tables, row, wal_fresh_from(wal), wal_again(wal));
+    else if (!rc)
+        rc = settle_other(&run->settle, run->tables, r->number, data, r->data_length);
     return rc ? err_sys(e, rc, "cannot index write %" PRIu64, r->number) : 0;
 }
 
@@ -162,7 +169,7 @@ static int take_interval(struct index_run *run, const char *directory, struct er
         rc = take_stream(run, index, writes, e);
     frames_close(index);
     frames_close(writes);
-    return rc;
+    return rc == -ENOENT ? ERR_PRECONDITION : rc; /* published meanwhile: it is to be looked for elsewhere */
 }
 
 static int take_batch(struct index_run *run, const struct jr_batch *batch, struct err *e)
@@ -215,7 +222,7 @@ static int open_run(struct index_run *run, const struct index_options *o, struct
         .system_identifier = o->system_identifier, .start_lsn = o->start_lsn, .segment_bytes = (uint32_t)o->segment_bytes,
         .found = take_record, .lost = wal_lost_from, .arg = run,
     };
-    *run = (struct index_run){.upto = o->upto};
+    *run = (struct index_run){.upto = o->upto, .settle.holes = o->holes};
     run->reading.system_identifier = o->system_identifier;
     run->reading.segment_bytes = (uint32_t)o->segment_bytes;
     int rc = wal_open(&run->reading.wal, &wal, e);
@@ -235,6 +242,8 @@ static int read_all(struct index_run *run, const struct index_options *o, struct
         rc = take_interval(run, o->interval[i], e);
     if (!rc && o->journal)
         rc = take_journal(run, o->journal, e);
+    if (!rc && (rc = settle_end(&run->settle, run->tables)))
+        err_sys(e, rc, "cannot write the tables");
     if (!rc && o->save_state)
         rc = state_save(&run->reading, o->save_state, e);
     return rc;

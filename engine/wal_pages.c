@@ -9,7 +9,7 @@
 #define LONG_PAGE 0x0002u
 #define PAGE_FLAGS 0x000fu
 
-#define STASHED 256u
+#define STASHED PAGES_CANDIDATES
 #define STASH_WRITES 64u /* a second half comes within so many writes of its first */
 #define NO_PAGE UINT64_MAX
 
@@ -98,7 +98,8 @@ uint32_t pages_place(const struct pages *p, uint64_t lsn, bool end)
     const struct pages_slot *s = slot_of(p, page);
     if (s->page != page || s->volume != p->write_volume)
         return NOT_IN_WRITE;
-    uint64_t place = s->place + (lsn - page * PAGE);
+    uint64_t at = lsn - page * PAGE;
+    uint64_t place = at < BLOCK || (end && at == BLOCK) ? s->place + at : s->second + (at - BLOCK);
     if (place < p->write_offset || place > p->write_offset + p->write_length)
         return NOT_IN_WRITE;
     return (uint32_t)(place - p->write_offset);
@@ -152,6 +153,29 @@ static bool within_ring(struct pages *p, uint64_t page, uint32_t timeline)
     return true;
 }
 
+static void note_half(struct pages *p, struct pages_slot *s, uint8_t half)
+{
+    if (s->fresh_write != p->write) {
+        s->fresh = 0;
+        s->fresh_write = p->write;
+    }
+    if (s->halves & half)
+        p->again = true;
+    else
+        s->fresh |= half;
+    s->halves |= half;
+}
+
+bool pages_fresh(const struct pages *p, uint64_t lsn, uint64_t end_lsn)
+{
+    for (uint64_t block = lsn / BLOCK; block <= (end_lsn - 1) / BLOCK; block++) {
+        const struct pages_slot *s = slot_of(p, block * BLOCK / PAGE);
+        if (s->fresh_write == p->write && (s->fresh & (block % 2 ? SECOND_HALF : FIRST_HALF)))
+            return true;
+    }
+    return false;
+}
+
 static bool take_first_half(struct pages *p, uint16_t volume, uint64_t place, const uint8_t *block)
 {
     uint64_t page = page_u64(block + 8) / PAGE;
@@ -162,18 +186,20 @@ static bool take_first_half(struct pages *p, uint16_t volume, uint64_t place, co
     if (s->page == page && s->timeline > timeline)
         return false;
     if (s->page != page || s->volume != volume || s->place != place || s->timeline != timeline) {
-        *s = (struct pages_slot){.page = page, .place = place, .timeline = timeline, .volume = volume};
+        *s = (struct pages_slot){
+            .page = page, .place = place, .second = place + BLOCK, .timeline = timeline, .volume = volume,
+        };
         *second_at(p, volume, place + BLOCK) = (struct pages_second){.place = place + BLOCK, .page = page, .volume = volume};
     }
     memcpy(content_of(p, page), block, BLOCK);
-    s->halves |= FIRST_HALF;
+    note_half(p, s, FIRST_HALF);
     return true;
 }
 
 static void take_second_half(struct pages *p, uint64_t page, const uint8_t *block)
 {
     memcpy(content_of(p, page) + BLOCK, block, BLOCK);
-    slot_of(p, page)->halves |= SECOND_HALF;
+    note_half(p, slot_of(p, page), SECOND_HALF);
 }
 
 /* A block that says nothing of itself: the second half of a page that is known, or of one that comes later. */
@@ -182,7 +208,7 @@ static bool take_lone_block(struct pages *p, uint16_t volume, uint64_t place, co
     const struct pages_second *known = second_at(p, volume, place);
     if (known->place == place && known->volume == volume && place) {
         const struct pages_slot *s = slot_of(p, known->page);
-        if (s->page == known->page && s->volume == volume && s->place + BLOCK == place) {
+        if (s->page == known->page && s->volume == volume && s->second == place) {
             take_second_half(p, known->page, block);
             return true;
         }
@@ -190,7 +216,39 @@ static bool take_lone_block(struct pages *p, uint16_t volume, uint64_t place, co
     struct pages_stashed *kept = stash_at(p, volume, place);
     *kept = (struct pages_stashed){.place = place, .volume = volume, .write = p->write};
     memcpy(kept->data, block, BLOCK);
-    return false;
+    return p->next && pages_torn(p);
+}
+
+uint64_t pages_torn(const struct pages *p)
+{
+    for (uint64_t page = p->next / PAGE; page < p->next / PAGE + p->slots; page++) {
+        const struct pages_slot *s = slot_of(p, page);
+        if (s->page != page || !(s->halves & FIRST_HALF))
+            return 0;
+        if (s->halves == FIRST_HALF)
+            return page;
+    }
+    return 0;
+}
+
+bool pages_try(struct pages *p, uint64_t page, uint32_t candidate)
+{
+    struct pages_slot *s = slot_of(p, page);
+    const struct pages_stashed *kept = &p->stash[candidate];
+    if (s->page != page || s->halves != FIRST_HALF || !kept->write || kept->volume != s->volume ||
+        kept->write + STASH_WRITES < p->write)
+        return false;
+    s->second = kept->place;
+    take_second_half(p, page, kept->data);
+    *second_at(p, s->volume, s->second) = (struct pages_second){.place = s->second, .page = page, .volume = s->volume};
+    return true;
+}
+
+void pages_reject(struct pages *p, uint64_t page)
+{
+    struct pages_slot *s = slot_of(p, page);
+    s->halves = FIRST_HALF;
+    s->second = s->place + BLOCK;
 }
 
 bool pages_take(struct pages *p, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length)
@@ -200,6 +258,7 @@ bool pages_take(struct pages *p, uint64_t write, uint16_t volume, uint64_t offse
     p->write_volume = volume;
     p->write_offset = offset;
     p->write_length = length;
+    p->again = false;
     for (uint64_t at = 0; at < length; at += BLOCK) {
         if (!is_page(p, data + at)) {
             if (at == 0)
@@ -226,7 +285,7 @@ bool pages_take(struct pages *p, uint64_t write, uint16_t volume, uint64_t offse
 /* ---- between runs ---- */
 
 struct saved_page { /* FORMAT.md 4.2 */
-    uint64_t page, place;
+    uint64_t page, place, second;
     uint32_t timeline;
     uint16_t volume;
     uint8_t halves, reserved;
@@ -260,7 +319,7 @@ void pages_save(const struct pages *p, FILE *out)
         const struct pages_slot *s = slot_of(p, page);
         if (s->page != page)
             continue;
-        struct saved_page saved = {s->page, s->place, s->timeline, s->volume, s->halves, 0};
+        struct saved_page saved = {s->page, s->place, s->second, s->timeline, s->volume, s->halves, 0};
         fwrite(&saved, sizeof saved, 1, out);
         fwrite(content_of(p, page), PAGE, 1, out);
     }
@@ -288,9 +347,12 @@ bool pages_restore(struct pages *p, struct cursor *in)
         if (!cursor_copy(in, &s, sizeof s) || s.page < p->next / PAGE || s.page >= p->next / PAGE + p->slots ||
             !cursor_copy(in, content_of(p, s.page), PAGE))
             return false;
-        *slot_of(p, s.page) = (struct pages_slot){s.page, s.place, s.timeline, s.volume, s.halves & WHOLE};
-        *second_at(p, s.volume, s.place + BLOCK) =
-            (struct pages_second){.place = s.place + BLOCK, .page = s.page, .volume = s.volume};
+        *slot_of(p, s.page) = (struct pages_slot){
+            .page = s.page, .place = s.place, .second = s.second, .timeline = s.timeline, .volume = s.volume,
+            .halves = s.halves & WHOLE,
+        };
+        *second_at(p, s.volume, s.second) =
+            (struct pages_second){.place = s.second, .page = s.page, .volume = s.volume};
     }
     for (uint32_t i = 0; i < head.halves; i++) {
         struct saved_half s;

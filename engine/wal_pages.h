@@ -1,9 +1,9 @@
 /* WAL pages as they are now, gathered from captured writes: those from the next record on, in a ring.
  *
  * A page is known by its number, its address / 8192; page p lies in slot p % slots. Writes come in blocks of 4096 bytes, so
- * a page has two halves. The first says which page it is; the second is the block behind it on the volume. (A filesystem
- * can tear a page apart at the end of an extent; WAL segments are made whole, 16 MiB or more, so that extents end between
- * pages.) */
+ * a page has two halves. The first says which page it is; the second is the block behind it on the volume, unless the
+ * filesystem tore the page apart at the end of an extent (with wal_init_zero = off the last page of every segment is). Then
+ * it is the block with which the next record's CRC is right: `pages_try` offers those that came lately, one by one. */
 #ifndef PGCDP_WAL_PAGES_H
 #define PGCDP_WAL_PAGES_H
 
@@ -26,10 +26,13 @@
 
 struct pages_slot {
     uint64_t page;  /* NO_PAGE: nothing in it */
-    uint64_t place; /* offset of its first half on the volume */
+    uint64_t place;  /* offset of its first half on the volume */
+    uint64_t second; /* ... of its second half, as far as is known */
     uint32_t timeline;
     uint16_t volume;
     uint8_t halves;
+    uint8_t fresh; /* halves that were new in write `fresh_write` */
+    uint64_t fresh_write;
 };
 
 struct pages_second;
@@ -49,6 +52,7 @@ struct pages {
     bool jumped;   /* `next` was set anew by a page: what was before it does not link to it */
     uint64_t write, write_offset, write_length; /* the one taken last */
     uint16_t write_volume;
+    bool again; /* whether it held halves of pages that had been written before */
 };
 
 int pages_open(struct pages *p, struct err *e);
@@ -65,6 +69,18 @@ const uint8_t *pages_get(const struct pages *p, uint64_t page);
 
 /* Whether the bytes of a known page up to `end` are there. */
 bool pages_reach(const struct pages *p, uint64_t page, uint32_t end);
+
+/* Whether any of the bytes from `lsn` to `end_lsn` lie in a half that was new in the write taken last. */
+bool pages_fresh(const struct pages *p, uint64_t lsn, uint64_t end_lsn);
+
+/* The first page from the next record on that lacks its second half, if all before it are there; 0: none. */
+uint64_t pages_torn(const struct pages *p);
+
+/* Takes the block number `candidate` of those that came lately for the second half of a page that has none; false: there is
+ * no such block. `pages_reject` takes the block away again. */
+bool pages_try(struct pages *p, uint64_t page, uint32_t candidate);
+void pages_reject(struct pages *p, uint64_t page);
+#define PAGES_CANDIDATES 256u
 
 /* Where `lsn` lies in the write taken last, in bytes from its beginning, or NOT_IN_WRITE. `end`: lsn is the first byte
  * behind something, which may be the end of a page. */

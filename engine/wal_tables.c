@@ -86,11 +86,7 @@ int tables_lost(struct tables *t, uint64_t from, uint64_t to, uint64_t write)
     return put_note(t, &note, "");
 }
 
-int tables_write(struct tables *t, uint64_t write, uint64_t from_lsn, uint64_t to_lsn)
-{
-    struct fmt_wal_write w = {write, from_lsn, to_lsn};
-    return put(t, WRITES, &w, sizeof w, 1);
-}
+int tables_write(struct tables *t, const struct fmt_wal_write *row) { return put(t, WRITES, row, sizeof *row, 1); }
 
 int tables_close(struct tables *t, struct err *e)
 {

@@ -371,7 +371,7 @@ class Agent:
         self.looked_at = time.monotonic()
         with suppress(PgcdpError):
             found = await self._soon(self._read_catalogs())
-            await self._in_worker(stages.look, found)
+            await self._in_worker(stages.look, found, self.settings)
 
     async def _read_catalogs(self) -> Look:
         return await look(Dsn.of(self.config), await self._connected())

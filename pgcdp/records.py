@@ -91,15 +91,19 @@ TRANSACTION = np.dtype(
         ("begin_at", "<u4"),
         ("end_at", "<u4"),
         ("status", "<u4"),
+        ("late", "<u4"),
     ]
 )
-"""The end of a transaction as the transaction index has it: xid of 64 bits, microseconds since 1970."""
+"""The end of a transaction as the transaction index has it: xid of 64 bits, microseconds since 1970.
+
+`write` is the one with which recovery finds the record, `write - late` the one that holds it.
+"""
 
 COMMITTED, ABORTED, PREPARED, COMMITTED_PREPARED, ABORTED_PREPARED = 1, 2, 3, 4, 5
 """Values of `status` of END and TRANSACTION."""
 
-WAL_WRITE = np.dtype([("write", "<u8"), ("from_lsn", "<u8"), ("to_lsn", "<u8")])
-"""The WAL that a write completed, 24 bytes (FORMAT.md 4.1)."""
+WAL_WRITE = np.dtype([("write", "<u8"), ("from_lsn", "<u8"), ("to_lsn", "<u8"), ("durable", "<u8")])
+"""The WAL that a write completed, 32 bytes (FORMAT.md 4.1)."""
 
 NOTE = np.dtype(
     [
@@ -195,8 +199,8 @@ class RecoveryPoint:
     """What a target resolves to: all writes up to `write`, which lies in interval `interval` (None: the open one).
 
     `time_ns` is when that write was captured; `boundary` is the number of the boundary if the point is one.
-    `lsn`: the WAL in that write is blank from here on, which is `blank_at` bytes from the write's beginning; None: all
-    of the write is in. `note`: what the user must know of it.
+    `lsn`: WAL is blank from here on, which is `blank_at` bytes from the beginning of write `blank_write` (that one, or
+    one shortly before it); None: all is in. `note`: what the user must know of it.
     """
 
     write: int
@@ -205,6 +209,7 @@ class RecoveryPoint:
     boundary: int | None = None
     lsn: int | None = None
     blank_at: int | None = None
+    blank_write: int | None = None
     note: str | None = None
 
 

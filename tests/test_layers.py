@@ -88,6 +88,7 @@ C_FLOORS: dict[str, int] = {
     "dump": 6,
     "wal_state": 5,
     "wal_tables": 5,
+    "wal_settle": 5,
     "wal_index": 6,
     "main": 6,
 }

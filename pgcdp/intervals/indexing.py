@@ -46,7 +46,7 @@ class Start:
         with suppress(FileNotFoundError):
             notes = read_notes((place / CATALOG_NOTES).read_bytes())
         return cls(
-            Cluster(system_identifier, segment_bytes(settings)),
+            cluster_of(system_identifier, settings),
             boundary,
             state if state.exists() else None,
             Past(newest_look(store, boundary.number), notes),
@@ -58,12 +58,11 @@ class Start:
         return read_wal(self.cluster, intervals, start_lsn=start_lsn, state=self.state, **more)
 
 
-def segment_bytes(settings: dict[str, Any]) -> int:
-    """wal_segment_size of an interval's settings."""
-    for row in settings.get("settings", ()):
-        if row["name"] == "wal_segment_size":
-            return int(row["setting"])
-    return SEGMENT_BYTES
+def cluster_of(system_identifier: int, settings: dict[str, Any]) -> Cluster:
+    """What an interval's settings say of the WAL."""
+    values = {row["name"]: row["setting"] for row in settings.get("settings", ())}
+    size = int(values.get("wal_segment_size", SEGMENT_BYTES))
+    return Cluster(system_identifier, size, values.get("wal_init_zero") == "off")
 
 
 def newest_look(store: Store, number: int) -> Look | None:
@@ -96,7 +95,9 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start) -> IndexFiles
     readout = start.read([place], save_state=state)
     indexed = index_transactions(readout, start.past, read_look(place), boundary.next_xid)
     write_json(place / EVENTS, {"events": indexed.events, "tables": indexed.tables})
-    recent = [note for note in (*start.past.notes, *readout.notes) if note.lsn >= boundary.redo_lsn]
+    pending = {note.lsn for note in indexed.pending}
+    notes = (*start.past.notes, *readout.notes)
+    recent = [note for note in notes if note.lsn >= boundary.redo_lsn or note.lsn in pending]
     write_atomic(place / CATALOG_NOTES, pack_notes(recent))
     files = [write_transactions(place, indexed.table), write_wal(place, indexed.wal)]
     files += [summary_of(place / name) for name in (EVENTS, CATALOG_NOTES, WAL_STATE)]

@@ -109,15 +109,13 @@ def _look_now(namer: _Namer, before: Look | None, after: Look | None) -> Look | 
     base = after or before
     since = base.lsn if base else 0
     said = [each for of_oid in namer.reader.oids.values() for each in of_oid if each.lsn >= since]
-    if not said:
-        return base
+    if not said and base is not None:
+        return replace(base, databases=dict(namer.reader.databases))
     relations = {(each.database, each.oid): each for each in (base.relations if base else ())}
     for each in sorted(said, key=lambda each: each.lsn):
         if namer.top.get(each.xid, each.xid) in namer.committed and not _TRANSIENT.match(each.relation.name):
             relations[each.relation.database, each.relation.oid] = replace(namer.settled(each), file=each.relation.file)
-    schemas = {**(base.schemas if base else {}), **namer.reader.schemas}
-    databases = {**(before.databases if before else {}), **(after.databases if after else {})}
-    return Look(since, databases, schemas, tuple(relations.values()))
+    return Look(since, dict(namer.reader.databases), dict(namer.reader.schemas), tuple(relations.values()))
 
 
 def _rows(relations: dict[tuple[int, int], Relation], said: Said) -> int:

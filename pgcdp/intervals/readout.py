@@ -33,10 +33,11 @@ class Readout:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Whose WAL it is."""
+    """Whose WAL it is. `holes`: wal_init_zero is off."""
 
     system_identifier: int
     segment_bytes: int = SEGMENT_BYTES
+    holes: bool = False
 
 
 def read_wal(
@@ -63,6 +64,8 @@ def read_wal(
     ]
     if start_lsn:
         words += ["--start-lsn", format_lsn(start_lsn)]
+    if cluster.holes:
+        words.append("--wal-holes")
     for option, value in (("--state", state), ("--save-state", save_state), ("--journal", journal), ("--upto", upto)):
         if value is not None:
             words += [option, str(value)]

@@ -26,12 +26,10 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.layout import Store
-from pgcdp.store.open_interval import OpenInterval
+from pgcdp.store.open_interval import SETTINGS, OpenInterval
 from pgcdp.store.transactions import write_look
 
 log = logging.getLogger(__name__)
-
-SETTINGS = "settings.json"
 
 STEP_BYTES = 256 << 20
 """Bytes of writes after which a step comes back."""
@@ -243,10 +241,11 @@ class Stages:
             self._start = run.end
         return published
 
-    def look(self, look: Look) -> None:
-        """Keep a look at the catalogs with the interval that is open."""
+    def look(self, look: Look, settings: dict[str, Any]) -> None:
+        """Keep a look at the catalogs, and the settings, with the interval that is open."""
         if self.opened is not None and self.opened.boundary is None:
             write_look(self.opened.path, look)
+            write_json(self.opened.path / SETTINGS, settings)
 
     def _some(self, runs: Iterator[BatchRun]) -> Iterator[BatchRun]:
         """The first STEP_BYTES of them."""

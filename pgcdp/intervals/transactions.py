@@ -38,7 +38,10 @@ class Past:
 
 @dataclass(frozen=True)
 class Indexed:
-    """The index (SCHEMA), the tables that are in it, the events (FORMAT.md 3.7), array WAL_WRITE, the catalogs then."""
+    """The index (SCHEMA), the tables that are in it, the events (FORMAT.md 3.7), array WAL_WRITE, the catalogs then.
+
+    `pending`: records that made a database invalid, which was not dropped yet.
+    """
 
     table: pa.Table
     tables: list[dict[str, Any]]
@@ -46,6 +49,7 @@ class Indexed:
     wal: NDArray[np.void]
     look: Look | None
     next_xid: int
+    pending: list[Note]
 
 
 def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid: int) -> Indexed:
@@ -57,12 +61,22 @@ def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid
     for note in (*past.notes, *readout.notes):
         reader.take(note)
     names = name_changes(readout, reader, past.look, look)
-    databases = {**(past.look.databases if past.look else {}), **(look.databases if look else {})}
+    databases = reader.databases
     rows = _rows(readout, names)
     sizes, now = table_sizes(readout, rows, names, past.look, look)
     table = _table(readout, rows, sizes, names, databases, next_xid)
-    events = _events(readout, reader, next_xid)
-    return Indexed(table, _tables(rows, names, databases), events, readout.wal, with_sizes(names.look, now), next_xid)
+    events, pending = _events(readout, reader, next_xid)
+    touched = _tables(rows, names, databases)
+    return Indexed(table, touched, events, readout.wal, with_sizes(names.look, now), next_xid, pending)
+
+
+def durable_write(readout: Readout, lsn: NDArray[np.uint64], write: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """With which write recovery finds the records that begin at `lsn` and became whole with these writes."""
+    wal = readout.wal
+    if not len(wal):
+        return write
+    at = np.minimum(np.searchsorted(wal["to_lsn"], lsn, side="right"), len(wal) - 1)
+    return np.where(wal["write"][at] == write, wal["durable"][at], write)
 
 
 def full_xid(xid: NDArray[np.uint32], next_xid: int) -> NDArray[np.uint64]:
@@ -95,6 +109,7 @@ def _table(
     next_xid: int,
 ) -> pa.Table:
     of = readout.ends[rows.end]
+    durable = durable_write(readout, of["lsn"], of["write"])
     relation = rows.relation
     known = relation >= 0
     at = np.where(known, relation, 0)
@@ -107,7 +122,8 @@ def _table(
     columns = {
         "lsn": of["lsn"],
         "length": (of["end_lsn"] - of["lsn"]).astype(np.uint32),
-        "write": of["write"],
+        "write": durable,
+        "late": (durable - of["write"]).astype(np.uint16),
         "begin_at": of["begin_at"],
         "end_at": of["end_at"],
         "time_us": of["time_us"] + POSTGRES_EPOCH_US,
@@ -298,17 +314,35 @@ def _subxids(readout: Readout) -> pa.ListArray:
 # --- events
 
 
-def _events(readout: Readout, reader: CatalogReader, next_xid: int) -> list[dict[str, Any]]:
+def _events(readout: Readout, reader: CatalogReader, next_xid: int) -> tuple[list[dict[str, Any]], list[Note]]:
     """Restore points, marks by message, databases dropped with their first irreversible effect, and what was lost."""
     invalidated: dict[int, Note] = {}
     for note, database in reader.inplace:
         invalidated.setdefault(database, note)
-    return [event for note in readout.notes for event in _event(note, invalidated, next_xid)]
+    found = []
+    for note in readout.notes:
+        late = {each.lsn: _late(readout, each) for each in (note, *invalidated.values())}
+        found += list(_event(note, late, invalidated, reader, next_xid))
+    return found, list(invalidated.values())
 
 
-def _event(note: Note, invalidated: dict[int, Note], next_xid: int) -> Iterable[dict[str, Any]]:
-    place = {"lsn": note.lsn, "end_lsn": note.end_lsn, "write": note.write, "timeline": note.timeline,
-             "begin_at": note.begin_at, "end_at": note.end_at}  # fmt: skip
+def _late(readout: Readout, note: Note) -> int:
+    lsn, write = (np.array([value], dtype=np.uint64) for value in (note.lsn, note.write))
+    return int(durable_write(readout, lsn, write)[0]) - note.write
+
+
+def _event(
+    note: Note, late: dict[int, int], invalidated: dict[int, Note], reader: CatalogReader, next_xid: int
+) -> Iterable[dict[str, Any]]:
+    place: dict[str, Any] = {
+        "lsn": note.lsn,
+        "end_lsn": note.end_lsn,
+        "write": note.write + late[note.lsn],
+        "late": late[note.lsn],
+        "begin_at": note.begin_at,
+        "end_at": note.end_at,
+        "timeline": note.timeline,
+    }
     if note.rmid == Manager.LOST:
         yield {"kind": "lost", **place}
         return
@@ -323,9 +357,18 @@ def _event(note: Note, invalidated: dict[int, Note], next_xid: int) -> Iterable[
     if message is not None:
         yield {"kind": "mark", "name": message[1], "xid": xid if message[0] else 0, **place}
     database = wal.dropped_database(note)
-    if database is not None:
+    if database is not None and note.xid in reader.dropping:  # else it was moved to another tablespace
         first = invalidated.pop(database, note)
         yield {
-            "kind": "drop_database", "database": database, "xid": xid, **place,
-            "first": {"lsn": first.lsn, "write": first.write, "begin_at": first.begin_at},
-        }  # fmt: skip
+            "kind": "drop_database",
+            "database": database,
+            "name": reader.databases.get(database, ""),
+            "xid": xid,
+            **place,
+            "first": {
+                "lsn": first.lsn,
+                "write": first.write + late[first.lsn],
+                "late": late[first.lsn],
+                "begin_at": first.begin_at,
+            },
+        }

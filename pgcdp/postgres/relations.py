@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pgcdp.errors import DamageError
-from pgcdp.postgres.wal import MAGIC_18, Block, Manager, Note, Parts, parse
+from pgcdp.postgres.wal import MAGIC_15, MAGIC_18, Block, Manager, Note, Parts, parse
 
 PG_CLASS = 1259
 PG_DATABASE = 1262
@@ -26,6 +26,8 @@ INSERT, DELETE, UPDATE, HOT_UPDATE, INPLACE = 0x00, 0x10, 0x20, 0x40, 0x70
 MULTI_INSERT = 0x50
 PREFIX_FROM_OLD, SUFFIX_FROM_OLD = 1 << 5, 1 << 6
 INIT_PAGE = 0x80
+INVALID_DATABASE = -2
+"""pg_database.datconnlimit of a database that is being dropped (DATCONNLIMIT_INVALID_DB): nobody can connect to it."""
 TUPLE_HEADER = 23
 """Bytes of a heap tuple before its null bitmap (SizeofHeapTupleHeader)."""
 
@@ -78,8 +80,9 @@ class Said:
 class CatalogReader:
     """Follows the pages of pg_class, pg_namespace, pg_inherits and pg_database through their records, in order of LSN.
 
-    `files` holds what was said of each (database, file); `limits` the in-place changes of rows of pg_database:
-    (record, OID of the database). What cannot be understood is passed over: looks make up for it.
+    `files` holds what was said of each (database, file); `inplace` the in-place changes that made a database invalid
+    (record, OID); `dropping` the transactions that deleted a row there. What cannot be understood is passed
+    over: looks make up for it.
     """
 
     catalogs: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -87,12 +90,15 @@ class CatalogReader:
     oids: dict[tuple[int, int], list[Said]] = field(default_factory=lambda: defaultdict(list))
     schemas: dict[tuple[int, int], str] = field(default_factory=dict)
     parents: dict[tuple[int, int], int] = field(default_factory=dict)
+    databases: dict[int, str] = field(default_factory=dict)
     inplace: list[tuple[Note, int]] = field(default_factory=list)
+    dropping: set[int] = field(default_factory=set)
     _tuples: dict[tuple[int, int, int], dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
 
     def know(self, look: Look) -> None:
         """Names of schemas, and where the catalogs lie, from a look."""
         self.schemas.update(look.schemas)
+        self.databases.update(look.databases)
         for relation in look.relations:
             if relation.oid in CATALOGS:
                 self.catalogs[relation.database, relation.file] = relation.oid
@@ -147,7 +153,9 @@ class CatalogReader:
             if operation == MULTI_INSERT:
                 self._take_multi(note, parts, block, place)
             return
-        if operation == INSERT:
+        if operation == DELETE and self._catalog(block) == PG_DATABASE:
+            self.dropping.add(note.xid)
+        elif operation == INSERT:
             offset = struct.unpack_from("<H", parts.main)[0]
             if not block.has_image:
                 place[offset] = _tuple(block.data, 0)
@@ -162,8 +170,10 @@ class CatalogReader:
             self._say(note, block, place[offset])
         elif operation == INPLACE and self._catalog(block) == PG_DATABASE:
             offset = struct.unpack_from("<H", parts.main)[0]
-            raw = block.data if not block.has_image else _content(place[offset])
-            self.inplace.append((note, struct.unpack_from("<I", raw)[0]))
+            content = block.data if not block.has_image else _content(place[offset])
+            limit_at = 80 if note.magic >= MAGIC_15 else 208  # datconnlimit; collations were names before 15
+            if struct.unpack_from("<i", content, limit_at)[0] == INVALID_DATABASE:
+                self.inplace.append((note, struct.unpack_from("<I", content)[0]))
 
     def _take_multi(self, note: Note, parts: Parts, block: Block, place: dict[int, bytes]) -> None:
         """xl_heap_multi_insert: flags, ntuples, offsets (none on a new page); xl_multi_insert_tuple, aligned to 2."""
@@ -184,6 +194,8 @@ class CatalogReader:
         content = _content(tuple_)
         if catalog == PG_NAMESPACE and len(content) >= 68:
             self.schemas[block.database, struct.unpack_from("<I", content)[0]] = _name(content, 4)
+        if catalog == PG_DATABASE and len(content) >= 68:
+            self.databases[struct.unpack_from("<I", content)[0]] = _name(content, 4)
         if catalog == PG_INHERITS and len(content) >= 8:
             child, parent = struct.unpack_from("<II", content)
             self.parents[block.database, child] = parent

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pgcdp.errors import DamageError
+from pgcdp.fsio import read_json
 from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
 from pgcdp.intervals.transactions import Indexed, index_transactions
@@ -19,9 +21,10 @@ from pgcdp.records import TRANSACTION
 from pgcdp.recovery.instant import Commits, History
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
+from pgcdp.store.open_interval import SETTINGS
 from pgcdp.store.transactions import Ranges, read_look, read_transactions, read_wal
 
-_COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status")
+_COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status", "late")
 
 
 class Transactions:
@@ -86,11 +89,18 @@ class Transactions:
         table = read_transactions(path, (*_COLUMNS, "subxids"))
         return _as_commits(table, self.events(number)["events"], partial(read_wal, path))
 
+    def _settings(self, last: int) -> dict[str, Any]:
+        """What is known of the cluster's settings behind the last boundary."""
+        try:
+            return read_json(self.store.incoming(last + 1) / SETTINGS)
+        except (FileNotFoundError, DamageError):
+            return self.bundles[last].settings() if last else {}
+
     def _tail(self) -> Indexed:
         last = max(self.bundles, default=0)
         boundary = self.bundles[last].interval.boundary if last else self.store.baseline
         assert boundary is not None
-        settings = self.bundles[last].settings() if last else {}
+        settings = self._settings(last)
         start = Start.of(self.store, boundary, settings, int(self.store.extra["cluster"]["system_identifier"]))
         opened = self.store.incoming(last + 1)
         intervals = [opened] if (opened / "index").exists() else []

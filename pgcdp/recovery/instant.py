@@ -63,11 +63,12 @@ NO_HISTORY = History((), _nothing)
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """All up to `write`, in which WAL is blank from `lsn` on, at `blank_at` (None: all of the write is in)."""
+    """All up to `write`; WAL is blank from `lsn` on, at `blank_at` in `blank_write` (None: all of it is in)."""
 
     write: int
     lsn: int | None = None
     blank_at: int | None = None
+    blank_write: int | None = None
     note: str | None = None
 
 
@@ -82,16 +83,18 @@ class Around:
 
 def _before(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instant:
     """Without a record and all that follows it."""
+    held = int(end["write"]) - int(end["late"])
     if int(end["begin_at"]) == NOT_IN_WRITE:  # it begins in an earlier write, and is not whole before this one
-        return Instant(int(end["write"]) - 1, None, None, note)
-    return Instant(int(end["write"]), int(end["lsn"]), int(end["begin_at"]), note)
+        return Instant(held - 1, note=note)
+    return Instant(int(end["write"]), int(end["lsn"]), int(end["begin_at"]), held, note)
 
 
 def _behind(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instant:
     """With a record, without what follows it in the same write."""
     if int(end["end_at"]) == NOT_IN_WRITE:
-        return Instant(int(end["write"]), None, None, note)
-    return Instant(int(end["write"]), int(end["end_lsn"]), int(end["end_at"]), note)
+        return Instant(int(end["write"]), note=note)
+    held = int(end["write"]) - int(end["late"])
+    return Instant(int(end["write"]), int(end["end_lsn"]), int(end["end_at"]), held, note)
 
 
 def _is_in(ends: NDArray[np.void]) -> NDArray[np.bool_]:
@@ -249,7 +252,7 @@ def at_name(name: str, exclusive: bool, history: History) -> Instant:
     named = found[0]
     note = f'{len(found)} marks are called "{name}"; this is the newest one' if len(found) > 1 else None
     if named.event["lsn"] is None:
-        return Instant(named.write - (1 if exclusive else 0), None, None, note)
+        return Instant(named.write - (1 if exclusive else 0), note=note)
     record = named.event if named.end is None else named.end
     return _before(record, note) if exclusive else _behind(record, note)
 

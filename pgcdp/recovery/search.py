@@ -361,17 +361,19 @@ def _all_of(transactions: Transactions, wanted: Sequence[Wanted], limit: int, *,
 
 
 def _dropped_databases(transactions: Transactions, names: set[str]) -> Found:
-    """Those that dropped a database of a name; looks tell how databases were called."""
+    """Those that dropped a database of a name. Raises TargetError when none of that name was ever known."""
     told: list[dict[str, Any]] = []
-    looks = list(transactions.looks())
-    oids = {oid for look in looks for oid, name in look.databases.items() if name in names}
-    if not oids:
-        known = sorted({name for look in looks for name in look.databases.values()})
-        raise TargetError(f"no database {', '.join(sorted(names))} is known", f"there are: {', '.join(known)}")
+    known = {name for look in transactions.looks() for name in look.databases.values()}
     for number in reversed(transactions.numbers):
         commits = transactions.commits(number)
         for event in reversed(commits.events):
-            if event["kind"] == "drop_database" and event["database"] in oids:
-                lsns = commits.ends["lsn"][commits.ends["xid"] == event["xid"]]
-                told += tell(transactions, number, lsns)
+            if event["kind"] != "drop_database":
+                continue
+            known.add(event["name"])
+            if event["name"] in names:
+                told += tell(transactions, number, commits.ends["lsn"][commits.ends["xid"] == event["xid"]])
+    if not names & known:
+        raise TargetError(
+            f"no database {', '.join(sorted(names))} is known", f"there are: {', '.join(sorted(known - {''}))}"
+        )
     return Found(told, len(told))

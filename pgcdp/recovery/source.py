@@ -343,15 +343,16 @@ class Source:
                     f"the first backup image of set {self.store.set_name} is being finished",
                     f"run this again when pgcdp status {self.store.set_name} says that the agent follows",
                 )
-            whole = point.write if point.blank_at is None else point.write - 1
-            done = self._copy_image(image, whole, target, progress)
+            before = point.write if point.blank_write is None else point.blank_write - 1
+            done = self._copy_image(image, before, target, progress)
         finally:
             image.close()
-        self._forward(done, whole, target, progress)
-        if point.blank_at is not None:
+        self._forward(done, point.write, target, progress)
+        if point.blank_write is not None:
             assert point.lsn is not None
-            entry = self.record(point.write)
-            data = blank_wal(self.data(point.write), point.blank_at, point.lsn)
+            assert point.blank_at is not None
+            entry = self.record(point.blank_write)
+            data = blank_wal(self.data(point.blank_write), point.blank_at, point.lsn)
             target.write_blocks(int(entry["volume"]), int(entry["offset"]) // BLOCK, data)
 
     def _copy_image(self, image: Image, upto: int, target: BlockTarget, progress: Report) -> int:

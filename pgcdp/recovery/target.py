@@ -62,7 +62,14 @@ def resolve(target: Target, listing: Listing) -> RecoveryPoint:
 def _by_instant(instant: Instant, listing: Listing) -> RecoveryPoint:
     point = _by_write(instant.write, listing)
     boundary = point.boundary if instant.lsn is None else None
-    return replace(point, boundary=boundary, lsn=instant.lsn, blank_at=instant.blank_at, note=instant.note)
+    return replace(
+        point,
+        boundary=boundary,
+        lsn=instant.lsn,
+        blank_at=instant.blank_at,
+        blank_write=instant.blank_write,
+        note=instant.note,
+    )
 
 
 def window(listing: Listing) -> tuple[RecoveryPoint, RecoveryPoint]:

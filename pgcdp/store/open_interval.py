@@ -24,6 +24,7 @@ from pgcdp.store.layout import Store, boundary_from
 
 WRITES = b"WRIT"
 INDEX_CONTENT = b"INDX"
+SETTINGS = "settings.json"
 T = TypeVar("T")
 
 

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("lsn", pa.uint64()),
         ("length", pa.uint32()),
         ("write", pa.uint64()),
+        ("late", pa.uint16()),
         ("begin_at", pa.uint32()),
         ("end_at", pa.uint32()),
         ("time_us", pa.int64()),
@@ -64,7 +65,7 @@ CREATED, DROPPED, TRUNCATED, REWRITTEN = 1, 2, 4, 8
 ROW_GROUP = 1 << 16
 """Rows of a row group: what is looked for is seldom in more than a few of them."""
 
-_DELTA = ("lsn", "write", "time_us", "xid", "from_lsn", "to_lsn", "rows", "begin_at", "end_at")
+_DELTA = ("lsn", "write", "time_us", "xid", "from_lsn", "to_lsn", "durable", "rows", "begin_at", "end_at")
 """Columns that rise steadily: stored as differences."""
 _DICTIONARY = [name for name in SCHEMA.names if name not in (*_DELTA, "subxids")]
 

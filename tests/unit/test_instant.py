@@ -67,7 +67,7 @@ def models(draw: st.DrawFn) -> Model:
     for number in numbers:
         first = write + 1
         rows: list[tuple[int, ...]] = []
-        wal: list[tuple[int, int, int]] = []
+        wal: list[tuple[int, int, int, int]] = []
         for _ in range(draw(st.integers(1, 4))):
             write += 1
             begin_lsn, at = lsn, 0
@@ -77,13 +77,13 @@ def models(draw: st.DrawFn) -> Model:
                 status = draw(st.sampled_from([COMMITTED, COMMITTED, COMMITTED, ABORTED, COMMITTED_PREPARED, PREPARED]))
                 rows.append(
                     (lsn, lsn + length, write, draw(st.integers(0, 30)), xid, 1,
-                     NOT_IN_WRITE if crossing else at, at + length, status)
+                     NOT_IN_WRITE if crossing else at, at + length, status, 0)
                 )  # fmt: skip
                 xid += draw(st.integers(1, 3))
                 lsn += length + draw(st.integers(0, 2)) * 8
                 at += length
             if lsn != begin_lsn:
-                wal.append((write, begin_lsn, lsn))
+                wal.append((write, begin_lsn, lsn, write))
         ends = np.array(rows, dtype=TRANSACTION)
         events = [{"kind": "mark", "name": f"m{write}", "write": write, "lsn": None}]
         table = np.array(wal, dtype=WAL_WRITE)

@@ -1,0 +1,90 @@
+"""Statements that destroy before they commit: exclusive is before their first irreversible effect."""
+
+from __future__ import annotations
+
+import threading
+
+from pgcdp import api
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.records import Target
+from pgcdp.recovery import sandbox, verify
+from pgcdp.recovery.scratch import mounted
+from pgcdp.units import parse_lsn
+from tests.fix_sets import MakeSet
+from tests.moments import scratch_below
+from tests.waiting import wait_until
+
+
+def test_a_dropped_database_connects_again(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """While clients write in another database; what they lose is what was said before."""
+    found = make_set(pg_binaries, settings={"max_wal_size": "256MB"}, allowed=[r"connection to client lost"])
+    found.sql("create database doomed")
+    with found.connect("doomed") as connection:
+        connection.execute("create table kept as select generate_series(1, 1000) as n")
+    with found.connect() as connection:
+        connection.execute("create table ledger (client int, counter int)")
+    stop = threading.Event()
+    acked: list[tuple[int, int]] = []
+    failures: list[BaseException] = []
+
+    def write(client: int) -> None:
+        try:
+            with found.connect() as connection:
+                counter = 0
+                while not stop.is_set():
+                    counter += 1
+                    connection.execute("insert into ledger values (%s, %s)", [client, counter])
+                    acked.append((client, counter))
+        except BaseException as error:
+            failures.append(error)
+
+    clients = [threading.Thread(target=write, args=(client,)) for client in range(8)]
+    for client in clients:
+        client.start()
+    wait_until(lambda: len(acked) > 200, what="some commits")
+    found.sql("drop database doomed")
+    goal = len(acked) + 200
+    wait_until(lambda: len(acked) > goal, what="some more commits")
+    stop.set()
+    for client in clients:
+        client.join()
+    assert not failures
+    (dropped,) = api.find(found.name, "drop database doomed")["transactions"]
+    resolved = api.resolve(found.name, Target("newest"), before="drop database doomed")
+    assert "drops a database" in resolved["recovery_point"]["note"]
+    assert resolved["recovery_point"]["write"] < dropped["write"]
+    source = found.source()
+    point = source.resolve(Target("xid", dropped["xid"], exclusive=True))
+    with mounted(source, point, scratch_below(found.root)) as pgdata:
+        box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
+        with box:
+            with box.connect("doomed") as connection:
+                assert connection.execute("select count(*) from kept").fetchall() == [(1000,)]
+            with box.connect() as connection:
+                held = set(connection.execute("select client, counter from ledger").fetchall())
+            checks = list(verify.verify_sandbox(box))
+    assert all(check.ok for check in checks), checks
+    lost = [each for each in acked if each not in held]
+    inserted = api.log(found.name, table="ledger", limit=100000)["transactions"]
+    behind = [each for each in inserted if parse_lsn(each["lsn"]) >= (point.lsn or 0)]
+    assert len(lost) == len(behind)
+    assert resolved["out"] == len(behind) + 1
+
+
+def test_what_was_dropped_in_a_transaction_comes_back(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """Files go at commit: exactly before it they must all be there, whatever the filesystem did already."""
+    found = make_set(pg_binaries)
+    with found.connect() as connection:
+        for name in ("a", "b", "c"):
+            connection.execute(f"create table {name} as select generate_series(1, 50000) as n".encode())
+        connection.execute("create materialized view m as select * from a")
+        connection.execute("drop table b; truncate c")
+    for sql in ("drop table b", "truncate c"):
+        source = found.source()
+        target = Target("xid", api.find(found.name, sql)["transactions"][0]["xid"], exclusive=True)
+        point = source.resolve(target)
+        with mounted(source, point, scratch_below(found.root)) as pgdata:
+            box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
+            with box, box.connect() as session:
+                for name in ("a", "b", "c", "m"):
+                    assert session.execute(f"select count(*) from {name}".encode()).fetchall() == [(50000,)]
