@@ -367,7 +367,7 @@ def show(set_name: str, write: int) -> Json:
     if kind == Kind.MARK:
         holds = {"mark": source.data(write).decode("utf-8", "replace")}
     elif kind == Kind.WRITE:
-        holds = doctor.describe_data(source.data(write))
+        holds = doctor.describe_data(source.data(write)) or transactions.wal_in(source, write, point.interval)
     return {
         "write": write,
         "time": format_time(int(record["wall_ns"])),

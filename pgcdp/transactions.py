@@ -171,3 +171,21 @@ def _side(end: np.void | None) -> Json | None:
         "write": int(end["write"]),
         "status": STATUS[int(end["status"])],
     }
+
+
+def wal_in(source: Source, write: int, interval: int | None) -> Json:
+    """What WAL a write completed: {"wal": {"from_lsn", "to_lsn"}, "transactions": [...]}, empty when none."""
+
+    def look() -> Json:
+        commits = source.transactions().history().commits(interval)
+        wal = commits.wal()
+        rows = wal[wal["write"] == write]
+        if not len(rows):
+            return {}
+        ended = commits.ends[commits.ends["write"] - commits.ends["late"] == write]
+        return {
+            "wal": {"from_lsn": format_lsn(int(rows["from_lsn"][0])), "to_lsn": format_lsn(int(rows["to_lsn"][-1]))},
+            "transactions": [_side(end) for end in ended],
+        }
+
+    return source.again(look)

@@ -29,10 +29,14 @@ def deeds(found: ProtectedSet, **wanted: Any) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("version", [15, 18])
-def test_tables_are_named_as_they_were_called_then(make_set: MakeSet, binaries_of: BindirOf, version: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "compression"), [(15, "off"), (15, "pglz"), (15, "lz4"), (15, "zstd"), (17, "off"), (18, "pglz")]
+)
+def test_tables_are_named_as_they_were_called_then(
+    make_set: MakeSet, binaries_of: BindirOf, version: int, compression: str
+) -> None:
     """Nobody looks at the catalogs between these statements: all names come from the WAL of the catalogs."""
-    found = make_set(binaries_of(version), settings={"autovacuum": "off"})
+    found = make_set(binaries_of(version), settings={"autovacuum": "off", "wal_compression": compression})
     api.cut(found.name)
     with found.connect() as session:
         session.execute("create table public.a (id int primary key, body text)")
@@ -107,3 +111,40 @@ def test_find_names_the_transaction(make_set: MakeSet, binaries_of: BindirOf) ->
         api.resolve(found.name, Target("newest"), before="delete from orders")
     point = api.resolve(found.name, Target("newest"), before="truncate parts")
     assert point["first_out"]["xid"] == api.find(found.name, "truncate parts")["transactions"][0]["xid"]
+
+
+def test_a_transaction_over_several_intervals_is_listed_once(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), settings={"max_prepared_transactions": "2"})
+    with found.connect() as session:
+        session.execute("create table t (id int)")
+        session.execute("begin; insert into t select generate_series(1, 10)")
+        api.cut(found.name)
+        session.execute("savepoint s; insert into t values (11)")
+        api.cut(found.name)
+        session.execute("update t set id = id + 1 where id > 9; commit")
+        session.execute("begin; delete from t where id = 1; prepare transaction 'later'")
+        api.cut(found.name)
+        session.execute("commit prepared 'later'")
+    told = [each for each in log(found, table="t") if any(table["inserted"] for table in each["tables"])]
+    assert len(told) == 1
+    assert (told[0]["tables"][0]["inserted"], told[0]["tables"][0]["updated"]) == (11, 2)
+    ended = [(each["status"], each["tables"][0]["deleted"]) for each in log(found, operation="delete")]
+    assert ended == [("prepared", 1), ("committed", 1)]
+    shown = api.show(found.name, told[0]["write"])["holds"]
+    assert told[0]["xid"] in [each["xid"] for each in shown["transactions"]]
+
+
+def test_what_a_restart_of_the_agent_leaves_is_the_same(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15))
+    with found.connect() as session:
+        session.execute("create table t (id int)")
+        session.execute("begin; insert into t select generate_series(1, 10)")
+        found.kill_agent()
+        found.up()
+        session.execute("commit")
+        before = deeds(found, table="t")
+        found.kill_agent()
+        found.up()
+        api.cut(found.name)
+        assert deeds(found, table="t") == before
+    assert before[-1] == "committed public.t: inserted 10"
