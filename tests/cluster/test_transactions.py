@@ -148,3 +148,14 @@ def test_what_a_restart_of_the_agent_leaves_is_the_same(make_set: MakeSet, binar
         api.cut(found.name)
         assert deeds(found, table="t") == before
     assert before[-1] == "committed public.t: inserted 10"
+
+
+def test_log_follows(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15))
+    found.sql("create table t (id int)")
+    following = api.follow(found.name, table="t")
+    assert next(following)["tables"][0]["inserted"] == 0
+    for count in (3, 5):
+        found.sql(f"insert into t select generate_series(1, {count})")
+        assert next(following)["tables"][0]["inserted"] == count
+        api.cut(found.name)
