@@ -8,7 +8,7 @@ depend on what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -140,7 +140,7 @@ def close_interval(
     image: Image,
     boundary: Boundary,
     settings: dict[str, Any],
-    start: Start | None = None,
+    start: Callable[[], Start] | None = None,
 ) -> Bundle:
     """End an interval at its last write: finish its streams, build both increments, index it, publish it (truth 5).
 

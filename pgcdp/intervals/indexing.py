@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from pgcdp.errors import PgcdpError
+from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json, write_atomic, write_json
 from pgcdp.intervals.readout import SEGMENT_BYTES, Cluster, Readout, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, full_xid, index_transactions
@@ -66,21 +67,33 @@ def cluster_of(system_identifier: int, settings: dict[str, Any]) -> Cluster:
 
 
 def newest_look(store: Store, number: int) -> Look | None:
-    """The look at the catalogs that lies in interval `number` or the nearest one before it."""
+    """The look at the catalogs that lies in interval `number` or the nearest one before it; a damaged one is passed."""
     for each in range(number, 0, -1):
-        look = read_look(store.interval(each))
+        try:
+            look = read_look(store.interval(each))
+        except DamageError as damage:
+            log.warning("%s", damage)
+            continue
         if look is not None:
             return look
     return None
 
 
-def index_interval(opened: OpenInterval, boundary: Boundary, start: Start) -> IndexFiles | None:
+def index_interval(opened: OpenInterval, boundary: Boundary, begin: Callable[[], Start]) -> IndexFiles | None:
     """Index what a finished, not yet published interval holds, durably. None when that failed: the log says why.
 
-    The index is made of what is stored anyway. Whatever is wrong with it must not keep an interval from the store.
+    The index is made of what is stored anyway. Whatever is wrong with it, or with what `begin` finds in the intervals
+    before, must not keep an interval from the store.
     """
     try:
-        return _index(opened, boundary, start)
+        start = begin()
+        try:
+            return _index(opened, boundary, start)
+        except PgcdpError as error:
+            if start.state is None:
+                raise
+            log.warning("interval %d: the WAL is read anew from its beginning: %s", opened.number, error)
+            return _index(opened, boundary, replace(start, state=None))
     except (PgcdpError, OSError) as error:
         log.error("interval %d: its transactions cannot be listed: %s", opened.number, error)
     except Exception:  # a bug in us

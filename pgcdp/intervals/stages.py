@@ -267,8 +267,11 @@ class Stages:
         if opened.boundary is None:  # a restart finds them before it finds the boundary
             write_json(opened.path / SETTINGS, settings)
         before = self._boundary(boundary.number - 1)
-        start = Start.of(self.store, before, settings, self.settings.system_identifier)
-        bundle = close_interval(self.store, opened, self.image, boundary, settings, start)
+        identifier = self.settings.system_identifier
+        bundle = close_interval(
+            self.store, opened, self.image, boundary, settings,
+            lambda: Start.of(self.store, before, settings, identifier),
+        )  # fmt: skip
         self.published(bundle.interval)
         self.behind.append(bundle)
         self.move()

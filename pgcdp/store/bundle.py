@@ -134,7 +134,7 @@ class Bundle:
 
     @classmethod
     def open(cls, store: Store, number: int) -> Bundle:
-        """Open by manifest; the sizes of all files are compared, their content is not read. TargetError if missing."""
+        """Open by manifest; the sizes of all files that restoring needs are compared. TargetError if missing."""
         path = store.interval(number)
         place = path / "manifest.json"
         try:
@@ -152,8 +152,7 @@ class Bundle:
             interval = Interval(
                 **{name: manifest[name] for name in names}, boundary=boundary_from(manifest["boundary"], place)
             )
-            needed = {*CONTENTS, "settings.json"}
-            sizes = {name: int(manifest["files"][name]["bytes"]) for name in needed | set(manifest["files"])}
+            sizes = {name: int(manifest["files"][name]["bytes"]) for name in (*CONTENTS, "settings.json")}
         except (KeyError, TypeError):
             raise DamageError(f"{place} lacks keys (offset 0)", _still(number)) from None
         for name, size in sizes.items():
@@ -210,9 +209,18 @@ class Bundle:
         self.check_file("settings.json")
         return read_json(self.path / "settings.json")
 
+    def check_size(self, name: str) -> None:
+        """Compare the size of one file, without reading it. Raises DamageError."""
+        path, wanted = self.path / name, int(self.manifest["files"][name]["bytes"])
+        if not path.exists():
+            raise DamageError(f"{path} is missing (offset 0)", _still(self.number))
+        if path.stat().st_size != wanted:
+            raise DamageError(f"{path} ends at offset {path.stat().st_size} instead of {wanted}", _still(self.number))
+
     def check_file(self, name: str) -> None:
         """Read one file whole: every frame, then the checksum of the manifest. Raises DamageError."""
         path = self.path / name
+        self.check_size(name)
         if name in CONTENTS:
             with self._reader(name) as reader:
                 for _ in reader.frames():

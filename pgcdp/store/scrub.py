@@ -119,18 +119,23 @@ class _Scrub:
             self.bundles[number] = bundle
             if self.full:
                 self.check_bundle(bundle)
+                continue
+            for name in bundle.manifest["files"]:
+                with _noting(self, path / name, _still_restorable(bundle, name)):
+                    bundle.check_size(name)
 
     def check_bundle(self, bundle: Bundle) -> None:
         """Every byte of an interval's files; damage is named by frame where there are frames."""
         found = len(self.report.damages)
         for name in bundle.manifest["files"]:
-            path = bundle.path / name
+            path, before = bundle.path / name, len(self.report.damages)
             if name in CONTENTS:
                 self.check_frames(bundle, name)
-            if len(self.report.damages) == found:
+            if len(self.report.damages) == before:
                 with _noting(self, path, _still_restorable(bundle, name)):
                     bundle.check_file(name)
-            self.read(path, 0)
+            if path.exists():
+                self.read(path, 0)
         if len(self.report.damages) == found:
             with _noting(self, bundle.path / "manifest.json", _from_boundary(bundle.number)):
                 bundle.check_tie()

@@ -159,3 +159,29 @@ def test_log_follows(make_set: MakeSet, binaries_of: BindirOf) -> None:
         found.sql(f"insert into t select generate_series(1, {count})")
         assert next(following)["tables"][0]["inserted"] == count
         api.cut(found.name)
+
+
+def test_a_damaged_index_keeps_no_interval_from_the_store(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """What lies in the interval before is where indexing begins; without it, it begins anew behind the boundary."""
+    allowed = [r"relations\.parquet is damaged", r"the WAL is read anew", r"transactions cannot be listed"]
+    found = make_set(binaries_of(15), allowed=allowed)
+    found.sql("create table t (id int)")
+    number = api.cut(found.name)["number"]
+    place = found.store / "intervals" / f"{number:010d}"
+    for name in ("relations.parquet", "wal.state", "catalog.notes"):
+        raw = bytearray((place / name).read_bytes())
+        raw[len(raw) // 2 : len(raw) // 2 + 8] = b"damaged!"
+        (place / name).write_bytes(raw)
+    found.sql("insert into t values (1)")
+    assert api.cut(found.name)["number"] == number + 1
+    assert api.log(found.name)["unknown"] == []
+    assert log(found)[-1]["tables"][0]["inserted"] == 1
+    damaged = [each["detail"] for each in api.check(found.name, full=True)["checks"] if not each["ok"]]
+    assert {name for name in ("relations.parquet", "wal.state", "catalog.notes") if name in " ".join(damaged)} == {
+        "relations.parquet",
+        "wal.state",
+        "catalog.notes",
+    }
+    (place / "transactions.parquet").unlink()
+    assert api.resolve(found.name, Target("boundary", number))["recovery_point"]["boundary"] == number
+    assert any("transactions.parquet is missing" in each["detail"] for each in api.check(found.name)["checks"])
