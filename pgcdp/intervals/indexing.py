@@ -24,7 +24,7 @@ from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, IndexFiles
 from pgcdp.store.frames import FileSummary
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
-from pgcdp.store.transactions import read_look, write_look, write_transactions, write_wal
+from pgcdp.store.transactions import STILL, read_look, write_look, write_transactions, write_wal
 
 log = logging.getLogger(__name__)
 
@@ -147,5 +147,8 @@ def summary_of(path: Path) -> FileSummary:
 
 
 def read_events(place: Path) -> dict[str, Any]:
-    """The `events` and `tables` of a published interval (FORMAT.md 3.7)."""
-    return read_json(place / EVENTS)
+    """The `events` and `tables` of a published interval (FORMAT.md 3.7). Raises DamageError, also when it is missing."""
+    try:
+        return read_json(place / EVENTS)
+    except FileNotFoundError:
+        raise DamageError(f"{place / EVENTS} is missing (offset 0)", STILL) from None

@@ -62,6 +62,8 @@ SCHEMA = pa.schema(
 CREATED, DROPPED, TRUNCATED, REWRITTEN = 1, 2, 4, 8
 """Bits of `flags`: what became of the table."""
 
+STILL = "every boundary and write can still be restored; transactions of this interval cannot be listed"
+
 ROW_GROUP = 1 << 16
 """Rows of a row group: what is looked for is seldom in more than a few of them."""
 
@@ -96,9 +98,9 @@ Ranges = Mapping[str, Sequence[tuple[int, int]]]
 def read_transactions(place: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
     """Some columns of an interval's index; with `within`, only the parts of it that can hold what is looked for.
 
-    Raises FileNotFoundError when it has none, DamageError with the file.
+    Raises DamageError with the file, also when it is missing.
     """
-    return _read(place / TRANSACTIONS, columns, within or {})
+    return _needed(place / TRANSACTIONS, columns, within)
 
 
 def write_wal(place: Path, wal: NDArray[np.void]) -> FileSummary:
@@ -107,8 +109,8 @@ def write_wal(place: Path, wal: NDArray[np.void]) -> FileSummary:
 
 
 def read_wal(place: Path) -> NDArray[np.void]:
-    """Array WAL_WRITE of an interval. Raises FileNotFoundError or DamageError."""
-    table = _read(place / WAL)
+    """Array WAL_WRITE of an interval. Raises DamageError with the file, also when it is missing."""
+    table = _needed(place / WAL)
     found = np.empty(len(table), dtype=WAL_WRITE)
     for name in WAL_WRITE.names or ():
         found[name] = table.column(name).to_numpy()
@@ -179,6 +181,13 @@ def _write(path: Path, table: pa.Table) -> FileSummary:
     return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
 
 
+def _needed(path: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
+    try:
+        return _read(path, columns, within)
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing (offset 0)", STILL) from None
+
+
 def _read(path: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -189,10 +198,7 @@ def _read(path: Path, columns: Sequence[str] | None = None, within: Ranges | Non
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
-        raise DamageError(
-            f"{path} is damaged (offset unknown to parquet): {error}",
-            "every boundary and write can still be restored; transactions of this interval cannot be listed",
-        ) from None
+        raise DamageError(f"{path} is damaged (offset unknown to parquet): {error}", STILL) from None
 
 
 def _may_hold(group: Any, within: Ranges | None) -> bool:
