@@ -147,7 +147,7 @@ def summary_of(path: Path) -> FileSummary:
 
 
 def read_events(place: Path) -> dict[str, Any]:
-    """The `events` and `tables` of a published interval (FORMAT.md 3.7). Raises DamageError, also when it is missing."""
+    """`events` and `tables` of a published interval (FORMAT.md 3.7). Raises DamageError, also when it is missing."""
     try:
         return read_json(place / EVENTS)
     except FileNotFoundError:
