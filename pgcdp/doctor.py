@@ -42,7 +42,7 @@ def examine(config: Config, engine: EngineStatus | None, full: bool, progress: R
         ("capture", lambda: _capture(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config)),
-        ("role", lambda: _role(config)),
+        ("role", lambda: _role(config, engine)),
         ("space", lambda: _space(config)),
         ("journal", lambda: _journal(config, engine, full)),
         ("store", lambda: _store(config, full, progress)),
@@ -116,8 +116,14 @@ def _settings(config: Config) -> Iterator[Finding]:
         yield _passed("data outside the set", "none")
 
 
-def _role(config: Config) -> Iterator[Finding]:
-    """The role and its function are a convenience: without them marks are set by `pgcdp mark` alone."""
+def _role(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
+    """The role and its function are a convenience: without them marks are set by `pgcdp mark` alone.
+
+    While writes wait, whatever is asked of Postgres may wait with them.
+    """
+    if engine is None or engine.state == "stalled":
+        yield _passed("role pgcdp", "not looked at: " + ("nothing is captured" if engine is None else "writes wait"))
+        return
     lacking = role.missing(session.Dsn.of(config))
     if lacking:
         yield _passed("role pgcdp", f"warning: missing: {', '.join(lacking)}; pgcdp protect {config.name} makes them")
