@@ -23,6 +23,7 @@ from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
 from pgcdp.capture.attach import syncfs
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.filemap import FileMapper, places_of
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import BugError, PgcdpError, PreconditionError
@@ -48,6 +49,10 @@ RETRY_SECONDS = 5.0
 PATIENCE_SECONDS = 5.0
 """How long a step waits for Postgres, which may itself wait for a journal that only this agent can make room in."""
 SETTINGS_SECONDS = 60.0
+FILES_SECONDS = 1.0
+"""How long a boundary waits for the filesystems to say whose their blocks are."""
+FILES_SHARE = 0.05
+"""Part of the time that may go into asking them."""
 PRESSURE = 0.5
 """Share of the journal's limit from which on segments are freed before their interval ends."""
 
@@ -80,6 +85,9 @@ class Agent:
         self.wake = asyncio.Event()
         self.changed = asyncio.Condition()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="stages")
+        self.files = FileMapper(
+            places_of(config.pgdata, {number: volume.mountpoint for number, volume in enumerate(config.volumes)})
+        )
 
     # --- life
 
@@ -243,6 +251,7 @@ class Agent:
         self.catalog = Catalog.open(self.stages.store)
         self._catch_up(self.stages.store, self.catalog)
         self.stages.published = self._remember
+        self.stages.file_map = lambda: self.files.soon(FILES_SECONDS, FILES_SHARE)
 
     def _catch_up(self, store: Store, catalog: Catalog) -> None:
         """What was published just before a kill may be missing in the catalog."""

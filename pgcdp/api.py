@@ -9,11 +9,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pgcdp import doctor, salvaging, service, transactions
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.filemap import FileMapper, places_of
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
@@ -25,6 +28,7 @@ from pgcdp.records import Interval, Kind, RecoveryPoint, Target
 from pgcdp.recovery import instant
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery import verify as proving
+from pgcdp.recovery.holds import kind_of, owners_in, owners_now
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.scratch import mounted
 from pgcdp.recovery.source import Source
@@ -37,6 +41,8 @@ from pgcdp.units import format_lsn, format_time, parse_lsn
 
 Json = dict[str, Any]
 
+FILES_SECONDS = 30.0
+"""How long `show` waits for the filesystem to say whose the blocks of a write are that is in no interval yet."""
 FOLLOW_SECONDS = 1.0
 """How often `log --follow` looks for new transactions."""
 
@@ -367,7 +373,7 @@ def show(set_name: str, write: int) -> Json:
     if kind == Kind.MARK:
         holds = {"mark": source.data(write).decode("utf-8", "replace")}
     elif kind == Kind.WRITE:
-        holds = doctor.describe_data(source.data(write)) or transactions.wal_in(source, write, point.interval)
+        holds = _holds(set_name, source, record, point.interval)
     return {
         "write": write,
         "time": format_time(int(record["wall_ns"])),
@@ -376,8 +382,23 @@ def show(set_name: str, write: int) -> Json:
         "offset": int(record["offset"]),
         "length": int(record["length"]),
         "interval": point.interval,
-        "holds": holds,
+        "holds": {"what": kind_of(holds), **holds},
     }
+
+
+def _holds(set_name: str, source: Source, record: np.void, interval: int | None) -> Json:
+    """What was recognised in the data of a write, and whose its blocks are."""
+    write = int(record["number"])
+    holds = doctor.describe_data(source.data(write)) or transactions.wal_in(source, write, interval)
+    if interval is not None:
+        return {**holds, "files": owners_in(source.store, interval, record)}
+    config = load_config(set_name)
+    places = places_of(config.pgdata, {n: each.mountpoint for n, each in enumerate(config.volumes)})
+    files = None
+    if all(volumes.mount_at(place.mountpoint) is not None for place in places):
+        files = FileMapper(places).soon(FILES_SECONDS, 1.0)
+    last = max(source.store.interval_numbers(), default=0)
+    return {**holds, "files": owners_now(source.store, files, last + 1, record) if files is not None else []}
 
 
 # --- recovery

@@ -48,6 +48,9 @@ EXTENT = np.dtype(
 )
 """One extent of a backward or forward map, 32 bytes (FORMAT.md 3.2)."""
 
+FILE_EXTENT = np.dtype([("block", "<u8"), ("count", "<u4"), ("volume", "<u2"), ("at", "<u8"), ("file", "<u4")])
+"""Blocks of a volume that belong to a file, from its block `at` on; `file` is a number."""
+
 END = np.dtype(
     [
         ("lsn", "<u8"),

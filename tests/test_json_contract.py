@@ -204,6 +204,12 @@ def test_mark_and_show(protected: Protected) -> None:
     assert fits(shown, {**shape, "interval": Maybe(int), "holds": {}}) == []
     assert (shown["kind"], shown["holds"]["mark"]) == ("mark", "here")
     assert "mark" in protected.text("show", str(value["write"]))
+    owner = {"file": Maybe(str), "offset": Maybe(int), "length": int, "relation": Maybe(dict), "earlier": bool}
+    for write in range(value["write"] - 5, value["write"]):
+        told = protected.json("show", str(write))
+        if told["kind"] == "write":
+            assert fits(told["holds"], {"what": str, "files": [owner]}) == []
+            assert told["holds"]["what"] in protected.text("show", str(write))
 
 
 def test_log_and_find(protected: Protected) -> None:

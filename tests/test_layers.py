@@ -50,7 +50,7 @@ ONE_KEY: dict[str, tuple[str, ...]] = {
     "psycopg": ("pgcdp.postgres",),
     "asyncpg": ("pgcdp.postgres",),
     "pglast": ("pgcdp.postgres",),
-    "pyarrow": ("pgcdp.store.transactions", "pgcdp.intervals", "pgcdp.recovery"),
+    "pyarrow": ("pgcdp.store", "pgcdp.intervals", "pgcdp.recovery"),
     "click": ("pgcdp.cli",),
     "rich": ("pgcdp.cli",),
 }

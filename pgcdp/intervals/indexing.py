@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
+from numpy.typing import NDArray
 
+from pgcdp.capture.filemap import FileMap
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json, write_atomic, write_json
+from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import SEGMENT_BYTES, Cluster, Readout, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, full_xid, index_transactions
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.wal import Note, pack_notes, read_notes
 from pgcdp.records import Boundary
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, IndexFiles
+from pgcdp.store.files import write_files
 from pgcdp.store.frames import FileSummary
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
@@ -98,6 +102,17 @@ def index_interval(opened: OpenInterval, boundary: Boundary, begin: Callable[[],
         log.error("interval %d: its transactions cannot be listed: %s", opened.number, error)
     except Exception:  # a bug in us
         log.exception("interval %d: its transactions cannot be listed", opened.number)
+    return None
+
+
+def index_files(
+    opened: OpenInterval, forward: NDArray[np.void], before: FileMap | None, now: FileMap
+) -> FileSummary | None:
+    """Write down whose the blocks of a forward map are, durably. None when that failed: the log says why."""
+    try:
+        return write_files(opened.path, changed_files(forward, before, now))
+    except Exception:  # it must not keep an interval from the store
+        log.exception("interval %d: its blocks have no names of files", opened.number)
     return None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pgcdp.capture.filemap import FileMap
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import BugError, DamageError
 from pgcdp.fsio import read_json, write_json
@@ -68,6 +69,8 @@ class Stages:
         self.settings = settings
         self.image = image
         self.published: Callable[[Interval], None] = lambda interval: None  # hears of it before the image moves
+        self.file_map: Callable[[], FileMap | None] = lambda: None  # of the mounted filesystems, now
+        self._files_before: FileMap | None = None
         self.newest: Boundary | None = None
         self.behind: list[Bundle] = []
         self.opened: OpenInterval | None = None
@@ -264,14 +267,18 @@ class Stages:
         """Truth 5: bundle synced and published, then the image moves, then the journal may forget."""
         begun = time.monotonic()
         opened = self._opened()
+        files = None
         if opened.boundary is None:  # a restart finds them before it finds the boundary
             write_json(opened.path / SETTINGS, settings)
+            files = self.file_map()
         before = self._boundary(boundary.number - 1)
         identifier = self.settings.system_identifier
         bundle = close_interval(
             self.store, opened, self.image, boundary, settings,
             lambda: Start.of(self.store, before, settings, identifier),
+            (self._files_before, files) if files else None,
         )  # fmt: skip
+        self._files_before = files
         self.published(bundle.interval)
         self.behind.append(bundle)
         self.move()

@@ -22,7 +22,8 @@ from pgcdp.recovery.instant import Commits, History
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import SETTINGS
-from pgcdp.store.transactions import Ranges, read_look, read_transactions, read_wal
+from pgcdp.store.parquet import Ranges
+from pgcdp.store.transactions import read_look, read_transactions, read_wal
 
 _COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status", "late")
 

@@ -18,7 +18,8 @@ from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import Deed
 from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import STATUS
-from pgcdp.store.transactions import DROPPED, REWRITTEN, TRUNCATED, Ranges
+from pgcdp.store.parquet import Ranges
+from pgcdp.store.transactions import DROPPED, REWRITTEN, TRUNCATED
 
 HIDDEN_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
 NEAREST = 5

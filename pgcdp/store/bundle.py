@@ -29,7 +29,7 @@ CONTENTS = {"writes": b"WRIT", "index": b"INDX", "backward": b"BWRD", "backward.
 
 
 EVENTS, CATALOG_NOTES, WAL_STATE = "events.json", "catalog.notes", "wal.state"
-"""Files of the transaction index (FORMAT.md 3.5 to 3.8) beside those of `store.transactions`."""
+"""Files of the transaction index (FORMAT.md 3.5 to 3.7) beside those of `store.transactions`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,16 @@ class IndexFiles:
 
 @dataclass(frozen=True, slots=True)
 class Increments:
-    """Both increments of an interval as they stand in its incoming directory, finished and synced."""
+    """Both increments of an interval as they stand in its incoming directory, finished and synced.
+
+    `forward`: what the forward map says, an array EXTENT.
+    """
 
     backward: FileSummary
     backward_map: FileSummary
     forward_map: FileSummary
     blocks: int
+    forward: NDArray[np.void]
 
 
 def publish(
@@ -58,10 +62,11 @@ def publish(
     increments: Increments,
     settings: dict[str, Any],
     indexed: IndexFiles | None = None,
+    owned: FileSummary | None = None,
 ) -> Bundle:
     """Write settings and manifest and rename the directory to its place. `streams`: finished `writes` and `index`.
 
-    `indexed`: the transaction index, None when it could not be made.
+    `indexed`: the transaction index, None when it could not be made; `owned`: whose the changed blocks are, likewise.
 
     Raises BugError when the interval does not end exactly at the boundary.
     """
@@ -76,6 +81,8 @@ def publish(
     raw = (place / "settings.json").read_bytes()
     files["settings.json"] = FileSummary("settings.json", len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
     files.update({summary.name: summary for summary in (indexed.files if indexed else ())})
+    if owned is not None:
+        files[owned.name] = owned
     index = opened.index()
     walls = index["wall_ns"]
     write_json(
@@ -98,7 +105,7 @@ def publish(
                 "writes": files["writes"].bytes,
                 "backward": files["backward"].bytes + files["backward.map"].bytes,
                 "forward": files["forward.map"].bytes,
-                "index": files["index"].bytes,
+                "index": files["index"].bytes + (owned.bytes if owned else 0),
                 "transactions": sum(summary.bytes for summary in (indexed.files if indexed else ())),
             },
             "transactions": indexed.summary if indexed else None,

@@ -6,22 +6,18 @@ Names of relations as a look at the catalogs showed them lie beside it in the sa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 from numpy.typing import NDArray
 
 from pgcdp.errors import DamageError
-from pgcdp.fsio import sync_directory
 from pgcdp.postgres.relations import Look, Relation
 from pgcdp.records import WAL_WRITE
 from pgcdp.store.frames import FileSummary
+from pgcdp.store.parquet import Ranges, read_table, write_table
 
 TRANSACTIONS = "transactions.parquet"
 WAL = "wal.parquet"
@@ -64,9 +60,6 @@ CREATED, DROPPED, TRUNCATED, REWRITTEN = 1, 2, 4, 8
 
 STILL = "every boundary and write can still be restored; transactions of this interval cannot be listed"
 
-ROW_GROUP = 1 << 16
-"""Rows of a row group: what is looked for is seldom in more than a few of them."""
-
 _DELTA = ("lsn", "write", "time_us", "xid", "from_lsn", "to_lsn", "durable", "rows", "begin_at", "end_at")
 """Columns that rise steadily: stored as differences."""
 _DICTIONARY = [name for name in SCHEMA.names if name not in (*_DELTA, "subxids")]
@@ -88,11 +81,7 @@ _LOOK_SCHEMA = pa.schema(
 
 def write_transactions(place: Path, table: pa.Table) -> FileSummary:
     """Write the index of an interval beside its writes, synced. `table` has SCHEMA, in order of LSN."""
-    return _write(place / TRANSACTIONS, table.cast(SCHEMA))
-
-
-Ranges = Mapping[str, Sequence[tuple[int, int]]]
-"""For columns of numbers: what is looked for lies in one of these ranges, bounds included."""
+    return _write(place / TRANSACTIONS, table.cast(SCHEMA), _DICTIONARY)
 
 
 def read_transactions(place: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
@@ -105,7 +94,7 @@ def read_transactions(place: Path, columns: Sequence[str] | None = None, within:
 
 def write_wal(place: Path, wal: NDArray[np.void]) -> FileSummary:
     """Write which WAL each write completed (array WAL_WRITE), synced."""
-    return _write(place / WAL, pa.table({name: wal[name] for name in WAL_WRITE.names or ()}))
+    return _write(place / WAL, pa.table({name: wal[name] for name in WAL_WRITE.names or ()}), ())
 
 
 def read_wal(place: Path) -> NDArray[np.void]:
@@ -122,13 +111,13 @@ def write_look(place: Path, look: Look) -> FileSummary:
     columns = {name: [getattr(each, name) for each in look.relations] for name in _LOOK_SCHEMA.names}
     facts = {b"lsn": str(look.lsn).encode(), b"databases": _pairs(look.databases), b"schemas": _pairs(look.schemas)}
     table = pa.table(columns, schema=_LOOK_SCHEMA).replace_schema_metadata(facts)
-    return _write(place / RELATIONS, table)
+    return _write(place / RELATIONS, table, _LOOK_SCHEMA.names)
 
 
 def read_look(place: Path) -> Look | None:
     """The look that lies in a bundle or an open interval; None when there is none. Raises DamageError."""
     try:
-        table = _read(place / RELATIONS)
+        table = read_table(place / RELATIONS, STILL)
     except FileNotFoundError:
         return None
     facts = table.schema.metadata
@@ -158,59 +147,12 @@ def _unpaired(raw: bytes) -> list[tuple[str, str]]:
     return found
 
 
-def _write(path: Path, table: pa.Table) -> FileSummary:
-    fresh = path.with_suffix(".new")
-    delta = {name: "DELTA_BINARY_PACKED" for name in _DELTA if name in table.schema.names}
-    pq.write_table(
-        table,
-        fresh,
-        compression="zstd",
-        use_dictionary=[name for name in table.schema.names if name in _DICTIONARY or table.schema is _LOOK_SCHEMA],
-        column_encoding=delta or None,
-        row_group_size=ROW_GROUP,
-        write_page_checksum=True,
-    )
-    fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    raw = fresh.read_bytes()
-    fresh.rename(path)
-    sync_directory(path.parent)
-    return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+def _write(path: Path, table: pa.Table, repeated: Sequence[str]) -> FileSummary:
+    return write_table(path, table, rising=_DELTA, repeated=repeated)
 
 
 def _needed(path: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
     try:
-        return _read(path, columns, within)
+        return read_table(path, STILL, columns, within)
     except FileNotFoundError:
         raise DamageError(f"{path} is missing (offset 0)", STILL) from None
-
-
-def _read(path: Path, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            groups = [
-                group for group in range(file.num_row_groups) if _may_hold(file.metadata.row_group(group), within)
-            ]
-            return file.read_row_groups(groups, columns=None if columns is None else list(columns))
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DamageError(f"{path} is damaged (offset unknown to parquet): {error}", STILL) from None
-
-
-def _may_hold(group: Any, within: Ranges | None) -> bool:
-    """Whether a row group can have a row within the ranges, by its statistics."""
-    if not within:
-        return True
-    for at in range(group.num_columns):
-        column = group.column(at)
-        ranges = within.get(column.path_in_schema)
-        said = column.statistics
-        if ranges is None or said is None or not said.has_min_max:
-            continue
-        if not any(low <= said.max and said.min <= high for low, high in ranges):
-            return False
-    return True

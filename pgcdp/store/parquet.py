@@ -1,0 +1,81 @@
+"""Tables of a store as Parquet: written whole, synced; read by columns, and by parts that can hold what is meant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pgcdp.errors import DamageError
+from pgcdp.fsio import sync_directory
+from pgcdp.store.frames import FileSummary
+
+ROW_GROUP = 1 << 16
+"""Rows of a row group: what is looked for is seldom in more than a few of them."""
+
+Ranges = Mapping[str, Sequence[tuple[int, int]]]
+"""For columns of numbers: what is looked for lies in one of these ranges, bounds included."""
+
+
+def write_table(path: Path, table: pa.Table, *, rising: Sequence[str], repeated: Sequence[str]) -> FileSummary:
+    """Write a table, compressed and synced; one that is there is replaced.
+
+    `rising`: columns that rise steadily, stored as differences; `repeated`: those with few different values.
+    """
+    fresh = path.with_suffix(".new")
+    names = table.schema.names
+    pq.write_table(
+        table,
+        fresh,
+        compression="zstd",
+        use_dictionary=[name for name in names if name in repeated and name not in rising],
+        column_encoding={name: "DELTA_BINARY_PACKED" for name in names if name in rising} or None,
+        row_group_size=ROW_GROUP,
+        write_page_checksum=True,
+    )
+    fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    raw = fresh.read_bytes()
+    fresh.rename(path)
+    sync_directory(path.parent)
+    return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+
+
+def read_table(path: Path, still: str, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
+    """Some columns of a table; with `within`, only the parts of it that can hold what is looked for.
+
+    Raises DamageError with the file and `still`, what can be done all the same; FileNotFoundError.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            groups = [
+                group for group in range(file.num_row_groups) if _may_hold(file.metadata.row_group(group), within)
+            ]
+            return file.read_row_groups(groups, columns=None if columns is None else list(columns))
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DamageError(f"{path} is damaged (offset unknown to parquet): {error}", still) from None
+
+
+def _may_hold(group: Any, within: Ranges | None) -> bool:
+    """Whether a row group can have a row within the ranges, by its statistics."""
+    if not within:
+        return True
+    for at in range(group.num_columns):
+        column = group.column(at)
+        ranges = within.get(column.path_in_schema)
+        said = column.statistics
+        if ranges is None or said is None or not said.has_min_max:
+            continue
+        if not any(low <= said.max and said.min <= high for low, high in ranges):
+            return False
+    return True
