@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define PG_CLASS 1259u
+#define PG_TABLESPACE 1213u
 #define PG_DATABASE 1262u
 #define PG_INHERITS 2611u
 #define PG_NAMESPACE 2615u
@@ -18,8 +19,14 @@ static const char PREFIX[] = "pgcdp"; /* of logical messages */
 
 static bool watched(const struct notes *n, const struct fmt_relation *r)
 {
-    if (r->file == PG_CLASS || r->file == PG_DATABASE || r->file == PG_INHERITS || r->file == PG_NAMESPACE)
-        return true;
+    switch (r->file) {
+    case PG_CLASS:
+    case PG_TABLESPACE:
+    case PG_DATABASE:
+    case PG_INHERITS:
+    case PG_NAMESPACE: return true;
+    default: break;
+    }
     for (uint32_t i = 0; r->file >= FIRST_MOVED && i < n->count; i++)
         if (n->moved[i].file == r->file && n->moved[i].database == r->database)
             return true;
@@ -44,7 +51,8 @@ static void take_map(struct notes *n, const struct wal_parts *p)
     while (count-- && !c.short_of) {
         uint32_t oid = cursor_u32(&c), file = cursor_u32(&c);
         struct fmt_relation r = {.database = database, .file = file};
-        if ((oid == PG_CLASS || oid == PG_DATABASE) && file != oid && !watched(n, &r) && n->count < NOTES_FILES) {
+        bool wanted = oid == PG_CLASS || oid == PG_TABLESPACE || oid == PG_DATABASE;
+        if (wanted && file != oid && !watched(n, &r) && n->count < NOTES_FILES) {
             n->moved[n->count].database = database;
             n->moved[n->count++].file = file;
         }

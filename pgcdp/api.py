@@ -342,11 +342,18 @@ def follow(set_name: str, **wanted: Any) -> Iterator[Json]:
     newest = transactions.log(open_source(set_name, None), **wanted)["transactions"]
     yield from reversed(newest)
     seen = parse_lsn(newest[0]["lsn"]) if newest else 0
+    wanted["limit"] = None
+    read = -1
     while True:
-        for each in transactions.since(open_source(set_name, None), seen, **wanted):
-            seen = parse_lsn(each["lsn"])
-            yield each
-        time.sleep(FOLLOW_SECONDS)
+        began = time.monotonic()
+        source = open_source(set_name, None)
+        if source.durable_write != read:
+            read = source.durable_write or 0
+            for each in reversed(transactions.log(source, behind_lsn=seen, **wanted)["transactions"]):
+                seen = parse_lsn(each["lsn"])
+                yield each
+        # What was written since the last boundary is read again each time: a fifth of a core at most goes into that.
+        time.sleep(max(FOLLOW_SECONDS, 4 * (time.monotonic() - began)))
 
 
 def find(set_name: str | None, sql: str, store: Path | None = None, **wanted: Any) -> Json:
@@ -421,7 +428,7 @@ Announce = Callable[[Json], None]
 
 
 def resolve(set_name: str | None, target: Target, store: Path | None = None, *, before: str | None = None) -> Json:
-    """What a target resolves to now: {"recovery_point", "last_in", "first_out", "out"}."""
+    """What a target resolves to now: {"recovery_point", "last_in", "first_out", "out", "also_out"}."""
     source = open_source(set_name, store)
     return _between(source, _point(source, target, before))
 
@@ -435,7 +442,7 @@ def _between(source: Source, point: RecoveryPoint) -> Json:
     try:
         between = transactions.around_json(source, point)
     except (DamageError, PreconditionError) as error:  # the point itself may be right
-        between = {"last_in": None, "first_out": None, "out": None, "unknown": error.message}
+        between = {"last_in": None, "first_out": None, "out": None, "also_out": [], "unknown": error.message}
     return {"recovery_point": point_json(point), **between}
 
 
@@ -454,15 +461,16 @@ def restore(
     started = time.monotonic()
     source = open_source(set_name, store)
     point = _point(source, target, before)
+    resolved = _between(source, point)
     if announce is not None:
-        announce(_between(source, point))
+        announce(resolved)
     if to_image is not None:
         place, size = to_image, writing.to_image(source, point, to_image, progress)
     else:
         assert to_directory is not None
         place, size = to_directory, writing.to_directory(source, point, to_directory, progress)
     result: Json = {
-        "recovery_point": point_json(point),
+        **resolved,
         "to": str(place),
         "bytes": size,
         "seconds": round(time.monotonic() - started, 3),
@@ -531,8 +539,9 @@ def salvage(
     """
     source = open_source(set_name, store)
     point = _point(source, target, before)
+    resolved = _between(source, point)
     if announce is not None:
-        announce(_between(source, point))
+        announce(resolved)
 
     def connect(database: str) -> session.Connection:
         if into is not None:
@@ -545,7 +554,7 @@ def salvage(
         source, point, wanted, below=_scratch(source), binaries=_binaries(source, set_name), connect=connect,
         progress=progress, **how,
     )  # fmt: skip
-    result = {"recovery_point": point_json(point), **value}
+    result = {**resolved, **value}
     if store is None:
         _remember(source, "restore", {**result, "interval": point.interval})
     return result

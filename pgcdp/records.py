@@ -203,7 +203,8 @@ class RecoveryPoint:
 
     `time_ns` is when that write was captured; `boundary` is the number of the boundary if the point is one.
     `lsn`: WAL is blank from here on, which is `blank_at` bytes from the beginning of write `blank_write` (that one, or
-    one shortly before it); None: all is in. `note`: what the user must know of it.
+    one shortly before it); None: all is in. `note`: what the user must know of it. `until_lsn`: where the target
+    itself is; what committed between the point and that is out too. None: nothing lies between.
     """
 
     write: int
@@ -214,6 +215,7 @@ class RecoveryPoint:
     blank_at: int | None = None
     blank_write: int | None = None
     note: str | None = None
+    until_lsn: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

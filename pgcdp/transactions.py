@@ -5,6 +5,7 @@ As in `pgcdp.api`, each returns plain values in the shape of docs/json.md.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,31 @@ from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import STATUS, around
 from pgcdp.recovery.search import Known, Wanted
 from pgcdp.recovery.source import Source
-from pgcdp.units import format_lsn, format_time, parse_lsn
+from pgcdp.units import format_lsn, format_time
 
 Json = dict[str, Any]
 
 DEFAULT_PATH = ("public",)
 """The search path of a cluster that sets none, without "$user"."""
-FOLLOW_LIMIT = 1000
-"""How many transactions are shown at once when they are followed."""
 
 
-def log(
+def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, **wanted: Any) -> Json:
+    """Transactions, newest first: {"transactions", "total", "unknown"}; `limit` None: all.
+
+    `behind_lsn`: only those that ended behind it. `wanted`: as `_wanted`.
+    """
+
+    def look() -> Json:
+        transactions = source.transactions()
+        meant = replace(_wanted(source, transactions, **wanted), behind_lsn=behind_lsn)
+        return _told(transactions, search.listing(transactions, meant, limit))
+
+    return source.again(look)
+
+
+def _wanted(
     source: Source,
+    transactions: Transactions,
     *,
     table: str | None = None,
     operation: str | None = None,
@@ -36,34 +50,8 @@ def log(
     since_ns: int | None = None,
     until_ns: int | None = None,
     database: str | None = None,
-    limit: int = 20,
-) -> Json:
-    """Transactions, newest first: {"transactions", "total", "unknown"}."""
-
-    def look() -> Json:
-        transactions = source.transactions()
-        wanted = _wanted(source, transactions, table, operation, xid, since_ns, until_ns, database)
-        return _told(transactions, search.listing(transactions, wanted, limit))
-
-    return source.again(look)
-
-
-def since(source: Source, seen_lsn: int, **wanted: Any) -> list[Json]:
-    """Transactions that ended behind `seen_lsn`, oldest first; each as in `log`."""
-    found = log(source, **{**wanted, "limit": FOLLOW_LIMIT})["transactions"]
-    return [each for each in reversed(found) if parse_lsn(each["lsn"]) > seen_lsn]
-
-
-def _wanted(
-    source: Source,
-    transactions: Transactions,
-    table: str | None,
-    operation: str | None,
-    xid: int | None,
-    since_ns: int | None,
-    until_ns: int | None,
-    database: str | None,
 ) -> Wanted:
+    """What touched `table` ([SCHEMA.]NAME) or a partition of it, by `operation`, and ended within these times."""
     tables = None
     if table is not None:
         schema, dot, name = table.rpartition(".")
@@ -148,14 +136,18 @@ def _as_json(told: Json) -> Json:
 
 
 def around_json(source: Source, point: RecoveryPoint) -> Json:
-    """{"last_in", "first_out", "out"}: the transactions on both sides of a point, and how many it leaves out."""
+    """{"last_in", "first_out", "out", "also_out"}: the transactions on both sides of a point, how many it leaves out.
+
+    `also_out` are those that committed before the target, and are out all the same.
+    """
 
     def look() -> Json:
-        found = around(point.write, point.lsn, source.transactions().history())
+        found = around(point.write, point.lsn, source.transactions().history(), point.until_lsn)
         return {
             "last_in": _side(found.last_in),
             "first_out": _side(found.first_out),
             "out": found.out,
+            "also_out": [_side(end) for end in found.also_out],
         }
 
     return source.again(look)

@@ -88,7 +88,9 @@ STATUS: Shape = {
     "recovery_window": WINDOW,
     "volumes": [{"name": str, "device": Maybe(str), "backing": str, "mountpoint": str, "bytes": int}],
 }
-RESTORE: Shape = {"recovery_point": POINT, "to": str, "bytes": int, "seconds": float}
+END: Shape = {"xid": int, "time": TIME, "lsn": LSN, "write": int, "status": str}
+RESTORE: Shape = {"recovery_point": POINT, "to": str, "bytes": int, "seconds": float,
+                  "last_in": Maybe(END), "first_out": Maybe(END), "out": Maybe(int), "also_out": [END]}  # fmt: skip
 
 
 def fits(value: Any, shape: Any, where: str = "") -> list[str]:

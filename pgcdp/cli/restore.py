@@ -86,6 +86,8 @@ def announce(resolved: Mapping[str, Any]) -> None:
         return
     screen.note(f"last transaction in: {_side(resolved['last_in'])}")
     screen.note(f"first one out: {_side(resolved['first_out'])}")
+    for each in resolved["also_out"]:
+        screen.note(f"out too, though it committed before the target: {_side(each)}")
     if resolved["out"]:
         screen.note(f"committed behind this point, and not in it: {resolved['out']} transactions")
 

@@ -315,13 +315,14 @@ def _subxids(readout: Readout) -> pa.ListArray:
 
 
 def _events(readout: Readout, reader: CatalogReader, next_xid: int) -> tuple[list[dict[str, Any]], list[Note]]:
-    """Restore points, marks by message, databases dropped with their first irreversible effect, and what was lost."""
+    """Restore points, marks by message, what destroys before it commits, and what was lost."""
     invalidated: dict[int, Note] = {}
     for note, database in reader.inplace:
         invalidated.setdefault(database, note)
     found = []
     for note in readout.notes:
-        late = {each.lsn: _late(readout, each) for each in (note, *invalidated.values())}
+        first = [each for each in (reader.emptying.get(note.xid),) if each is not None]
+        late = {each.lsn: _late(readout, each) for each in (note, *invalidated.values(), *first)}
         found += list(_event(note, late, invalidated, reader, next_xid))
     return found, list(invalidated.values())
 
@@ -358,17 +359,15 @@ def _event(
         yield {"kind": "mark", "name": message[1], "xid": xid if message[0] else 0, **place}
     database = wal.dropped_database(note)
     if database is not None and note.xid in reader.dropping:  # else it was moved to another tablespace
-        first = invalidated.pop(database, note)
-        yield {
-            "kind": "drop_database",
-            "database": database,
-            "name": reader.databases.get(database, ""),
-            "xid": xid,
-            **place,
-            "first": {
-                "lsn": first.lsn,
-                "write": first.write + late[first.lsn],
-                "late": late[first.lsn],
-                "begin_at": first.begin_at,
-            },
-        }
+        said = {"database": database, "name": reader.databases.get(database, ""), "xid": xid}
+        yield {"kind": "drop_database", **said, **place, "first": _first(invalidated.pop(database, note), late)}
+    tablespace = wal.dropped_tablespace(note)
+    if tablespace is not None:
+        said = {"tablespace": tablespace, "name": reader.tablespaces.get(tablespace, ""), "xid": xid}
+        yield {"kind": "drop_tablespace", **said, **place, "first": _first(reader.emptying.get(note.xid, note), late)}
+
+
+def _first(note: Note, late: dict[int, int]) -> dict[str, Any]:
+    """Where the first irreversible effect is in WAL."""
+    place = late[note.lsn]
+    return {"lsn": note.lsn, "write": note.write + place, "late": place, "begin_at": note.begin_at}

@@ -17,10 +17,11 @@ from pgcdp.errors import DamageError
 from pgcdp.postgres.wal import MAGIC_15, MAGIC_18, Block, Manager, Note, Parts, parse
 
 PG_CLASS = 1259
+PG_TABLESPACE = 1213
 PG_DATABASE = 1262
 PG_INHERITS = 2611
 PG_NAMESPACE = 2615
-CATALOGS = (PG_CLASS, PG_DATABASE, PG_INHERITS, PG_NAMESPACE)
+CATALOGS = (PG_CLASS, PG_TABLESPACE, PG_DATABASE, PG_INHERITS, PG_NAMESPACE)
 
 INSERT, DELETE, UPDATE, HOT_UPDATE, INPLACE = 0x00, 0x10, 0x20, 0x40, 0x70
 MULTI_INSERT = 0x50
@@ -78,11 +79,11 @@ class Said:
 
 @dataclass
 class CatalogReader:
-    """Follows the pages of pg_class, pg_namespace, pg_inherits and pg_database through their records, in order of LSN.
+    """Follows the pages of the catalogs that name things through their records, in order of LSN.
 
     `files` holds what was said of each (database, file); `inplace` the in-place changes that made a database invalid
-    (record, OID); `dropping` the transactions that deleted a row there. What cannot be understood is passed
-    over: looks make up for it.
+    (record, OID); `dropping` the transactions that deleted a row there; `emptying` the records that deleted one of
+    pg_tablespace, by transaction. What cannot be understood is passed over: looks make up for it.
     """
 
     catalogs: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -93,6 +94,8 @@ class CatalogReader:
     databases: dict[int, str] = field(default_factory=dict)
     inplace: list[tuple[Note, int]] = field(default_factory=list)
     dropping: set[int] = field(default_factory=set)
+    emptying: dict[int, Note] = field(default_factory=dict)
+    tablespaces: dict[int, str] = field(default_factory=dict)
     _tuples: dict[tuple[int, int, int], dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
 
     def know(self, look: Look) -> None:
@@ -132,7 +135,7 @@ class CatalogReader:
         database, count = struct.unpack_from("<I", main)[0], struct.unpack_from("<I", main, 16)[0]
         for number in range(count):
             oid, file = struct.unpack_from("<II", main, 20 + 8 * number)
-            if oid in (PG_CLASS, PG_DATABASE):
+            if oid in (PG_CLASS, PG_TABLESPACE, PG_DATABASE):
                 self.catalogs[database, file] = oid
 
     def _take_image(self, note: Note, block: Block) -> None:
@@ -155,6 +158,11 @@ class CatalogReader:
             return
         if operation == DELETE and self._catalog(block) == PG_DATABASE:
             self.dropping.add(note.xid)
+        elif operation == DELETE and self._catalog(block) == PG_TABLESPACE:
+            self.emptying[note.xid] = note
+            known = place.get(struct.unpack_from("<H", parts.main, 4)[0])
+            if known is not None:
+                self._say(note, block, known)
         elif operation == INSERT:
             offset = struct.unpack_from("<H", parts.main)[0]
             if not block.has_image:
@@ -196,6 +204,8 @@ class CatalogReader:
             self.schemas[block.database, struct.unpack_from("<I", content)[0]] = _name(content, 4)
         if catalog == PG_DATABASE and len(content) >= 68:
             self.databases[struct.unpack_from("<I", content)[0]] = _name(content, 4)
+        if catalog == PG_TABLESPACE and len(content) >= 68:
+            self.tablespaces[struct.unpack_from("<I", content)[0]] = _name(content, 4)
         if catalog == PG_INHERITS and len(content) >= 8:
             child, parent = struct.unpack_from("<II", content)
             self.parents[block.database, child] = parent

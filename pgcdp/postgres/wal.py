@@ -298,6 +298,13 @@ def dropped_database(note: Note) -> int | None:
     return int(struct.unpack_from("<I", parse(note).main)[0])
 
 
+def dropped_tablespace(note: Note) -> int | None:
+    """OID of the tablespace that a record removes (xl_tblspc_drop_rec)."""
+    if note.rmid != Manager.TBLSPC or note.info & 0xF0 != 0x10:
+        return None
+    return int(struct.unpack_from("<I", parse(note).main)[0])
+
+
 def blank_wal(data: bytes, at: int, lsn: int) -> bytes:
     """A write's data with its WAL zero from `lsn` on, which lies `at` bytes from its beginning.
 

@@ -7,7 +7,7 @@ LSN on: Postgres's recovery ends there (DESIGN 'Exactly before a transaction').
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from pgcdp.errors import TargetError
 from pgcdp.records import ABORTED, ABORTED_PREPARED, COMMITTED, COMMITTED_PREPARED, NOT_IN_WRITE, PREPARED
 from pgcdp.units import format_lsn, format_time
 
+_DESTROYING = {"drop_database": "database", "drop_tablespace": "tablespace"}
+"""Events of transactions that destroy before they commit, and what."""
 CANDIDATES = 10
 """How many of the transactions that are meant are named in a message."""
 
@@ -63,22 +65,30 @@ NO_HISTORY = History((), _nothing)
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """All up to `write`; WAL is blank from `lsn` on, at `blank_at` in `blank_write` (None: all of it is in)."""
+    """All up to `write`; WAL is blank from `lsn` on, at `blank_at` in `blank_write` (None: all of it is in).
+
+    `until_lsn`: as in RecoveryPoint.
+    """
 
     write: int
     lsn: int | None = None
     blank_at: int | None = None
     blank_write: int | None = None
     note: str | None = None
+    until_lsn: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """What a point is between: the last transaction in, the first one out, and how many committed behind it."""
+    """What a point is between: the last transaction in, the first one out, and how many committed behind it.
+
+    `also_out`: those that committed behind it and still before what was asked for.
+    """
 
     last_in: np.void | None
     first_out: np.void | None
     out: int
+    also_out: list[np.void]
 
 
 def _before(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instant:
@@ -116,10 +126,10 @@ def at_xid(xid: int, exclusive: bool, history: History) -> Instant:
 def before_transaction(end: np.void, commits: Commits) -> Instant:
     """Just before a transaction: for one that destroys before it commits, before its first irreversible effect."""
     for event in commits.events:
-        if event["kind"] == "drop_database" and event["xid"] == int(end["xid"]):
-            first = event["first"]
-            note = "it drops a database: the point is before its first irreversible effect, not before its commit"
-            return _before(first, note)
+        what = _DESTROYING.get(event["kind"])
+        if what is not None and event["xid"] == int(end["xid"]):
+            note = f"it drops a {what}: the point is before its first irreversible effect, not before its commit"
+            return replace(_before(event["first"], note), until_lsn=int(end["lsn"]))
     if end["status"] == COMMITTED_PREPARED:
         return _before(end, f"transaction {end['xid']} is prepared there, with its locks: commit it or roll it back")
     return _before(end)
@@ -289,11 +299,12 @@ def _where_unknown(history: History) -> str:
     return "pgcdp log lists transactions, newest first"
 
 
-def around(write: int, lsn: int | None, history: History) -> Around:
-    """What a point is between."""
+def around(write: int, lsn: int | None, history: History, until_lsn: int | None = None) -> Around:
+    """What a point is between; `until_lsn`: where what was asked for is, when that is later."""
     last_in: np.void | None = None
     first_out: np.void | None = None
     out = 0
+    also: list[np.void] = []
     for _, commits in history.newest_first():
         ends = commits.ends[_is_in(commits.ends)]
         within = ends["write"] < write
@@ -303,10 +314,11 @@ def around(write: int, lsn: int | None, history: History) -> Around:
         out += len(outside)
         if len(outside):
             first_out = outside[0]
+            also[:0] = outside[outside["lsn"] < (until_lsn or 0)]
         if count:
             last_in = ends[within][-1]
             break
-    return Around(last_in, first_out, out)
+    return Around(last_in, first_out, out, also)
 
 
 STATUS = {

@@ -36,13 +36,17 @@ Table = tuple[int, int]
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which transactions are meant. None: any. `tables` must be touched, by `operation` where one is given."""
+    """Which transactions are meant. None: any. `tables` must be touched, by `operation` where one is given.
+
+    `behind_lsn`: only those that ended behind it.
+    """
 
     tables: frozenset[Table] | None = None
     operation: str | None = None
     xid: int | None = None
     since_us: int | None = None
     until_us: int | None = None
+    behind_lsn: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,8 @@ def _where(database: str | None) -> str:
 # --- the listing
 
 
-def listing(transactions: Transactions, wanted: Wanted, limit: int) -> Found:
-    """What is wanted, newest first."""
+def listing(transactions: Transactions, wanted: Wanted, limit: int | None) -> Found:
+    """What is wanted, newest first; `limit` None: all of it."""
     told: list[dict[str, Any]] = []
     total = 0
     for number in reversed(transactions.numbers):
@@ -146,8 +150,9 @@ def listing(transactions: Transactions, wanted: Wanted, limit: int) -> Found:
             continue
         lsns = _matching(transactions, number, wanted)[0]
         total += len(lsns)
-        if len(told) < limit:
-            told += tell(transactions, number, lsns[::-1][: limit - len(told)], wanted.tables)
+        rest = len(lsns) if limit is None else limit - len(told)
+        if rest:
+            told += tell(transactions, number, lsns[::-1][:rest], wanted.tables)
     return Found(told, total)
 
 
@@ -194,7 +199,7 @@ def _may_hold(transactions: Transactions, number: int | None, wanted: Wanted) ->
 def _in_time(said: Mapping[str, Any] | None, wanted: Wanted) -> bool:
     if said is None:
         return True
-    if not said["count"]:
+    if not said["count"] or said["max_lsn"] <= wanted.behind_lsn:
         return False
     return not (
         (wanted.since_us is not None and said["max_time_us"] < wanted.since_us)
@@ -219,6 +224,8 @@ def _matching(
         kept &= values[_COUNTS[wanted.operation]] > 0
     elif wanted.operation is not None:
         kept &= (values["flags"] & _FLAGS[wanted.operation]) > 0
+    if wanted.behind_lsn:
+        kept &= values["lsn"] > wanted.behind_lsn
     if wanted.xid is not None:
         kept &= _is_xid(table, values["xid"], wanted.xid)
     if wanted.since_us is not None:

@@ -69,6 +69,7 @@ def _by_instant(instant: Instant, listing: Listing) -> RecoveryPoint:
         blank_at=instant.blank_at,
         blank_write=instant.blank_write,
         note=instant.note,
+        until_lsn=instant.until_lsn,
     )
 
 

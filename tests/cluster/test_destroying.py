@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pgcdp import api
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
 from pgcdp.recovery import sandbox, verify
+from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.scratch import mounted
 from pgcdp.units import parse_lsn
-from tests.fix_sets import MakeSet
+from tests.fix_sets import MakeSet, ProtectedSet
 from tests.moments import scratch_below
 from tests.waiting import wait_until
 
@@ -53,6 +56,7 @@ def test_a_dropped_database_connects_again(make_set: MakeSet, pg_binaries: Binar
     resolved = api.resolve(found.name, Target("newest"), before="drop database doomed")
     assert "drops a database" in resolved["recovery_point"]["note"]
     assert resolved["recovery_point"]["write"] < dropped["write"]
+    also = [each["xid"] for each in resolved["also_out"]]
     source = found.source()
     point = source.resolve(Target("xid", dropped["xid"], exclusive=True))
     with mounted(source, point, scratch_below(found.root)) as pgdata:
@@ -69,6 +73,8 @@ def test_a_dropped_database_connects_again(make_set: MakeSet, pg_binaries: Binar
     behind = [each for each in inserted if parse_lsn(each["lsn"]) >= (point.lsn or 0)]
     assert len(lost) == len(behind)
     assert resolved["out"] == len(behind) + 1
+    between = [each["xid"] for each in reversed(behind) if parse_lsn(each["lsn"]) < parse_lsn(dropped["lsn"])]
+    assert also == between
 
 
 def test_what_was_dropped_in_a_transaction_comes_back(make_set: MakeSet, pg_binaries: Binaries) -> None:
@@ -88,3 +94,61 @@ def test_what_was_dropped_in_a_transaction_comes_back(make_set: MakeSet, pg_bina
             with box, box.connect() as session:
                 for name in ("a", "b", "c", "m"):
                     assert session.execute(f"select count(*) from {name}".encode()).fetchall() == [(50000,)]
+
+
+IN_PLACE = "set allow_in_place_tablespaces = on"
+
+
+@contextmanager
+def running_at(found: ProtectedSet, target: Target) -> Iterator[Sandbox]:
+    """Postgres on a target."""
+    source = found.source()
+    point = source.resolve(target)
+    with mounted(source, point, scratch_below(found.root)) as pgdata:
+        with sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries) as box:
+            yield box
+
+
+def test_a_dropped_tablespace_can_be_used_again(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """Its directory goes before DROP TABLESPACE commits."""
+    found = make_set(pg_binaries)
+    with found.connect() as connection:
+        connection.execute(IN_PLACE)
+        connection.execute("create tablespace spare location ''")
+        connection.execute("drop tablespace spare")
+        xid = api.log(found.name)["transactions"][0]["xid"]
+    told = api.resolve(found.name, Target("xid", xid, exclusive=True))["recovery_point"]
+    assert "drops a tablespace" in told["note"]
+    with running_at(found, Target("xid", xid, exclusive=True)) as box, box.connect() as connection:
+        connection.execute("create table t tablespace spare as select generate_series(1, 10)")
+        assert connection.execute("select count(*) from t").fetchall() == [(10,)]
+    with running_at(found, Target("xid", xid)) as box, box.connect() as connection:
+        assert connection.execute("select count(*) from pg_tablespace where spcname = 'spare'").fetchall() == [(0,)]
+
+
+def test_a_database_that_was_moved_is_whole_on_both_sides(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """ALTER DATABASE SET TABLESPACE removes the old files only in a transaction behind the one that names the new."""
+    found = make_set(pg_binaries)
+    found.sql("create database moving")
+    with found.connect("moving") as connection:
+        connection.execute("create table kept as select generate_series(1, 1000) as n")
+    with found.connect() as connection:
+        connection.execute(IN_PLACE)
+        connection.execute("create tablespace other location ''")
+        begin = parse_lsn(connection.execute("select pg_current_wal_insert_lsn()::text").fetchall()[0][0])
+        connection.execute("alter database moving set tablespace other")
+    moves = [each for each in api.log(found.name)["transactions"] if parse_lsn(each["lsn"]) >= begin]
+    assert moves
+    question = (
+        "select spcname from pg_database d join pg_tablespace t on t.oid = d.dattablespace where datname = 'moving'"
+    )
+    seen = []
+    for each in reversed(moves):
+        for exclusive in (True, False):
+            with running_at(found, Target("xid", each["xid"], exclusive=exclusive)) as box:
+                with box.connect("moving") as connection:
+                    assert connection.execute("select count(*) from kept").fetchall() == [(1000,)]
+                    seen.append(connection.execute(question.encode()).fetchall()[0][0])
+                assert all(check.ok for check in verify.verify_sandbox(box))
+    assert seen[0] == "pg_default"
+    assert seen[-1] == "other"
