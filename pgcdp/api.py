@@ -267,7 +267,8 @@ def source_of(config: Config, engine: EngineStatus | None) -> Source:
     """The set's store with its journal."""
     journal = Journal(config.journal, config.set_id_bytes)
     store = Store.open(config.store, config.set_id_bytes)
-    return Source(store, journal, engine.durable_write if engine else None, time.time_ns() if engine else 0)
+    durable_write, now_ns = (engine.durable_write, time.time_ns()) if engine else (None, 0)
+    return Source(store, journal, durable_write, now_ns, config.pgdata)
 
 
 def open_source(set_name: str | None, store: Path | None) -> Source:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pgcdp import logged
 from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import deeds_of
 from pgcdp.records import RecoveryPoint, Target
@@ -27,7 +28,7 @@ DEFAULT_PATH = ("public",)
 
 
 def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, **wanted: Any) -> Json:
-    """Transactions, newest first: {"transactions", "total", "unknown"}; `limit` None: all.
+    """Transactions, newest first: {"transactions", "total", "unknown", "note"}; `limit` None: all.
 
     `behind_lsn`: only those that ended behind it. `wanted`: as `_wanted`.
     """
@@ -37,7 +38,8 @@ def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, **wanted
         meant = replace(_wanted(source, transactions, **wanted), behind_lsn=behind_lsn)
         return _told(transactions, search.listing(transactions, meant, limit))
 
-    return source.again(look)
+    found = source.again(look)
+    return {**found, "note": logged.add_statements(source, found["transactions"])}
 
 
 def _wanted(
@@ -62,7 +64,10 @@ def _wanted(
     )  # fmt: skip
 
 
-def find(source: Source, sql: str, *, newest: bool = False, database: str | None = None, limit: int = 20) -> Json:
+def find(
+    source: Source, sql: str, *, newest: bool = False, database: str | None = None, limit: int = 20,
+    statements: bool = True,
+) -> Json:  # fmt: skip
     """Transactions that did what a statement does, largest share of a table first: as `log`."""
     deeds = deeds_of(sql)
 
@@ -71,12 +76,13 @@ def find(source: Source, sql: str, *, newest: bool = False, database: str | None
         found = search.find(transactions, deeds, _search_path(source), limit, newest=newest, database=database)
         return _told(transactions, found)
 
-    return source.again(look)
+    told = source.again(look)
+    return {**told, "note": logged.add_statements(source, told["transactions"], deeds) if statements else None}
 
 
 def before(source: Source, sql: str) -> Target:
     """Just before the one transaction that did what a statement does. Raises TargetError for none or several."""
-    found = find(source, sql)
+    found = find(source, sql, statements=False)
     told = [each for each in found["transactions"] if each["status"] != "aborted"]
     if not told:
         raise TargetError(f'no transaction did "{sql}"', "pgcdp log lists transactions, newest first")
@@ -128,7 +134,7 @@ def _as_json(told: Json) -> Json:
     tables = [{**table, "share": round(table["share"], 6)} for table in told["tables"]]
     return {
         **shown, "time": format_time(told["time_us"] * 1000), "lsn": format_lsn(told["lsn"]),
-        "share": round(told["share"], 6), "tables": tables,
+        "share": round(told["share"], 6), "tables": tables, "statement": None,
     }  # fmt: skip
 
 
@@ -154,8 +160,10 @@ def around_json(source: Source, point: RecoveryPoint) -> Json:
 
 
 def _side(end: np.void | None) -> Json | None:
-    if end is None:
-        return None
+    return None if end is None else _told_end(end)
+
+
+def _told_end(end: np.void) -> Json:
     return {
         "xid": int(end["xid"]),
         "time": format_time(int(end["time_us"]) * 1000),
@@ -177,7 +185,9 @@ def wal_in(source: Source, write: int, interval: int | None) -> Json:
         ended = commits.ends[commits.ends["write"] - commits.ends["late"] == write]
         return {
             "wal": {"from_lsn": format_lsn(int(rows["from_lsn"][0])), "to_lsn": format_lsn(int(rows["to_lsn"][-1]))},
-            "transactions": [_side(end) for end in ended],
+            "transactions": [{**_told_end(end), "statement": None} for end in ended],
         }
 
-    return source.again(look)
+    found = source.again(look)
+    logged.add_statements(source, found.get("transactions", []))
+    return found

@@ -74,6 +74,7 @@ TRANSACTION: Shape = {
     "database": Maybe(str),
     "share": float,
     "tables": [TABLE],
+    "statement": Maybe(str),
 }
 STATUS: Shape = {
     "set": str,
@@ -220,7 +221,7 @@ def test_log_and_find(protected: Protected) -> None:
     with session.connect(session.Dsn.of(settings)) as connection:
         for sql in ("create table found as select generate_series(1, 9) as id", "delete from found"):
             session.query(connection, sql)
-    shape = {"transactions": [TRANSACTION], "total": int, "unknown": []}
+    shape = {"transactions": [TRANSACTION], "total": int, "unknown": [], "note": Maybe(str)}
     for words in (["log"], ["find", "delete from found"]):
         value = protected.json(*words)
         assert fits(value, shape) == []

@@ -34,6 +34,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.recovery.*": 6,
     "pgcdp.service": 7,
     "pgcdp.doctor": 7,
+    "pgcdp.logged": 7,
     "pgcdp.transactions": 7,
     "pgcdp.salvaging": 7,
     "pgcdp.agent": 7,

@@ -69,13 +69,19 @@ def command(
 
 def render(value: Mapping[str, Any]) -> None:
     """Transactions as a table, a line for each table touched."""
-    rows = [row for told in value["transactions"] for row in _rows(told)]
-    screen.table(["time", "xid", "status", "write", "lsn", "table", "did", "share"], rows)
+    rows, below = [], {}
+    for told in value["transactions"]:
+        rows += _rows(told)
+        if told["statement"] is not None:
+            below[len(rows) - 1] = told["statement"]
+    screen.table(["time", "xid", "status", "write", "lsn", "table", "did", "share"], rows, below)
     more = value["total"] - len(value["transactions"])
     if more > 0:
         screen.note(f"{more} more; --limit shows more of them")
     if not value["total"]:
         screen.note("no transaction is like that")
+    if value["note"]:
+        screen.note(value["note"])
     if value["unknown"]:
         screen.note(f"the transactions of these intervals are not indexed: {', '.join(map(str, value['unknown']))}")
 
@@ -109,3 +115,5 @@ def _share(part: float) -> str:
 def _line(told: Mapping[str, Any]) -> None:
     for row in _rows(told):
         screen.text("  ".join(cell for cell in row if cell))
+    if told["statement"] is not None:
+        screen.text(screen.one_line(told["statement"]))

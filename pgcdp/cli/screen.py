@@ -6,6 +6,7 @@ A terminal gets tables and bars (rich), everything else plain lines; `--output j
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from pgcdp.units import format_duration, format_size
 
 SECONDS_BETWEEN_LINES = 5.0
 """How often one step may say where it is when there is no terminal."""
+LINE = 160
+"""Characters of a line of SQL when there is no terminal."""
 
 
 def result(value: Mapping[str, Any], output: str, render: Callable[[Mapping[str, Any]], None] | None = None) -> None:
@@ -107,10 +110,21 @@ def pairs(items: Sequence[tuple[str, str]]) -> None:
         text(f"{name:{width}}  {value}".rstrip())
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: rich on a terminal, aligned columns elsewhere. Columns of numbers stand to the right."""
+def one_line(statement: str) -> str:
+    """SQL as one indented line of the terminal's width (elsewhere of LINE characters), without control characters."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else LINE
+    words = " ".join("".join(char if char.isprintable() else " " for char in statement).split())
+    shown = f"    {words}"
+    return shown if len(shown) <= width else f"{shown[: width - 1]}…"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], below: Mapping[int, str] | None = None) -> None:
+    """A table: rich on a terminal, aligned columns elsewhere. Columns of numbers stand to the right.
+
+    `below`: SQL to show in a line of its own below a row, by the row's number; all is aligned columns then.
+    """
     right = [bool(rows) and all(row[i][:1].isdigit() or row[i] == "-" for row in rows) for i in range(len(columns))]
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not below:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -123,9 +137,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         Console(highlight=False).print(drawn)
         return
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, *rows]:
+    for number, row in enumerate([columns, *rows], -1):
         cells = (f"{c:>{w}}" if is_right else f"{c:<{w}}" for c, w, is_right in zip(row, widths, right, strict=True))
         text("  ".join(cells).rstrip())
+        if below and number in below:
+            text(one_line(below[number]))
 
 
 # --- progress

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +22,10 @@ _DROPPED_TABLES = (
     ObjectType.OBJECT_MATVIEW,
     ObjectType.OBJECT_FOREIGN_TABLE,
 )
+_TRANSACTION = re.compile(
+    r"\s*(begin|start|commit|end|abort|rollback|savepoint|release|prepare\s+transaction|set|show|reset|discard)\b", re.I
+)
+_MISSING = (" DEFAULT VALUES", " SET it = 0")
 _COMMANDS: dict[str, Operation] = {"CMD_INSERT": "insert", "CMD_UPDATE": "update", "CMD_DELETE": "delete"}
 
 
@@ -31,6 +37,11 @@ class Deed:
     name: str
     schema: str | None = None
 
+    def is_like(self, other: Deed) -> bool:
+        """Whether it may be the same, where a schema is not said."""
+        same_schema = self.schema is None or other.schema is None or self.schema == other.schema
+        return (self.operation, self.name) == (other.operation, other.name) and same_schema
+
     def __str__(self) -> str:
         return f"{self.operation} {self.name if self.schema is None else f'{self.schema}.{self.name}'}"
 
@@ -41,7 +52,7 @@ def deeds_of(sql: str) -> list[Deed]:
     Raises TargetError when it cannot be parsed, or does nothing that can be looked for.
     """
     try:
-        statements = parse_sql(sql)
+        statements = _parse(sql)
     except ParseError as error:
         message, at = str(error.args[0]), int(error.args[1] or 0) if len(error.args) > 1 else 0
         raise TargetError(
@@ -56,6 +67,44 @@ def deeds_of(sql: str) -> list[Deed]:
             "DROP DATABASE, and what rewrites a table",
         )
     return found
+
+
+def _parse(sql: str) -> Any:
+    """As pglast does; of INSERT and UPDATE the table is enough."""
+    try:
+        return parse_sql(sql)
+    except ParseError:
+        for rest in _MISSING:
+            with suppress(ParseError):
+                return parse_sql(sql.rstrip(" ;\n") + rest)
+        raise
+
+
+def is_statement(text: str) -> bool:
+    """Whether a text can be parsed as SQL and says something."""
+    try:
+        return bool(parse_sql(text))
+    except ParseError:
+        return False
+
+
+def telling(texts: Sequence[str], asked: Sequence[Deed] = ()) -> list[str]:
+    """Of the statements of a transaction those that did one of the deeds `asked`, else those that change tables.
+
+    When none does that can be seen (it may have been a function that was called), all that are not about the
+    transaction itself.
+    """
+    did = [(text, _deeds_or_none(text)) for text in dict.fromkeys(texts)]
+    found = [text for text, deeds in did if any(deed.is_like(other) for deed in deeds for other in asked)]
+    found = found or [text for text, deeds in did if deeds]
+    return found or [text for text, _ in did if not _TRANSACTION.match(text)]
+
+
+def _deeds_or_none(text: str) -> list[Deed]:
+    try:
+        return deeds_of(text)
+    except TargetError:
+        return []
 
 
 def _deeds(statement: Any) -> Iterator[Deed]:

@@ -90,18 +90,11 @@ class Transactions:
         table = read_transactions(path, (*_COLUMNS, "subxids"))
         return _as_commits(table, self.events(number)["events"], partial(read_wal, path))
 
-    def _settings(self, last: int) -> dict[str, Any]:
-        """What is known of the cluster's settings behind the last boundary."""
-        try:
-            return read_json(self.store.incoming(last + 1) / SETTINGS)
-        except (FileNotFoundError, DamageError):
-            return self.bundles[last].settings() if last else {}
-
     def _tail(self) -> Indexed:
         last = max(self.bundles, default=0)
         boundary = self.bundles[last].interval.boundary if last else self.store.baseline
         assert boundary is not None
-        settings = self._settings(last)
+        settings = settings_behind(self.store, last)
         start = Start.of(self.store, boundary, settings, int(self.store.extra["cluster"]["system_identifier"]))
         opened = self.store.incoming(last + 1)
         intervals = [opened] if (opened / "index").exists() else []
@@ -109,6 +102,14 @@ class Transactions:
             return index_transactions(read_nothing(), start.past, None, boundary.next_xid)
         readout = start.read(intervals, journal=self.journal, upto=self.upto)
         return index_transactions(readout, start.past, read_look(opened), boundary.next_xid)
+
+
+def settings_behind(store: Store, last: int) -> dict[str, Any]:
+    """What is known of the cluster's settings behind interval `last` (as `session.settings`), empty when nothing."""
+    try:
+        return read_json(store.incoming(last + 1) / SETTINGS)
+    except (FileNotFoundError, DamageError):
+        return Bundle.open(store, last).settings() if last else {}
 
 
 def _as_commits(table: pa.Table, events: Sequence[Mapping[str, Any]], wal: Any) -> Commits:

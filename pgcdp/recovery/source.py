@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forwar
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Target
-from pgcdp.recovery.history import Transactions
+from pgcdp.recovery.history import Transactions, settings_behind
 from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
 from pgcdp.store.image import Image
@@ -43,16 +44,23 @@ class Source:
     """A store, with the set's journal where there is one.
 
     `durable_write`: the journal's newest durable write, as the engine says (None: look at a journal that nobody
-    writes). `now_ns`: until when it is known that no other write came.
+    writes). `now_ns`: until when it is known that no other write came. `pgdata`: where the live cluster's data
+    directory is.
     """
 
     def __init__(
-        self, store: Store, journal: Journal | None = None, durable_write: int | None = None, now_ns: int = 0
+        self,
+        store: Store,
+        journal: Journal | None = None,
+        durable_write: int | None = None,
+        now_ns: int = 0,
+        pgdata: Path | None = None,
     ) -> None:
         self.store = store
         self.journal = journal
         self.durable_write = durable_write
         self.now_ns = now_ns
+        self.pgdata = pgdata
         self._intervals: dict[int, Interval] = {}
 
     def intervals(self) -> list[Interval]:
@@ -313,6 +321,10 @@ class Source:
     def settings_of(self, number: int) -> dict[str, Any]:
         """Postgres's settings as they were kept with an interval; empty when Postgres could not be asked."""
         return Bundle.open(self.store, number).settings()
+
+    def newest_settings(self) -> dict[str, Any]:
+        """Postgres's settings as they were kept last, also with the open interval; empty when nothing is known."""
+        return settings_behind(self.store, max(self.store.interval_numbers(), default=0))
 
     def settings(self, point: RecoveryPoint) -> dict[str, Any] | None:
         """Postgres's settings at a point: those kept with its interval, or with the last one before it."""
