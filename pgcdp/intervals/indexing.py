@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from pgcdp.capture.filemap import FileMap
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json, write_atomic, write_json
+from pgcdp.intervals.events import full_xid
 from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import SEGMENT_BYTES, Cluster, Readout, read_wal
-from pgcdp.intervals.transactions import Indexed, Past, full_xid, index_transactions
+from pgcdp.intervals.transactions import Indexed, Past, index_transactions
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.wal import Note, pack_notes, read_notes
 from pgcdp.records import Boundary

@@ -109,13 +109,24 @@ def _look_now(namer: _Namer, before: Look | None, after: Look | None) -> Look | 
     base = after or before
     since = base.lsn if base else 0
     said = [each for of_oid in namer.reader.oids.values() for each in of_oid if each.lsn >= since]
+    schemas = _schemas_now(namer)
     if not said and base is not None:
-        return replace(base, databases=dict(namer.reader.databases))
+        return replace(base, databases=dict(namer.reader.databases), schemas=schemas)
     relations = {(each.database, each.oid): each for each in (base.relations if base else ())}
     for each in sorted(said, key=lambda each: each.lsn):
         if namer.top.get(each.xid, each.xid) in namer.committed and not _TRANSIENT.match(each.relation.name):
             relations[each.relation.database, each.relation.oid] = replace(namer.settled(each), file=each.relation.file)
-    return Look(since, dict(namer.reader.databases), dict(namer.reader.schemas), tuple(relations.values()))
+    return Look(since, dict(namer.reader.databases), schemas, tuple(relations.values()))
+
+
+def _schemas_now(namer: _Namer) -> dict[tuple[int, int], str]:
+    """All that were known but those whose row was deleted by what committed."""
+    gone = {
+        (drop.database, drop.schema)
+        for drop in namer.reader.schema_drops.values()
+        if namer.top.get(drop.xid, drop.xid) in namer.committed
+    }
+    return {key: name for key, name in namer.reader.schemas.items() if key not in gone}
 
 
 def _rows(relations: dict[tuple[int, int], Relation], said: Said) -> int:
@@ -137,6 +148,7 @@ def _files(changes: NDArray[np.void]) -> list[tuple[int, int, NDArray[np.int64]]
 def _commits(readout: Readout, reader: CatalogReader) -> tuple[dict[int, int], dict[int, int]]:
     """Of those transactions that changed catalogs: where they committed, and which top transaction a subxid has."""
     wanted = {said.xid for each in reader.oids.values() for said in each}
+    wanted |= {drop.xid for drop in reader.schema_drops.values()}
     ends = readout.ends
     owner = np.repeat(np.arange(len(ends)), ends["subxids"])
     top = {}

@@ -5,7 +5,7 @@ It is made of the interval's own files and of what the interval before left, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pgcdp.intervals.events import durable_write, events_of, full_xid
 from pgcdp.intervals.names import IN, Names, name_changes
 from pgcdp.intervals.readout import Readout
-from pgcdp.postgres import wal
 from pgcdp.postgres.relations import CatalogReader, Look, Relation
-from pgcdp.postgres.wal import Manager, Note
+from pgcdp.postgres.wal import Note
 from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, SCHEMA, TRUNCATED
 
 POSTGRES_EPOCH_US = 946_684_800_000_000
@@ -65,24 +65,9 @@ def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid
     rows = _rows(readout, names)
     sizes, now = table_sizes(readout, rows, names, past.look, look)
     table = _table(readout, rows, sizes, names, databases, next_xid)
-    events, pending = _events(readout, reader, next_xid)
+    events, pending = events_of(readout, reader, past.look, look, next_xid)
     touched = _tables(rows, names, databases)
     return Indexed(table, touched, events, readout.wal, with_sizes(names.look, now), next_xid, pending)
-
-
-def durable_write(readout: Readout, lsn: NDArray[np.uint64], write: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """With which write recovery finds the records that begin at `lsn` and became whole with these writes."""
-    wal = readout.wal
-    if not len(wal):
-        return write
-    at = np.minimum(np.searchsorted(wal["to_lsn"], lsn, side="right"), len(wal) - 1)
-    return np.where(wal["write"][at] == write, wal["durable"][at], write)
-
-
-def full_xid(xid: NDArray[np.uint32], next_xid: int) -> NDArray[np.uint64]:
-    """64-bit transaction ids of 32-bit ones that lie less than 2^31 away from `next_xid`."""
-    away = (xid.astype(np.uint32) - np.uint32(next_xid & 0xFFFFFFFF)).view(np.int32)
-    return (np.int64(next_xid) + away).astype(np.uint64)
 
 
 # --- rows
@@ -309,65 +294,3 @@ def _subxids(readout: Readout) -> pa.ListArray:
     """The list of each end."""
     offsets = np.concatenate([[0], np.cumsum(readout.ends["subxids"])]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(readout.subxids))
-
-
-# --- events
-
-
-def _events(readout: Readout, reader: CatalogReader, next_xid: int) -> tuple[list[dict[str, Any]], list[Note]]:
-    """Restore points, marks by message, what destroys before it commits, and what was lost."""
-    invalidated: dict[int, Note] = {}
-    for note, database in reader.inplace:
-        invalidated.setdefault(database, note)
-    found = []
-    for note in readout.notes:
-        first = [each for each in (reader.emptying.get(note.xid),) if each is not None]
-        late = {each.lsn: _late(readout, each) for each in (note, *invalidated.values(), *first)}
-        found += list(_event(note, late, invalidated, reader, next_xid))
-    return found, list(invalidated.values())
-
-
-def _late(readout: Readout, note: Note) -> int:
-    lsn, write = (np.array([value], dtype=np.uint64) for value in (note.lsn, note.write))
-    return int(durable_write(readout, lsn, write)[0]) - note.write
-
-
-def _event(
-    note: Note, late: dict[int, int], invalidated: dict[int, Note], reader: CatalogReader, next_xid: int
-) -> Iterable[dict[str, Any]]:
-    place: dict[str, Any] = {
-        "lsn": note.lsn,
-        "end_lsn": note.end_lsn,
-        "write": note.write + late[note.lsn],
-        "late": late[note.lsn],
-        "begin_at": note.begin_at,
-        "end_at": note.end_at,
-        "timeline": note.timeline,
-    }
-    if note.rmid == Manager.LOST:
-        yield {"kind": "lost", **place}
-        return
-    if note.rmid == Manager.MARK:
-        yield {"kind": "mark", "name": note.body.decode("utf-8", "replace"), "write": note.write, "lsn": None}
-        return
-    name = wal.restore_point(note)
-    if name is not None:
-        yield {"kind": "restore_point", "name": name, **place}
-    message = wal.message(note)
-    xid = int(full_xid(np.array([note.xid], dtype=np.uint32), next_xid)[0]) if note.xid else 0
-    if message is not None:
-        yield {"kind": "mark", "name": message[1], "xid": xid if message[0] else 0, **place}
-    database = wal.dropped_database(note)
-    if database is not None and note.xid in reader.dropping:  # else it was moved to another tablespace
-        said = {"database": database, "name": reader.databases.get(database, ""), "xid": xid}
-        yield {"kind": "drop_database", **said, **place, "first": _first(invalidated.pop(database, note), late)}
-    tablespace = wal.dropped_tablespace(note)
-    if tablespace is not None:
-        said = {"tablespace": tablespace, "name": reader.tablespaces.get(tablespace, ""), "xid": xid}
-        yield {"kind": "drop_tablespace", **said, **place, "first": _first(reader.emptying.get(note.xid, note), late)}
-
-
-def _first(note: Note, late: dict[int, int]) -> dict[str, Any]:
-    """Where the first irreversible effect is in WAL."""
-    place = late[note.lsn]
-    return {"lsn": note.lsn, "write": note.write + place, "late": place, "begin_at": note.begin_at}

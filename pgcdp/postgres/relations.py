@@ -77,13 +77,24 @@ class Said:
     relation: Relation
 
 
+@dataclass(frozen=True, slots=True)
+class SchemaDrop:
+    """A row of pg_namespace that transaction `xid` deleted; OID 0 and no name when the row was not known."""
+
+    xid: int
+    database: int
+    schema: int = 0
+    name: str = ""
+
+
 @dataclass
 class CatalogReader:
     """Follows the pages of the catalogs that name things through their records, in order of LSN.
 
     `files` holds what was said of each (database, file); `inplace` the in-place changes that made a database invalid
-    (record, OID); `dropping` the transactions that deleted a row there; `emptying` the records that deleted one of
-    pg_tablespace, by transaction. What cannot be understood is passed over: looks make up for it.
+    (record, OID); `dropping` and `emptying` the records that deleted a row there or in pg_tablespace, by transaction;
+    `schema_drops` those that deleted a row of pg_namespace, by LSN. What cannot be understood is passed over: looks
+    make up for it.
     """
 
     catalogs: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -93,9 +104,10 @@ class CatalogReader:
     parents: dict[tuple[int, int], int] = field(default_factory=dict)
     databases: dict[int, str] = field(default_factory=dict)
     inplace: list[tuple[Note, int]] = field(default_factory=list)
-    dropping: set[int] = field(default_factory=set)
+    dropping: dict[int, Note] = field(default_factory=dict)
     emptying: dict[int, Note] = field(default_factory=dict)
     tablespaces: dict[int, str] = field(default_factory=dict)
+    schema_drops: dict[int, SchemaDrop] = field(default_factory=dict)
     _tuples: dict[tuple[int, int, int], dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
 
     def know(self, look: Look) -> None:
@@ -157,12 +169,17 @@ class CatalogReader:
                 self._take_multi(note, parts, block, place)
             return
         if operation == DELETE and self._catalog(block) == PG_DATABASE:
-            self.dropping.add(note.xid)
+            self.dropping[note.xid] = note
         elif operation == DELETE and self._catalog(block) == PG_TABLESPACE:
             self.emptying[note.xid] = note
             known = place.get(struct.unpack_from("<H", parts.main, 4)[0])
             if known is not None:
                 self._say(note, block, known)
+        elif operation == DELETE and self._catalog(block) == PG_NAMESPACE:
+            offset = struct.unpack_from("<H", parts.main, 4)[0]  # behind xmax
+            content = _content(place[offset]) if offset in place else b""
+            row = (struct.unpack_from("<I", content)[0], _name(content, 4)) if len(content) >= 68 else ()
+            self.schema_drops[note.lsn] = SchemaDrop(note.xid, block.database, *row)
         elif operation == INSERT:
             offset = struct.unpack_from("<H", parts.main)[0]
             if not block.has_image:

@@ -72,6 +72,13 @@ class Transactions:
         found: list[dict[str, Any]] = self.events(number)["tables"]
         return found
 
+    def happened(self, number: int | None) -> list[dict[str, Any]]:
+        """The events of an interval (FORMAT.md 3.7)."""
+        if number is None:
+            return self.tail().events
+        found: list[dict[str, Any]] = self.events(number)["events"]
+        return found
+
     def looks(self) -> Iterator[Look]:
         """All looks at the catalogs, newest first."""
         last = max(self.store.interval_numbers(), default=0)
@@ -88,7 +95,7 @@ class Transactions:
             return _as_commits(indexed.table, indexed.events, lambda: indexed.wal)
         path = self.bundles[number].path
         table = read_transactions(path, (*_COLUMNS, "subxids"))
-        return _as_commits(table, self.events(number)["events"], partial(read_wal, path))
+        return _as_commits(table, self.happened(number), partial(read_wal, path))
 
     def _tail(self) -> Indexed:
         last = max(self.bundles, default=0)

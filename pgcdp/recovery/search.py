@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import Deed
+from pgcdp.recovery import dropped
+from pgcdp.recovery.dropped import HIDDEN_SCHEMAS, NEAREST, Lsns
 from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import STATUS
 from pgcdp.store.parquet import Ranges
 from pgcdp.store.transactions import DROPPED, REWRITTEN, TRUNCATED
 
-HIDDEN_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
-NEAREST = 5
 _KEYS = ("database_oid", "oid", "schema", "name", "database", "parent_oid")
 _SHARED = ("rows", "inserted", "updated", "deleted", "flags")
 _COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
-_FLAGS = {"truncate": TRUNCATED, "drop": DROPPED, "drop schema": DROPPED, "rewrite": REWRITTEN}
+_FLAGS = {"truncate": TRUNCATED, "drop": DROPPED, "rewrite": REWRITTEN}
 
 ANY = 1 << 62
 
@@ -38,7 +38,7 @@ Table = tuple[int, int]
 class Wanted:
     """Which transactions are meant. None: any. `tables` must be touched, by `operation` where one is given.
 
-    `behind_lsn`: only those that ended behind it.
+    `behind_lsn`: only those that ended behind it; `lsns`: those that ended there.
     """
 
     tables: frozenset[Table] | None = None
@@ -47,6 +47,7 @@ class Wanted:
     since_us: int | None = None
     until_us: int | None = None
     behind_lsn: int = 0
+    lsns: Lsns | None = None
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,13 @@ class Known:
                 return self.family(found[place])
         return self.family(set().union(*found.values()))
 
-    def in_schema(self, schema: str, database: str | None) -> frozenset[Table]:
-        """The tables of a schema. Raises TargetError when none is known."""
-        found = [tables for key, tables in self.names.items() if key[0] == schema and database in (None, key[2])]
-        if not found:
-            schemas = sorted({key[0] for key in self.names} - set(HIDDEN_SCHEMAS))
-            raise TargetError(
-                f"no table of a schema {schema} is known{_where(database)}", f"there are: {', '.join(schemas)}"
-            )
-        return frozenset(set().union(*found))
+    def by_schema(self, database: str | None) -> Mapping[str, set[Table]]:
+        """All tables, by the schemas that they were in."""
+        found: defaultdict[str, set[Table]] = defaultdict(set)
+        for (schema, _, place), tables in self.names.items():
+            if database in (None, place):
+                found[schema] |= tables
+        return found
 
     def _nearest(self, name: str) -> str:
         shown = {key[1]: key[0] for key in self.names if key[0] not in HIDDEN_SCHEMAS}
@@ -184,6 +183,8 @@ def _may_hold(transactions: Transactions, number: int | None, wanted: Wanted) ->
     """Whether an interval can have something that is wanted, by what is said of it as a whole."""
     if not _in_time(transactions.summary(number), wanted):
         return False
+    if wanted.lsns is not None:
+        return number in wanted.lsns
     if wanted.tables is None:
         return True
     for row in transactions.tables(number):
@@ -214,9 +215,11 @@ def _matching(
     columns = ["lsn", "rows", "inserted", "updated", "deleted", "flags", "relation_oid", "database_oid"]
     columns += ["xid", "subxids"] if wanted.xid is not None else []
     columns += ["time_us"] if (wanted.since_us, wanted.until_us) != (None, None) else []
-    table = transactions.table(number, columns, _ranges(wanted))
+    table = transactions.table(number, columns, _ranges(wanted, number))
     values = {name: table.column(name).to_numpy() for name in columns if name != "subxids"}
     kept = np.ones(len(table), dtype=np.bool_)
+    if wanted.lsns is not None:
+        kept &= np.isin(values["lsn"], wanted.lsns[number])
     if wanted.tables is not None:
         key = values["database_oid"].astype(np.uint64) << np.uint64(32) | values["relation_oid"]
         kept &= np.isin(key, np.array([d << 32 | r for d, r in wanted.tables], dtype=np.uint64))
@@ -241,9 +244,11 @@ def _matching(
     return lsns[starts], np.maximum.reduceat(shares, starts)
 
 
-def _ranges(wanted: Wanted) -> Ranges:
+def _ranges(wanted: Wanted, number: int | None) -> Ranges:
     """What rows that are wanted have in common, roughly."""
     found: dict[str, list[tuple[int, int]]] = {}
+    if wanted.lsns is not None:
+        found["lsn"] = [(lsn, lsn) for lsn in wanted.lsns[number].tolist()]
     if wanted.tables is not None:
         found["relation_oid"] = [(oid, oid) for _, oid in wanted.tables]
     if wanted.operation is not None:
@@ -334,22 +339,25 @@ def find(
 
     `path`: schemas of the search path. Raises TargetError when a table or schema never existed.
     """
-    dropped = [deed for deed in deeds if deed.operation == "drop database"]
-    if dropped:
-        return _dropped_databases(transactions, {deed.name for deed in dropped})
     known = Known.of(transactions)
-    wanted = [
-        Wanted(
-            known.in_schema(deed.name, database)
-            if deed.operation == "drop schema"
-            else known.tables(deed.name, deed.schema, database, path),
-            deed.operation,
-        )
-        for deed in deeds
-    ]
+    wanted = [_wanted(transactions, known, deed, path, database) for deed in deeds]
     if len(wanted) == 1:
         return (listing if newest else by_share)(transactions, wanted[0], limit)
     return _all_of(transactions, wanted, limit, newest=newest)
+
+
+def _wanted(transactions: Transactions, known: Known, deed: Deed, path: Sequence[str], database: str | None) -> Wanted:
+    if deed.operation == "drop database":
+        return Wanted(lsns=dropped.databases(transactions, deed.name))
+    if deed.operation != "drop schema":
+        return Wanted(known.tables(deed.name, deed.schema, database, path), deed.operation)
+
+    def droppers(number: int | None, tables: frozenset[Table]) -> NDArray[np.uint64]:
+        drop = Wanted(tables, "drop")
+        none = np.empty(0, dtype=np.uint64)
+        return _matching(transactions, number, drop)[0] if _may_hold(transactions, number, drop) else none
+
+    return Wanted(lsns=dropped.schemas(transactions, deed.name, database, known.by_schema(database), droppers))
 
 
 def _all_of(transactions: Transactions, wanted: Sequence[Wanted], limit: int, *, newest: bool) -> Found:
@@ -366,22 +374,3 @@ def _all_of(transactions: Transactions, wanted: Sequence[Wanted], limit: int, *,
     if not newest:
         told.sort(key=lambda each: -each["share"])
     return Found(told[:limit], len(told))
-
-
-def _dropped_databases(transactions: Transactions, names: set[str]) -> Found:
-    """Those that dropped a database of a name. Raises TargetError when none of that name was ever known."""
-    told: list[dict[str, Any]] = []
-    known = {name for look in transactions.looks() for name in look.databases.values()}
-    for number in reversed(transactions.numbers):
-        commits = transactions.commits(number)
-        for event in reversed(commits.events):
-            if event["kind"] != "drop_database":
-                continue
-            known.add(event["name"])
-            if event["name"] in names:
-                told += tell(transactions, number, commits.ends["lsn"][commits.ends["xid"] == event["xid"]])
-    if not names & known:
-        raise TargetError(
-            f"no database {', '.join(sorted(names))} is known", f"there are: {', '.join(sorted(known - {''}))}"
-        )
-    return Found(told, len(told))
