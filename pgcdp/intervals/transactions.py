@@ -40,7 +40,7 @@ class Past:
 class Indexed:
     """The index (SCHEMA), the tables that are in it, the events (FORMAT.md 3.7), array WAL_WRITE, the catalogs then.
 
-    `pending`: records that made a database invalid, which was not dropped yet.
+    `pending`: records that the events of the next interval may follow from.
     """
 
     table: pa.Table

@@ -19,8 +19,16 @@ from tests.waiting import wait_until
 
 
 def test_a_dropped_database_connects_again(make_set: MakeSet, pg_binaries: Binaries) -> None:
-    """While clients write in another database; what they lose is what was said before."""
-    found = make_set(pg_binaries, settings={"max_wal_size": "256MB"}, allowed=[r"connection to client lost"])
+    """While clients write in another database; what they lose is what was said before.
+
+    DROP DATABASE runs a checkpoint between its first irreversible effect and its end: an interval ends there.
+    """
+    found = make_set(
+        pg_binaries,
+        settings={"max_wal_size": "256MB"},
+        allowed=[r"connection to client lost"],
+        cut=("checkpoint",),
+    )
     found.sql("create database doomed")
     with found.connect("doomed") as connection:
         connection.execute("create table kept as select generate_series(1, 1000) as n")
@@ -57,8 +65,11 @@ def test_a_dropped_database_connects_again(make_set: MakeSet, pg_binaries: Binar
     assert "drops a database" in resolved["recovery_point"]["note"]
     assert resolved["recovery_point"]["write"] < dropped["write"]
     also = [each["xid"] for each in resolved["also_out"]]
+    api.cut(found.name)
+    assert len(api.info(found.name)["intervals"]) > 1
     source = found.source()
     point = source.resolve(Target("xid", dropped["xid"], exclusive=True))
+    assert (point.write, point.note) == tuple(resolved["recovery_point"][key] for key in ("write", "note"))
     with mounted(source, point, scratch_below(found.root)) as pgdata:
         box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
         with box:
@@ -104,9 +115,11 @@ def running_at(found: ProtectedSet, target: Target) -> Iterator[Sandbox]:
     """Postgres on a target."""
     source = found.source()
     point = source.resolve(target)
-    with mounted(source, point, scratch_below(found.root)) as pgdata:
-        with sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries) as box:
-            yield box
+    with (
+        mounted(source, point, scratch_below(found.root)) as pgdata,
+        sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries) as box,
+    ):
+        yield box
 
 
 def test_a_dropped_tablespace_can_be_used_again(make_set: MakeSet, pg_binaries: Binaries) -> None:
