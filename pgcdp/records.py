@@ -95,11 +95,13 @@ TRANSACTION = np.dtype(
         ("end_at", "<u4"),
         ("status", "<u4"),
         ("late", "<u4"),
+        ("back", "<u8"),
     ]
 )
 """The end of a transaction as the transaction index has it: xid of 64 bits, microseconds since 1970.
 
-`write` is the one with which recovery finds the record, `write - late` the one that holds it.
+`write` is the one with which recovery finds the record, `write - late` the one that holds it. `back`: bytes of WAL
+since its first change.
 """
 
 COMMITTED, ABORTED, PREPARED, COMMITTED_PREPARED, ABORTED_PREPARED = 1, 2, 3, 4, 5

@@ -25,7 +25,7 @@ from pgcdp.store.open_interval import SETTINGS
 from pgcdp.store.parquet import Ranges
 from pgcdp.store.transactions import read_look, read_transactions, read_wal
 
-_COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status", "late")
+_COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status", "late", "back")
 
 
 class Transactions:

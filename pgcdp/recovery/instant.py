@@ -7,7 +7,7 @@ LSN on: Postgres's recovery ends there (DESIGN 'Exactly before a transaction').
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -116,16 +116,17 @@ def at_xid(xid: int, exclusive: bool, history: History) -> Instant:
     found = _find_xid(xid, history)
     if found is None:
         raise TargetError(f"no transaction {xid} ended in what can be restored", _where_unknown(history))
-    commits, end = found
+    number, end = found
     if not exclusive:
         note = "it is prepared there, not committed" if end["status"] == PREPARED else None
         return _behind(end, note)
-    return before_transaction(end, commits)
+    return before_transaction(end, number, history)
 
 
-def before_transaction(end: np.void, commits: Commits) -> Instant:
-    """Just before a transaction: for one that destroys before it commits, before its first irreversible effect."""
-    for event in commits.events:
+def before_transaction(end: np.void, number: int | None, history: History) -> Instant:
+    """Just before a transaction that ended in interval `number`: for one that destroys before it commits, before its
+    first irreversible effect."""
+    for event in _events_of(end, number, history):
         what = _DESTROYING.get(event["kind"])
         if what is not None and event["xid"] == int(end["xid"]):
             note = f"it drops a {what}: the point is before its first irreversible effect, not before its commit"
@@ -135,7 +136,18 @@ def before_transaction(end: np.void, commits: Commits) -> Instant:
     return _before(end)
 
 
-def _find_xid(xid: int, history: History) -> tuple[Commits, np.void] | None:
+def _events_of(end: np.void, number: int | None, history: History) -> Iterator[Mapping[str, Any]]:
+    """The events of the intervals that a transaction's WAL reaches into."""
+    begin = int(end["lsn"]) - int(end["back"])
+    for each in reversed(history.numbers[: history.numbers.index(number) + 1]):
+        said = history.summary(each)
+        if each != number and said is not None and said["wal_to"] <= begin:
+            return
+        yield from history.commits(each).events
+
+
+def _find_xid(xid: int, history: History) -> tuple[int | None, np.void] | None:
+    """The interval where a transaction ended, and its end."""
     low = xid < 1 << 32
     for number in reversed(history.numbers):
         if not _may_hold(xid, history.summary(number)):
@@ -147,7 +159,7 @@ def _find_xid(xid: int, history: History) -> tuple[Commits, np.void] | None:
         if not len(rows) and (xid & 0xFFFFFFFF) in commits.tops:
             rows = np.flatnonzero(xids == commits.tops[xid & 0xFFFFFFFF])
         if len(rows):
-            return commits, commits.ends[rows[-1]]
+            return number, commits.ends[rows[-1]]
     return None
 
 
@@ -199,7 +211,7 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
     Raises TargetError when commits with earlier times follow that one: several points are meant then.
     """
     last = time_ns // 1000 - (1 if exclusive else 0)
-    first: tuple[Commits, np.void] | None = None
+    first: tuple[int | None, np.void] | None = None
     earlier: list[np.void] = []
     for number in history.numbers:
         said = history.summary(number)
@@ -214,14 +226,14 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
         if first is None:
             if not len(later):
                 continue
-            first = commits, ends[later[0]]
+            first = number, ends[later[0]]
             behind = ends[later[0] + 1 :]
         earlier += list(behind[behind["time_us"] <= last])
     if first is None:
         return None
     if earlier:
         raise TargetError(_ambiguous(time_ns, first[1], earlier), _ambiguous_hint(first[1], earlier))
-    return before_transaction(first[1], first[0])
+    return before_transaction(first[1], first[0], history)
 
 
 def _ambiguous(time_ns: int, first: np.void, earlier: list[np.void]) -> str:
@@ -251,7 +263,6 @@ class _Named:
     write: int
     event: Mapping[str, Any]
     end: np.void | None = None
-    commits: Commits | None = field(default=None, repr=False)
 
 
 def at_name(name: str, exclusive: bool, history: History) -> Instant:
@@ -283,7 +294,7 @@ def marks(history: History) -> list[_Named]:
                 continue
             ended = _find_xid(int(event["xid"]), history)
             if ended is not None and ended[1]["status"] in (COMMITTED, COMMITTED_PREPARED):
-                found.append(_Named(int(ended[1]["write"]), event, ended[1], ended[0]))
+                found.append(_Named(int(ended[1]["write"]), event, ended[1]))
     return sorted(found, key=lambda each: (each.write, each.event["lsn"] or 0), reverse=True)
 
 

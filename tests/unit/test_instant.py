@@ -29,7 +29,7 @@ from pgcdp.records import (
     RecoveryPoint,
     Target,
 )
-from pgcdp.recovery.instant import Commits, History, around
+from pgcdp.recovery.instant import Commits, History, around, at_xid
 from pgcdp.recovery.target import Listing, resolve
 
 BASE_WRITE = 10
@@ -77,7 +77,7 @@ def models(draw: st.DrawFn) -> Model:
                 status = draw(st.sampled_from([COMMITTED, COMMITTED, COMMITTED, ABORTED, COMMITTED_PREPARED, PREPARED]))
                 rows.append(
                     (lsn, lsn + length, write, draw(st.integers(0, 30)), xid, 1,
-                     NOT_IN_WRITE if crossing else at, at + length, status, 0)
+                     NOT_IN_WRITE if crossing else at, at + length, status, 0, 0)
                 )  # fmt: skip
                 xid += draw(st.integers(1, 3))
                 lsn += length + draw(st.integers(0, 2)) * 8
@@ -180,3 +180,25 @@ def test_an_unknown_transaction_is_said() -> None:
     listing = Listing(Boundary(0, 1, 0, 0, 0, 1, 0, "baseline"), [], 1, lambda number: np.empty(0, dtype=np.int64))
     with pytest.raises(TargetError, match="no transaction 7 ended"):
         resolve(Target("xid", 7), listing)
+
+
+def test_what_a_dropped_database_loses_first_may_lie_in_an_earlier_interval() -> None:
+    """A boundary between the record of the drop and its commit: exclusive is before the drop all the same."""
+    first = {"lsn": 1000, "write": 11, "late": 0, "begin_at": 64}
+    event = {"kind": "drop_database", "name": "d", "xid": 700, "lsn": 1100, "write": 12, "first": first}
+    other = np.array([(1050, 1080, 12, 1, 699, 1, 0, 30, COMMITTED, 0, 0)], dtype=TRANSACTION)
+    drop = np.array([(1200, 1240, 14, 2, 700, 1, 0, 40, COMMITTED, 0, 250)], dtype=TRANSACTION)
+    none = np.empty(0, dtype=WAL_WRITE)
+    chapters: dict[int | None, Commits] = {
+        1: Commits(other, {}, [event], lambda: none),
+        2: Commits(drop[:0], {}, [], lambda: none),
+        None: Commits(drop, {}, [], lambda: none),
+    }
+    said: dict[int | None, Mapping[str, Any] | None] = {
+        1: {"count": 1, "wal_to": 1150, "min_xid": 699, "max_xid": 699}, 2: {"count": 0, "wal_to": 1180}
+    }  # fmt: skip
+    history = History([1, 2, None], chapters.__getitem__, said.get)
+    point = at_xid(700, True, history)
+    assert (point.write, point.lsn, point.blank_write, point.until_lsn) == (11, 1000, 11, 1200)
+    between = around(point.write, point.lsn, history, point.until_lsn)
+    assert [int(end["xid"]) for end in between.also_out] == [699]
