@@ -17,7 +17,7 @@ from pgcdp.intervals.events import durable_write, events_of, full_xid
 from pgcdp.intervals.names import IN, Names, name_changes
 from pgcdp.intervals.readout import Readout
 from pgcdp.postgres.relations import CatalogReader, Look, Relation
-from pgcdp.postgres.wal import Note
+from pgcdp.postgres.wal import Note, timeline_of
 from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, SCHEMA, TRUNCATED
 
 POSTGRES_EPOCH_US = 946_684_800_000_000
@@ -60,6 +60,7 @@ def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid
             reader.know(known)
     for note in (*past.notes, *readout.notes):
         reader.take(note)
+    readout = replace(readout, ends=with_timelines(readout.ends, [*past.notes, *readout.notes]))
     names = name_changes(readout, reader, past.look, look)
     databases = reader.databases
     rows = _rows(readout, names)
@@ -68,6 +69,21 @@ def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid
     events, pending = events_of(readout, reader, past.look, look, next_xid)
     touched = _tables(rows, names, databases)
     return Indexed(table, touched, events, readout.wal, with_sizes(names.look, now), next_xid, pending)
+
+
+def with_timelines(ends: NDArray[np.void], notes: Sequence[Note]) -> NDArray[np.void]:
+    """Ends with the timeline that was the newest one when they were written.
+
+    The page that a new timeline begins in keeps the old one's number in its header.
+    """
+    said = [(note.lsn, timeline) for note in notes if (timeline := timeline_of(note)) is not None]
+    if not said:
+        return ends
+    lsns, timelines = (np.array(column) for column in zip(*said, strict=True))
+    at = np.searchsorted(lsns, ends["lsn"], side="right") - 1
+    told = ends.copy()
+    told["timeline"] = np.where(at >= 0, np.maximum(timelines[at], ends["timeline"]), ends["timeline"])
+    return told
 
 
 # --- rows

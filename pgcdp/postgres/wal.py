@@ -282,6 +282,13 @@ def restore_point(note: Note) -> str | None:
     return parse(note).main[8:72].split(b"\0")[0].decode("utf-8", "replace")
 
 
+def timeline_of(note: Note) -> int | None:
+    """The timeline from a checkpoint or an end of recovery on (CheckPoint, xl_end_of_recovery), if it is its record."""
+    if note.rmid != Manager.XLOG or note.info & 0xF0 not in (0x00, 0x10, 0x90):
+        return None
+    return int(struct.unpack_from("<I", parse(note).main, 8)[0])
+
+
 def message(note: Note) -> tuple[bool, str] | None:
     """(transactional, text) of a logical message of pgcdp (xl_logical_message), if it is one."""
     if note.rmid != Manager.LOGICALMSG:

@@ -37,7 +37,7 @@ def commits_at(found: ProtectedSet, point: RecoveryPoint, acks: list[Ack], order
 def run_points(found: ProtectedSet, points: int, commits: int, seed: int) -> list[dict[str, object]]:
     """Load, then `points` random transactions, each restored to just before it or just behind it."""
     rng = random.Random(seed)
-    load = Load(found.address(), found.binaries, postgres_user(), clients=8, ledgers=8, scale=2)
+    load = Load(found.address(), found.binaries, postgres_user(), clients=16, ledgers=16, scale=2)
     load.prepare()
     with keep_wal(found.address(), found.binaries, postgres_user(), found.root / "wal") as copy:
         begin = int(found.sql("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn")[0][0])

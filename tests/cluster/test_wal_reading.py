@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -17,17 +18,22 @@ import numpy as np
 import pytest
 
 from pgcdp import api
+from pgcdp.capture import attach
 from pgcdp.capture.engine import find_engine
 from pgcdp.intervals.indexing import Start
 from pgcdp.intervals.readout import Readout
 from pgcdp.postgres.cluster import Binaries
-from pgcdp.records import BLOCK, END
+from pgcdp.records import BLOCK, END, Target
+from pgcdp.recovery import sandbox
+from pgcdp.recovery.scratch import mounted
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameWriter
 from pgcdp.store.layout import Store
 from pgcdp.units import format_lsn, parse_lsn
-from tests.fix_postgres import BindirOf
+from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
+from tests.moments import scratch_below
+from tests.waiting import wait_until
 
 MAGIC_15 = b"\x10\xd1"
 """How a WAL page of PostgreSQL 15 begins."""
@@ -74,9 +80,14 @@ def row_change(description: str) -> tuple[str, int] | None:
 def waldump(binaries: Binaries, wal: Path, begin: int, end: int) -> Iterator[End]:
     """Ends of transactions in pg_waldump's listing, with the rows that pg_waldump shows for them."""
     command = [str(binaries.path("pg_waldump")), "-p", str(wal), "-s", format_lsn(begin), "-e", format_lsn(end)]
-    listed = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", "TZ": "UTC"}
-    ).stdout
+    for lsn in (begin, end - 1):  # named, else it may learn the size of segments from one that is still empty
+        high, low = divmod(lsn >> 24, 256)
+        command.append(f"{1:08X}{high:08X}{low:08X}")
+    ran = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", "TZ": "UTC"}
+    )
+    assert ran.returncode == 0, ran.stderr
+    listed = ran.stdout
     rows: defaultdict[int, Changes] = defaultdict(lambda: defaultdict(Counter))
     for match in filter(None, map(LINE.match, listed.splitlines())):
         manager, xid, lsn, description = match[1], int(match[2]), parse_lsn(match[3]), match[4]
@@ -144,10 +155,11 @@ def ends_of(readout: Readout) -> Iterator[End]:
         yield end
 
 
-def work(found: ProtectedSet) -> None:
+def work(found: ProtectedSet, *, initialize: bool = True) -> None:
     """A little of everything that a WAL reader can stumble over."""
-    found.pgbench("-i", "-q", "-s", "1")
-    found.pgbench("-n", "-c", "8", "-t", "100")
+    if initialize:
+        found.pgbench("-i", "-q", "-s", "1")
+        found.pgbench("-n", "-c", "8", "-t", "100")
     with found.connect() as session:
         session.execute("create table t (id int primary key, body text)")
         session.execute("alter table t alter body set storage external")
@@ -188,19 +200,126 @@ def work(found: ProtectedSet) -> None:
         session.execute("insert into parts values (1, 5)")
 
 
-@pytest.mark.parametrize("version", [15, 17, 18])
-def test_transactions_are_those_of_pg_waldump(make_set: MakeSet, binaries_of: BindirOf, version: int) -> None:
-    settings = {"max_prepared_transactions": "4", "wal_keep_size": "1GB", "autovacuum": "off"}
-    found = make_set(binaries_of(version), settings=settings)
-    begin = parse_lsn(found.sql("select pg_current_wal_insert_lsn()")[0][0])
-    work(found)
-    end = parse_lsn(api.cut(found.name)["redo_lsn"])
+def huge(found: ProtectedSet, rows: int) -> None:
+    """Transactions of many records, with more subtransactions than a backend keeps in memory (64), in both outcomes."""
+    with found.connect() as session:
+        session.execute("create table huge (id int, body text)")
+        for end in ("rollback", "commit"):
+            session.execute("begin")
+            session.execute(
+                f"insert into huge select n, repeat('x', n % 500) from generate_series(1, {rows}) n".encode()
+            )
+            session.execute("do $$ begin for i in 1..300 loop begin update huge set id = -id where id = i;"
+                            " if i % 3 = 0 then raise exception 'no'; end if; exception when others then null; end;"
+                            " end loop; end $$")  # fmt: skip
+            session.execute(f"delete from huge where id % 5 = 0; {end}".encode())
+
+
+def compare(found: ProtectedSet, begin: int, end: int) -> list[End]:
+    """Every end of a transaction between two LSNs, the same by pg_waldump and by the engine."""
     expected = list(waldump(found.binaries, found.pgdata / "pg_wal", begin, end))
-    assert {each.status for each in expected} == set(ENDS.values())
     got = [each for each in listing(found, begin) if each.lsn < end]
     assert [each.lsn for each in got] == [each.lsn for each in expected]
     for one, other in zip(got, expected, strict=True):
         assert one == other
+    return expected
+
+
+@pytest.mark.parametrize("version", [15, 17, 18])
+@pytest.mark.parametrize("level", ["replica", "logical"])
+def test_transactions_are_those_of_pg_waldump(
+    make_set: MakeSet, binaries_of: BindirOf, version: int, level: str
+) -> None:
+    settings = {"max_prepared_transactions": "4", "wal_keep_size": "1GB", "autovacuum": "off", "wal_level": level}
+    found = make_set(binaries_of(version), settings=settings, allowed=[r"logical decoding|starting point"])
+    begin = parse_lsn(found.sql("select pg_current_wal_insert_lsn()")[0][0])
+    if level == "logical":
+        found.sql("select pg_create_logical_replication_slot('decoding', 'test_decoding')")
+    work(found)
+    huge(found, 20_000)
+    if level == "logical":
+        changes = found.sql("select count(*) from pg_logical_slot_get_changes('decoding', null, null)")
+        assert changes[0][0] > 20_000
+    end = parse_lsn(api.cut(found.name)["redo_lsn"])
+    assert {each.status for each in compare(found, begin, end)} == set(ENDS.values())
+
+
+@pytest.mark.soak
+def test_long_workloads_are_those_of_pg_waldump(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """All of it at once and again and again, over many intervals, with autovacuum."""
+    settings = {
+        "max_prepared_transactions": "4",
+        "wal_keep_size": "8GB",
+        "wal_level": "logical",
+        "max_wal_size": "256MB",
+    }
+    allowed = [r"logical decoding|starting point", r"checkpoints are occurring too frequently"]
+    found = make_set(pg_binaries, settings=settings, allowed=allowed, size=12 << 30, cut=("10s",))
+    begin = parse_lsn(found.sql("select pg_current_wal_insert_lsn()")[0][0])
+    found.pgbench("-i", "-q", "-s", "5")
+    for seed in range(4):
+        load = subprocess.Popen(
+            found.program("pgbench", "-n", "-c", "8", "-T", "40", f"--random-seed={seed}", "postgres"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+        )  # fmt: skip
+        work(found, initialize=False)
+        huge(found, 300_000)
+        assert load.wait() == 0
+        found.sql("drop table t, parts, huge")
+    end = parse_lsn(api.cut(found.name)["redo_lsn"])
+    expected = compare(found, begin, end)
+    counts = Counter(each.status for each in expected)
+    assert set(counts) == set(ENDS.values())
+    results = os.environ.get("PGCDP_RESULTS")
+    if results:
+        place = Path(results) / f"waldump-pg{pg_binaries.major}.json"
+        rows = sum(sum(change.values()) for each in expected for change in each.changes.values())
+        told = {"wal_bytes": end - begin, "rows": rows, "intervals": len(api.info(found.name)["intervals"]), **counts}
+        place.write_text(json.dumps(told) + "\n")
+
+
+def restart_on_a_new_timeline(found: ProtectedSet) -> None:
+    """An archive recovery to the end of the cluster's own WAL."""
+    attach.stop_cluster(found.config)
+    user = postgres_user()
+    signal_file = found.pgdata / "recovery.signal"
+    signal_file.touch()
+    os.chown(signal_file, user.uid, user.gid)
+    attach.start_cluster(found.config)
+    wait_until(lambda: found.sql("select pg_is_in_recovery()") == [(False,)], what="the end of recovery")
+
+
+def test_transactions_of_a_new_timeline_follow_those_before(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """The new timeline begins with a copy of the segment that the old one ended in."""
+    found = make_set(binaries_of(15), settings={"autovacuum": "off", "restore_command": "false"})
+    found.sql("create table t (id int)")
+    xids = []
+    for number in range(6):
+        with found.connect() as session:
+            session.execute(f"begin; insert into t values ({number})".encode())
+            xids.append(session.execute("select pg_current_xact_id()::text::bigint").fetchall()[0][0])
+            session.execute("commit")
+        if number == 2:
+            restart_on_a_new_timeline(found)
+        if number == 4:
+            restart_on_a_new_timeline(found)
+            api.cut(found.name)
+    for _ in range(2):
+        told = [
+            each for each in reversed(api.log(found.name, table="t")["transactions"]) if each["tables"][0]["inserted"]
+        ]
+        assert [each["xid"] for each in told] == xids
+        assert [each["timeline"] for each in told] == [1, 1, 1, 2, 2, 3]
+        api.cut(found.name)
+    for place, xid in enumerate(xids):
+        for exclusive in (True, False):
+            source = found.source()
+            point = source.resolve(Target("xid", xid, exclusive=exclusive))
+            with mounted(source, point, scratch_below(found.root)) as pgdata:
+                box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
+                with box, box.connect() as session:
+                    rows = session.execute("select array_agg(id order by id) from t").fetchall()
+                    assert (rows[0][0] or []) == list(range(place + (not exclusive)))
 
 
 def damaged_copy(found: ProtectedSet, number: int, place: Path, rng: random.Random) -> None:
