@@ -29,9 +29,10 @@ def command(
     """The transactions that did what a statement does, largest share of the table first.
 
     The statement is read for its operation and its tables; conditions do not count. Nothing needs to be logged by
-    Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, DROP TABLE, DROP SCHEMA, DROP DATABASE, and what
-    rewrites a table (ALTER TABLE, VACUUM FULL, CLUSTER). Partitions count for the table that they belong to.
-    Where Postgres logs statements with their transactions (csvlog or jsonlog), the statement is shown as well.
+    Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, CREATE TABLE, DROP TABLE, DROP SCHEMA,
+    DROP DATABASE, and what rewrites a table (ALTER TABLE, VACUUM FULL, CLUSTER). Partitions count for the table that
+    they belong to. Where Postgres logs statements with their transactions (csvlog or jsonlog), the statement is
+    shown as well.
     """
     from pgcdp import api
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pglast import ast, parse_sql
-from pglast.enums import ObjectType
+from pglast.enums import ObjectType, OnConflictAction
 from pglast.parser import ParseError
 from pglast.visitors import Visitor
 
 from pgcdp.errors import TargetError
 
-Operation = Literal["insert", "update", "delete", "truncate", "drop", "rewrite", "drop schema", "drop database"]
+Operation = Literal[
+    "insert", "update", "delete", "truncate", "create", "drop", "rewrite", "drop schema", "drop database"
+]  # fmt: skip
 
 _DROPPED_TABLES = (
     ObjectType.OBJECT_TABLE,
@@ -25,22 +27,27 @@ _DROPPED_TABLES = (
 _TRANSACTION = re.compile(
     r"\s*(begin|start|commit|end|abort|rollback|savepoint|release|prepare\s+transaction|set|show|reset|discard)\b", re.I
 )
-_MISSING = (" DEFAULT VALUES", " SET it = 0")
+_MISSING = (" SELECT 0", " SET it = 0")
 _COMMANDS: dict[str, Operation] = {"CMD_INSERT": "insert", "CMD_UPDATE": "update", "CMD_DELETE": "delete"}
 
 
 @dataclass(frozen=True, slots=True)
 class Deed:
-    """One operation on one object. `schema` None: it is not said; for a schema or a database `name` is its name."""
+    """One operation on one object. `schema` None: it is not said; for a schema or a database `name` is its name.
+
+    `instead`: what the same statement may have done there instead, as MERGE does.
+    """
 
     operation: Operation
     name: str
     schema: str | None = None
+    instead: tuple[Operation, ...] = ()
 
     def is_like(self, other: Deed) -> bool:
         """Whether it may be the same, where a schema is not said."""
         same_schema = self.schema is None or other.schema is None or self.schema == other.schema
-        return (self.operation, self.name) == (other.operation, other.name) and same_schema
+        common = {self.operation, *self.instead} & {other.operation, *other.instead}
+        return self.name == other.name and same_schema and bool(common)
 
     def __str__(self) -> str:
         return f"{self.operation} {self.name if self.schema is None else f'{self.schema}.{self.name}'}"
@@ -63,8 +70,8 @@ def deeds_of(sql: str) -> list[Deed]:
     if not found:
         raise TargetError(
             f'"{sql}" changes no table',
-            "what can be looked for: INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, DROP TABLE, DROP SCHEMA, "
-            "DROP DATABASE, and what rewrites a table",
+            "what can be looked for: INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, CREATE TABLE, DROP TABLE, "
+            "DROP SCHEMA, DROP DATABASE, and what rewrites a table",
         )
     return found
 
@@ -127,7 +134,9 @@ class _Inner(Visitor):
 def _own_deeds(statement: Any) -> list[Deed]:
     match statement:
         case ast.InsertStmt():
-            return [_on("insert", statement.relation)]
+            conflict = statement.onConflictClause
+            updates = conflict is not None and conflict.action == OnConflictAction.ONCONFLICT_UPDATE
+            return [_on("insert", statement.relation, *(("update",) if updates else ()))]
         case ast.UpdateStmt():
             return [_on("update", statement.relation)]
         case ast.DeleteStmt():
@@ -148,19 +157,34 @@ def _own_deeds(statement: Any) -> list[Deed]:
             full = any(option.defname == "full" for option in statement.options or ())
             return [_on("rewrite", each.relation) for each in statement.rels or ()] if full else []
         case ast.RefreshMatViewStmt():
+            if statement.concurrent:
+                return [_on("insert", statement.relation, "update", "delete")]
             return [_on("rewrite", statement.relation)]
+        case ast.CreateStmt():
+            return [_on("create", statement.relation)]
+        case ast.CreateTableAsStmt():
+            return _created(statement.into)
+        case ast.SelectStmt():
+            return _created(statement.intoClause)
+        case ast.ExplainStmt():
+            return _own_deeds(statement.query)
     if type(statement).__name__ in ("ClusterStmt", "RepackStmt") and statement.relation is not None:
         return [_on("rewrite", statement.relation)]
     return []
 
 
-def _on(operation: Operation, relation: Any) -> Deed:
-    return Deed(operation, relation.relname, relation.schemaname)
+def _on(operation: Operation, relation: Any, *instead: Operation) -> Deed:
+    return Deed(operation, relation.relname, relation.schemaname, instead)
+
+
+def _created(into: Any) -> list[Deed]:
+    return [_on("create", into.rel)] if into is not None else []
 
 
 def _merge(statement: Any) -> list[Deed]:
     commands = {clause.commandType.name for clause in statement.mergeWhenClauses}
-    return [_on(operation, statement.relation) for name, operation in _COMMANDS.items() if name in commands]
+    did = [operation for name, operation in _COMMANDS.items() if name in commands]
+    return [_on(did[0], statement.relation, *did[1:])] if did else []
 
 
 def _drop(statement: Any) -> list[Deed]:

@@ -86,8 +86,8 @@ class Transactions:
         yield from (look for look in map(read_look, places) if look is not None)
 
     def look(self) -> Look | None:
-        """The newest look at the catalogs."""
-        return next(self.looks(), None)
+        """What the catalogs are now: the newest look, with what WAL said since."""
+        return self.tail().look or next(self.looks(), None)
 
     def _commits(self, number: int | None) -> Commits:
         if number is None:

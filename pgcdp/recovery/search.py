@@ -21,12 +21,12 @@ from pgcdp.recovery.dropped import HIDDEN_SCHEMAS, NEAREST, Lsns
 from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import STATUS
 from pgcdp.store.parquet import Ranges
-from pgcdp.store.transactions import DROPPED, REWRITTEN, TRUNCATED
+from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, TRUNCATED
 
 _KEYS = ("database_oid", "oid", "schema", "name", "database", "parent_oid")
 _SHARED = ("rows", "inserted", "updated", "deleted", "flags")
 _COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
-_FLAGS = {"truncate": TRUNCATED, "drop": DROPPED, "rewrite": REWRITTEN}
+_FLAGS = {"create": CREATED, "truncate": TRUNCATED, "drop": DROPPED, "rewrite": REWRITTEN}
 
 ANY = 1 << 62
 
@@ -38,7 +38,8 @@ Table = tuple[int, int]
 class Wanted:
     """Which transactions are meant. None: any. `tables` must be touched, by `operation` where one is given.
 
-    `behind_lsn`: only those that ended behind it; `lsns`: those that ended there.
+    `instead`: or by one of these operations. `behind_lsn`: only those that ended behind it; `lsns`: those that ended
+    there.
     """
 
     tables: frozenset[Table] | None = None
@@ -48,6 +49,12 @@ class Wanted:
     until_us: int | None = None
     behind_lsn: int = 0
     lsns: Lsns | None = None
+    instead: tuple[str, ...] = ()
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """One of which must have been done; empty: any."""
+        return () if self.operation is None else (self.operation, *self.instead)
 
 
 @dataclass(frozen=True)
@@ -190,9 +197,8 @@ def _may_hold(transactions: Transactions, number: int | None, wanted: Wanted) ->
     for row in transactions.tables(number):
         if (row["database_oid"], row["oid"]) not in wanted.tables:
             continue
-        if wanted.operation is None or row.get(_COUNTS.get(wanted.operation, "")):
-            return True
-        if row["flags"] & _FLAGS.get(wanted.operation, 0):
+        done = (row.get(_COUNTS.get(each, "")) or row["flags"] & _FLAGS.get(each, 0) for each in wanted.operations)
+        if wanted.operation is None or any(done):
             return True
     return False
 
@@ -223,10 +229,8 @@ def _matching(
     if wanted.tables is not None:
         key = values["database_oid"].astype(np.uint64) << np.uint64(32) | values["relation_oid"]
         kept &= np.isin(key, np.array([d << 32 | r for d, r in wanted.tables], dtype=np.uint64))
-    if wanted.operation in _COUNTS:
-        kept &= values[_COUNTS[wanted.operation]] > 0
-    elif wanted.operation is not None:
-        kept &= (values["flags"] & _FLAGS[wanted.operation]) > 0
+    if wanted.operations:
+        kept &= np.logical_or.reduce([_did(values, each) for each in wanted.operations])
     if wanted.behind_lsn:
         kept &= values["lsn"] > wanted.behind_lsn
     if wanted.xid is not None:
@@ -237,11 +241,18 @@ def _matching(
         kept &= values["time_us"] <= wanted.until_us
     rows = np.flatnonzero(kept)
     lsns = values["lsn"][rows]
-    shares = share({name: column[rows] for name, column in values.items()}, wanted.operation)
+    shares = share(
+        {name: column[rows] for name, column in values.items()}, None if wanted.instead else wanted.operation
+    )
     if not len(rows):
         return lsns, shares
     starts = np.flatnonzero(np.append(True, lsns[1:] != lsns[:-1]))
     return lsns[starts], np.maximum.reduceat(shares, starts)
+
+
+def _did(values: Mapping[str, NDArray[Any]], operation: str) -> NDArray[np.bool_]:
+    done = values[_COUNTS[operation]] if operation in _COUNTS else values["flags"] & _FLAGS[operation]
+    return np.asarray(done > 0)
 
 
 def _ranges(wanted: Wanted, number: int | None) -> Ranges:
@@ -251,7 +262,7 @@ def _ranges(wanted: Wanted, number: int | None) -> Ranges:
         found["lsn"] = [(lsn, lsn) for lsn in wanted.lsns[number].tolist()]
     if wanted.tables is not None:
         found["relation_oid"] = [(oid, oid) for _, oid in wanted.tables]
-    if wanted.operation is not None:
+    if wanted.operation is not None and not wanted.instead:
         found[_COUNTS.get(wanted.operation, "flags")] = [(1, ANY)]
     if wanted.since_us is not None or wanted.until_us is not None:
         found["time_us"] = [(wanted.since_us or -ANY, ANY if wanted.until_us is None else wanted.until_us)]
@@ -350,7 +361,8 @@ def _wanted(transactions: Transactions, known: Known, deed: Deed, path: Sequence
     if deed.operation == "drop database":
         return Wanted(lsns=dropped.databases(transactions, deed.name))
     if deed.operation != "drop schema":
-        return Wanted(known.tables(deed.name, deed.schema, database, path), deed.operation)
+        tables = known.tables(deed.name, deed.schema, database, path)
+        return Wanted(tables, deed.operation, instead=tuple(deed.instead))
 
     def droppers(number: int | None, tables: frozenset[Table]) -> NDArray[np.uint64]:
         drop = Wanted(tables, "drop")

@@ -1,0 +1,126 @@
+"""`find` with the statements that people run: on tables by all their names, through partitions and heirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgcdp import api
+from pgcdp.errors import TargetError
+from pgcdp.postgres.cluster import Binaries
+from tests.fix_sets import MakeSet, ProtectedSet
+
+MADE = """
+create schema sales;
+create table orders (id int primary key, note text);
+create table sales.orders (id int primary key, note text);
+create table lines (order_id int references orders on delete cascade);
+create table parts (id int, region text) partition by list (region);
+create table part_a partition of parts for values in ('a');
+create table part_b partition of parts for values in ('b') partition by range (id);
+create table part_b1 partition of part_b for values from (0) to (100);
+create table animals (name text);
+create table cats (lives int) inherits (animals);
+create table "Mixed Case" (id int);
+create materialized view m as select random() as id;
+create unique index on m (id);
+"""
+
+
+def did(session: psycopg.Connection[Any], statement: str, *, copied: str = "") -> int:
+    """Run a statement in a transaction of its own; its xid."""
+    with session.transaction():
+        row = session.execute("select pg_current_xact_id()::text::bigint").fetchone()
+        if copied:
+            with session.cursor().copy(statement.encode()) as copy:
+                copy.write(copied)
+        else:
+            session.execute(statement.encode())
+    assert row is not None
+    return int(row[0])
+
+
+def hits(found: ProtectedSet, sql: str) -> list[int]:
+    """Newest first."""
+    return [each["xid"] for each in api.find(found.name, sql, newest=True)["transactions"]]
+
+
+STATEMENTS = {
+    "first": "insert into orders select n, 'x' from generate_series(1, 9) n",
+    "copied": "copy sales.orders from stdin",
+    "lines": "insert into lines select id from orders",
+    "parts": "insert into parts values (1, 'a'), (2, 'a'), (3, 'b'), (4, 'b')",
+    "dog": "insert into animals values ('dog')",
+    "cat": "insert into cats values ('tom', 9)",
+    "changed": "update sales.orders set note = 'z' where id = 2",
+    "away": "delete from sales.orders where id = 2",
+    "b": "delete from parts where id = 3",
+    "a": "delete from part_a where id = 1",
+    "all": "delete from animals",
+    "with": "with gone as (delete from orders where id = 9 returning id) insert into orders select id + 100 from gone",
+    "merged": """merge into orders o using (values (1)) v (id) on o.id = v.id when matched then update set note = 'm'
+        when not matched then insert values (v.id, 'new')""",
+    "conflict": "insert into orders values (2, 'q') on conflict (id) do update set note = 'conflict'",
+    "explained": "explain analyze delete from orders where id = 3",
+    "cascade": "truncate orders cascade",
+    "emptied": "truncate parts",
+    "rewritten": "alter table sales.orders alter id type bigint",
+    "rewritten parts": "alter table parts add column more float default random()",
+    "as": "create table copy_of as select * from sales.orders",
+    "into": "select 1 as id into another",
+    "refreshed": "refresh materialized view m",
+    "concurrently": "refresh materialized view concurrently m",
+    "mixed": 'insert into "Mixed Case" values (1)',
+    "mixed gone": 'drop table "Mixed Case"',
+    "matview": "drop materialized view m",
+    "gone": "drop table lines, orders",
+    "sales": "drop table sales.orders",
+}
+
+FOUND = {
+    "insert into orders": ["with", "first"],
+    "INSERT INTO public.orders": ["with", "first"],
+    "insert into sales.orders": ["copied"],
+    "copy sales.orders (id) from '/file'": ["copied"],
+    "insert into part_b1": ["parts"],
+    "insert into animals": ["cat", "dog"],
+    "insert into cats": ["cat"],
+    "UPDATE sales.orders": ["changed"],
+    "update orders": ["conflict", "merged"],
+    "delete from sales.orders where whatever": ["away"],
+    "delete from parts": ["a", "b"],
+    "delete from part_b": ["b"],
+    "delete from part_a": ["a"],
+    "delete from cats": ["all"],
+    "delete from orders": ["explained", "with"],
+    "delete from orders; insert into orders values (1)": ["with"],
+    "truncate orders": ["cascade"],
+    "truncate lines": ["cascade"],
+    "truncate lines, orders": ["cascade"],
+    "truncate part_b": ["emptied"],
+    "alter table part_a add x int": ["rewritten parts"],
+    "alter table orders add x int": [],
+    "create table copy_of (id int)": ["as"],
+    "create table another as select 1": ["into"],
+    "drop table lines": ["gone"],
+    "drop table orders": ["gone"],
+}
+
+
+def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """Each is found by itself and by others of its kind; before a look at the catalogs, and when all is cut."""
+    found = make_set(pg_binaries, settings={"autovacuum": "off"})
+    api.cut(found.name)
+    with found.connect() as session:
+        session.execute(MADE.encode())
+        copied = {"copied": "1\tx\n2\ty\n"}
+        xids = {name: did(session, sql, copied=copied.get(name, "")) for name, sql in STATEMENTS.items()}
+    names = {xid: name for name, xid in xids.items()}
+    for _ in range(2):
+        assert [name for name, sql in STATEMENTS.items() if xids[name] not in hits(found, sql)] == []
+        assert {sql: [names.get(xid) for xid in hits(found, sql)] for sql in FOUND} == FOUND
+        api.cut(found.name)
+    with pytest.raises(TargetError, match="changes no table"):
+        api.find(found.name, "select 1")
