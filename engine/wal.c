@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "util.h"
 #include "wal_pages.h"
 
 #define RECORD_HEADER 24u
@@ -25,7 +26,7 @@ struct wal {
     struct pages pages;
     uint64_t previous;  /* LSN of the record before the next one; 0: not known */
     uint64_t next_read; /* where the next record begins, as far as was read; pages.next runs ahead when it jumps */
-    uint64_t fresh_from; /* of the write taken last */
+    uint64_t unmapped_from; /* of the write taken last */
     uint8_t *record;
     size_t record_room;
 };
@@ -204,8 +205,8 @@ static int advance(struct wal *w)
         r.write = w->pages.write;
         r.begin_at = pages_place(&w->pages, r.lsn, false);
         r.end_at = pages_place(&w->pages, r.end_lsn, true);
-        if (!w->fresh_from && pages_fresh(&w->pages, r.lsn, r.end_lsn))
-            w->fresh_from = r.lsn;
+        if (!w->unmapped_from && pages_unmapped(&w->pages, r.lsn, r.end_lsn))
+            w->unmapped_from = r.lsn;
         w->previous = r.lsn;
         w->pages.next = r.end_lsn;
         uint32_t segment = w->o.segment_bytes;
@@ -222,15 +223,21 @@ static int advance(struct wal *w)
 
 int wal_take(struct wal *w, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length)
 {
-    w->fresh_from = 0;
+    w->unmapped_from = 0;
     return pages_take(&w->pages, write, volume, offset, data, length) ? advance(w) : 0;
 }
 
 uint64_t wal_next_lsn(const struct wal *w) { return w->next_read; }
 
-uint64_t wal_fresh_from(const struct wal *w) { return w->fresh_from; }
+uint64_t wal_unmapped_from(const struct wal *w) { return w->unmapped_from; }
 
 bool wal_again(const struct wal *w) { return w->pages.again; }
+
+bool wal_unmapped(const struct wal *w, uint64_t from, uint64_t to) { return pages_unmapped(&w->pages, from, to); }
+
+void wal_map(struct wal *w, uint64_t from, wal_mapped *mapped, void *arg) { pages_map(&w->pages, from, mapped, arg); }
+
+void wal_mapped_upto(struct wal *w, uint64_t write) { w->pages.mapped_upto = max_u64(w->pages.mapped_upto, write); }
 
 /* ---- life ---- */
 
@@ -262,6 +269,8 @@ int wal_open(struct wal **out, const struct wal_options *o, struct err *e)
     w->pages.system_identifier = o->system_identifier;
     w->pages.segment_bytes = o->segment_bytes;
     w->pages.start_lsn = o->start_lsn;
+    w->pages.mapped = o->mapped;
+    w->pages.mapped_arg = o->mapped_arg;
     int rc = pages_open(&w->pages, e);
     if (rc) {
         wal_close(w);

@@ -42,6 +42,9 @@ typedef int wal_found(void *arg, const struct wal_record *record);
 /* WAL from `from` on was not seen whole; reading goes on at `to` with write `write`. */
 typedef int wal_lost(void *arg, uint64_t from, uint64_t to, uint64_t write);
 
+/* Whether the filesystem finds the bytes of a WAL segment from `at` on at `place` of a volume, durably. */
+typedef bool wal_mapped(void *arg, uint16_t volume, uint64_t at, uint64_t place);
+
 struct wal_options {
     uint64_t system_identifier; /* pages of segment starts that bear another one are not ours */
     uint64_t start_lsn;         /* where to begin; 0: at the first record that begins in the first page seen */
@@ -49,6 +52,8 @@ struct wal_options {
     wal_found *found;           /* not 0: stop, `wal_take` returns it */
     wal_lost *lost;             /* likewise; may be NULL */
     void *arg;
+    wal_mapped *mapped;         /* asked for each block when it is written first; may be NULL: none is known to be */
+    void *mapped_arg;
 };
 
 /* Memory: twice a WAL segment, and what the largest record so far needed. 0 or -errno. */
@@ -61,11 +66,22 @@ int wal_take(struct wal *w, uint64_t write, uint16_t volume, uint64_t offset, co
 /* Where the next record is looked for; 0 before the first page was seen. */
 uint64_t wal_next_lsn(const struct wal *w);
 
-/* Of the write taken last: the first of the records that it completed for which it was the first write to one of their
- * blocks, 0: none; and whether it held blocks that had been written before. A flush of WAL begins with the page that the one
- * before ended in. */
-uint64_t wal_fresh_from(const struct wal *w);
+/* A block is unmapped from the first write to it on until the filesystem is known to find it: by `mapped` of the options, by
+ * `wal_map`, or by `wal_mapped_upto`. */
+
+/* Of the write taken last: the first of the records that it completed that has an unmapped block, 0: none; and whether it
+ * held blocks that had been written before. A flush of WAL begins with the page that the one before ended in. */
+uint64_t wal_unmapped_from(const struct wal *w);
 bool wal_again(const struct wal *w);
+
+/* Whether WAL from `from` to `to` has an unmapped block. */
+bool wal_unmapped(const struct wal *w, uint64_t from, uint64_t to);
+
+/* Asks for each unmapped block from `from` on whether it is mapped. */
+void wal_map(struct wal *w, uint64_t from, wal_mapped *mapped, void *arg);
+
+/* What was written up to a write is mapped. */
+void wal_mapped_upto(struct wal *w, uint64_t write);
 
 /* What one run leaves for the next (FORMAT.md 4.2), which must have the same options. False: that is not it. */
 void wal_save(const struct wal *w, FILE *out);

@@ -1,6 +1,7 @@
 /* See wal_index.h. */
 #include "wal_index.h"
 
+#include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdbool.h>
@@ -12,15 +13,20 @@
 #include "command.h"
 #include "format.h"
 #include "frames.h"
+#include "io.h"
 #include "journal_read.h"
 #include "util.h"
 #include "wal_settle.h"
+#include "xfs_log.h"
 #include "wal_state.h"
 #include "wal_tables.h"
+
+#define IMAGES 256u
 
 struct index_options {
     uint64_t system_identifier, segment_bytes, start_lsn, upto;
     const char *state, *save_state, *journal, *out;
+    const char *image[IMAGES]; /* by volume */
     bool holes;
     char **interval;
     int intervals;
@@ -29,7 +35,7 @@ struct index_options {
 struct index_run {
     struct wal_reading reading;
     struct tables *tables;
-    struct settle settle;
+    struct settle *settle;
     uint64_t upto;
 };
 
@@ -38,7 +44,8 @@ static int usage(const char *message, const char *argument)
     struct err e;
     err_set(&e, ERR_USAGE, message, argument);
     err_hint(&e, "pgcdp-engine wal --system-identifier N --out DIR [--segment-bytes N] [--start-lsn X/Y | --state FILE] "
-                 "[--save-state FILE] [--journal DIR] [--upto WRITE] [--wal-holes] [INTERVAL ...]");
+                 "[--save-state FILE] [--journal DIR] [--upto WRITE] "
+                 "[--wal-holes [--image VOLUME=FILE ...]] [INTERVAL ...]");
     return command_failed(&e, ERR_USAGE);
 }
 
@@ -49,6 +56,17 @@ static bool parse_lsn(const char *text, uint64_t *out)
     if (sscanf(text, "%8x/%8x%n", &high, &low, &used) != 2 || text[used])
         return false;
     *out = (uint64_t)high << 32 | low;
+    return true;
+}
+
+/* VOLUME=FILE */
+static bool parse_image(struct index_options *o, const char *value)
+{
+    unsigned volume;
+    int used = 0;
+    if (sscanf(value, "%3u=%n", &volume, &used) != 1 || !used || volume >= IMAGES)
+        return false;
+    o->image[volume] = value + used;
     return true;
 }
 
@@ -64,6 +82,7 @@ static bool take_option(struct index_options *o, int option, const char *value)
     case 'j': o->journal = value; return true;
     case 'o': o->out = value; return true;
     case 'h': o->holes = true; return true;
+    case 'I': return parse_image(o, value);
     default: return false;
     }
 }
@@ -76,7 +95,8 @@ static int parse(int argc, char **argv, struct index_options *o)
         {"start-lsn", required_argument, NULL, 'l'},         {"upto", required_argument, NULL, 'u'},
         {"state", required_argument, NULL, 's'},             {"save-state", required_argument, NULL, 'S'},
         {"journal", required_argument, NULL, 'j'},           {"out", required_argument, NULL, 'o'},
-        {"wal-holes", no_argument, NULL, 'h'},               {NULL, 0, NULL, 0},
+        {"wal-holes", no_argument, NULL, 'h'},               {"image", required_argument, NULL, 'I'},
+        {NULL, 0, NULL, 0},
     };
     *o = (struct index_options){.segment_bytes = 16u << 20, .upto = UINT64_MAX};
     optind = 1;
@@ -131,9 +151,9 @@ static int take_write(struct index_run *run, const struct fmt_record *r, const u
     int rc = wal_take(wal, r->number, r->volume, r->offset, data, r->data_length);
     struct fmt_wal_write row = {.write = r->number, .from_lsn = from, .to_lsn = wal_next_lsn(wal)};
     if (!rc && row.to_lsn != from)
-        rc = settle_wal(&run->settle, run->tables, row, wal_fresh_from(wal), wal_again(wal));
+        rc = settle_wal(run->settle, row, r->volume);
     else if (!rc)
-        rc = settle_other(&run->settle, run->tables, r->number, data, r->data_length);
+        rc = settle_other(run->settle, r->number, r->volume, r->offset, data, r->data_length);
     return rc ? err_sys(e, rc, "cannot index write %" PRIu64, r->number) : 0;
 }
 
@@ -216,13 +236,35 @@ static int take_journal(struct index_run *run, const char *directory, struct err
 
 /* ---- the command ---- */
 
+/* What filesystems are on the volumes. */
+static int read_images(struct index_run *run, const struct index_options *o, struct err *e)
+{
+    uint8_t superblock[XFS_SUPERBLOCK];
+    for (uint16_t i = 0; i < IMAGES; i++) {
+        if (!o->image[i])
+            continue;
+        CLEANUP_CLOSE int fd = open(o->image[i], O_RDONLY | O_CLOEXEC);
+        int rc = fd < 0 ? -errno : io_pread(fd, superblock, sizeof superblock, 0);
+        if (rc)
+            return err_sys(e, rc, "cannot read %s", o->image[i]);
+        settle_volume(run->settle, i, superblock);
+    }
+    return 0;
+}
+
 static int open_run(struct index_run *run, const struct index_options *o, struct err *e)
 {
     struct wal_options wal = {
         .system_identifier = o->system_identifier, .start_lsn = o->start_lsn, .segment_bytes = (uint32_t)o->segment_bytes,
         .found = take_record, .lost = wal_lost_from, .arg = run,
     };
-    *run = (struct index_run){.upto = o->upto, .settle.holes = o->holes};
+    *run = (struct index_run){.upto = o->upto, .settle = settle_open(o->holes, o->segment_bytes)};
+    if (!run->settle)
+        return err_set(e, -ENOMEM, "no memory to tell when WAL is durable");
+    if (o->holes) {
+        wal.mapped = settle_mapped;
+        wal.mapped_arg = run->settle;
+    }
     run->reading.system_identifier = o->system_identifier;
     run->reading.segment_bytes = (uint32_t)o->segment_bytes;
     int rc = wal_open(&run->reading.wal, &wal, e);
@@ -232,7 +274,10 @@ static int open_run(struct index_run *run, const struct index_options *o, struct
         return err_set(e, rc, "no memory to follow transactions");
     if (o->state && (rc = state_load(&run->reading, o->state, e)))
         return rc;
-    return tables_open(&run->tables, o->out, e);
+    if ((rc = tables_open(&run->tables, o->out, e)))
+        return rc;
+    settle_between(run->settle, run->reading.wal, run->tables);
+    return read_images(run, o, e);
 }
 
 static int read_all(struct index_run *run, const struct index_options *o, struct err *e)
@@ -242,7 +287,7 @@ static int read_all(struct index_run *run, const struct index_options *o, struct
         rc = take_interval(run, o->interval[i], e);
     if (!rc && o->journal)
         rc = take_journal(run, o->journal, e);
-    if (!rc && (rc = settle_end(&run->settle, run->tables)))
+    if (!rc && (rc = settle_end(run->settle)))
         err_sys(e, rc, "cannot write the tables");
     if (!rc && o->save_state)
         rc = state_save(&run->reading, o->save_state, e);
@@ -264,6 +309,7 @@ int cmd_wal(int argc, char **argv)
     int closed = run.tables ? tables_close(run.tables, &closing) : 0;
     wal_close(run.reading.wal);
     xacts_close(run.reading.xacts);
+    settle_close(run.settle);
     if (rc)
         return command_failed(&e, rc);
     if (closed)

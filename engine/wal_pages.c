@@ -153,27 +153,44 @@ static bool within_ring(struct pages *p, uint64_t page, uint32_t timeline)
     return true;
 }
 
+static bool is_mapped(const struct pages *p, const struct pages_slot *s, uint32_t which, pages_mapped *mapped, void *arg)
+{
+    return mapped && mapped(arg, s->volume, s->page * PAGE % p->segment_bytes + which * BLOCK, which ? s->second : s->place);
+}
+
 static void note_half(struct pages *p, struct pages_slot *s, uint8_t half)
 {
-    if (s->fresh_write != p->write) {
-        s->fresh = 0;
-        s->fresh_write = p->write;
-    }
-    if (s->halves & half)
+    uint32_t which = half == SECOND_HALF;
+    if (s->halves & half) {
         p->again = true;
-    else
-        s->fresh |= half;
+    } else if (!is_mapped(p, s, which, p->mapped, p->mapped_arg)) {
+        s->unmapped[which] = p->write;
+        p->unmapped_to = max_u64(p->unmapped_to, s->page + 1);
+    }
     s->halves |= half;
 }
 
-bool pages_fresh(const struct pages *p, uint64_t lsn, uint64_t end_lsn)
+bool pages_unmapped(const struct pages *p, uint64_t lsn, uint64_t end_lsn)
 {
-    for (uint64_t block = lsn / BLOCK; block <= (end_lsn - 1) / BLOCK; block++) {
+    uint64_t reach = p->slots * PAGE;
+    uint64_t from = end_lsn > reach ? max_u64(lsn, end_lsn - reach) : lsn;
+    for (uint64_t block = from / BLOCK; block <= (end_lsn - 1) / BLOCK; block++) {
         const struct pages_slot *s = slot_of(p, block * BLOCK / PAGE);
-        if (s->fresh_write == p->write && (s->fresh & (block % 2 ? SECOND_HALF : FIRST_HALF)))
+        if (s->page == block * BLOCK / PAGE && s->unmapped[block % 2] > p->mapped_upto)
             return true;
     }
     return false;
+}
+
+void pages_map(struct pages *p, uint64_t lsn, pages_mapped *mapped, void *arg)
+{
+    uint64_t end = min_u64(p->unmapped_to, lsn / PAGE + p->slots);
+    for (uint64_t page = lsn / PAGE; page < end; page++) {
+        struct pages_slot *s = slot_of(p, page);
+        for (uint32_t which = 0; which < 2 && s->page == page; which++)
+            if (s->unmapped[which] > p->mapped_upto && is_mapped(p, s, which, mapped, arg))
+                s->unmapped[which] = 0;
+    }
 }
 
 static bool take_first_half(struct pages *p, uint16_t volume, uint64_t place, const uint8_t *block)
@@ -248,6 +265,7 @@ void pages_reject(struct pages *p, uint64_t page)
 {
     struct pages_slot *s = slot_of(p, page);
     s->halves = FIRST_HALF;
+    s->unmapped[1] = 0;
     s->second = s->place + BLOCK;
 }
 

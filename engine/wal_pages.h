@@ -31,12 +31,14 @@ struct pages_slot {
     uint32_t timeline;
     uint16_t volume;
     uint8_t halves;
-    uint8_t fresh; /* halves that were new in write `fresh_write` */
-    uint64_t fresh_write;
+    uint64_t unmapped[2]; /* the write that filled a half first, until the filesystem is known to find it there; else 0 */
 };
 
 struct pages_second;
 struct pages_stashed;
+
+/* Whether the filesystem finds the bytes of a WAL segment from `at` on at `place` of a volume, durably. */
+typedef bool pages_mapped(void *arg, uint16_t volume, uint64_t at, uint64_t place);
 
 struct pages {
     uint64_t system_identifier;
@@ -53,6 +55,10 @@ struct pages {
     uint64_t write, write_offset, write_length; /* the one taken last */
     uint16_t write_volume;
     bool again; /* whether it held halves of pages that had been written before */
+    uint64_t mapped_upto; /* what was written up to this write is found by the filesystem, whatever `unmapped` says */
+    uint64_t unmapped_to; /* no page from here on has an `unmapped` half */
+    pages_mapped *mapped; /* may be NULL */
+    void *mapped_arg;
 };
 
 int pages_open(struct pages *p, struct err *e);
@@ -70,8 +76,11 @@ const uint8_t *pages_get(const struct pages *p, uint64_t page);
 /* Whether the bytes of a known page up to `end` are there. */
 bool pages_reach(const struct pages *p, uint64_t page, uint32_t end);
 
-/* Whether any of the bytes from `lsn` to `end_lsn` lie in a half that was new in the write taken last. */
-bool pages_fresh(const struct pages *p, uint64_t lsn, uint64_t end_lsn);
+/* Whether any of the bytes from `lsn` to `end_lsn` lie in a half that the filesystem may not find yet. */
+bool pages_unmapped(const struct pages *p, uint64_t lsn, uint64_t end_lsn);
+
+/* Asks `mapped` again for all such halves from `lsn` on. */
+void pages_map(struct pages *p, uint64_t lsn, pages_mapped *mapped, void *arg);
 
 /* The first page from the next record on that lacks its second half, if all before it are there; 0: none. */
 uint64_t pages_torn(const struct pages *p);

@@ -2,10 +2,17 @@
  *
  * With wal_init_zero = on a segment's blocks are there before WAL comes into them: the write itself makes it durable. With
  * off, a block's first write fills a hole, and the mapping is durable when the filesystem has committed its own log. Postgres
- * waits for that before it writes on. Others may commit meanwhile, and whose commit it is cannot be told from outside; so it
- * is the last one before the next flush of WAL: recovery surely finds the WAL with it. (Each write tried: with ext4 it was the
- * first such write, too; with xfs once in a while an earlier one.) If none has come by then, the flush went into a segment
- * that was used before (wal_recycle). */
+ * waits for that before it writes on. Others may commit meanwhile.
+ *
+ * xfs: its log is read (xfs_log.h). WAL is durable with the write with which recovery of the filesystem finds an inode of the
+ * size of a segment that has the blocks, as written, at their place in the segment. What an inode of which the log told
+ * before has already, is durable at once. Two things are not known for sure, and then the last write to the log before the
+ * next flush of WAL counts, which is late, but surely enough: a file in so many pieces that its extents are in a B-tree, and
+ * records that were not seen whole (as at the beginning of what is read).
+ *
+ * ext4: the last commit block of its journal before the next flush of WAL.
+ *
+ * When none of this has come until then, the flush went into a segment that was used before (wal_recycle). */
 #ifndef PGCDP_WAL_SETTLE_H
 #define PGCDP_WAL_SETTLE_H
 
@@ -14,23 +21,28 @@
 
 #include "wal_tables.h"
 
-#define SETTLE_WAITING 64u /* writes of one flush; each may be 1 MiB */
-#define SETTLE_WITHIN 16u  /* writes behind the last of them */
+struct settle;
 
-struct settle { /* zeroed at first */
-    bool holes; /* wal_init_zero = off */
-    uint32_t count;
-    uint64_t commit; /* the newest one since the last of them; 0: none */
-    struct fmt_wal_write waiting[SETTLE_WAITING];
-};
+/* `holes`: wal_init_zero = off, else all is durable at once. NULL: no memory. */
+struct settle *settle_open(bool holes, uint64_t segment_bytes);
+void settle_close(struct settle *s);
 
-/* A write completed WAL: `row` without `durable`. `fresh_from`, `again`: as wal.h. 0 or -errno. */
-int settle_wal(struct settle *s, struct tables *t, struct fmt_wal_write row, uint64_t fresh_from, bool again);
+/* The first XFS_SUPERBLOCK bytes of a volume, whatever is on it: what else is written to it is read with them. */
+void settle_volume(struct settle *s, uint16_t volume, const uint8_t *superblock);
+
+/* Where WAL is read from, and where the rows go. */
+void settle_between(struct settle *s, struct wal *wal, struct tables *t);
+
+/* wal_options.mapped, with the struct settle. */
+bool settle_mapped(void *arg, uint16_t volume, uint64_t at, uint64_t place);
+
+/* A write of `wal`'s completed records: `row` without `durable`. 0 or -errno. */
+int settle_wal(struct settle *s, struct fmt_wal_write row, uint16_t volume);
 
 /* Any other write. */
-int settle_other(struct settle *s, struct tables *t, uint64_t write, const uint8_t *data, uint64_t length);
+int settle_other(struct settle *s, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length);
 
 /* The end of what can be read now. */
-int settle_end(struct settle *s, struct tables *t);
+int settle_end(struct settle *s);
 
 #endif

@@ -52,7 +52,7 @@ class Start:
         with suppress(FileNotFoundError):
             notes = read_notes((place / CATALOG_NOTES).read_bytes())
         return cls(
-            cluster_of(system_identifier, settings),
+            cluster_of(store, system_identifier, settings),
             boundary,
             state if state.exists() else None,
             Past(newest_look(store, boundary.number), notes),
@@ -64,11 +64,12 @@ class Start:
         return read_wal(self.cluster, intervals, start_lsn=start_lsn, state=self.state, **more)
 
 
-def cluster_of(system_identifier: int, settings: dict[str, Any]) -> Cluster:
-    """What an interval's settings say of the WAL."""
+def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -> Cluster:
+    """What an interval's settings say of the WAL. The images are of some boundary: a filesystem's form stays the same."""
     values = {row["name"]: row["setting"] for row in settings.get("settings", ())}
     size = int(values.get("wal_segment_size", SEGMENT_BYTES))
-    return Cluster(system_identifier, size, values.get("wal_init_zero") == "off")
+    images = tuple(store.image / f"{volume.name}.img" for volume in store.volumes)
+    return Cluster(system_identifier, size, values.get("wal_init_zero") == "off", images)
 
 
 def newest_look(store: Store, number: int) -> Look | None:

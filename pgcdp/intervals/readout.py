@@ -33,11 +33,12 @@ class Readout:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Whose WAL it is. `holes`: wal_init_zero is off."""
+    """Whose WAL it is. `holes`: wal_init_zero is off; `images`: copies of the volumes, in the order of their numbers."""
 
     system_identifier: int
     segment_bytes: int = SEGMENT_BYTES
     holes: bool = False
+    images: tuple[Path, ...] = ()
 
 
 def read_wal(
@@ -66,6 +67,8 @@ def read_wal(
         words += ["--start-lsn", format_lsn(start_lsn)]
     if cluster.holes:
         words.append("--wal-holes")
+        for number, image in enumerate(cluster.images):
+            words += ["--image", f"{number}={image}"]
     for option, value in (("--state", state), ("--save-state", save_state), ("--journal", journal), ("--upto", upto)):
         if value is not None:
             words += [option, str(value)]

@@ -1,7 +1,4 @@
-"""The write that a commit is said to be in is the first one with which recovery keeps it; one fewer loses it.
-
-With xfs and wal_init_zero = off it may be a later one, when others flush xfs's log between (engine/wal_settle.h).
-"""
+"""The write that a commit is said to be in is the first one with which recovery keeps it; one fewer loses it."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pgcdp.postgres.cluster import Binaries
-from pgcdp.records import Kind, Target
+from pgcdp.records import Target
 from pgcdp.recovery import sandbox
 from pgcdp.recovery.scratch import mounted
 from tests.cluster.test_postgres_truth import ALLOWED, SETTINGS
@@ -22,7 +19,6 @@ from tests.fix_sets import MakeSet, ProtectedSet
 from tests.load import Load
 from tests.moments import scratch_below
 
-XFS_LOG = bytes.fromhex("feedbabe")
 BARE = {"wal_init_zero": "off", "wal_recycle": "off", "max_wal_size": "64MB", "min_wal_size": "32MB"}
 """A new WAL segment is a hole: what the filesystem notes of it comes behind the data."""
 
@@ -37,15 +33,6 @@ def kept(found: ProtectedSet, write: int, xids: list[int]) -> list[bool]:
         box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
         with box, box.connect() as connection:
             return [bool(row[0]) for row in connection.execute(question, [xids]).fetchall()]
-
-
-def first_log_write(found: ProtectedSet, held: int, durable: int) -> int:
-    """The first write behind `held` that has a record of xfs's log, up to `durable`: before it nothing is durable."""
-    source = found.source()
-    for write in range(held + 1, durable):
-        if source.record(write)["kind"] == Kind.WRITE and source.data(write)[:4] == XFS_LOG:
-            return write
-    return durable
 
 
 def run_commits(found: ProtectedSet, count: int, commits: int, seed: int) -> list[dict[str, object]]:
@@ -68,8 +55,7 @@ def run_commits(found: ProtectedSet, count: int, commits: int, seed: int) -> lis
     for end in chosen:
         write, xid = int(end["write"]), int(end["xid"])
         assert kept(found, write, [xid]) == [True], f"xid {xid} is not there with write {write}"
-        before = write - 1 if found.fs == "ext4" else first_log_write(found, write - int(end["late"]), write) - 1
-        assert kept(found, before, [xid]) == [False], f"xid {xid} is there with write {before}"
+        assert kept(found, write - 1, [xid]) == [False], f"xid {xid} is there with write {write - 1}"
         rows.append({"xid": xid, "write": write, "late": int(end["late"])})
     return rows
 
