@@ -33,7 +33,7 @@ class Readout:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Whose WAL it is. `holes`: wal_init_zero is off; `images`: copies of the volumes, in the order of their numbers."""
+    """Whose WAL it is. `holes`: wal_init_zero is off; `images`: copies of the volumes, in order of their numbers."""
 
     system_identifier: int
     segment_bytes: int = SEGMENT_BYTES

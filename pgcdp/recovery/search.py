@@ -29,6 +29,8 @@ _COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
 _FLAGS = {"create": CREATED, "truncate": TRUNCATED, "drop": DROPPED, "rewrite": REWRITTEN}
 
 ANY = 1 << 62
+FIRST_USER_OID = 16384
+"""FirstNormalObjectId: what initdb made has lower ones."""
 
 Table = tuple[int, int]
 """A relation over all time: OIDs of database and relation."""
@@ -229,6 +231,8 @@ def _matching(
     if wanted.tables is not None:
         key = values["database_oid"].astype(np.uint64) << np.uint64(32) | values["relation_oid"]
         kept &= np.isin(key, np.array([d << 32 | r for d, r in wanted.tables], dtype=np.uint64))
+    elif wanted.operations:  # nobody means what every DDL does to the catalogs
+        kept &= (values["relation_oid"] >= FIRST_USER_OID) | (values["relation_oid"] == 0)
     if wanted.operations:
         kept &= np.logical_or.reduce([_did(values, each) for each in wanted.operations])
     if wanted.behind_lsn:

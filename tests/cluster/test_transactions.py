@@ -96,6 +96,7 @@ def test_find_names_the_transaction(make_set: MakeSet, binaries_of: BindirOf) ->
     api.cut(found.name)
     with found.connect() as session:
         session.execute("truncate parts")
+    assert all(each["tables"] for each in api.log(found.name, operation="insert", limit=1000)["transactions"])
     told = api.find(found.name, "DELETE FROM orders WHERE whatever")
     assert told["total"] == 3
     assert told["transactions"][0]["xid"] == xid[0]
