@@ -129,11 +129,6 @@ def _schemas_now(namer: _Namer) -> dict[tuple[int, int], str]:
     return {key: name for key, name in namer.reader.schemas.items() if key not in gone}
 
 
-def _rows(relations: dict[tuple[int, int], Relation], said: Said) -> int:
-    known = relations.get((said.relation.database, said.relation.oid))
-    return known.rows if known else 0
-
-
 def _files(changes: NDArray[np.void]) -> list[tuple[int, int, NDArray[np.int64]]]:
     """Each file with the rows of its changes."""
     assert changes.dtype == CHANGE

@@ -37,9 +37,7 @@ def install(dsn: Dsn) -> list[str]:
     with connect(dsn) as connection:
         if not _true(connection, _MISSING["role pgcdp"]) or missing(dsn):
             query(connection, files["role"])
-        names = [
-            each.name for each in databases(connection) if each.connectable and not each.name.startswith("template")
-        ]
+        names = _open_databases(connection)
     for name in names:
         with connect(dsn, name) as connection:
             if not _true(connection, _MARK):
@@ -56,9 +54,7 @@ def missing(dsn: Dsn) -> list[str]:
                 found.append(what)
                 if what == "role pgcdp":
                     break
-        names = [
-            each.name for each in databases(connection) if each.connectable and not each.name.startswith("template")
-        ]
+        names = _open_databases(connection)
     for name in names:
         with connect(dsn, name) as connection:
             if not _true(connection, _MARK):
@@ -67,6 +63,7 @@ def missing(dsn: Dsn) -> list[str]:
 
 
 def _open_databases(connection: Connection) -> list[str]:
+    """Those that let connections in, without templates."""
     found = databases(connection)
     return [each.name for each in found if each.connectable and not each.name.startswith("template")]
 
