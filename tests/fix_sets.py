@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,15 @@ from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError
 from pgcdp.postgres import session
 from pgcdp.postgres.cluster import Binaries
-from pgcdp.records import Target
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery import sandbox
 from pgcdp.recovery.restore import remove
+from pgcdp.recovery.sandbox import Sandbox
+from pgcdp.recovery.scratch import mounted
 from pgcdp.recovery.source import Source
 from tests.fix_engine import _may_flush, _plain_program
 from tests.fix_postgres import bad_lines, postgres_user
+from tests.moments import scratch_below
 from tests.waiting import wait_until
 
 PORT = 5432
@@ -128,6 +132,18 @@ class ProtectedSet:
     def source(self) -> Source:
         """The store with the journal, as `pgcdp restore` opens it."""
         return api.open_source(self.name, None)
+
+    @contextmanager
+    def running_at(self, point: Target | RecoveryPoint) -> Iterator[Sandbox]:
+        """Postgres on a recovery point, in a sandbox."""
+        source = self.source()
+        if isinstance(point, Target):
+            point = source.resolve(point)
+        with (
+            mounted(source, point, scratch_below(self.root)) as pgdata,
+            sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=self.binaries) as box,
+        ):
+            yield box
 
     def verify(self, write: int, **options: Any) -> dict[str, Any]:
         """`pgcdp verify --target-write`."""

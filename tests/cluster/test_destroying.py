@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pgcdp import api
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
-from pgcdp.recovery import sandbox, verify
-from pgcdp.recovery.sandbox import Sandbox
-from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery import verify
 from pgcdp.units import parse_lsn
-from tests.fix_sets import MakeSet, ProtectedSet
-from tests.moments import scratch_below
+from tests.fix_sets import MakeSet
 from tests.waiting import wait_until
 
 
@@ -70,14 +65,12 @@ def test_a_dropped_database_connects_again(make_set: MakeSet, pg_binaries: Binar
     source = found.source()
     point = source.resolve(Target("xid", dropped["xid"], exclusive=True))
     assert (point.write, point.note) == tuple(resolved["recovery_point"][key] for key in ("write", "note"))
-    with mounted(source, point, scratch_below(found.root)) as pgdata:
-        box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
-        with box:
-            with box.connect("doomed") as connection:
-                assert connection.execute("select count(*) from kept").fetchall() == [(1000,)]
-            with box.connect() as connection:
-                held = set(connection.execute("select client, counter from ledger").fetchall())
-            checks = list(verify.verify_sandbox(box))
+    with found.running_at(point) as box:
+        with box.connect("doomed") as connection:
+            assert connection.execute("select count(*) from kept").fetchall() == [(1000,)]
+        with box.connect() as connection:
+            held = set(connection.execute("select client, counter from ledger").fetchall())
+        checks = list(verify.verify_sandbox(box))
     assert all(check.ok for check in checks), checks
     lost = [each for each in acked if each not in held]
     inserted = api.log(found.name, table="ledger", limit=100000)["transactions"]
@@ -100,26 +93,12 @@ def test_what_was_dropped_in_a_transaction_comes_back(make_set: MakeSet, pg_bina
         source = found.source()
         target = Target("xid", api.find(found.name, sql)["transactions"][0]["xid"], exclusive=True)
         point = source.resolve(target)
-        with mounted(source, point, scratch_below(found.root)) as pgdata:
-            box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
-            with box, box.connect() as session:
-                for name in ("a", "b", "c", "m"):
-                    assert session.execute(f"select count(*) from {name}".encode()).fetchall() == [(50000,)]
+        with found.running_at(point) as box, box.connect() as session:
+            for name in ("a", "b", "c", "m"):
+                assert session.execute(f"select count(*) from {name}".encode()).fetchall() == [(50000,)]
 
 
 IN_PLACE = "set allow_in_place_tablespaces = on"
-
-
-@contextmanager
-def running_at(found: ProtectedSet, target: Target) -> Iterator[Sandbox]:
-    """Postgres on a target."""
-    source = found.source()
-    point = source.resolve(target)
-    with (
-        mounted(source, point, scratch_below(found.root)) as pgdata,
-        sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries) as box,
-    ):
-        yield box
 
 
 def test_a_dropped_tablespace_can_be_used_again(make_set: MakeSet, pg_binaries: Binaries) -> None:
@@ -132,10 +111,10 @@ def test_a_dropped_tablespace_can_be_used_again(make_set: MakeSet, pg_binaries: 
         xid = api.log(found.name)["transactions"][0]["xid"]
     told = api.resolve(found.name, Target("xid", xid, exclusive=True))["recovery_point"]
     assert "drops a tablespace" in told["note"]
-    with running_at(found, Target("xid", xid, exclusive=True)) as box, box.connect() as connection:
+    with found.running_at(Target("xid", xid, exclusive=True)) as box, box.connect() as connection:
         connection.execute("create table t tablespace spare as select generate_series(1, 10)")
         assert connection.execute("select count(*) from t").fetchall() == [(10,)]
-    with running_at(found, Target("xid", xid)) as box, box.connect() as connection:
+    with found.running_at(Target("xid", xid)) as box, box.connect() as connection:
         assert connection.execute("select count(*) from pg_tablespace where spcname = 'spare'").fetchall() == [(0,)]
 
 
@@ -158,7 +137,7 @@ def test_a_database_that_was_moved_is_whole_on_both_sides(make_set: MakeSet, pg_
     seen = []
     for each in reversed(moves):
         for exclusive in (True, False):
-            with running_at(found, Target("xid", each["xid"], exclusive=exclusive)) as box:
+            with found.running_at(Target("xid", each["xid"], exclusive=exclusive)) as box:
                 with box.connect("moving") as connection:
                     assert connection.execute("select count(*) from kept").fetchall() == [(1000,)]
                     seen.append(connection.execute(question.encode()).fetchall()[0][0])

@@ -16,22 +16,16 @@ import pytest
 
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import RecoveryPoint, Target
-from pgcdp.recovery import sandbox
-from pgcdp.recovery.scratch import mounted
 from tests.cluster.test_postgres_truth import ALLOWED, SETTINGS
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.load import Ack, Commit, Load, check_prefix, keep_wal
-from tests.moments import scratch_below
 
 
 def commits_at(found: ProtectedSet, point: RecoveryPoint, acks: list[Ack], order: list[Commit]) -> int:
     """How many commits of the order a point holds; AssertionError when they are not a prefix of it."""
-    source = found.source()
-    with mounted(source, point, scratch_below(found.root)) as pgdata:
-        box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
-        with box:
-            return check_prefix(box, acks, order, point.time_ns).commits
+    with found.running_at(point) as box:
+        return check_prefix(box, acks, order, point.time_ns).commits
 
 
 def run_points(found: ProtectedSet, points: int, commits: int, seed: int) -> list[dict[str, object]]:

@@ -9,21 +9,16 @@ from pgcdp.errors import TargetError
 from pgcdp.postgres import role, session
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
-from pgcdp.recovery import sandbox
-from pgcdp.recovery.scratch import mounted
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
-from tests.moments import scratch_below
 
 
 def counted(found: ProtectedSet, name: str, *, exclusive: bool = False) -> tuple[int, str | None]:
     """How many rows the table has at a mark, and what is noted of the point."""
     source = found.source()
     point = source.resolve(Target("name", name=name, exclusive=exclusive))
-    with mounted(source, point, scratch_below(found.root)) as pgdata:
-        box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
-        with box, box.connect() as connection:
-            return int(connection.execute("select count(*) from t").fetchall()[0][0]), point.note
+    with found.running_at(point) as box, box.connect() as connection:
+        return int(connection.execute("select count(*) from t").fetchall()[0][0]), point.note
 
 
 def test_marks_lead_to_their_moment(make_set: MakeSet, binaries_of: BindirOf) -> None:

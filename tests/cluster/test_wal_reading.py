@@ -24,15 +24,12 @@ from pgcdp.intervals.indexing import Start
 from pgcdp.intervals.readout import Readout
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import BLOCK, END, Target
-from pgcdp.recovery import sandbox
-from pgcdp.recovery.scratch import mounted
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameWriter
 from pgcdp.store.layout import Store
 from pgcdp.units import format_lsn, parse_lsn
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
-from tests.moments import scratch_below
 from tests.waiting import wait_until
 
 MAGIC_15 = b"\x10\xd1"
@@ -315,11 +312,9 @@ def test_transactions_of_a_new_timeline_follow_those_before(make_set: MakeSet, b
         for exclusive in (True, False):
             source = found.source()
             point = source.resolve(Target("xid", xid, exclusive=exclusive))
-            with mounted(source, point, scratch_below(found.root)) as pgdata:
-                box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries)
-                with box, box.connect() as session:
-                    rows = session.execute("select array_agg(id order by id) from t").fetchall()
-                    assert (rows[0][0] or []) == list(range(place + (not exclusive)))
+            with found.running_at(point) as box, box.connect() as session:
+                rows = session.execute("select array_agg(id order by id) from t").fetchall()
+                assert (rows[0][0] or []) == list(range(place + (not exclusive)))
 
 
 def damaged_copy(found: ProtectedSet, number: int, place: Path, rng: random.Random) -> None:
