@@ -15,9 +15,9 @@
 #include "frames.h"
 #include "io.h"
 #include "journal_read.h"
+#include "logged.h"
 #include "util.h"
 #include "wal_settle.h"
-#include "xfs_log.h"
 #include "wal_state.h"
 #include "wal_tables.h"
 
@@ -239,7 +239,7 @@ static int take_journal(struct index_run *run, const char *directory, struct err
 /* What filesystems are on the volumes. */
 static int read_images(struct index_run *run, const struct index_options *o, struct err *e)
 {
-    uint8_t superblock[XFS_SUPERBLOCK];
+    uint8_t superblock[LOGGED_SUPERBLOCK];
     for (uint16_t i = 0; i < IMAGES; i++) {
         if (!o->image[i])
             continue;

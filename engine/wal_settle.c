@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ext4_log.h"
 #include "util.h"
 #include "wal_files.h"
 #include "xfs_log.h"
@@ -19,7 +20,8 @@ static const uint8_t XFS_LOG[4] = {0xFE, 0xED, 0xBA, 0xBE};
 struct settle_log { /* the log of the filesystem on a volume */
     struct settle *settle;
     uint16_t volume;
-    struct xfs_log *xfs;
+    struct xfs_log *xfs; /* one of the two */
+    struct ext4_log *ext4;
 };
 
 struct settle {
@@ -95,10 +97,15 @@ int settle_wal(struct settle *s, struct fmt_wal_write row, uint16_t volume)
 
 /* ---- logs ---- */
 
-static bool file_has(void *arg, uint16_t volume, uint64_t at, uint64_t place)
+struct found {
+    uint16_t volume;
+    const struct logged_file *file;
+};
+
+static bool found_has(void *arg, uint16_t volume, uint64_t at, uint64_t place)
 {
-    const struct wal_file *file = arg;
-    return file->volume == volume && files_has(file, at, place);
+    const struct found *found = arg;
+    return found->volume == volume && files_extents_have(found->file->extent, found->file->extents, at, place);
 }
 
 bool settle_mapped(void *arg, uint16_t volume, uint64_t at, uint64_t place)
@@ -107,28 +114,29 @@ bool settle_mapped(void *arg, uint16_t volume, uint64_t at, uint64_t place)
     return s->holes && files_any_has(&s->files, volume, at, place);
 }
 
-static void inode_logged(void *arg, const struct xfs_inode *inode)
+static void file_found(void *arg, const struct logged_file *file)
 {
     struct settle_log *log = arg;
     struct settle *s = log->settle;
-    if (inode->tree && inode->size == s->segment_bytes)
+    struct found found = {.volume = log->volume, .file = file};
+    if (file->which == LOGGED_APART && log->xfs && file->size == s->segment_bytes)
         s->tree = true;
-    struct wal_file *file = files_take(&s->files, log->xfs, log->volume, inode, s->segment_bytes);
-    if (file)
-        wal_map(s->wal, s->count ? s->waiting[0].from_lsn : wal_next_lsn(s->wal), file_has, file);
+    if (file->which == LOGGED_PART || (files_take(&s->files, log->volume, file, s->segment_bytes) && file->extents))
+        wal_map(s->wal, s->count ? s->waiting[0].from_lsn : wal_next_lsn(s->wal), found_has, &found);
 }
 
 static int take_log(struct settle *s, struct settle_log *log, uint64_t write, uint64_t offset, const uint8_t *data,
                     uint64_t length)
 {
     s->tree = false;
-    enum xfs_said said = xfs_log_take(log->xfs, offset, data, length);
-    if (said == XFS_NO_LOG)
+    enum logged_said said = log->xfs ? xfs_log_take(log->xfs, offset, data, length)
+                                     : ext4_log_take(log->ext4, offset, data, length);
+    if (said == LOGGED_NOTHING)
         return 0;
-    if (said == XFS_UNSURE)
+    if (said == LOGGED_UNSURE)
         files_forget(&s->files, log->volume);
     int rc = hand_on_mapped(s, write);
-    if (s->count && (said == XFS_UNSURE || s->tree) && log->volume == s->volume)
+    if (s->count && (said == LOGGED_UNSURE || s->tree) && log->volume == s->volume)
         s->commit = write;
     return rc;
 }
@@ -174,8 +182,11 @@ void settle_volume(struct settle *s, uint16_t volume, const uint8_t *superblock)
     struct settle_log *log = calloc(1, sizeof *log);
     if (!log)
         return;
-    *log = (struct settle_log){.settle = s, .volume = volume, .xfs = xfs_log_open(superblock, inode_logged, log)};
-    if (log->xfs)
+    *log = (struct settle_log){
+        .settle = s, .volume = volume, .xfs = xfs_log_open(superblock, file_found, log),
+        .ext4 = ext4_log_open(superblock, s->segment_bytes, file_found, log),
+    };
+    if (log->xfs || log->ext4)
         s->log[volume] = log;
     else
         free(log);
@@ -184,8 +195,10 @@ void settle_volume(struct settle *s, uint16_t volume, const uint8_t *superblock)
 void settle_close(struct settle *s)
 {
     for (uint32_t i = 0; s && i < VOLUMES; i++) {
-        if (s->log[i])
+        if (s->log[i]) {
             xfs_log_close(s->log[i]->xfs);
+            ext4_log_close(s->log[i]->ext4);
+        }
         free(s->log[i]);
     }
     free(s);

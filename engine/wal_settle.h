@@ -4,13 +4,13 @@
  * off, a block's first write fills a hole, and the mapping is durable when the filesystem has committed its own log. Postgres
  * waits for that before it writes on. Others may commit meanwhile.
  *
- * xfs: its log is read (xfs_log.h). WAL is durable with the write with which recovery of the filesystem finds an inode of the
- * size of a segment that has the blocks, as written, at their place in the segment. What an inode of which the log told
- * before has already, is durable at once. Two things are not known for sure, and then the last write to the log before the
- * next flush of WAL counts, which is late, but surely enough: a file in so many pieces that its extents are in a B-tree, and
- * records that were not seen whole (as at the beginning of what is read).
+ * So the filesystem's log is read (xfs_log.h, ext4_log.h). WAL is durable with the write with which recovery of the filesystem
+ * finds a file of the size of a segment that has the blocks, as written, at their place in the segment. What a file of which
+ * the log told before has already, is durable at once. Two things are not known for sure, and then the last write to the log
+ * before the next flush of WAL counts, which is late, but surely enough: a file on xfs in so many pieces that its extents are
+ * in a B-tree, and what was not seen whole (as at the beginning of what is read).
  *
- * ext4: the last commit block of its journal before the next flush of WAL.
+ * Where the log is not known: the last commit block of ext4 or record of xfs's log before the next flush of WAL.
  *
  * When none of this has come until then, the flush went into a segment that was used before (wal_recycle). */
 #ifndef PGCDP_WAL_SETTLE_H
@@ -27,7 +27,7 @@ struct settle;
 struct settle *settle_open(bool holes, uint64_t segment_bytes);
 void settle_close(struct settle *s);
 
-/* The first XFS_SUPERBLOCK bytes of a volume, whatever is on it: what else is written to it is read with them. */
+/* The first LOGGED_SUPERBLOCK bytes of a volume, whatever is on it: what else is written to it is read with them. */
 void settle_volume(struct settle *s, uint16_t volume, const uint8_t *superblock);
 
 /* Where WAL is read from, and where the rows go. */

@@ -1,10 +1,12 @@
 /* See xfs_log.h. */
 #include "xfs_log.h"
 
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "util.h"
+#include "xfs_trans.h"
 
 #define SECTOR 512u
 #define RECORD_MAGIC 0xFEEDBABEu
@@ -12,6 +14,7 @@
 #define RECORD_LIMIT (256u << 10)   /* XLOG_MAX_RECORD_BSIZE */
 #define PER_HEADER (32u << 10)      /* bytes of the body that one sector of header serves */
 #define CYCLES 64u                  /* ... which are so many sectors */
+#define EXTENTS 128u                /* an inode of 2048 bytes has at most as many */
 #define UNDER_WAY 16u               /* records; the kernel has at most eight */
 
 struct record {
@@ -28,6 +31,8 @@ struct record {
 };
 
 struct xfs_log {
+    logged_found *found;
+    void *arg;
     uint64_t begin, bytes;  /* the ring on the volume */
     uint64_t block, group_blocks;
     uint32_t group_log;
@@ -45,10 +50,11 @@ static uint64_t place_of(const struct xfs_log *x, uint64_t block)
     return (group * x->group_blocks + (block & ((UINT64_C(1) << x->group_log) - 1))) * x->block;
 }
 
-bool xfs_log_extent(const struct xfs_log *x, const uint8_t *logged, struct xfs_extent *out)
+/* An extent as it is in the log; false: not written yet, it reads as zeros. */
+static bool decode(const struct xfs_log *x, const uint8_t *logged, struct logged_extent *out)
 {
     uint64_t high = xfs_u64(logged), low = xfs_u64(logged + 8);
-    *out = (struct xfs_extent){
+    *out = (struct logged_extent){
         .file = (high >> 9 & ((UINT64_C(1) << 54) - 1)) * x->block,
         .place = place_of(x, (high & 511) << 43 | low >> 21),
         .length = (low & ((1u << 21) - 1)) * x->block,
@@ -71,14 +77,34 @@ static bool read_superblock(struct xfs_log *x, const uint8_t *sb)
     return x->bytes > 2 * RECORD_LIMIT;
 }
 
+static void inode_logged(void *arg, const struct xfs_inode *inode)
+{
+    struct xfs_log *x = arg;
+    struct logged_extent extent[EXTENTS];
+    struct logged_file file = {
+        .number = inode->number, .size = inode->size, .which = LOGGED_OLD, .extent = extent,
+    };
+    if (inode->tree)
+        file.which = LOGGED_APART;
+    else if (inode->has_extents)
+        file.which = LOGGED_ALL;
+    for (uint32_t i = 0; i < inode->extents && file.extents < EXTENTS; i++)
+        file.extents += decode(x, inode->extent + (uint64_t)i * XFS_EXTENT_BYTES, &extent[file.extents]);
+    x->found(x->arg, &file);
+}
+
 /* ---- life ---- */
 
-struct xfs_log *xfs_log_open(const uint8_t *superblock, xfs_logged *logged, void *arg)
+struct xfs_log *xfs_log_open(const uint8_t *superblock, logged_found *found, void *arg)
 {
     struct xfs_log *x = calloc(1, sizeof *x);
-    if (x && read_superblock(x, superblock))
-        x->trans = xfs_trans_open(logged, arg);
-    if (x && x->trans)
+    if (!x)
+        return NULL;
+    x->found = found;
+    x->arg = arg;
+    if (read_superblock(x, superblock))
+        x->trans = xfs_trans_open(inode_logged, x);
+    if (x->trans)
         return x;
     free(x);
     return NULL;
@@ -210,11 +236,11 @@ static bool any_whole(const struct xfs_log *x)
     return false;
 }
 
-enum xfs_said xfs_log_take(struct xfs_log *x, uint64_t offset, const uint8_t *data, uint64_t length)
+enum logged_said xfs_log_take(struct xfs_log *x, uint64_t offset, const uint8_t *data, uint64_t length)
 {
     uint64_t begin = max_u64(offset, x->begin), end = min_u64(offset + length, x->begin + x->bytes);
     if (begin >= end)
-        return XFS_NO_LOG;
+        return LOGGED_NOTHING;
     bool understood = true;
     data += begin - offset;
     for (uint64_t here; begin + SECTOR <= end; begin += here, data += here) {
@@ -230,5 +256,5 @@ enum xfs_said xfs_log_take(struct xfs_log *x, uint64_t offset, const uint8_t *da
         r->have += here;
     }
     understood &= take_records(x);
-    return understood && !any_whole(x) ? XFS_READ : XFS_UNSURE;
+    return understood && !any_whole(x) ? LOGGED_READ : LOGGED_UNSURE;
 }

@@ -14,33 +14,15 @@
 #ifndef PGCDP_XFS_LOG_H
 #define PGCDP_XFS_LOG_H
 
-#include <stdbool.h>
-#include <stdint.h>
-
-#include "xfs_trans.h"
-
-#define XFS_SUPERBLOCK 512u /* bytes of it that are needed */
+#include "logged.h"
 
 struct xfs_log;
 
-struct xfs_extent { /* bytes that were written, of a file and where they lie on the volume */
-    uint64_t file, place, length;
-};
-
-enum xfs_said {
-    XFS_NO_LOG, /* the write has nothing of the log */
-    XFS_READ,   /* all that recovery finds by it was told */
-    XFS_UNSURE, /* it may find more */
-};
-
-/* `superblock`: the first XFS_SUPERBLOCK bytes of the volume. NULL: not xfs, not understood, or no memory. */
-struct xfs_log *xfs_log_open(const uint8_t *superblock, xfs_logged *logged, void *arg);
+/* `superblock`: the first LOGGED_SUPERBLOCK bytes of the volume. NULL: not xfs, not understood, or no memory. */
+struct xfs_log *xfs_log_open(const uint8_t *superblock, logged_found *found, void *arg);
 void xfs_log_close(struct xfs_log *x);
 
-/* The next captured write to the volume; `length` is a multiple of 512. Calls `logged` for inodes that recovery finds now. */
-enum xfs_said xfs_log_take(struct xfs_log *x, uint64_t offset, const uint8_t *data, uint64_t length);
-
-/* An extent of an inode's; false: not written yet, it reads as zeros. */
-bool xfs_log_extent(const struct xfs_log *x, const uint8_t *logged, struct xfs_extent *out);
+/* The next captured write to the volume; `length` is a multiple of 512. Calls `found` for inodes that recovery finds now. */
+enum logged_said xfs_log_take(struct xfs_log *x, uint64_t offset, const uint8_t *data, uint64_t length);
 
 #endif

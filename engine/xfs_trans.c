@@ -121,7 +121,8 @@ static bool keep_extents(struct trans *t)
     t->extent = memory;
     if (!kept)
         return false;
-    memcpy(t->extent + t->extent_bytes, t->region, t->region_length);
+    if (t->region_length)
+        memcpy(t->extent + t->extent_bytes, t->region, t->region_length);
     t->now.extent = t->extent_bytes;
     t->now.extents = t->region_length / XFS_EXTENT_BYTES;
     t->now.has_extents = true;
@@ -203,7 +204,7 @@ static bool commit(struct xfs_trans *x, struct trans *t)
         const struct item *item = &t->item[i];
         struct xfs_inode inode = {
             .number = item->number, .size = item->size, .tree = item->tree, .has_extents = item->has_extents,
-            .extents = item->extents, .extent = item->has_extents ? t->extent + item->extent : NULL,
+            .extents = item->extents, .extent = item->extents ? t->extent + item->extent : NULL,
         };
         x->logged(x->arg, &inode);
     }

@@ -87,6 +87,8 @@ C_FLOORS: dict[str, int] = {
     "control": 5,
     "capture": 6,
     "dump": 6,
+    "logged": 4,
+    "ext4_log": 4,
     "xfs_trans": 4,
     "xfs_log": 4,
     "wal_files": 5,

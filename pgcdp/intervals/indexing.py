@@ -65,7 +65,7 @@ class Start:
 
 
 def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -> Cluster:
-    """What an interval's settings say of WAL. The images are of some boundary: a filesystem's form stays the same."""
+    """What an interval's settings say of the WAL. The images are of any boundary: a filesystem's form stays."""
     values = {row["name"]: row["setting"] for row in settings.get("settings", ())}
     size = int(values.get("wal_segment_size", SEGMENT_BYTES))
     images = tuple(store.image / f"{volume.name}.img" for volume in store.volumes)
