@@ -24,7 +24,7 @@
 #define IMAGES 256u
 
 struct index_options {
-    uint64_t system_identifier, segment_bytes, start_lsn, upto;
+    uint64_t system_identifier, segment_bytes, start_lsn, upto, settle_upto;
     const char *state, *save_state, *journal, *out;
     const char *image[IMAGES]; /* by volume */
     bool holes;
@@ -36,7 +36,9 @@ struct index_run {
     struct wal_reading reading;
     struct tables *tables;
     struct settle *settle;
+    uint64_t seen; /* the write looked at last */
     uint64_t upto;
+    uint64_t settle_upto; /* behind `upto`, up to here, writes are looked at for what waits for them; WAL is not read there */
 };
 
 static int usage(const char *message, const char *argument)
@@ -45,7 +47,7 @@ static int usage(const char *message, const char *argument)
     err_set(&e, ERR_USAGE, message, argument);
     err_hint(&e, "pgcdp-engine wal --system-identifier N --out DIR [--segment-bytes N] [--start-lsn X/Y | --state FILE] "
                  "[--save-state FILE] [--journal DIR] [--upto WRITE] "
-                 "[--wal-holes [--image VOLUME=FILE ...]] [INTERVAL ...]");
+                 "[--wal-holes [--image VOLUME=FILE ...] [--settle-upto WRITE]] [INTERVAL ...]");
     return command_failed(&e, ERR_USAGE);
 }
 
@@ -83,6 +85,7 @@ static bool take_option(struct index_options *o, int option, const char *value)
     case 'o': o->out = value; return true;
     case 'h': o->holes = true; return true;
     case 'I': return parse_image(o, value);
+    case 'U': return command_number(value, &o->settle_upto);
     default: return false;
     }
 }
@@ -96,7 +99,7 @@ static int parse(int argc, char **argv, struct index_options *o)
         {"state", required_argument, NULL, 's'},             {"save-state", required_argument, NULL, 'S'},
         {"journal", required_argument, NULL, 'j'},           {"out", required_argument, NULL, 'o'},
         {"wal-holes", no_argument, NULL, 'h'},               {"image", required_argument, NULL, 'I'},
-        {NULL, 0, NULL, 0},
+        {"settle-upto", required_argument, NULL, 'U'},       {NULL, 0, NULL, 0},
     };
     *o = (struct index_options){.segment_bytes = 16u << 20, .upto = UINT64_MAX};
     optind = 1;
@@ -139,9 +142,23 @@ static int take_record(void *arg, const struct wal_record *record)
 
 /* ---- writes ---- */
 
+static int settle_by(struct index_run *run, const struct fmt_record *r, const uint8_t *data, struct err *e)
+{
+    int rc = settle_other(run->settle, r->number, r->volume, r->offset, data, r->data_length);
+    return rc ? err_sys(e, rc, "cannot index write %" PRIu64, r->number) : 0;
+}
+
+static bool goes_on(const struct index_run *run, uint64_t write)
+{
+    return write <= run->upto || (write <= run->settle_upto && settle_waits(run->settle));
+}
+
 static int take_write(struct index_run *run, const struct fmt_record *r, const uint8_t *data, struct err *e)
 {
     struct wal *wal = run->reading.wal;
+    run->seen = r->number;
+    if (r->number > run->upto)
+        return r->kind == FMT_WRITE && !(r->data_length % FMT_HEADER_BYTES) ? settle_by(run, r, data, e) : 0;
     run->reading.write = r->number;
     if (r->kind == FMT_MARK && tables_mark(run->tables, r->number, data, r->data_length))
         return err_set(e, -EIO, "cannot index mark %" PRIu64, r->number);
@@ -150,10 +167,10 @@ static int take_write(struct index_run *run, const struct fmt_record *r, const u
     uint64_t from = wal_next_lsn(wal);
     int rc = wal_take(wal, r->number, r->volume, r->offset, data, r->data_length);
     struct fmt_wal_write row = {.write = r->number, .from_lsn = from, .to_lsn = wal_next_lsn(wal)};
-    if (!rc && row.to_lsn != from)
+    if (!rc && row.to_lsn == from)
+        return settle_by(run, r, data, e);
+    if (!rc)
         rc = settle_wal(run->settle, row, r->volume);
-    else if (!rc)
-        rc = settle_other(run->settle, r->number, r->volume, r->offset, data, r->data_length);
     return rc ? err_sys(e, rc, "cannot index write %" PRIu64, r->number) : 0;
 }
 
@@ -171,7 +188,7 @@ static int take_stream(struct index_run *run, struct frames *index, struct frame
         rc = frames_take(writes, r.data_length, &data, e);
         if (rc <= 0)
             return rc;
-        if (r.number > run->reading.write && (rc = take_write(run, &r, data, e)))
+        if (r.number > run->seen && (rc = take_write(run, &r, data, e)))
             return rc;
     }
 }
@@ -195,11 +212,11 @@ static int take_interval(struct index_run *run, const char *directory, struct er
 static int take_batch(struct index_run *run, const struct jr_batch *batch, struct err *e)
 {
     const uint8_t *data = batch->data;
-    if (run->reading.write && batch->first_write > run->reading.write + 1)
+    if (run->seen && batch->first_write > run->seen + 1)
         return err_set(e, ERR_PRECONDITION, "the journal begins with write %" PRIu64 ", write %" PRIu64 " is not in it any more",
-                       batch->first_write, run->reading.write + 1);
+                       batch->first_write, run->seen + 1);
     for (const struct fmt_record *r = batch->record; r < batch->record + batch->records; r++) {
-        int rc = r->number > run->reading.write && r->number <= run->upto ? take_write(run, r, data, e) : 0;
+        int rc = r->number > run->seen && goes_on(run, r->number) ? take_write(run, r, data, e) : 0;
         if (rc)
             return rc;
         data += round_block(r->data_length);
@@ -216,10 +233,10 @@ static int read_journal(struct index_run *run, const char *directory, struct err
     int rc = jr_open(&jr, directory, NULL, e);
     if (rc)
         return rc;
-    rc = jr_seek(jr, run->reading.write + 1, e);
+    rc = jr_seek(jr, run->seen + 1, e);
     while (!rc && (rc = jr_next(jr, &batch, e)) == 1) {
         rc = take_batch(run, &batch, e);
-        if (batch.first_write + batch.records > run->upto)
+        if (!goes_on(run, batch.first_write + batch.records))
             break;
     }
     jr_close(jr);
@@ -230,8 +247,8 @@ static int take_journal(struct index_run *run, const char *directory, struct err
 {
     int rc = JR_STALE;
     for (int i = 0; i < STALE_ATTEMPTS && rc == JR_STALE; i++)
-        rc = read_journal(run, directory, e);
-    return rc;
+        rc = goes_on(run, run->seen + 1) ? read_journal(run, directory, e) : 0;
+    return run->seen >= run->upto && rc == ERR_PRECONDITION ? 0 : rc; /* it is recycled behind `upto`: nothing to settle by */
 }
 
 /* ---- the command ---- */
@@ -258,7 +275,7 @@ static int open_run(struct index_run *run, const struct index_options *o, struct
         .system_identifier = o->system_identifier, .start_lsn = o->start_lsn, .segment_bytes = (uint32_t)o->segment_bytes,
         .found = take_record, .lost = wal_lost_from, .arg = run,
     };
-    *run = (struct index_run){.upto = o->upto, .settle = settle_open(o->holes, o->segment_bytes)};
+    *run = (struct index_run){.upto = o->upto, .settle_upto = o->settle_upto, .settle = settle_open(o->holes, o->segment_bytes)};
     if (!run->settle)
         return err_set(e, -ENOMEM, "no memory to tell when WAL is durable");
     if (o->holes) {
@@ -276,6 +293,7 @@ static int open_run(struct index_run *run, const struct index_options *o, struct
         return rc;
     if ((rc = tables_open(&run->tables, o->out, e)))
         return rc;
+    run->seen = run->reading.write;
     settle_between(run->settle, run->reading.wal, run->tables);
     return read_images(run, o, e);
 }

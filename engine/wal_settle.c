@@ -155,6 +155,8 @@ int settle_other(struct settle *s, uint64_t write, uint16_t volume, uint64_t off
     return 0;
 }
 
+bool settle_waits(const struct settle *s) { return s->count; }
+
 int settle_end(struct settle *s) { return release(s); }
 
 /* ---- life ---- */

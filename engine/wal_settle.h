@@ -42,6 +42,9 @@ int settle_wal(struct settle *s, struct fmt_wal_write row, uint16_t volume);
 /* Any other write. */
 int settle_other(struct settle *s, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length);
 
+/* Whether WAL waits for writes behind the one taken last. */
+bool settle_waits(const struct settle *s);
+
 /* The end of what can be read now. */
 int settle_end(struct settle *s);
 

@@ -42,6 +42,10 @@ class KeepAll:
     def release(self, write: int) -> None:
         """The model wants the whole journal."""
 
+    def durable_write(self) -> int:
+        """Nothing is said of what is durable."""
+        return 0
+
 
 class History:
     """A capture under load, followed into a store at `capture.root/store`."""

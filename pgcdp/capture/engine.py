@@ -116,6 +116,10 @@ class EngineClient:
         """Make everything that was answered durable. Returns the last durable write."""
         return int(self.request("cut")["durable_write"])
 
+    def durable_write(self) -> int:
+        """The last durable write."""
+        return self.status().durable_write
+
     def mark(self, name: str) -> int:
         """Put a mark into the write order and return its write number. Raises UsageError for a name over 1024 bytes."""
         return int(self.request("mark", name=name)["write"])

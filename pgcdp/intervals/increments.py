@@ -19,7 +19,7 @@ from pgcdp.capture.journal import BatchRun
 from pgcdp.errors import BugError
 from pgcdp.fsio import punch_hole, write_all
 from pgcdp.intervals.extents import forward_map, spans
-from pgcdp.intervals.indexing import Start, index_files, index_interval
+from pgcdp.intervals.indexing import Behind, Start, index_files, index_interval
 from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, EXTENT_ZEROS, INDEX, Boundary, Kind
 from pgcdp.store.bundle import Bundle, Increments, publish
 from pgcdp.store.frames import FileSummary, FrameReader, FrameWriter
@@ -142,19 +142,21 @@ def close_interval(
     boundary: Boundary,
     settings: dict[str, Any],
     start: Callable[[], Start] | None = None,
+    behind: Behind | None = None,
     maps: tuple[FileMap | None, FileMap] | None = None,
 ) -> Bundle:
     """End an interval at its last write: finish its streams, build both increments, index it, publish it (truth 5).
 
-    `start`: where its WAL is read from; None: it gets no transaction index. `maps`: of files, as the filesystems were
-    at the boundary before (None: not known) and at this one; None: nothing is said of files.
+    `start`: where its WAL is read from; None: it gets no transaction index. `behind`: as `index_interval`. `maps`: of
+    files, as the filesystems were at the boundary before (None: not known) and at this one; None: nothing is said of
+    files.
     The image is read, not moved. After a kill open the interval again and call this again with its `boundary`.
     """
     if interval.boundary is None:
         interval.set_boundary(boundary)
     streams = interval.finish()
     increments = build_increments(interval, image)
-    indexed = index_interval(interval, boundary, start) if start else None
+    indexed = index_interval(interval, boundary, start, behind) if start else None
     owned = index_files(interval, increments.forward, *maps) if maps else None
     return publish(store, interval, boundary, streams, increments, settings, indexed, owned)
 

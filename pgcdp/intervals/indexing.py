@@ -85,21 +85,29 @@ def newest_look(store: Store, number: int) -> Look | None:
     return None
 
 
-def index_interval(opened: OpenInterval, boundary: Boundary, begin: Callable[[], Start]) -> IndexFiles | None:
+Behind = Callable[[], tuple[Path, int]]
+"""The journal, and its last durable write."""
+
+
+def index_interval(
+    opened: OpenInterval, boundary: Boundary, begin: Callable[[], Start], behind: Behind | None = None
+) -> IndexFiles | None:
     """Index what a finished, not yet published interval holds, durably. None when that failed: the log says why.
 
+    With `behind`, WAL that is durable only with a write behind the boundary (wal_init_zero = off) is given that write.
     The index is made of what is stored anyway. Whatever is wrong with it, or with what `begin` finds in the intervals
     before, must not keep an interval from the store.
     """
     try:
         start = begin()
+        more = _behind(behind) if behind and start.cluster.holes else {}
         try:
-            return _index(opened, boundary, start)
+            return _index(opened, boundary, start, more)
         except PgcdpError as error:
             if start.state is None:
                 raise
             log.warning("interval %d: the WAL is read anew from its beginning: %s", opened.number, error)
-            return _index(opened, boundary, replace(start, state=None))
+            return _index(opened, boundary, replace(start, state=None), more)
     except (PgcdpError, OSError) as error:
         log.error("interval %d: its transactions cannot be listed: %s", opened.number, error)
     except Exception:  # a bug in us
@@ -118,11 +126,20 @@ def index_files(
     return None
 
 
-def _index(opened: OpenInterval, boundary: Boundary, start: Start) -> IndexFiles:
+def _behind(behind: Behind) -> dict[str, Any]:
+    try:
+        journal, durable = behind()
+    except PgcdpError as error:
+        log.info("no engine says what is durable behind the interval: %s", error)
+        return {}
+    return {"journal": journal, "settle_upto": durable}
+
+
+def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[str, Any]) -> IndexFiles:
     place = opened.path
     state = place / WAL_STATE
     state.unlink(missing_ok=True)
-    readout = start.read([place], save_state=state)
+    readout = start.read([place], save_state=state, upto=boundary.write, **more)
     indexed = index_transactions(readout, start.past, read_look(place), boundary.next_xid)
     write_json(place / EVENTS, {"events": indexed.events, "tables": indexed.tables})
     pending = {note.lsn for note in indexed.pending}

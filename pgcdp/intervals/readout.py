@@ -50,9 +50,11 @@ def read_wal(
     save_state: Path | None = None,
     journal: Path | None = None,
     upto: int | None = None,
+    settle_upto: int | None = None,
 ) -> Readout:
     """Read the WAL in the writes of interval directories, then of a journal, up to write `upto`.
 
+    With wal_init_zero off, WAL may be durable only with a write behind that one: it is looked for up to `settle_upto`.
     It begins with the first record behind `start_lsn`, or goes on from what another run saved as `state`. Raises what
     the engine says: DamageError, or PreconditionError when the journal does not hold the next write any more.
     """
@@ -69,7 +71,9 @@ def read_wal(
         words.append("--wal-holes")
         for number, image in enumerate(cluster.images):
             words += ["--image", f"{number}={image}"]
-    for option, value in (("--state", state), ("--save-state", save_state), ("--journal", journal), ("--upto", upto)):
+    options = {"--state": state, "--save-state": save_state, "--journal": journal, "--upto": upto}
+    options["--settle-upto"] = settle_upto
+    for option, value in options.items():
         if value is not None:
             words += [option, str(value)]
     with tempfile.TemporaryDirectory(prefix="pgcdp-wal-") as place:

@@ -44,6 +44,9 @@ class Capture(Protocol):
     def release(self, write: int) -> None:
         """The store holds all writes up to `write`."""
 
+    def durable_write(self) -> int:
+        """The last write that is durable in the journal."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageSettings:
@@ -276,6 +279,7 @@ class Stages:
         bundle = close_interval(
             self.store, opened, self.image, boundary, settings,
             lambda: Start.of(self.store, before, settings, identifier),
+            self._behind,
             (self._files_before, files) if files else None,
         )  # fmt: skip
         self._files_before = files
@@ -289,6 +293,10 @@ class Stages:
             time.monotonic() - begun,
         )  # fmt: skip
         return bundle.interval
+
+    def _behind(self) -> tuple[Path, int]:
+        """Where what comes behind a boundary can be read, and up to which write."""
+        return self.journal.directory, self.capture.durable_write()
 
     def move(self, *, wait: bool = False) -> None:
         """Bring the image to the newest boundary; later, if somebody reads it now and this shall not `wait`."""

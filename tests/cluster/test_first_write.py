@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pgcdp.intervals.indexing import Start
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
 from pgcdp.recovery import sandbox
@@ -21,6 +22,8 @@ from tests.moments import scratch_below
 
 BARE = {"wal_init_zero": "off", "wal_recycle": "off", "max_wal_size": "64MB", "min_wal_size": "32MB"}
 """A new WAL segment is a hole: what the filesystem notes of it comes behind the data."""
+BARE_ROWS = {"settings": [{"name": "wal_init_zero", "setting": "off"}]}
+"""The one of them that an index goes by."""
 
 
 def kept(found: ProtectedSet, write: int, xids: list[int]) -> list[bool]:
@@ -58,6 +61,36 @@ def run_commits(found: ProtectedSet, count: int, commits: int, seed: int) -> lis
         assert kept(found, write - 1, [xid]) == [False], f"xid {xid} is there with write {write - 1}"
         rows.append({"xid": xid, "write": write, "late": int(end["late"])})
     return rows
+
+
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_an_interval_may_end_while_wal_waits_for_the_filesystem(
+    make_set: MakeSet, binaries_of: BindirOf, fs: str
+) -> None:
+    found = make_set(binaries_of(15), fs=fs, settings={**SETTINGS, **BARE}, allowed=ALLOWED)
+    found.sql("create table t as select n from generate_series(1, 3000) n")
+    found.sql("select pg_switch_wal()")  # what initdb made is no hole
+    for _ in range(40):
+        found.sql("insert into t select n from generate_series(1, 200) n")
+    durable = found.durable()
+    source = found.source()
+    assert source.journal is not None
+    start = Start.of(source.store, source.base(), BARE_ROWS, int(source.store.extra["cluster"]["system_identifier"]))
+
+    def read(upto: int, settle_upto: int) -> dict[int, int]:
+        """By where WAL begins: the write with which it is durable."""
+        place = found.config.journal
+        rows = start.read([], journal=place, upto=upto, settle_upto=settle_upto).wal
+        return {int(row["from_lsn"]): int(row["durable"]) for row in rows}
+
+    rows = start.read([], journal=found.config.journal, upto=durable).wal
+    late = [row for row in rows if row["durable"] > row["write"]][-20:]
+    assert len(late) == 20
+    for row in late:
+        held, then, lsn = int(row["write"]), int(row["durable"]), int(row["from_lsn"])
+        assert read(held, durable)[lsn] == then
+        assert read(held, then)[lsn] == then
+        assert read(held, then - 1)[lsn] == held, "it cannot be known yet"
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["zeroed", "bare"])
