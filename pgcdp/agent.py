@@ -23,7 +23,7 @@ from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
 from pgcdp.capture.attach import syncfs
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
-from pgcdp.capture.filemap import FileMapper, places_of
+from pgcdp.capture.filemap import FileMap, FileMapper, places_of
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import BugError, PgcdpError, PreconditionError
@@ -49,8 +49,9 @@ RETRY_SECONDS = 5.0
 PATIENCE_SECONDS = 5.0
 """How long a step waits for Postgres, which may itself wait for a journal that only this agent can make room in."""
 SETTINGS_SECONDS = 60.0
-FILES_SECONDS = 1.0
-"""How long a boundary waits for the filesystems to say whose their blocks are."""
+FILES_SECONDS = 5.0
+"""How long a boundary waits for the filesystems to say whose their blocks are; less while the journal is filling."""
+FILES_HURRY_SECONDS = 0.5
 FILES_SHARE = 0.05
 """Part of the time that may go into asking them."""
 PRESSURE = 0.5
@@ -251,7 +252,7 @@ class Agent:
         self.catalog = Catalog.open(self.stages.store)
         self._catch_up(self.stages.store, self.catalog)
         self.stages.published = self._remember
-        self.stages.file_map = lambda: self.files.soon(FILES_SECONDS, FILES_SHARE)
+        self.stages.file_map = self._map_files
 
     def _catch_up(self, store: Store, catalog: Catalog) -> None:
         """What was published just before a kill may be missing in the catalog."""
@@ -287,6 +288,10 @@ class Agent:
             self._close_stages()
         except Exception as error:
             logger.warning("closing the store: %s", error)
+
+    def _map_files(self) -> FileMap | None:
+        hurry = self.status is None or self._pressed(self.status)
+        return self.files.soon(FILES_HURRY_SECONDS if hurry else FILES_SECONDS, FILES_SHARE)
 
     def _remember(self, interval: Interval) -> None:
         assert self.catalog is not None

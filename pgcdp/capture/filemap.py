@@ -40,7 +40,7 @@ _SETTLED_NS = 2_000_000_000
 """A file that changed this shortly before it was looked at may change again within the same tick of its clock."""
 
 QUICK_SECONDS = 0.05
-"""A map that takes no longer is always made anew."""
+"""A map that takes no more processor time is always made anew."""
 
 NONE, METADATA, UNKNOWN = -1, -2, -3
 """In place of a file: the filesystem's own block; nobody's, or not known."""
@@ -110,7 +110,8 @@ class FileMapper:
         """A map that is begun now, if it is there within `patience` seconds; None when it is not.
 
         It is made in a thread of its own: the filesystem may wait for a journal that only the caller can make room in.
-        When the last one took long (QUICK_SECONDS), and more than `share` of the time since, that one is given again.
+        When the last one took much processor time (QUICK_SECONDS), and more than `share` of the time since, that one is
+        given again.
         """
         if self._running is not None and self._running.is_alive():
             return None
@@ -125,13 +126,13 @@ class FileMapper:
         return newest[1] if newest is not None and newest[0] >= asked else None
 
     def _run(self) -> None:
-        began = time.monotonic()
+        began = time.thread_time()
         try:
             found = self.map()
         except OSError as error:
             log.warning("no map of files: %s", error)
             return
-        self._took = time.monotonic() - began
+        self._took = time.thread_time() - began
         self._newest = time.monotonic(), found
 
     def map(self) -> FileMap:
