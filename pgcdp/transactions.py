@@ -5,6 +5,7 @@ As in `pgcdp.api`, each returns plain values in the shape of docs/json.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,14 +67,19 @@ def _wanted(
 
 def find(
     source: Source, sql: str, *, newest: bool = False, database: str | None = None, limit: int = 20,
-    statements: bool = True,
+    statements: bool = True, done: bool = False,
 ) -> Json:  # fmt: skip
-    """Transactions that did what a statement does, largest share of a table first: as `log`."""
+    """Transactions that did what a statement does, largest share of a table first: as `log`.
+
+    `done`: without those that were rolled back.
+    """
     deeds = deeds_of(sql)
 
     def look() -> Json:
         transactions = source.transactions()
-        found = search.find(transactions, deeds, _search_path(source), limit, newest=newest, database=database)
+        found = search.find(
+            transactions, deeds, _search_path(source), limit, newest=newest, database=database, done=done
+        )
         return _told(transactions, found)
 
     told = source.again(look)
@@ -82,10 +88,17 @@ def find(
 
 def before(source: Source, sql: str) -> Target:
     """Just before the one transaction that did what a statement does. Raises TargetError for none or several."""
-    found = find(source, sql, statements=False)
-    told = [each for each in found["transactions"] if each["status"] != "aborted"]
+    found = find(source, sql, statements=False, done=True)
+    told = found["transactions"]
     if not told:
-        raise TargetError(f'no transaction did "{sql}"', "pgcdp log lists transactions, newest first")
+        where = f": {_intervals(found['unknown'])} not indexed" if found["unknown"] else ""
+        raise TargetError(f'no transaction did "{sql}"{where}', "pgcdp log lists transactions, newest first")
+    if found["unknown"]:
+        raise TargetError(
+            f'more than one transaction may have done "{sql}", {_intervals(found["unknown"])} not indexed: '
+            + "; ".join(line(each) for each in told),
+            f"choose one, such as --target-xid {told[0]['xid']} --exclusive",
+        )
     if len(told) > 1:
         lines = "; ".join(line(each) for each in told)
         more = found["total"] - len(found["transactions"])
@@ -152,11 +165,16 @@ def around_json(source: Source, point: RecoveryPoint) -> Json:
         return {
             "last_in": _side(found.last_in),
             "first_out": _side(found.first_out),
-            "out": found.out,
+            "out": found.out if not found.unknown else None,
             "also_out": [_side(end) for end in found.also_out],
+            **({"unknown": f"{_intervals(found.unknown)} not indexed"} if found.unknown else {}),
         }
 
     return source.again(look)
+
+
+def _intervals(numbers: Sequence[int]) -> str:
+    return f"interval {numbers[0]} is" if len(numbers) == 1 else f"intervals {', '.join(map(str, numbers))} are"
 
 
 def _side(end: np.void | None) -> Json | None:
@@ -177,7 +195,10 @@ def wal_in(source: Source, write: int, interval: int | None) -> Json:
     """What WAL a write completed: {"wal": {"from_lsn", "to_lsn"}, "transactions": [...]}, empty when none."""
 
     def look() -> Json:
-        commits = source.transactions().history().commits(interval)
+        history = source.transactions().history()
+        if interval in history.unknown:
+            return {}
+        commits = history.commits(interval)
         wal = commits.wal()
         rows = wal[wal["write"] == write]
         if not len(rows):

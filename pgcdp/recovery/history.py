@@ -51,7 +51,9 @@ class Transactions:
 
     def history(self) -> History:
         """What targets are resolved with."""
-        unknown = [number for number, bundle in self.bundles.items() if bundle.transactions is None]
+        unknown = {
+            number: bundle.interval.to_time_ns for number, bundle in self.bundles.items() if bundle.transactions is None
+        }
         return History(self.numbers, self.commits, self.summary, unknown)
 
     def summary(self, number: int | None) -> Mapping[str, Any] | None:

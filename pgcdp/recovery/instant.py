@@ -6,8 +6,9 @@ LSN on: Postgres's recovery ends there (DESIGN 'Exactly before a transaction').
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from pgcdp.units import format_lsn, format_time
 
 _DESTROYING = {"drop_database": "database", "drop_tablespace": "tablespace"}
 """Events of transactions that destroy before they commit, and what."""
+PAGE = 8192
+RECORD_HEADER = 24
+"""Of WAL (XLOG_BLCKSZ, SizeOfXLogRecord)."""
 CANDIDATES = 10
 """How many of the transactions that are meant are named in a message."""
 
@@ -42,13 +46,17 @@ class History:
     """All transactions that are known: `numbers` are the intervals in order, the last one None for what is behind them.
 
     `commits(n)` are those of an interval. `summary(n)` is what its manifest says of them, None: look into it.
-    `unknown`: intervals whose transactions could not be indexed.
+    `unknown`: intervals whose transactions could not be indexed, each with the latest wall clock of its writes in ns.
     """
 
     numbers: Sequence[int | None]
     commits: Callable[[int | None], Commits]
     summary: Callable[[int | None], Mapping[str, Any] | None] = lambda number: None
-    unknown: Sequence[int] = ()
+    unknown: Mapping[int, int] = field(default_factory=dict)
+
+    def gap(self, begin: int, end: int | None) -> list[int]:
+        """The intervals between two (None: the last one) that could not be indexed."""
+        return [each for each in self.unknown if begin < each and (end is None or each < end)]
 
     def newest_first(self) -> Iterator[tuple[int | None, Commits]]:
         """All intervals with their transactions."""
@@ -82,13 +90,15 @@ class Instant:
 class Around:
     """What a point is between: the last transaction in, the first one out, and how many committed behind it.
 
-    `also_out`: those that committed behind it and still before what was asked for.
+    `also_out`: those that committed behind it and still before what was asked for. `unknown`: intervals that could not
+    be indexed and may hold others.
     """
 
     last_in: np.void | None
     first_out: np.void | None
     out: int
     also_out: list[np.void]
+    unknown: list[int]
 
 
 def _before(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instant:
@@ -163,6 +173,12 @@ def _find_xid(xid: int, history: History) -> tuple[int | None, np.void] | None:
     return None
 
 
+def pends(xid: int, history: History) -> bool:
+    """Whether a transaction (64 bits) was prepared and has not ended, as far as is known."""
+    found = _find_xid(xid, history)
+    return found is not None and found[1]["status"] == PREPARED
+
+
 def _may_hold(xid: int, said: Mapping[str, Any] | None) -> bool:
     """Whether an interval can have the end of a transaction, as its manifest tells."""
     if said is None or not said["count"]:
@@ -176,24 +192,66 @@ def _may_hold(xid: int, said: Mapping[str, Any] | None) -> bool:
 
 def at_lsn(lsn: int, exclusive: bool, history: History) -> Instant:
     """As Postgres: with the first record at or behind `lsn`, or without it. Only ends of transactions can be seen."""
+    seen = 0
     for number in history.numbers:
         said = history.summary(number)
         if said is not None and said["wal_to"] < lsn:
+            seen = number if number is not None and said["wal_to"] else seen
             continue
         commits = history.commits(number)
         wal = commits.wal()
         reached = wal["to_lsn"] >= lsn if exclusive else wal["to_lsn"] > lsn
         if not reached.any():
+            seen = number if number is not None and len(wal) else seen
             continue
-        if lsn < int(wal["from_lsn"][0]) and number == history.numbers[0]:
-            break  # before all that was seen
-        write = int(wal["write"][np.argmax(reached)])
+        if lsn < int(wal["from_lsn"][0]):
+            _refuse_gap(history.gap(seen, number), f"LSN {format_lsn(lsn)} may lie")
+            if number == history.numbers[0]:
+                break  # before all that was seen
+        write = int(wal["durable"][np.argmax(reached)])
         ends = commits.ends
-        out = np.flatnonzero(ends["lsn"] >= lsn if exclusive else ends["lsn"] > lsn)
+        if not exclusive and (meant := _record_at(lsn, number, history)) is not None:
+            return _behind(meant)
+        out = np.flatnonzero(ends["lsn"] >= lsn)
         if len(out) and int(ends["write"][out[0]]) <= write:
             return _before(ends[out[0]])
         return Instant(write)
     raise TargetError(f"LSN {format_lsn(lsn)} is not in what can be restored", _lsn_hint(history))
+
+
+def _record_at(lsn: int, number: int | None, history: History) -> np.void | None:
+    """The first record at or behind an LSN that interval `number` reaches, if it surely is the end of a transaction."""
+    ends = history.commits(number).ends
+    inside = ends[(ends["lsn"] < lsn) & (ends["end_lsn"] > lsn)]
+    begin = int(inside["end_lsn"][0]) if len(inside) else lsn
+    for each in history.numbers[history.numbers.index(number) :]:
+        commits = history.commits(each)
+        behind, wal = commits.ends[commits.ends["lsn"] >= begin], commits.wal()
+        if not len(wal) or int(wal["to_lsn"][-1]) < begin + RECORD_HEADER:  # no room for a record
+            continue
+        if number is not None and int(wal["from_lsn"][0]) > begin:
+            _refuse_gap(history.gap(number, each), f"what follows LSN {format_lsn(lsn)} may lie")
+        close = len(behind) and _is_first_behind(begin, int(behind["lsn"][0]))
+        return behind[0] if close else None
+    if number is not None:
+        _refuse_gap(history.gap(number, None), f"what follows LSN {format_lsn(lsn)} may lie")
+    return None
+
+
+def _is_first_behind(lsn: int, record: int) -> bool:
+    """Whether a record is surely the first one at or behind an LSN: there is no room for another between them."""
+    between = record - lsn
+    if between and record // PAGE > lsn // PAGE:
+        between -= record % PAGE if record % PAGE in (24, 40) else 24  # the page's header
+    return between < RECORD_HEADER
+
+
+def _refuse_gap(gap: Sequence[int], what: str) -> None:
+    if gap:
+        raise TargetError(
+            f"{what} in interval {', '.join(map(str, gap))}, whose transactions are not indexed",
+            "its writes and boundaries can be restored: pgcdp info lists them for --target-write, --target-boundary",
+        )
 
 
 def _lsn_hint(history: History) -> str:
@@ -211,6 +269,7 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
     Raises TargetError when commits with earlier times follow that one: several points are meant then.
     """
     last = time_ns // 1000 - (1 if exclusive else 0)
+    unseen = [number for number, latest in history.unknown.items() if latest // 1000 > last]
     first: tuple[int | None, np.void] | None = None
     earlier: list[np.void] = []
     for number in history.numbers:
@@ -226,10 +285,12 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
         if first is None:
             if not len(later):
                 continue
+            _refuse_gap([each for each in unseen if number is None or each < number], "that time may lie")
             first = number, ends[later[0]]
             behind = ends[later[0] + 1 :]
         earlier += list(behind[behind["time_us"] <= last])
     if first is None:
+        _refuse_gap(unseen, "that time may lie")
         return None
     if earlier:
         raise TargetError(_ambiguous(time_ns, first[1], earlier), _ambiguous_hint(first[1], earlier))
@@ -272,6 +333,9 @@ def at_name(name: str, exclusive: bool, history: History) -> Instant:
         raise TargetError(f'no mark or restore point "{name}" in what can be restored', _names_hint(history))
     named = found[0]
     note = f'{len(found)} marks are called "{name}"; this is the newest one' if len(found) > 1 else None
+    if history.unknown:
+        numbers = ", ".join(map(str, history.unknown))
+        note = f"{note or 'another mark of that name may exist'}: interval {numbers} is not indexed"
     if named.event["lsn"] is None:
         return Instant(named.write - (1 if exclusive else 0), note=note)
     record = named.event if named.end is None else named.end
@@ -316,7 +380,8 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
     first_out: np.void | None = None
     out = 0
     also: list[np.void] = []
-    for _, commits in history.newest_first():
+    reached: int | None = None
+    for number, commits in history.newest_first():
         ends = commits.ends[_is_in(commits.ends)]
         within = ends["write"] < write
         within |= (ends["write"] == write) & ((ends["lsn"] < lsn) if lsn is not None else True)
@@ -328,8 +393,10 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
             also[:0] = outside[outside["lsn"] < (until_lsn or 0)]
         if count:
             last_in = ends[within][-1]
+            reached = number if number is not None else sys.maxsize
             break
-    return Around(last_in, first_out, out, also)
+    unknown = [each for each in history.unknown if reached is None or each > reached]
+    return Around(last_in, first_out, out, also, unknown)
 
 
 STATUS = {

@@ -6,7 +6,7 @@ import difflib
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import Deed
+from pgcdp.records import COMMITTED, COMMITTED_PREPARED, PREPARED
 from pgcdp.recovery import dropped
 from pgcdp.recovery.dropped import HIDDEN_SCHEMAS, NEAREST, Lsns
 from pgcdp.recovery.history import Transactions
-from pgcdp.recovery.instant import STATUS
+from pgcdp.recovery.instant import STATUS, pends
 from pgcdp.store.parquet import Ranges
 from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, TRUNCATED
 
@@ -41,7 +42,7 @@ class Wanted:
     """Which transactions are meant. None: any. `tables` must be touched, by `operation` where one is given.
 
     `instead`: or by one of these operations. `behind_lsn`: only those that ended behind it; `lsns`: those that ended
-    there.
+    there. `done`: not those that were rolled back.
     """
 
     tables: frozenset[Table] | None = None
@@ -52,6 +53,7 @@ class Wanted:
     behind_lsn: int = 0
     lsns: Lsns | None = None
     instead: tuple[str, ...] = ()
+    done: bool = False
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -221,6 +223,7 @@ def _matching(
 ) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
     """LSNs of the transactions of an interval that are wanted, rising, and the share of the table that each touched."""
     columns = ["lsn", "rows", "inserted", "updated", "deleted", "flags", "relation_oid", "database_oid"]
+    columns += ["status"] if wanted.done else []
     columns += ["xid", "subxids"] if wanted.xid is not None else []
     columns += ["time_us"] if (wanted.since_us, wanted.until_us) != (None, None) else []
     table = transactions.table(number, columns, _ranges(wanted, number))
@@ -235,6 +238,8 @@ def _matching(
         kept &= (values["relation_oid"] >= FIRST_USER_OID) | (values["relation_oid"] == 0)
     if wanted.operations:
         kept &= np.logical_or.reduce([_did(values, each) for each in wanted.operations])
+    if wanted.done:
+        kept &= np.isin(values["status"], (COMMITTED, COMMITTED_PREPARED, PREPARED))
     if wanted.behind_lsn:
         kept &= values["lsn"] > wanted.behind_lsn
     if wanted.xid is not None:
@@ -348,17 +353,22 @@ def _told_table(row: Mapping[str, Any], part: float) -> dict[str, Any]:
 
 def find(
     transactions: Transactions, deeds: Sequence[Deed], path: Sequence[str], limit: int, *, newest: bool,
-    database: str | None = None,
+    database: str | None = None, done: bool = False,
 ) -> Found:  # fmt: skip
     """The transactions that did all of `deeds`, largest share of a table first, or `newest` first.
 
-    `path`: schemas of the search path. Raises TargetError when a table or schema never existed.
+    `path`: schemas of the search path. `done`: without those that were rolled back. One that was prepared and has ended
+    since is there once, with its end. Raises TargetError when a table or schema never existed.
     """
     known = Known.of(transactions)
-    wanted = [_wanted(transactions, known, deed, path, database) for deed in deeds]
+    wanted = [replace(_wanted(transactions, known, deed, path, database), done=done) for deed in deeds]
     if len(wanted) == 1:
-        return (listing if newest else by_share)(transactions, wanted[0], limit)
-    return _all_of(transactions, wanted, limit, newest=newest)
+        found = (listing if newest else by_share)(transactions, wanted[0], limit)
+    else:
+        found = _all_of(transactions, wanted, limit, newest=newest)
+    history = transactions.history()
+    kept = [each for each in found.transactions if each["status"] != STATUS[PREPARED] or pends(each["xid"], history)]
+    return Found(kept, found.total - len(found.transactions) + len(kept))
 
 
 def _wanted(transactions: Transactions, known: Known, deed: Deed, path: Sequence[str], database: str | None) -> Wanted:

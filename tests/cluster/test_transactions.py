@@ -8,7 +8,9 @@ import pytest
 
 from pgcdp import api
 from pgcdp.errors import TargetError
+from pgcdp.fsio import read_json, write_json
 from pgcdp.records import Target
+from pgcdp.units import parse_lsn, parse_time
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 
@@ -149,6 +151,67 @@ def test_what_a_restart_of_the_agent_leaves_is_the_same(make_set: MakeSet, binar
         api.cut(found.name)
         assert deeds(found, table="t") == before
     assert before[-1] == "committed public.t: inserted 10"
+
+
+def test_before_means_what_was_done(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """One DELETE by two-phase commit is one; what was rolled back is none, however many there were."""
+    found = make_set(binaries_of(15), settings={"max_prepared_transactions": "2"})
+    with found.connect() as session:
+        session.execute("create table t as select generate_series(1, 100) n")
+        session.execute("create table u as select generate_series(1, 100) n")
+        session.execute("begin; delete from t where n = 1; prepare transaction 'one'")
+        session.execute("begin; delete from u; prepare transaction 'two'")
+        session.execute("commit prepared 'one'")
+        session.execute("rollback prepared 'two'")
+        for _ in range(30):
+            session.execute("begin; delete from t; rollback")
+    for _ in range(2):
+        (only,) = [each for each in api.find(found.name, "delete from t", limit=100)["transactions"]
+                   if each["status"] == "committed"]  # fmt: skip
+        assert not [
+            each for each in api.find(found.name, "delete from t")["transactions"] if each["status"] == "prepared"
+        ]
+        resolved = api.resolve(found.name, Target("newest"), before="delete from t")
+        assert resolved["first_out"]["xid"] == only["xid"]
+        with pytest.raises(TargetError, match='no transaction did "delete from u"'):
+            api.resolve(found.name, Target("newest"), before="delete from u")
+        api.cut(found.name)
+    with found.connect() as session:
+        session.execute("begin; delete from u; prepare transaction 'two'")
+    assert api.resolve(found.name, Target("newest"), before="delete from u")["recovery_point"]["write"]
+
+
+def test_an_interval_that_is_not_indexed_is_said(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Whatever may lie in it is not passed over without a word."""
+    found = make_set(binaries_of(15))
+    found.sql("create table t as select generate_series(1, 100) n")
+    api.cut(found.name)
+    found.sql("delete from t where n = 1")
+    hidden = api.cut(found.name)["number"]
+    (inside,) = api.find(found.name, "delete from t")["transactions"]
+    found.sql("delete from t where n = 2")
+    api.cut(found.name)
+    (behind, _) = api.find(found.name, "delete from t", newest=True)["transactions"]
+    forget_index(found, hidden)
+    assert api.log(found.name)["unknown"] == [hidden]
+    with pytest.raises(TargetError, match=rf"interval {hidden} is not indexed"):
+        api.resolve(found.name, Target("newest"), before="delete from t")
+    for target in (Target("lsn", parse_lsn(inside["lsn"])), Target("time", parse_time(inside["time"]) - 1000)):
+        with pytest.raises(TargetError, match=rf"interval {hidden}"):
+            api.resolve(found.name, target)
+    point = api.resolve(found.name, Target("xid", behind["xid"], exclusive=True))
+    assert point["out"] is None
+    assert f"interval {hidden} is not indexed" in point["unknown"]
+    assert api.resolve(found.name, Target("xid", behind["xid"]))["last_in"]["xid"] == behind["xid"]
+    assert api.show(found.name, inside["write"])["holds"]["what"] == "wal"
+
+
+def forget_index(found: ProtectedSet, number: int) -> None:
+    """Leave an interval as one whose transactions could not be indexed."""
+    place = found.store / "intervals" / f"{number:010d}"
+    manifest = read_json(place / "manifest.json")
+    manifest.pop("checksum", None)
+    write_json(place / "manifest.json", {**manifest, "transactions": None})
 
 
 def test_log_follows(make_set: MakeSet, binaries_of: BindirOf) -> None:

@@ -7,7 +7,7 @@ holds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,20 +70,21 @@ def models(draw: st.DrawFn) -> Model:
         wal: list[tuple[int, int, int, int]] = []
         for _ in range(draw(st.integers(1, 4))):
             write += 1
-            begin_lsn, at = lsn, 0
+            begin_lsn, at, late = lsn, 0, draw(st.integers(0, 2))
             for place in range(draw(st.integers(0, 4))):
-                length = draw(st.integers(1, 9)) * 8
+                length = draw(st.integers(3, 9)) * 8
                 crossing = place == 0 and bool(rows) and draw(st.booleans())
                 status = draw(st.sampled_from([COMMITTED, COMMITTED, COMMITTED, ABORTED, COMMITTED_PREPARED, PREPARED]))
                 rows.append(
-                    (lsn, lsn + length, write, draw(st.integers(0, 30)), xid, 1,
-                     NOT_IN_WRITE if crossing else at, at + length, status, 0, 0)
+                    (lsn, lsn + length, write + late, draw(st.integers(0, 30)), xid, 1,
+                     NOT_IN_WRITE if crossing else at, at + length, status, late, 0)
                 )  # fmt: skip
                 xid += draw(st.integers(1, 3))
-                lsn += length + draw(st.integers(0, 2)) * 8
+                lsn += length + draw(st.sampled_from([0, 0, 8, 24, 64]))
                 at += length
             if lsn != begin_lsn:
-                wal.append((write, begin_lsn, lsn, write))
+                wal.append((write, begin_lsn, lsn, write + late))
+                write += late
         ends = np.array(rows, dtype=TRANSACTION)
         events = [{"kind": "mark", "name": f"m{write}", "write": write, "lsn": None}]
         table = np.array(wal, dtype=WAL_WRITE)
@@ -157,13 +158,47 @@ def test_a_time_means_the_first_later_commit_or_is_ambiguous(model: Model, at: i
 def test_an_lsn_is_the_first_record_at_or_behind_it(model: Model, data: st.DataObject) -> None:
     assume(model.ends)
     end = data.draw(st.sampled_from(model.ends))
-    lsn = int(end["lsn"]) + data.draw(st.sampled_from([-8, 0, 8]))
+    lsn = int(end["lsn"]) + data.draw(st.sampled_from([-32, -24, -16, -8, 0, 8]))
     newest = max(int(each["end_lsn"]) for each in model.ends)
     assume(1000 <= lsn < newest)
     exclusive = resolve(Target("lsn", lsn, exclusive=True), model.listing)
     assert model.held(exclusive) == sum(int(each["lsn"]) < lsn for each in model.ends)
     inclusive = resolve(Target("lsn", lsn), model.listing)
-    assert model.held(inclusive) == sum(int(each["lsn"]) <= lsn for each in model.ends)
+    room = 24  # of the smallest record: where another fits in between, the end of a transaction is not the first
+    whole = [int(each["end_lsn"]) for each in model.ends if int(each["lsn"]) < lsn < int(each["end_lsn"])]
+    begin = max([lsn, *whole])
+    assert model.held(inclusive) == sum(int(each["lsn"]) < lsn for each in model.ends) + any(
+        begin <= int(each["lsn"]) < begin + room for each in model.ends
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(model=models(), data=st.data())
+def test_nothing_is_guessed_over_an_interval_that_is_not_indexed(model: Model, data: st.DataObject) -> None:
+    """What is resolved without it is what it would be with it, or it is refused."""
+    whole = model.listing.history
+    assume(len(whole.numbers) > 1)
+    hidden = data.draw(st.sampled_from(whole.numbers[:-1]))
+    assert hidden is not None
+    inside = whole.commits(hidden).ends
+    latest = int(inside["time_us"].max(initial=0)) * 1000
+    numbers = [number for number in whole.numbers if number != hidden]
+    partly = replace(model.listing, history=replace(whole, numbers=numbers, unknown={hidden: latest}))
+    kind = data.draw(st.sampled_from(["time", "lsn"]))
+    value = data.draw(st.integers(0, 31)) * 1000 if kind == "time" else data.draw(st.integers(1000, 1800))
+    target = Target(kind, value, exclusive=data.draw(st.booleans()))  # type: ignore[arg-type]
+    try:
+        right = resolve(target, model.listing)
+    except TargetError:
+        return
+    try:
+        point = resolve(target, partly)
+    except TargetError:
+        return
+    assert model.held(point) == model.held(right)
+    found = around(point.write, point.lsn, partly.history)
+    if not found.unknown:
+        assert found.out == around(point.write, point.lsn, whole).out
 
 
 @settings(max_examples=100, deadline=None)
