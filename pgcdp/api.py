@@ -508,7 +508,7 @@ def verify(
             sql=sql_file,
             checks=proving.own_checks(),
             binaries=binaries,
-            hide=[Path(place) for place in source.store.extra["mountpoints"].values()],
+            hide=_production(source, set_name),
             report=lambda check: progress(Progress(f"{check.name}: {'ok' if check.ok else 'FAILED'}")),
         )
     result: Json = {
@@ -553,7 +553,7 @@ def salvage(
 
     value = salvaging.run(
         source, point, wanted, below=_scratch(source), binaries=_binaries(source, set_name), connect=connect,
-        progress=progress, **how,
+        hide=_production(source, set_name), progress=progress, **how,
     )  # fmt: skip
     result = {**resolved, **value}
     if store is None:
@@ -564,6 +564,14 @@ def salvage(
 def _scratch(source: Source) -> Path:
     """Where scratch places of a set are."""
     return Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
+
+
+def _production(source: Source, set_name: str | None) -> list[Path]:
+    """What of the running cluster a sandbox must not see: its volumes, and where its socket is."""
+    places = list(source.store.extra["mountpoints"].values())
+    if set_name is not None:
+        places.append(load_config(set_name).cluster.socket_directory)
+    return [Path(place) for place in places if place.startswith("/")]
 
 
 def _binaries(source: Source, set_name: str | None) -> Binaries:

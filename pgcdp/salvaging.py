@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ def run(
     wanted: Wanted,
     *,
     below: Path,
+    hide: Sequence[Path] = (),
     binaries: Binaries,
     connect: Callable[[str], session.Connection],
     file: Path | None = None,
@@ -40,12 +41,14 @@ def run(
 ) -> Json:
     """Salvage tables. `connect(database)` reaches the running database; `agree`: put back what differs.
 
+    `hide` is what Postgres on the recovery point must not see of the running cluster.
+
     Returns {"database", "tables", "to", "seconds"}; of each table "schema", "name", and what was done.
     """
     began = time.monotonic()
     if name is not None and (len(wanted.tables) != 1 or diff or file is not None):
         raise UsageError("--as names the new table of one table", "leave it out")
-    with salvage.opened(source, point, below, binaries, progress) as box:
+    with salvage.opened(source, point, below, binaries, hide, progress) as box:
         database, shapes = salvage.find_tables(box, wanted)
         if file is not None:
             progress(Progress(f"writing {file}"))

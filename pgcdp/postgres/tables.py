@@ -20,6 +20,14 @@ where c.relkind in ('r', 'p', 'm', 'f') and n.nspname not in ('pg_catalog', 'inf
   and n.nspname not like 'pg\\_%'
 order by 2, 3
 """
+_PARTS_SQL = """
+with recursive below(oid) as (
+  select %s::oid union select i.inhrelid from pg_inherits i join below b on i.inhparent = b.oid
+)
+select c.oid::bigint, n.nspname::text, c.relname::text, c.relpersistence::text, c.relkind::text
+from below b join pg_class c on c.oid = b.oid join pg_namespace n on n.oid = c.relnamespace
+order by b.oid <> %s::oid, 2, 3
+"""
 _COLUMNS_SQL = """
 select a.attname::text, format_type(a.atttypid, a.atttypmod), a.attgenerated <> ''
 from pg_attribute a where a.attrelid = %s and a.attnum > 0 and not a.attisdropped order by a.attnum
@@ -42,14 +50,31 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A table as pg_class has it; `persistence` and `kind` are relpersistence and relkind."""
+
+    oid: int
+    schema: str
+    name: str
+    persistence: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class TableShape:
-    """A table: `columns` in order, `key` the names of its primary key's (empty: it has none)."""
+    """A table: `columns` in order, `key` the names of its primary key's (empty: it has none).
+
+    `parts` are the table itself, then all its partitions and heirs, also theirs: where its rows are.
+    """
 
     schema: str
     name: str
     columns: tuple[Column, ...]
     key: tuple[str, ...]
-    unlogged: bool
+    parts: tuple[Part, ...]
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
@@ -79,14 +104,15 @@ def find_shapes(connection: Connection, name: str, schema: str | None) -> list[T
     """The tables of a name, in that schema or in any."""
     rows = connection.execute(_TABLES_SQL.encode()).fetchall()
     found = [row for row in rows if row[2] == name and schema in (None, row[1])]
-    return [_shape(connection, *row) for row in found]
+    return [_shape(connection, *row[:3]) for row in found]
 
 
-def _shape(connection: Connection, oid: int, schema: str, name: str, persistence: str, kind: str) -> TableShape:
+def _shape(connection: Connection, oid: int, schema: str, name: str) -> TableShape:
     columns = [Column(*row) for row in connection.execute(_COLUMNS_SQL.encode(), [oid]).fetchall()]
     row = connection.execute(_KEY_SQL.encode(), [oid]).fetchone()
     key = tuple(row[0]) if row and row[0] else ()
-    return TableShape(schema, name, tuple(columns), key, persistence == "u")
+    parts = connection.execute(_PARTS_SQL.encode(), [oid, oid]).fetchall()
+    return TableShape(schema, name, tuple(columns), key, tuple(Part(*row) for row in parts))
 
 
 @contextmanager

@@ -8,8 +8,9 @@ removes files there. So the program gets
 
 - a mount namespace in which every mount is read-only except the directories `keep` (bound onto themselves) and a
   private /dev/shm; mounts of loop devices and FUSE that it does not need are gone (production's protected volumes are
-  such mounts, and a namespace that held them would keep `pgcdp down` from detaching); the directories `hide` are
-  covered by an empty one;
+  such mounts, and a namespace that held them would keep `pgcdp down` from detaching); the directories `hide` and those
+  of every Postgres socket of this machine are covered by an empty one: sockets with a path are not part of the network
+  namespace, and a foreign table of the image's would lead through one into production;
 - an IPC namespace, so that no shared memory is left and no key collides;
 - a network namespace with a loopback of its own only: what the image's triggers, subscriptions and foreign servers
   try to reach cannot be reached;
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     """Build the namespaces and become the program."""
     order = json.loads(argv[1])
     program = argv[2:]
+    sockets = _socket_directories()
     keep = [os.path.realpath(path) for path in order["keep"]]
     needed = [*keep, *SYSTEM, os.path.realpath(os.path.dirname(os.path.dirname(program[0])))]
     _call("unshare", _libc.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET))
@@ -52,8 +54,8 @@ def main(argv: list[str]) -> None:
     _loopback_up()
     _drop_unneeded(needed)
     _read_only_but(keep)
-    for path in order["hide"]:
-        _hide(os.path.realpath(path), needed)
+    for path in dict.fromkeys(os.path.realpath(each) for each in (*order["hide"], *sockets)):
+        _hide(path, keep, needed)
     os.setgroups(order["groups"])
     os.setresgid(order["gid"], order["gid"], order["gid"])
     os.setresuid(order["uid"], order["uid"], order["uid"])
@@ -120,10 +122,27 @@ def _read_only_but(keep: list[str]) -> None:
     _mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
 
 
-def _hide(path: str, needed: list[str]) -> None:
-    """Cover a directory with an empty one, unless it is, holds or lies in something that is needed."""
-    if os.path.isdir(path) and not any(_below(each, path) or _below(path, each) for each in needed):
+def _hide(path: str, keep: list[str], needed: list[str]) -> None:
+    """Cover a directory with an empty one, unless it lies in one that is kept; only its sockets, if it holds such."""
+    if not os.path.isdir(path) or any(_below(path, each) for each in keep):
+        return
+    if not any(_below(each, path) for each in needed):
         _mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "mode=000,size=4k")
+        return
+    for name in os.listdir(path):
+        if name.startswith(".s.PGSQL."):
+            _mount("/dev/null", os.path.join(path, name), None, MS_BIND)
+
+
+def _socket_directories() -> list[str]:
+    """Those of all servers of Postgres that run now, and those where they are by default."""
+    found = ["/run/postgresql", "/var/run/postgresql", "/tmp"]
+    with open("/proc/net/unix", "rb") as file:
+        for line in file:
+            path = line.rstrip(b"\n").split(maxsplit=7)[7:]
+            if path and path[0].startswith(b"/") and os.path.basename(path[0]).startswith(b".s.PGSQL."):
+                found.append(os.fsdecode(os.path.dirname(path[0])))
+    return found
 
 
 def _loopback_up() -> None:

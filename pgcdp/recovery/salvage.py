@@ -46,10 +46,14 @@ class Wanted:
 
 @contextmanager
 def opened(
-    source: Source, point: RecoveryPoint, below: Path, binaries: Binaries, progress: Report = silent
+    source: Source,
+    point: RecoveryPoint,
+    below: Path,
+    binaries: Binaries,
+    hide: Sequence[Path] = (),
+    progress: Report = silent,
 ) -> Iterator[Sandbox]:
     """A Postgres on the recovery point, in a scratch place; all of it is gone afterwards."""
-    hide = [Path(place) for place in source.store.extra["mountpoints"].values()]
     with mounted(source, point, below, progress) as pgdata:
         progress(Progress("starting postgres on it"))
         box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=binaries, hide=hide)
@@ -117,7 +121,13 @@ def _nearest(wanted: Wanted, known: dict[str, list[tuple[str, str]]]) -> str:
 
 
 def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
-    unlogged = [str(shape) for shape in shapes if shape.unlogged]
+    foreign = [str(part) for shape in shapes for part in shape.parts if part.kind == "f"]
+    if foreign:
+        raise TargetError(
+            f"table {', '.join(foreign)} is a foreign table: its rows are those of another server",
+            "no recovery point has them; name the other tables with --table",
+        )
+    unlogged = [str(part) for shape in shapes for part in shape.parts if part.persistence == "u"]
     if unlogged:
         raise TargetError(
             f"table {', '.join(unlogged)} is unlogged: it is empty after any recovery",

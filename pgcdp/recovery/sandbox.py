@@ -171,8 +171,8 @@ def start(
     `settings` is the interval's settings.json (None: pg_control alone tells the limits). `parent` holds the scratch
     directory and must be a place that the data directory's owner may enter. `links` leads "pg_wal" and
     "pg_tblspc/OID" to the sandbox's own directories; the links in `pgdata` are changed accordingly. `hide` are more
-    places that it shall not even see; production's data directory and tablespaces, as `settings` names them, are
-    hidden anyway. With `owns_data`, `destroy` removes `pgdata` too.
+    places that it shall not even see; production's data directory, tablespaces and socket directories, as `settings`
+    names them, are hidden anyway. With `owns_data`, `destroy` removes `pgdata` too.
 
     Raises PreconditionError when it cannot be tried (not root, no programs, a link that leads outside, a postmaster
     on it), VerificationFailed when Postgres does not come up; nothing is left then but `pgdata`.
@@ -271,6 +271,9 @@ def _production_places(settings: Mapping[str, Any] | None) -> list[Path]:
     if settings is None:
         return []
     places = [settings.get("data_directory"), *(space["location"] for space in settings.get("tablespaces", ()))]
+    for row in settings.get("settings", ()):
+        if row["name"] == "unix_socket_directories":
+            places += [word.strip().strip('"') for word in str(row["setting"]).split(",")]
     return [Path(place) for place in places if place and str(place).startswith("/")]
 
 

@@ -122,6 +122,33 @@ def test_files(shop: ProtectedSet) -> None:
     assert not list(shop.root.glob("*.partial"))
 
 
+def test_a_foreign_table_is_another_servers(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Its rows are not in the recovery point, and what is done to it would be done to them where they live."""
+    found = make_set(binaries_of(15))
+    found.sql("create database other")
+    with found.connect("other") as other:
+        other.execute("create table r (id int); insert into r select generate_series(1, 10)")
+    with found.connect() as session:
+        session.execute("create extension postgres_fdw; create schema f")
+        place = f"host '{found.sockets}', dbname 'other'"
+        session.execute(f"create server srv foreign data wrapper postgres_fdw options ({place})".encode())
+        session.execute("create user mapping for public server srv options (user 'postgres')")
+        remote = "server srv options (schema_name 'public', table_name 'r')"
+        session.execute(f"create foreign table f.r (id int) {remote}".encode())
+        session.execute("create table f.own (id int); insert into f.own values (1), (2)")
+        session.execute("create table parts (id int) partition by range (id)")
+        session.execute(f"create foreign table f.part partition of parts for values from (0) to (9) {remote}".encode())
+        session.execute("create view through as select id from f.r")
+    for tables, schema in ((("f.r",), None), ((), "f"), (("parts",), None)):
+        with pytest.raises(TargetError, match="is a foreign table") as raised:
+            salvage(found, *tables, schema=schema, before=None, where="id = 1", file=found.root / "f.sql")
+        assert raised.value.exit_code == 3
+    with pytest.raises(PgcdpError, match="could not connect"):
+        salvage(found, "f.own", before=None, where="id in (select id from through)", file=found.root / "own.csv")
+    with found.connect("other") as other:
+        assert other.execute("select count(*) from r").fetchone() == (10,)
+
+
 def test_what_cannot_be_salvaged_is_said(shop: ProtectedSet) -> None:
     for tables, words in (
         (("volatile",), "is unlogged"),

@@ -295,6 +295,35 @@ def test_writes_nothing_outside(pg_binaries: Binaries, make_cluster: MakeCluster
     assert (live.pgdata / "PG_VERSION").exists()
 
 
+@pytest.mark.parametrize("with_settings", [True, False], ids=["settings", "running"])
+def test_production_cannot_be_reached_by_its_socket(
+    pg15: Binaries, make_cluster: MakeCluster, place: Path, with_settings: bool
+) -> None:
+    """A socket with a path is in no network namespace: neither a foreign server nor a program gets through one."""
+    shared = Path(tempfile.mkdtemp(prefix="pgcdp-socket-", dir="/tmp"))
+    shared.chmod(0o777)
+    live = make_cluster(pg15, start=False)
+    try:
+        live.start("-c", f"unix_socket_directories={live.sockets},{shared}")
+        live.sql("create extension dblink")
+        copy = live.crash_copy(place / "copy")
+        settings = live.settings() if with_settings else None
+        with sandbox.start(copy, settings, parent=place) as box, box.connect() as connection:
+            own = f"host={box.socket_directory} user=postgres dbname=postgres"
+            reached = "select * from dblink(%s, 'select 1') as t(n int)"
+            assert connection.execute(reached, [own]).fetchone() == (1,), "its own is there"
+            for directory in (live.sockets, shared):
+                assert (directory / ".s.PGSQL.5432").exists()
+                with pytest.raises(psycopg.Error, match="could not establish connection"):
+                    connection.execute(reached, [f"host={directory} user=postgres dbname=postgres"])
+                command = f"{pg15.path('psql')} -h {directory} -U postgres -c 'create table escaped (n int)'"
+                with pytest.raises(psycopg.Error, match="failed"):
+                    connection.execute(f"copy (select 1) to program $$ {command} $$".encode())
+        assert live.sql("select to_regclass('escaped')::text") == [(None,)]
+    finally:
+        shutil.rmtree(shared)
+
+
 def test_tablespace_made_inside_the_replay(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
     """Replaying CREATE TABLESPACE names production's directory again: it must not be touched."""
     live = make_cluster(pg_binaries)
