@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pgcdp.errors import PgcdpError, UsageError
+from pgcdp.errors import UsageError
 from pgcdp.postgres import session
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.tables import TableShape
@@ -21,7 +21,7 @@ from pgcdp.recovery.source import Source
 
 Json = dict[str, Any]
 Agree = Callable[[Json], None]
-"""Is shown a difference before rows are put back; raises to stop."""
+"""Is shown each table's difference before any rows are put back; raises to stop."""
 
 
 def run(
@@ -58,32 +58,40 @@ def run(
         else:
             with connect(database) as connection:
                 running = Running(connection)
-                told = [_one(running, box, database, shape, wanted, name, diff, agree, progress) for shape in shapes]
+                if diff:
+                    told = _compare(running, box, database, shapes, wanted, agree, progress)
+                else:
+                    told = [_new_table(running, box, database, shape, wanted, name, progress) for shape in shapes]
             to = f"database {database}"
     return {"database": database, "tables": told, "to": to, "seconds": round(time.monotonic() - began, 3)}
 
 
-def _one(
-    running: Running, box: Sandbox, database: str, shape: TableShape, wanted: Wanted, name: str | None, diff: bool,
-    agree: Agree | None, progress: Report,
-) -> Json:  # fmt: skip
-    told: Json = {"schema": shape.schema, "name": shape.name}
-    if not diff:
-        progress(Progress(f"copying {shape}"))
-        place = name or f"{shape.name}_salvaged"
-        return {**told, "rows": running.take(box, database, shape, wanted, place), "into": f"{shape.schema}.{place}"}
-    progress(Progress(f"comparing {shape}"))
-    found = running.compare(box, database, shape, wanted)
-    told |= {"difference": asdict(found), "put_back": None}
+def _new_table(
+    running: Running, box: Sandbox, database: str, shape: TableShape, wanted: Wanted, name: str | None, progress: Report
+) -> Json:
+    progress(Progress(f"copying {shape}"))
+    place = name or f"{shape.name}_salvaged"
+    rows = running.take(box, database, shape, wanted, place)
+    return {"schema": shape.schema, "name": shape.name, "rows": rows, "into": f"{shape.schema}.{place}"}
+
+
+def _compare(
+    running: Running, box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, agree: Agree | None,
+    progress: Report,
+) -> list[Json]:  # fmt: skip
+    progress(Progress(f"comparing {', '.join(map(str, shapes))}"))
+    compared = running.compare(box, database, shapes, wanted)
+    told: list[Json] = [
+        {"schema": each.shape.schema, "name": each.shape.name, "difference": asdict(each.difference), "put_back": None}
+        for each in compared
+    ]
     if agree is None:
         return told
-    if not found.deleted and not found.changed:
-        return {**told, "put_back": {"inserted": 0, "updated": 0}}
-    agree(told)
-    inserted, updated = running.put_back(shape, wanted, found)
-    if (inserted, updated) != (found.deleted, found.changed):  # a rule or a trigger of the table's
-        raise PgcdpError(
-            f"{inserted} rows were inserted and {updated} updated in {shape}, not {found.deleted} and {found.changed}",
-            "its triggers or rules took part; compare again with --diff",
-        )
-    return {**told, "put_back": {"inserted": inserted, "updated": updated}}
+    lost = [each for each in compared if each.difference.deleted or each.difference.changed]
+    for each in lost:
+        agree(told[each.number])
+    done = dict(zip((each.number for each in lost), running.put_back(lost), strict=True))
+    for each in compared:
+        inserted, updated = done.get(each.number, (0, 0))
+        told[each.number]["put_back"] = {"inserted": inserted, "updated": updated}
+    return told

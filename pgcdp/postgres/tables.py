@@ -1,4 +1,4 @@
-"""Rows of a table carried from one Postgres to another, and compared there by primary key (used by salvage)."""
+"""Tables, and their rows carried from one Postgres to another (used by salvage)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from below b join pg_class c on c.oid = b.oid join pg_namespace n on n.oid = c.r
 order by b.oid <> %s::oid, 2, 3
 """
 _COLUMNS_SQL = """
-select a.attname::text, format_type(a.atttypid, a.atttypmod), a.attgenerated <> ''
+select a.attname::text, format_type(a.atttypid, a.atttypmod), a.attgenerated <> '', a.attidentity = 'a'
 from pg_attribute a where a.attrelid = %s and a.attnum > 0 and not a.attisdropped order by a.attnum
 """
 _KEY_SQL = """
@@ -42,11 +42,12 @@ where i.indrelid = %s and i.indisprimary and k.place <= i.indnkeyatts
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: its type as SQL, and whether it is generated from others."""
+    """A column: its type as SQL; whether it is generated from others, or always as identity."""
 
     name: str
     type: str
     generated: bool
+    identity: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,6 @@ class TableShape:
         return sql.Identifier(self.schema, self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How a table differs from what was salvaged: rows that are gone, changed, and new since."""
-
-    deleted: int
-    changed: int
-    added: int
-    samples: dict[str, list[dict[str, str | None]]]
-
-
 def list_tables(connection: Connection) -> list[tuple[str, str]]:
     """(schema, name) of all tables of users."""
     return [(row[1], row[2]) for row in connection.execute(_TABLES_SQL.encode()).fetchall()]
@@ -129,22 +120,24 @@ def check_condition(connection: Connection, shape: TableShape, where: str | None
     """Raises UsageError when `where` is no condition on the table."""
     try:
         with connection.transaction():
-            connection.execute(_select(shape, where) + sql.SQL(" limit 0"))
+            connection.execute(select(shape, where) + sql.SQL(" limit 0"))
     except psycopg.Error as error:
         raise UsageError(
             f'"{where}" is no condition on {shape}: {str(error).splitlines()[0]}', "give what stands behind WHERE"
         ) from None
 
 
-def _select(shape: TableShape, where: str | None) -> sql.Composed:
-    names = sql.SQL(", ").join(sql.Identifier(column.name) for column in shape.columns)
+def select(shape: TableShape, where: str | None, columns: Sequence[str] | None = None) -> sql.Composed:
+    """The query for its rows, or some columns of them."""
+    chosen = [column.name for column in shape.columns] if columns is None else columns
+    names = sql.SQL(", ").join(map(sql.Identifier, chosen))
     query = sql.SQL("select {} from {}").format(names, shape.identifier)
     return query + sql.SQL(" where (") + sql.SQL(where) + sql.SQL(")") if where else query
 
 
 def copy_to_csv(source: Connection, shape: TableShape, where: str | None, file: Path) -> int:
     """Write rows as CSV with a head; returns their number."""
-    statement = sql.SQL("copy ({}) to stdout (format csv, header)").format(_select(shape, where))
+    statement = sql.SQL("copy ({}) to stdout (format csv, header)").format(select(shape, where))
     with said_by_postgres(), source.cursor() as cursor, file.open("xb") as out:
         with cursor.copy(statement) as copy:
             for part in copy:
@@ -167,102 +160,44 @@ def copy_into(
     where: str | None,
     target: Connection,
     place: tuple[str, str],
-    temporary: bool,
 ) -> int:
     """Make a new table with the same columns in the target's database and copy rows into it; returns their number.
 
     Raises PreconditionError when one of that name is there. What it made goes with the caller's transaction.
     """
-    name = sql.Identifier(place[1]) if temporary else sql.Identifier(*place)
-    if not temporary:
-        known = target.execute("select to_regclass(%s)::text", [name.as_string(target)]).fetchone()
-        if known is not None and known[0] is not None:
-            raise PreconditionError(f"table {place[0]}.{place[1]} exists", "drop it, or give another name with --as")
-    columns = sql.SQL(", ").join(
-        sql.SQL("{} {}").format(sql.Identifier(each.name), sql.SQL(each.type)) for each in shape.columns
-    )
-    made = sql.SQL("create temporary table {} ({})" if temporary else "create table {} ({})").format(name, columns)
+    name = sql.Identifier(*place)
+    known = target.execute("select to_regclass(%s)::text", [name.as_string(target)]).fetchone()
+    if known is not None and known[0] is not None:
+        raise PreconditionError(f"table {place[0]}.{place[1]} exists", "drop it, or give another name with --as")
     with said_by_postgres():
-        if temporary:
-            target.execute(sql.SQL("drop table if exists pg_temp.{}").format(name))
-        target.execute(made)
-        reading = sql.SQL("copy ({}) to stdout (format binary)").format(_select(shape, where))
-        writing = sql.SQL("copy {} from stdin (format binary)").format(name)
-        with source.cursor() as one, target.cursor() as other:
-            with one.copy(reading) as out, other.copy(writing) as into:
-                for part in out:
-                    into.write(part)
-            return other.rowcount
+        target.execute(sql.SQL("create table {} ({})").format(name, _definitions(shape.columns)))
+        return carry(source, select(shape, where), target, name)
 
 
-def difference(target: Connection, shape: TableShape, salvaged: str, where: str | None, samples: int) -> Difference:
-    """How the table in the target's database differs from the temporary table `salvaged`, by primary key."""
-    parts = _parts(shape, salvaged, where)
-    counts, shown = {}, {}
+def copy_into_temporary(
+    source: Connection, query: sql.Composed, columns: Sequence[Column], target: Connection, name: str
+) -> int:
+    """The same into a temporary table, made anew: what a query gives, whose columns are named."""
     with said_by_postgres():
-        for name, query in parts.items():
-            row = target.execute(sql.SQL("select count(*) from ({}) d").format(query)).fetchone()
-            counts[name] = int(row[0]) if row else 0
-            with target.cursor(row_factory=psycopg.rows.dict_row) as cursor:
-                limited = sql.SQL("select {} from ({}) d limit {}").format(
-                    sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(key)) for key in shape.key),
-                    query,
-                    samples,
-                )
-                shown[name] = cursor.execute(limited).fetchall()
-    return Difference(counts["deleted"], counts["changed"], counts["added"], shown)
+        target.execute(sql.SQL("drop table if exists {}").format(sql.Identifier("pg_temp", name)))
+        target.execute(sql.SQL("create temporary table {} ({})").format(sql.Identifier(name), _definitions(columns)))
+        return carry(source, query, target, sql.Identifier("pg_temp", name))
 
 
-def _parts(shape: TableShape, salvaged: str, where: str | None) -> dict[str, sql.Composed]:
-    """Queries for the rows that are gone (as they were), changed (as they were) and new (as they are)."""
-    now = sql.SQL("({})").format(_select(shape, where))
-    then = sql.Identifier(salvaged)
-    same = sql.SQL(" and ").join(sql.SQL("o.{0} = n.{0}").format(sql.Identifier(key)) for key in shape.key)
-    there = sql.SQL("exists (select from {} n where {})").format(now, same)
-    pairs = [_as_text(shape, side) for side in ("o", "n")]
-    return {
-        "deleted": sql.SQL("select o.* from {} o where not {}").format(then, there),
-        "changed": sql.SQL("select o.* from {} o join {} n on {} where {} is distinct from {}").format(
-            then, now, same, *pairs
-        ),
-        "added": sql.SQL("select o.* from {} o where not exists (select from {} n where {})").format(now, then, same),
-    }
+def _definitions(columns: Sequence[Column]) -> sql.Composed:
+    each = (sql.SQL("{} {}").format(sql.Identifier(column.name), sql.SQL(column.type)) for column in columns)
+    return sql.SQL(", ").join(each)
 
 
-def _as_text(shape: TableShape, side: str) -> sql.Composed:
-    """All columns of a row as text: some types cannot be compared."""
-    each = (sql.SQL("{}.{}::text").format(sql.Identifier(side), sql.Identifier(c.name)) for c in shape.columns)
-    return sql.SQL("({})").format(sql.SQL(", ").join(each))
-
-
-def put_back(target: Connection, shape: TableShape, salvaged: str, where: str | None) -> tuple[int, int]:
-    """Insert the rows that are gone and give changed ones their old values; returns how many of each."""
-    parts = _parts(shape, salvaged, where)
-    own = [column.name for column in shape.columns if not column.generated]
-    names = sql.SQL(", ").join(map(sql.Identifier, own))
-    rest = [name for name in own if name not in shape.key]
-    with said_by_postgres():
-        inserted = target.execute(
-            sql.SQL("insert into {} ({}) overriding system value select {} from ({}) d").format(
-                shape.identifier, names, names, parts["deleted"]
-            )
-        ).rowcount
-        if not rest:
-            return inserted, 0
-        changed = sql.SQL("update {} t set ({}) = row({}) from ({}) d where {}").format(
-            shape.identifier,
-            sql.SQL(", ").join(map(sql.Identifier, rest)),
-            sql.SQL(", ").join(sql.SQL("d.{}").format(sql.Identifier(name)) for name in rest),
-            parts["changed"],
-            sql.SQL(" and ").join(sql.SQL("t.{0} = d.{0}").format(sql.Identifier(key)) for key in shape.key),
-        )
-        return inserted, target.execute(changed).rowcount
-
-
-def lock(target: Connection, shape: TableShape) -> None:
-    """Nobody else changes the table until the transaction ends."""
-    with said_by_postgres():
-        target.execute(sql.SQL("lock table {} in share row exclusive mode").format(shape.identifier))
+def carry(source: Connection, query: sql.Composed, target: Connection, name: sql.Identifier) -> int:
+    """The rows of a query into a table of another database; returns their number."""
+    reading = sql.SQL("copy ({}) to stdout (format binary)").format(query)
+    writing = sql.SQL("copy {} from stdin (format binary)").format(name)
+    with source.cursor() as one, target.cursor() as other:
+        with one.copy(reading) as out, other.copy(writing) as into:
+            for part in out:
+                into.write(part)
+        return other.rowcount
 
 
 def same_columns(then: TableShape, now: Sequence[TableShape]) -> TableShape:
@@ -276,4 +211,10 @@ def same_columns(then: TableShape, now: Sequence[TableShape]) -> TableShape:
         )
     if not found.key:
         raise PreconditionError(f"table {then} has no primary key", "leave --diff out and compare by SQL")
+    heirs = [str(part) for shape in (then, found) if shape.parts[0].kind != "p" for part in shape.parts[1:]]
+    if heirs:
+        raise PreconditionError(
+            f"table {then} has heirs ({', '.join(dict.fromkeys(heirs))}): a row may be of any of them",
+            "leave --diff out and compare by SQL what comes into a new table",
+        )
     return found

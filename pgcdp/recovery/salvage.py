@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from pgcdp import proc
-from pgcdp.errors import PreconditionError, TargetError, UsageError
+from pgcdp.errors import TargetError, UsageError
 from pgcdp.fsio import sync_directory
-from pgcdp.postgres import session, tables
+from pgcdp.postgres import comparing, session, tables
 from pgcdp.postgres.cluster import Binaries
-from pgcdp.postgres.tables import Difference, TableShape
+from pgcdp.postgres.comparing import Compared
+from pgcdp.postgres.tables import TableShape
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import sandbox
@@ -30,8 +31,6 @@ from pgcdp.recovery.source import Source
 Format = Literal["csv", "sql", "custom"]
 FORMATS: dict[str, Format] = {".csv": "csv", ".sql": "sql", ".dump": "custom", ".pgdump": "custom"}
 """Formats of files by the end of their names."""
-SAMPLES = 10
-TEMPORARY = "pgcdp_salvaged"
 
 
 @dataclass(frozen=True)
@@ -192,21 +191,17 @@ class Running:
     def take(self, box: Sandbox, database: str, shape: TableShape, wanted: Wanted, name: str) -> int:
         """Rows into a new table `name` beside the one they come from; all of it or nothing."""
         with box.connect(database) as source, self.connection.transaction():
-            return tables.copy_into(source, shape, wanted.where, self.connection, (shape.schema, name), False)
+            return tables.copy_into(source, shape, wanted.where, self.connection, (shape.schema, name))
 
-    def compare(self, box: Sandbox, database: str, shape: TableShape, wanted: Wanted) -> Difference:
-        """How the table differs now, by primary key; the rows as they were stay in a temporary table."""
-        now = tables.same_columns(shape, tables.find_shapes(self.connection, shape.name, shape.schema))
+    def compare(self, box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted) -> list[Compared]:
+        """How tables differ now, by primary key; the rows as they were stay in temporary tables."""
+        found = []
         with box.connect(database) as source:
-            tables.copy_into(source, shape, wanted.where, self.connection, ("", TEMPORARY), True)
-        return tables.difference(self.connection, now, TEMPORARY, wanted.where, SAMPLES)
+            for number, shape in enumerate(shapes):
+                now = tables.same_columns(shape, tables.find_shapes(self.connection, shape.name, shape.schema))
+                found.append(comparing.compare(source, self.connection, shape, now, wanted.where, number))
+        return found
 
-    def put_back(self, shape: TableShape, wanted: Wanted, seen: Difference) -> tuple[int, int]:
-        """Give back what was deleted and changed, if it still is what `compare` showed. Raises PreconditionError."""
-        now = tables.same_columns(shape, tables.find_shapes(self.connection, shape.name, shape.schema))
-        with self.connection.transaction():
-            tables.lock(self.connection, now)
-            found = tables.difference(self.connection, now, TEMPORARY, wanted.where, SAMPLES)
-            if found != seen:
-                raise PreconditionError(f"table {shape} has changed since the difference was shown", "run it again")
-            return tables.put_back(self.connection, now, TEMPORARY, wanted.where)
+    def put_back(self, compared: Sequence[Compared]) -> list[tuple[int, int]]:
+        """Give back what was deleted and changed, if it still is what `compare` saw; (inserted, updated) of each."""
+        return comparing.put_back(self.connection, compared)
