@@ -53,7 +53,10 @@ def run(
         if file is not None:
             progress(Progress(f"writing {file}"))
             rows = salvage.to_file(box, database, shapes, wanted, file)
-            told = [{"schema": shape.schema, "name": shape.name, "rows": rows} for shape in shapes]
+            told = [
+                {"schema": shape.schema, "name": shape.name, "rows": count}
+                for shape, count in zip(shapes, rows, strict=True)
+            ]
             to = str(file)
         else:
             with connect(database) as connection:

@@ -115,8 +115,7 @@ def _render(value: Mapping[str, Any]) -> None:
         elif "difference" in told:
             _difference(told)
         else:
-            rows = "" if told["rows"] is None else f"{told['rows']} rows "
-            screen.text(f"{place}: {rows}into {told.get('into', value['to'])}")
+            screen.text(f"{place}: {told['rows']} rows into {told.get('into', value['to'])}")
     screen.note(f"took {format_duration(value['seconds'])}")
 
 

@@ -154,6 +154,16 @@ def keep_only(source: Connection, shape: TableShape, where: str) -> None:
         )
 
 
+def count(source: Connection, shape: TableShape) -> int:
+    """How many rows it has; 0 for a materialized view that was never filled."""
+    with said_by_postgres():
+        filled = source.execute("select relispopulated from pg_class where oid = %s", [shape.parts[0].oid]).fetchone()
+        if filled is None or not filled[0]:
+            return 0
+        row = source.execute(sql.SQL("select count(*) from {}").format(shape.identifier)).fetchone()
+        return int(row[0]) if row else 0
+
+
 def copy_into(
     source: Connection,
     shape: TableShape,

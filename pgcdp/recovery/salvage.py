@@ -141,8 +141,8 @@ def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
         )
 
 
-def to_file(box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, file: Path) -> int | None:
-    """Write tables to a new file, in the format of its name; returns the number of rows where that is known."""
+def to_file(box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, file: Path) -> list[int]:
+    """Write tables to a new file, in the format of its name; returns the number of rows of each."""
     how = FORMATS.get(file.suffix)
     if how is None:
         raise UsageError(f"{file} has no known ending", f"end it with one of {', '.join(FORMATS)}")
@@ -166,20 +166,40 @@ def to_file(box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: W
 
 def _write(
     box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, file: Path, how: Format
-) -> int | None:
+) -> list[int]:
     if how == "csv":
         if len(shapes) != 1:
             raise UsageError(f"CSV holds one table, not {len(shapes)}", "end the file with .sql or .dump")
         with box.connect(database) as connection:
-            return tables.copy_to_csv(connection, shapes[0], wanted.where, file)
-    if wanted.where:
-        with box.connect(database) as connection:
+            return [tables.copy_to_csv(connection, shapes[0], wanted.where, file)]
+    views = [str(shape) for shape in shapes if shape.parts[0].kind == "m"]
+    if views and (wanted.where or wanted.schema is None):
+        raise UsageError(
+            f"{', '.join(views)} is a materialized view: pg_dump writes what fills it, not its rows",
+            "end the file with .csv, or leave --file out",
+        )
+    with box.connect(database) as connection:
+        if wanted.where:
             for shape in shapes:
                 tables.keep_only(connection, shape, wanted.where)
+        rows = [tables.count(connection, shape) for shape in shapes]
     words = [str(box.binaries.path("pg_dump")), "--no-sync", f"--format={'plain' if how == 'sql' else 'custom'}"]
-    words += [f'--table="{shape.schema}"."{shape.name}"' for shape in shapes]
-    proc.run([*words, f"--file={file}", database], env=box.environment())
-    return None
+    # Of a partitioned table pg_dump writes the definition only, of one with heirs only its own rows.
+    names = dict.fromkeys((part.schema, part.name) for shape in shapes for part in shape.parts)
+    words += [f"--table={_quoted(schema)}.{_quoted(name)}" for schema, name in names]
+    target = f"--dbname=dbname='{_escaped(database)}'"
+    proc.run([*words, f"--file={file}", target], env=box.environment())
+    return rows
+
+
+def _quoted(name: str) -> str:
+    """A name in pg_dump's patterns: quoted, it means itself."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _escaped(value: str) -> str:
+    """A value between quotes in libpq's connection strings."""
+    return value.replace("\\", "\\\\").replace("'", "\\'")
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,39 @@ def test_files(shop: ProtectedSet) -> None:
     assert not list(shop.root.glob("*.partial"))
 
 
+@pytest.mark.parametrize("ending", ["sql", "dump"])
+def test_partitions_and_heirs_come_along(make_set: MakeSet, binaries_of: BindirOf, ending: str) -> None:
+    found = make_set(binaries_of(15))
+    with found.connect() as live:
+        live.execute("create schema away")
+        live.execute("create table parts (id int primary key, body text) partition by range (id)")
+        live.execute("create table away.p1 partition of parts for values from (0) to (500)")
+        live.execute("create table p2 partition of parts for values from (500) to (2000) partition by range (id)")
+        live.execute("""create table "P ""2.$*""" + '"' + """ partition of p2 for values from (500) to (2000)""")
+        live.execute("insert into parts select n, 'x' || n from generate_series(1, 1000) n")
+        live.execute("create table base (id int); create table heir (more text) inherits (base)")
+        live.execute("insert into base values (1); insert into heir values (2, 'two'), (3, 'three')")
+        live.execute("create materialized view seen as select 1 as n")
+        live.execute("create database copy")
+    file = found.root / f"out.{ending}"
+    told = salvage(found, "parts", "base", before=None, file=file, where="id <> 3 and id < 901")["tables"]
+    assert [each["rows"] for each in told] == [899, 2]
+    words = ("psql", "-qv", "ON_ERROR_STOP=1", "-f") if ending == "sql" else ("pg_restore", "--exit-on-error")
+    with found.connect("copy") as copy:
+        copy.execute("create schema away")
+        command = found.program(words[0], "-d", "copy", *words[1:], str(file))
+        subprocess.run(command, check=True, capture_output=True, text=True, cwd="/")
+        for table in ("parts", "away.p1", "base", "heir"):
+            query = f"select * from {table} where id <> 3 and id < 901 order by 1".encode()
+            with found.connect() as live:
+                assert copy.execute(f"select * from {table} order by 1".encode()).fetchall() == (
+                    live.execute(query).fetchall()
+                )
+    if ending == "sql":
+        with pytest.raises(UsageError, match="is a materialized view"):
+            salvage(found, "seen", before=None, file=found.root / "seen.sql")
+
+
 def test_a_foreign_table_is_another_servers(make_set: MakeSet, binaries_of: BindirOf) -> None:
     """Its rows are not in the recovery point, and what is done to it would be done to them where they live."""
     found = make_set(binaries_of(15))
