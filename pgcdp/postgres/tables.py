@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psycopg
@@ -106,14 +107,39 @@ def _shape(connection: Connection, oid: int, schema: str, name: str) -> TableSha
     return TableShape(schema, name, tuple(columns), key, tuple(Part(*row) for row in parts))
 
 
+class LockedError(PreconditionError):
+    """A lock was not to be had in time."""
+
+
 @contextmanager
 def said_by_postgres() -> Iterator[None]:
     """What Postgres refuses is a PgcdpError with its words."""
     try:
         yield
+    except psycopg.errors.LockNotAvailable as error:
+        raise LockedError(f"postgres refused: {str(error).splitlines()[0]}") from None
     except psycopg.Error as error:
         words = " | ".join(line.strip() for line in str(error).strip().splitlines())
         raise PgcdpError(f"postgres refused: {words}") from None
+
+
+def lock_to_read(connection: Connection, shape: TableShape) -> None:
+    """Nobody holds its parts against reading. Raises LockedError."""
+    with said_by_postgres(), connection.transaction():
+        for part in shape.parts:
+            if part.kind in ("r", "p"):
+                connection.execute(
+                    sql.SQL("lock table only {} in access share mode").format(sql.Identifier(part.schema, part.name))
+                )
+
+
+def prepared(connection: Connection) -> list[tuple[str, int, datetime]]:
+    """(name, xid, time) of the transactions of this database that are prepared and not ended, oldest first."""
+    rows = connection.execute(
+        "select gid, transaction::text::bigint, prepared from pg_prepared_xacts where database = current_database()"
+        " order by 3, 2"
+    ).fetchall()
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 def check_condition(connection: Connection, shape: TableShape, where: str | None) -> None:
@@ -121,6 +147,8 @@ def check_condition(connection: Connection, shape: TableShape, where: str | None
     try:
         with connection.transaction():
             connection.execute(select(shape, where) + sql.SQL(" limit 0"))
+    except psycopg.errors.LockNotAvailable as error:
+        raise LockedError(f"postgres refused: {str(error).splitlines()[0]}") from None
     except psycopg.Error as error:
         raise UsageError(
             f'"{where}" is no condition on {shape}: {str(error).splitlines()[0]}', "give what stands behind WHERE"
@@ -179,6 +207,11 @@ def copy_into(
     known = target.execute("select to_regclass(%s)::text", [name.as_string(target)]).fetchone()
     if known is not None and known[0] is not None:
         raise PreconditionError(f"table {place[0]}.{place[1]} exists", "drop it, or give another name with --as")
+    if target.execute("select from pg_namespace where nspname = %s", [place[0]]).fetchone() is None:
+        made = sql.SQL("create schema {}").format(sql.Identifier(place[0])).as_string(target)
+        raise PreconditionError(
+            f"schema {place[0]} does not exist in that database now", f"{made}; or write a file instead: --file F"
+        )
     with said_by_postgres():
         target.execute(sql.SQL("create table {} ({})").format(name, _definitions(shape.columns)))
         return carry(source, select(shape, where), target, name)

@@ -11,16 +11,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC
 from pathlib import Path
 from typing import Literal
 
 from pgcdp import proc
-from pgcdp.errors import TargetError, UsageError
+from pgcdp.errors import PreconditionError, TargetError, UsageError
 from pgcdp.fsio import sync_directory
 from pgcdp.postgres import comparing, session, tables
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.comparing import Compared
-from pgcdp.postgres.tables import TableShape
+from pgcdp.postgres.tables import LockedError, TableShape
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import sandbox
@@ -31,6 +32,8 @@ from pgcdp.recovery.source import Source
 Format = Literal["csv", "sql", "custom"]
 FORMATS: dict[str, Format] = {".csv": "csv", ".sql": "sql", ".dump": "custom", ".pgdump": "custom"}
 """Formats of files by the end of their names."""
+LOCK_TIMEOUT = "5s"
+"""How long a session in the sandbox waits for a lock."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,40 @@ def find_tables(box: Sandbox, wanted: Wanted) -> tuple[str, list[TableShape]]:
     if missing:
         raise TargetError(f"table {', '.join(missing)} did not exist then", _nearest(wanted, known))
     _refuse(shapes, wanted)
-    with box.connect(database) as connection:
+    with reading(box, database) as connection:
         for shape in shapes:
+            tables.lock_to_read(connection, shape)
             if wanted.where:
                 tables.check_condition(connection, shape, wanted.where)
     return database, shapes
+
+
+@contextmanager
+def reading(box: Sandbox, database: str) -> Iterator[session.Connection]:
+    """A session in which no lock is waited for without end.
+
+    Nobody else is there: only a transaction that was prepared and not ended at this point holds any. Raises
+    PreconditionError that names it.
+    """
+    with box.connect(database, (f"lock_timeout={LOCK_TIMEOUT}",)) as connection:
+        try:
+            yield connection
+        except LockedError as error:
+            raise _held(box, database, error) from None
+
+
+def _held(box: Sandbox, database: str, error: LockedError) -> PreconditionError:
+    with box.connect(database) as connection:
+        found = tables.prepared(connection)
+    if not found:
+        return error
+    names = ", ".join(
+        f'"{name}" (xid {xid}, prepared {at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ})' for name, xid, at in found
+    )
+    return PreconditionError(
+        f"at this point the rows are locked by what was prepared and not yet committed: {names}",
+        f"take a later target, such as --target-xid {found[-1][1]} (not exclusive), or one before that time: pgcdp log",
+    )
 
 
 def _databases(box: Sandbox, database: str | None) -> list[str]:
@@ -170,7 +202,7 @@ def _write(
     if how == "csv":
         if len(shapes) != 1:
             raise UsageError(f"CSV holds one table, not {len(shapes)}", "end the file with .sql or .dump")
-        with box.connect(database) as connection:
+        with reading(box, database) as connection:
             return [tables.copy_to_csv(connection, shapes[0], wanted.where, file)]
     views = [str(shape) for shape in shapes if shape.parts[0].kind == "m"]
     if views and (wanted.where or wanted.schema is None):
@@ -178,12 +210,13 @@ def _write(
             f"{', '.join(views)} is a materialized view: pg_dump writes what fills it, not its rows",
             "end the file with .csv, or leave --file out",
         )
-    with box.connect(database) as connection:
+    with reading(box, database) as connection:
         if wanted.where:
             for shape in shapes:
                 tables.keep_only(connection, shape, wanted.where)
         rows = [tables.count(connection, shape) for shape in shapes]
-    words = [str(box.binaries.path("pg_dump")), "--no-sync", f"--format={'plain' if how == 'sql' else 'custom'}"]
+    words = [str(box.binaries.path("pg_dump")), "--no-sync", f"--lock-wait-timeout={LOCK_TIMEOUT}"]
+    words += [f"--format={'plain' if how == 'sql' else 'custom'}"]
     # Of a partitioned table pg_dump writes the definition only, of one with heirs only its own rows.
     names = dict.fromkeys((part.schema, part.name) for shape in shapes for part in shape.parts)
     words += [f"--table={_quoted(schema)}.{_quoted(name)}" for schema, name in names]
@@ -210,13 +243,13 @@ class Running:
 
     def take(self, box: Sandbox, database: str, shape: TableShape, wanted: Wanted, name: str) -> int:
         """Rows into a new table `name` beside the one they come from; all of it or nothing."""
-        with box.connect(database) as source, self.connection.transaction():
+        with reading(box, database) as source, self.connection.transaction():
             return tables.copy_into(source, shape, wanted.where, self.connection, (shape.schema, name))
 
     def compare(self, box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted) -> list[Compared]:
         """How tables differ now, by primary key; the rows as they were stay in temporary tables."""
         found = []
-        with box.connect(database) as source:
+        with reading(box, database) as source:
             for number, shape in enumerate(shapes):
                 now = tables.same_columns(shape, tables.find_shapes(self.connection, shape.name, shape.schema))
                 found.append(comparing.compare(source, self.connection, shape, now, wanted.where, number))

@@ -122,6 +122,47 @@ def test_files(shop: ProtectedSet) -> None:
     assert not list(shop.root.glob("*.partial"))
 
 
+def test_a_prepared_transaction_that_holds_the_table_is_named(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), settings={"max_prepared_transactions": "5"})
+    with found.connect() as live:
+        live.execute("create table tr (id int primary key); insert into tr values (1), (2)")
+        live.execute("create table rowwise (id int primary key); insert into rowwise values (1), (2)")
+        earlier = found.durable()
+        live.execute("begin; truncate tr; delete from rowwise where id = 1; prepare transaction 'it''s y'")
+        point = Target("write", found.durable())
+        xid = live.execute("select transaction::text::bigint from pg_prepared_xacts").fetchone()
+        live.execute("commit prepared 'it''s y'")
+    assert xid is not None
+    tr = Wanted(("tr",))
+    ways: list[tuple[Wanted, dict[str, Any]]] = [
+        (tr, {"file": found.root / "tr.csv"}),
+        (tr, {"file": found.root / "tr.sql"}),
+        (tr, {"diff": True}),
+        (tr, {}),
+        (Wanted(("tr",), None, "id = 1"), {}),
+    ]
+    for wanted, options in ways:
+        with pytest.raises(PreconditionError, match=rf'locked by .* "it\'s y" \(xid {xid[0]}, prepared 20') as raised:
+            api.salvage(found.name, point, wanted, **options)
+        assert f"--target-xid {xid[0]} " in str(raised.value.hint)
+        assert raised.value.exit_code == 6
+    rowwise = Wanted(("rowwise",), None, "id = 2")
+    with pytest.raises(PreconditionError, match="it's y"):
+        api.salvage(found.name, point, rowwise, file=found.root / "rowwise.sql")
+    assert api.salvage(found.name, point, rowwise, file=found.root / "rowwise.csv")["tables"][0]["rows"] == 1
+    assert api.salvage(found.name, Target("write", earlier), Wanted(("tr",)))["tables"][0]["rows"] == 2
+
+
+def test_a_schema_that_is_gone(shop: ProtectedSet) -> None:
+    """It is not made anew behind its owner's back: who has it, and who may use it, is theirs to say."""
+    shop.sql("drop schema s cascade")
+    with pytest.raises(PreconditionError, match="schema s does not exist in that database now") as raised:
+        salvage(shop, "s.other")
+    assert str(raised.value.hint).startswith('create schema "s"; or')
+    shop.sql("create schema s")
+    assert salvage(shop, "s.other")["tables"][0]["rows"] == 1
+
+
 @pytest.mark.parametrize("ending", ["sql", "dump"])
 def test_partitions_and_heirs_come_along(make_set: MakeSet, binaries_of: BindirOf, ending: str) -> None:
     found = make_set(binaries_of(15))
