@@ -38,6 +38,7 @@ from pgcdp.records import Interval
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
+from pgcdp.units import format_lsn
 
 logger = log.get(__name__)
 T = TypeVar("T")
@@ -76,6 +77,7 @@ class Agent:
         self.asked: str | None = None
         self.asking: asyncio.Task[int] | None = None
         self.asked_lsn: int | None = None
+        self.gone_back = -1  # the write behind which the WAL lies before where it was
         self.learning: asyncio.Task[int] | None = None
         self.ask_again_at = 0.0
         self.no_checkpoint: str | None = None
@@ -178,7 +180,7 @@ class Agent:
         if status.state != "stalled":
             await self._look(stages)
         published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.settings)
-        if self.asking is None and self.asked_lsn is not None and stages.finder.checkpoint_lsn >= self.asked_lsn:
+        if self.asking is None and self.asked_lsn is not None and stages.finder.passed(self.asked_lsn):
             self.asked = self.asked_lsn = None  # cut at, or passed over because a reader held the image: asked anew
         if self._pressed(status):
             await self._in_worker(stages.relieve)
@@ -343,9 +345,25 @@ class Agent:
     async def _checkpoint(self) -> int:
         """What was written without fsync must be on the volumes before the checkpoint says that all is (R6)."""
         session = await self._connected()
+        await self._see_whether_it_went_back(session)
         await asyncio.to_thread(syncfs, [volume.mountpoint for volume in self.config.volumes])
         await session.checkpoint()
         return await session.checkpoint_lsn()
+
+    async def _see_whether_it_went_back(self, session: Session) -> None:
+        """A copy of the data directory in its place has an older checkpoint than was captured: boundaries go on there.
+
+        What was captured before Postgres is asked cannot be newer than its answer otherwise.
+        """
+        stages = self.stages
+        if stages is None or stages.baseline is not None or stages.newest is None:
+            return
+        captured = stages.finder.checkpoint_lsn
+        said = await session.checkpoint_lsn()
+        if said < captured:
+            logger.info("the WAL went back from %s to %s", format_lsn(captured), format_lsn(said))
+            self.gone_back = (await self._in_worker(self.engine.status)).durable_write
+            await self._in_worker(stages.finder.go_back, self.gone_back, said)
 
     def _asked_done(self, task: asyncio.Task[int]) -> None:
         self.asking = None
@@ -466,7 +484,7 @@ class Agent:
 
     def _reached(self, checkpoint_lsn: int) -> bool:
         newest = self.stages.newest if self.stages else None
-        return newest is not None and newest.checkpoint_lsn >= checkpoint_lsn
+        return newest is not None and newest.write > self.gone_back and newest.checkpoint_lsn >= checkpoint_lsn
 
     def describe(self) -> dict[str, Any]:
         """The agent's part of `pgcdp status`."""

@@ -48,6 +48,15 @@ class CheckpointFinder:
     def __init__(self, system_identifier: int, checkpoint_lsn: int) -> None:
         self.system_identifier = system_identifier
         self.checkpoint_lsn = checkpoint_lsn
+        self.back: tuple[int, int] | None = None
+
+    def go_back(self, write: int, checkpoint_lsn: int) -> None:
+        """Behind `write` this is the newest checkpoint, though a newer one was captured before."""
+        self.back = write, checkpoint_lsn
+
+    def passed(self, checkpoint_lsn: int) -> bool:
+        """Whether that checkpoint, or a later one, was seen."""
+        return self.back is None and self.checkpoint_lsn >= checkpoint_lsn
 
     def scan(self, run: BatchRun) -> list[Checkpoint]:
         """The new checkpoints in a run, in order."""
@@ -71,6 +80,8 @@ class CheckpointFinder:
         return found
 
     def _take(self, record: np.void, control: Control) -> Checkpoint | None:
+        if self.back is not None and record["number"] > self.back[0]:
+            self.checkpoint_lsn, self.back = min(self.checkpoint_lsn, self.back[1]), None
         # Not newer: written for another reason, or a copy of an older pg_control somewhere on the volume.
         if record["kind"] != Kind.WRITE or control.checkpoint_lsn <= self.checkpoint_lsn:
             return None

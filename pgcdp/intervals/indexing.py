@@ -15,14 +15,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from pgcdp.capture.filemap import FileMap
-from pgcdp.errors import DamageError, PgcdpError
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import read_json, write_atomic, write_json
 from pgcdp.intervals.events import full_xid
 from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import SEGMENT_BYTES, Cluster, Readout, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, index_transactions
 from pgcdp.postgres.relations import Look
-from pgcdp.postgres.wal import Note, pack_notes, read_notes
+from pgcdp.postgres.wal import Note, is_checkpoint, pack_notes, read_notes
 from pgcdp.records import Boundary
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, IndexFiles
 from pgcdp.store.files import write_files
@@ -30,6 +30,7 @@ from pgcdp.store.frames import FileSummary
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
 from pgcdp.store.transactions import STILL, read_look, write_look, write_transactions, write_wal
+from pgcdp.units import format_lsn
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def index_interval(
         log.error("interval %d: its transactions cannot be listed: %s", opened.number, error)
     except Exception:  # a bug in us
         log.exception("interval %d: its transactions cannot be listed", opened.number)
+    (opened.path / WAL_STATE).unlink(missing_ok=True)  # the next one begins behind the boundary, not with this
     return None
 
 
@@ -140,6 +142,7 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
     state = place / WAL_STATE
     state.unlink(missing_ok=True)
     readout = start.read([place], save_state=state, upto=boundary.write, **more)
+    _check_followed(readout, start, boundary)
     indexed = index_transactions(readout, start.past, read_look(place), boundary.next_xid)
     write_json(place / EVENTS, {"events": indexed.events, "tables": indexed.tables})
     pending = {note.lsn for note in indexed.pending}
@@ -151,6 +154,25 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
     if indexed.look is not None:
         files.append(write_look(place, indexed.look))
     return IndexFiles(tuple(files), summarize(indexed))
+
+
+def _check_followed(readout: Readout, start: Start, boundary: Boundary) -> None:
+    """Raises PreconditionError when the record of the boundary's checkpoint was not read: the WAL was lost sight of.
+
+    A checkpoint begins behind the one before, so that its record lies in the interval; but a standby's restartpoint
+    names a record that it may have received before.
+    """
+    lsn, back = boundary.checkpoint_lsn, boundary.checkpoint_lsn <= start.boundary.checkpoint_lsn
+    known = readout.notes if back else [*readout.notes, *start.past.notes]
+    if any(note.lsn == lsn and is_checkpoint(note) for note in known):
+        return
+    if back:
+        raise PreconditionError(
+            f"the WAL went back from {format_lsn(start.boundary.checkpoint_lsn)} to {format_lsn(lsn)}, as when a copy "
+            "of the data directory is put in its place",
+            "its transactions are listed again from this boundary on",
+        )
+    raise PreconditionError(f"the record of its boundary's checkpoint, at {format_lsn(lsn)}, was not found in its WAL")
 
 
 def summarize(indexed: Indexed) -> dict[str, Any]:

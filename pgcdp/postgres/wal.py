@@ -282,6 +282,11 @@ def restore_point(note: Note) -> str | None:
     return parse(note).main[8:72].split(b"\0")[0].decode("utf-8", "replace")
 
 
+def is_checkpoint(note: Note) -> bool:
+    """Whether it is the record of a checkpoint, online or of a shutdown."""
+    return note.rmid == Manager.XLOG and note.info & 0xF0 in (0x00, 0x10)
+
+
 def timeline_of(note: Note) -> int | None:
     """The timeline from a checkpoint or an end of recovery on (CheckPoint, xl_end_of_recovery), if it is its record."""
     if note.rmid != Manager.XLOG or note.info & 0xF0 not in (0x00, 0x10, 0x90):
