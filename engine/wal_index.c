@@ -124,6 +124,12 @@ static int transaction_ended(void *arg, const struct xact_end *end)
     return tables_end(run->tables, end);
 }
 
+static int transaction_runs(void *arg, uint32_t xid)
+{
+    struct index_run *run = arg;
+    return tables_running(run->tables, xid);
+}
+
 static int wal_lost_from(void *arg, uint64_t from, uint64_t to, uint64_t write)
 {
     struct index_run *run = arg;
@@ -306,6 +312,8 @@ static int read_all(struct index_run *run, const struct index_options *o, struct
     if (!rc && o->journal)
         rc = take_journal(run, o->journal, e);
     if (!rc && (rc = settle_end(run->settle)))
+        err_sys(e, rc, "cannot write the tables");
+    if (!rc && (rc = xacts_running(run->reading.xacts, transaction_runs, run)))
         err_sys(e, rc, "cannot write the tables");
     if (!rc && o->save_state)
         rc = state_save(&run->reading, o->save_state, e);

@@ -8,9 +8,9 @@
 
 #include "format.h"
 
-enum { ENDS, CHANGES, SUBXIDS, WRITES, NOTES, FILES };
+enum { ENDS, CHANGES, SUBXIDS, WRITES, NOTES, RUNNING, FILES };
 
-static const char *const NAMES[FILES] = {"ends", "changes", "subxids", "wal", "notes"};
+static const char *const NAMES[FILES] = {"ends", "changes", "subxids", "wal", "notes", "running"};
 
 struct tables {
     FILE *file[FILES];
@@ -85,6 +85,8 @@ int tables_lost(struct tables *t, uint64_t from, uint64_t to, uint64_t write)
     struct fmt_note note = {.lsn = from, .end_lsn = to, .write = write, .begin_at = UINT32_MAX, .end_at = UINT32_MAX, .rmid = FMT_NOTE_LOST};
     return put_note(t, &note, "");
 }
+
+int tables_running(struct tables *t, uint32_t xid) { return put(t, RUNNING, &xid, sizeof xid, 1); }
 
 int tables_write(struct tables *t, const struct fmt_wal_write *row) { return put(t, WRITES, row, sizeof *row, 1); }
 

@@ -17,6 +17,7 @@ int tables_end(struct tables *t, const struct xact_end *end);
 int tables_note(struct tables *t, const struct wal_record *record);
 int tables_mark(struct tables *t, uint64_t write, const void *name, uint32_t length);
 int tables_lost(struct tables *t, uint64_t from, uint64_t to, uint64_t write);
+int tables_running(struct tables *t, uint32_t xid); /* one that has not ended */
 int tables_write(struct tables *t, const struct fmt_wal_write *row);
 
 /* Writes what is left, and says whether all went well. */

@@ -361,6 +361,17 @@ int xacts_take(struct xacts *x, const struct wal_record *r, const struct wal_par
     }
 }
 
+int xacts_running(const struct xacts *x, xacts_runs *runs, void *arg)
+{
+    for (uint32_t b = 0; b < BUCKETS; b++)
+        for (const struct xact *t = x->bucket[b]; t; t = t->next) {
+            int rc = runs(arg, t->xid);
+            if (rc)
+                return rc;
+        }
+    return 0;
+}
+
 /* ---- between runs ---- */
 
 struct saved_xact { /* FORMAT.md 4.2 */

@@ -37,6 +37,10 @@ void xacts_close(struct xacts *x);
 /* The next record in order of LSN: 0, what `ended` returned if that is not 0, or -ENOMEM. */
 int xacts_take(struct xacts *x, const struct wal_record *record, const struct wal_parts *parts);
 
+/* Each transaction and subtransaction that changed something and has not ended: 0, or what `runs` returned. */
+typedef int xacts_runs(void *arg, uint32_t xid);
+int xacts_running(const struct xacts *x, xacts_runs *runs, void *arg);
+
 /* The transactions that have not ended, for the next run (FORMAT.md 4.2). False: that is not it, or no memory. */
 void xacts_save(const struct xacts *x, FILE *out);
 bool xacts_restore(struct xacts *x, struct cursor *in);

@@ -10,9 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.intervals.readout import Readout
+from pgcdp.log import get
 from pgcdp.postgres import wal
 from pgcdp.postgres.relations import CatalogReader, Look, SchemaDrop
 from pgcdp.postgres.wal import Manager, Note
+
+log = get(__name__)
+
+PENDING = 10_000
+"""Records of transactions that have not ended which are kept for the next interval."""
 
 
 def durable_write(readout: Readout, lsn: NDArray[np.uint64], write: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -87,10 +93,18 @@ class _Events:
             }
 
     def pending(self) -> list[Note]:
-        """Of databases that are invalid, and of transactions that delete such a row and have not ended."""
-        ended = {*self.readout.ends["xid"].tolist(), *self.readout.subxids.tolist()}
+        """Of databases that are invalid, and of transactions that delete such a row, or name relations, and run on."""
+        running = set(self.readout.running.tolist())
         begun = [*self.reader.dropping.values(), *self.reader.emptying.values()]
-        return [*self.invalidated.values(), *(note for note in begun if note.xid not in ended)]
+        kept = {note.lsn: note for note in begun if note.xid in running}
+        for xid in running & self.reader.naming.keys():
+            kept.update((note.lsn, note) for page in self.reader.naming[xid].values() for note in page)
+        if len(kept) > PENDING:
+            log.warning(
+                "transactions that have not ended changed the catalogs in %d records: names may be lost", len(kept)
+            )
+        newest = sorted(kept.values(), key=lambda note: note.lsn)[-PENDING:]
+        return [*self.invalidated.values(), *newest]
 
     def _said(self, note: Note) -> Iterator[dict[str, Any]]:
         reader = self.reader

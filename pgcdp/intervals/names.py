@@ -87,6 +87,10 @@ class _Namer:
                 transient[own] |= bool(_TRANSIENT.match(each.relation.name))
         return codes, transient
 
+    def committed_at(self, said: Said) -> int:
+        """Where the transaction committed; -1 if it did not."""
+        return self.committed.get(self._top(said), -1)
+
     def _top(self, said: Said) -> int:
         return self.top.get(said.xid, said.xid)
 
@@ -108,13 +112,13 @@ def _look_now(namer: _Namer, before: Look | None, after: Look | None) -> Look | 
     """The newest look, with what WAL said since, as far as it was committed."""
     base = after or before
     since = base.lsn if base else 0
-    said = [each for of_oid in namer.reader.oids.values() for each in of_oid if each.lsn >= since]
+    said = [each for of_oid in namer.reader.oids.values() for each in of_oid if namer.committed_at(each) >= since]
     schemas = _schemas_now(namer)
     if not said and base is not None:
         return replace(base, databases=dict(namer.reader.databases), schemas=schemas)
     relations = {(each.database, each.oid): each for each in (base.relations if base else ())}
     for each in sorted(said, key=lambda each: each.lsn):
-        if namer.top.get(each.xid, each.xid) in namer.committed and not _TRANSIENT.match(each.relation.name):
+        if not _TRANSIENT.match(each.relation.name):
             relations[each.relation.database, each.relation.oid] = replace(namer.settled(each), file=each.relation.file)
     return Look(since, dict(namer.reader.databases), schemas, tuple(relations.values()))
 

@@ -22,13 +22,17 @@ SEGMENT_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """Arrays END, CHANGE (those of each end in turn), u4 (subxids, likewise), WAL_WRITE; records of interest."""
+    """Arrays END, CHANGE (those of each end in turn), u4 (subxids, likewise), WAL_WRITE; records of interest.
+
+    `running`: xids, those of subtransactions too, that changed something and have not ended.
+    """
 
     ends: NDArray[np.void]
     changes: NDArray[np.void]
     subxids: NDArray[np.uint32]
     wal: NDArray[np.void]
     notes: list[Note]
+    running: NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,11 @@ def read_wal(
             np.fromfile(Path(place, "subxids"), dtype=np.uint32),
             np.fromfile(Path(place, "wal"), dtype=WAL_WRITE),
             read_notes(Path(place, "notes").read_bytes()),
+            np.fromfile(Path(place, "running"), dtype=np.uint32),
         )
 
 
 def read_nothing() -> Readout:
     """The readout of no write at all."""
-    return Readout(np.empty(0, END), np.empty(0, CHANGE), np.empty(0, np.uint32), np.empty(0, WAL_WRITE), [])
+    none = np.empty(0, np.uint32)
+    return Readout(np.empty(0, END), np.empty(0, CHANGE), none, np.empty(0, WAL_WRITE), [], none)

@@ -21,6 +21,7 @@ PG_TABLESPACE = 1213
 PG_DATABASE = 1262
 PG_INHERITS = 2611
 PG_NAMESPACE = 2615
+NAMING = (PG_CLASS, PG_INHERITS, PG_NAMESPACE)
 CATALOGS = (PG_CLASS, PG_TABLESPACE, PG_DATABASE, PG_INHERITS, PG_NAMESPACE)
 
 INSERT, DELETE, UPDATE, HOT_UPDATE, INPLACE = 0x00, 0x10, 0x20, 0x40, 0x70
@@ -93,8 +94,9 @@ class CatalogReader:
 
     `files` holds what was said of each (database, file); `inplace` the in-place changes that made a database invalid
     (record, OID); `dropping` and `emptying` the records that deleted a row there or in pg_tablespace, by transaction;
-    `schema_drops` those that deleted a row of pg_namespace, by LSN. What cannot be understood is passed over: looks
-    make up for it.
+    `schema_drops` those that deleted a row of pg_namespace, by LSN. `naming`: the records with which a transaction
+    changed names of relations, together with those that the pages are known from. What
+    cannot be understood is passed over: looks make up for it.
     """
 
     catalogs: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -108,10 +110,14 @@ class CatalogReader:
     emptying: dict[int, Note] = field(default_factory=dict)
     tablespaces: dict[int, str] = field(default_factory=dict)
     schema_drops: dict[int, SchemaDrop] = field(default_factory=dict)
+    naming: dict[int, dict[int, list[Note]]] = field(default_factory=lambda: defaultdict(dict))
+    _told: int = 0
+    _pages: dict[tuple[int, int, int], list[Note]] = field(default_factory=dict)
     _tuples: dict[tuple[int, int, int], dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
 
     def know(self, look: Look) -> None:
         """Names of schemas, and where the catalogs lie, from a look."""
+        self._told = self._told or look.lsn
         self.schemas.update(look.schemas)
         self.databases.update(look.databases)
         for relation in look.relations:
@@ -129,6 +135,7 @@ class CatalogReader:
                 return
             for block in parts.blocks:
                 if self._catalog(block) is not None:
+                    self._remember(note, block)
                     self._take_image(note, block)
             if parts.blocks and note.rmid != Manager.XLOG and self._catalog(parts.blocks[0]) is not None:
                 self._take_heap(note, parts)
@@ -149,6 +156,17 @@ class CatalogReader:
             oid, file = struct.unpack_from("<II", main, 20 + 8 * number)
             if oid in (PG_CLASS, PG_TABLESPACE, PG_DATABASE):
                 self.catalogs[database, file] = oid
+
+    def _remember(self, note: Note, block: Block) -> None:
+        if self._catalog(block) not in NAMING:
+            return
+        page = block.database, block.file, block.number
+        if block.has_image or page not in self._pages:
+            self._pages[page] = []
+        history = self._pages[page]
+        history.append(note)
+        if note.xid:
+            self.naming[note.xid][id(history)] = history
 
     def _take_image(self, note: Note, block: Block) -> None:
         if not block.has_image:
@@ -218,7 +236,9 @@ class CatalogReader:
         catalog = self._catalog(block)
         content = _content(tuple_)
         if catalog == PG_NAMESPACE and len(content) >= 68:
-            self.schemas[block.database, struct.unpack_from("<I", content)[0]] = _name(content, 4)
+            schema = block.database, struct.unpack_from("<I", content)[0]
+            if note.lsn >= self._told or schema not in self.schemas:  # what is older than the look is known to it
+                self.schemas[schema] = _name(content, 4)
         if catalog == PG_DATABASE and len(content) >= 68:
             self.databases[struct.unpack_from("<I", content)[0]] = _name(content, 4)
         if catalog == PG_TABLESPACE and len(content) >= 68:

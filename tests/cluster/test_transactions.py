@@ -137,6 +137,40 @@ def test_a_transaction_over_several_intervals_is_listed_once(make_set: MakeSet, 
     assert told[0]["xid"] in [each["xid"] for each in shown["transactions"]]
 
 
+def test_names_of_what_was_made_over_several_boundaries(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """The rows of pg_class that a transaction makes count when it ends, however many boundaries later."""
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    with found.connect() as session, found.connect() as other:
+        session.execute("create table old (id int); create table kept (id int); insert into kept values (1)")
+        api.cut(found.name)
+        session.execute("begin; create schema s; create table s.made (id int); insert into s.made values (1)")
+        session.execute("savepoint one; create table moved (id int); alter table moved rename to renamed; release one")
+        session.execute("alter table kept alter id type bigint; alter table old rename to new")
+        other.execute("begin; create table never (id int); insert into never values (1)")
+        api.cut(found.name)
+        api.cut(found.name)
+        session.execute("insert into s.made values (2); insert into renamed values (3); insert into kept values (2)")
+        session.execute("insert into new values (4)")
+        other.execute("insert into never values (2); rollback")
+        api.cut(found.name)
+        session.execute("commit")
+        session.execute("insert into renamed values (5)")
+        session.execute("insert into kept values (6)")
+    expected = [
+        "aborted public.never: inserted 2",
+        "committed public.kept: rewritten",
+        "committed public.new: inserted 1",
+        "committed public.renamed: inserted 1",
+        "committed s.made: inserted 2",
+        "committed public.renamed: inserted 1",
+        "committed public.kept: inserted 1",
+    ]
+    for _ in range(2):
+        told = deeds(found)[-len(expected) :]
+        assert [told[0], *sorted(told[1:5]), *told[5:]] == expected
+        api.cut(found.name)
+
+
 def test_what_a_restart_of_the_agent_leaves_is_the_same(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15))
     with found.connect() as session:
