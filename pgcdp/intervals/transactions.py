@@ -244,7 +244,7 @@ def _rows(readout: Readout, names: Names) -> _Rows:
         made = (changes["flags"] & _FILE_CREATED) > 0
         inserted = np.add.reduceat(np.where(transient & made, np.uint64(0), changes["inserted"]), starts)
         committed = np.isin(ends["status"][end[starts]], IN)
-        flags = np.where(committed, _flags(changes["flags"], transient, starts), 0).astype(np.uint8)
+        flags = np.where(committed, _flags(changes, transient, starts), 0).astype(np.uint8)
         touched = _Rows(end[starts], code[last], inserted, sums["updated"], sums["deleted"], flags)
         seen = (touched.inserted | touched.updated | touched.deleted | touched.flags) > 0
     else:
@@ -270,8 +270,12 @@ def _unknown(names: Names, change: np.void) -> int:
     return len(names.relations) - 1 - names.relations[::-1].index(relation)
 
 
-def _flags(files: NDArray[np.uint32], transient: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What became of a table, by its files: a new one beside the old one is TRUNCATE, or a rewrite."""
+def _flags(changes: NDArray[np.void], transient: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What became of a table, by its files: a new one beside the old one is TRUNCATE, or a rewrite.
+
+    In another tablespace it is a copy of the old one.
+    """
+    files = changes["flags"]
 
     def any_of(rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return np.logical_or.reduceat(rows, starts)
@@ -280,7 +284,11 @@ def _flags(files: NDArray[np.uint32], transient: NDArray[np.bool_], starts: NDAr
     made = any_of(((files & _FILE_CREATED) > 0) & ~both)
     gone = any_of(((files & _FILE_DROPPED) > 0) & ~both)
     shrunk = any_of((files & _FILE_SHRUNK) > 0)
-    rewritten = any_of(transient)
+    into, out_of = (
+        np.maximum.reduceat(np.where(((files & flag) > 0) & ~both, changes["tablespace"], 0), starts)
+        for flag in (_FILE_CREATED, _FILE_DROPPED)
+    )
+    rewritten = any_of(transient) | (made & gone & (into != out_of))
     found: NDArray[np.int64] = (
         REWRITTEN * rewritten
         + TRUNCATED * (~rewritten & ((made & gone) | shrunk))

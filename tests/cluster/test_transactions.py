@@ -171,6 +171,36 @@ def test_names_of_what_was_made_over_several_boundaries(make_set: MakeSet, binar
         api.cut(found.name)
 
 
+def test_a_table_in_another_tablespace_is_rewritten(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """A new file beside the old one is TRUNCATE only in the same tablespace; the table keeps its rows."""
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    with found.connect() as session:
+        session.execute("set allow_in_place_tablespaces = on")
+        session.execute("create tablespace spare location ''")
+        session.execute("create table moved (id int primary key)")
+        session.execute("create table there (id int) tablespace spare")
+        session.execute("insert into moved select generate_series(1, 1000)")
+        session.execute("insert into there select generate_series(1, 1000)")
+        session.execute("alter table moved set tablespace spare")
+        session.execute("delete from moved where id <= 10")
+        session.execute("alter table moved set tablespace pg_default")
+        session.execute("truncate there")
+        session.execute("delete from moved where id <= 20")
+    for _ in range(2):
+        told = {(each["tables"][0]["name"], index): each for index, each in enumerate(log(found)) if each["tables"]}
+        assert deeds(found)[-5:] == [
+            "committed public.moved: rewritten",
+            "committed public.moved: deleted 10",
+            "committed public.moved: rewritten",
+            "committed public.there: truncated",
+            "committed public.moved: deleted 10",
+        ]
+        assert [each["share"] for each in told.values() if each["tables"][0]["deleted"]] == pytest.approx(
+            [0.01, 10 / 990], abs=1e-5
+        )
+        api.cut(found.name)
+
+
 def test_what_a_restart_of_the_agent_leaves_is_the_same(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15))
     with found.connect() as session:
