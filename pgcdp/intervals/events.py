@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from pgcdp.postgres.relations import CatalogReader, Look, SchemaDrop
 from pgcdp.postgres.wal import Manager, Note
 
 log = get(__name__)
+
+DatabaseAt = Callable[[int, int], str | None]
 
 PENDING = 10_000
 """Records of transactions that have not ended which are kept for the next interval."""
@@ -37,14 +39,20 @@ def full_xid(xid: NDArray[np.uint32], next_xid: int) -> NDArray[np.uint64]:
 
 
 def events_of(
-    readout: Readout, reader: CatalogReader, before: Look | None, after: Look | None, next_xid: int
+    readout: Readout,
+    reader: CatalogReader,
+    database_at: DatabaseAt,
+    before: Look | None,
+    after: Look | None,
+    next_xid: int,
 ) -> tuple[list[dict[str, Any]], list[Note]]:
     """The events of what was read, and the records that those of the next interval may follow from.
 
-    `reader` has taken the readout's records, and those of the time before. `before`, `after`: looks at the catalogs.
+    `reader` has taken the readout's records, and those of the time before. `database_at`: the name of a database by OID
+    and LSN. `before`, `after`: looks at the catalogs.
     """
     drops = name_drops(reader.schema_drops, {note.lsn for note in readout.notes}, before, after)
-    events = _Events(readout, reader, next_xid, drops)
+    events = _Events(readout, reader, database_at, next_xid, drops)
     found = [event for note in readout.notes for event in events.of(note)]
     return found, events.pending()
 
@@ -70,9 +78,17 @@ def name_drops(
 class _Events:
     """Makes events of records. What a database or tablespace loses first may lie in records of an earlier interval."""
 
-    def __init__(self, readout: Readout, reader: CatalogReader, next_xid: int, drops: dict[int, SchemaDrop]) -> None:
+    def __init__(
+        self,
+        readout: Readout,
+        reader: CatalogReader,
+        database_at: DatabaseAt,
+        next_xid: int,
+        drops: dict[int, SchemaDrop],
+    ) -> None:
         self.readout = readout
         self.reader = reader
+        self.database_at = database_at
         self.next_xid = next_xid
         self.drops = drops
         self.invalidated: dict[int, Note] = {}
@@ -115,12 +131,12 @@ class _Events:
         if (message := wal.message(note)) is not None:
             yield {"kind": "mark", "name": message[1], "xid": self._xid(note) if message[0] else 0}
         if (drop := self.drops.get(note.lsn)) is not None:
-            told = {"database": drop.database, "database_name": reader.databases.get(drop.database, "")}
+            told = {"database": drop.database, "database_name": self.database_at(drop.database, note.lsn) or ""}
             yield {"kind": "drop_schema", "schema": drop.schema, "name": drop.name, **told, "xid": self._xid(note)}
         database = wal.dropped_database(note)
         if database is not None and note.xid in reader.dropping:  # else it was moved to another tablespace
             first = self._place(self.invalidated.pop(database, note))
-            name = reader.databases.get(database, "")
+            name = self.database_at(database, note.lsn) or ""
             yield {"kind": "drop_database", "database": database, "name": name, "xid": self._xid(note), "first": first}
         if (space := wal.dropped_tablespace(note)) is not None:
             first = self._place(reader.emptying.get(note.xid, note))

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.intervals.readout import Readout
-from pgcdp.postgres.relations import REWRITE, CatalogReader, Look, Relation, Said
+from pgcdp.postgres.relations import FIRST_NORMAL, REWRITE, CatalogReader, Look, Relation, Said
 from pgcdp.records import CHANGE, COMMITTED, COMMITTED_PREPARED
 
 _TRANSIENT = re.compile(re.escape(REWRITE) + r"(\d+)$")
 IN = (COMMITTED, COMMITTED_PREPARED)
 """Values of `status` of what counts for others."""
+
+
+@dataclass(frozen=True)
+class DatabaseNames:
+    """What databases were called, and from which commits on they were called otherwise."""
+
+    before: Mapping[int, str]
+    after: Mapping[int, str]
+    after_lsn: int
+    otherwise: Mapping[int, str]
+    renamed: Mapping[int, Sequence[tuple[int, str]]]
+
+    def called(self, oid: int) -> tuple[list[int], list[str | None]]:
+        """LSNs of commits, and the names that hold up to each of them and behind the last; None: not known."""
+        steps = self.renamed.get(oid, ())
+        first = self.before.get(oid) or next((name for _, name in steps), None) or self.after.get(oid)
+        return [lsn for lsn, _ in steps], [first or self.otherwise.get(oid), *(name for _, name in steps)]
+
+    def at(self, oid: int, lsn: int) -> str | None:
+        """The name for what is at `lsn`."""
+        lsns, names = self.called(oid)
+        return names[bisect_left(lsns, lsn)]
+
+    def now(self) -> dict[int, str]:
+        """All names at the end; a later look knows what was so then."""
+        said = {oid: steps[-1] for oid, steps in self.renamed.items() if steps}
+        return {
+            **self.otherwise, **self.before, **{oid: name for oid, (_, name) in said.items()}, **self.after,
+            **{oid: name for oid, (lsn, name) in said.items() if lsn >= self.after_lsn},
+        }  # fmt: skip
 
 
 @dataclass
@@ -28,6 +60,7 @@ class Names:
     code: NDArray[np.int64]
     transient: NDArray[np.bool_]
     look: Look | None
+    databases: DatabaseNames
 
 
 @dataclass
@@ -75,6 +108,9 @@ class _Namer:
         known = self.before.get((database, file))
         if known is None:
             known = self.settled(said[0]) if said else self.after.get((database, file))
+        if known is None and file < FIRST_NORMAL:  # a mapped catalog: pg_class does not say its file
+            named = self.reader.oids.get((database, file))
+            known = self.settled(named[0]) if named else self.by_oid.get((database, file))
         codes = np.full(len(lsns), self.intern(known), dtype=np.int64)
         transient = np.zeros(len(lsns), dtype=np.bool_)
         ended = [(self.committed[self._top(each)], each) for each in said if self._top(each) in self.committed]
@@ -105,22 +141,41 @@ def name_changes(readout: Readout, reader: CatalogReader, before: Look | None, a
     for database, file, rows in _files(changes):
         of = ends[owner[rows]]
         code[rows], transient[rows] = namer.name_file(database, file, of["lsn"], of["xid"])
-    return Names(namer.relations, code, transient, _look_now(namer, before, after))
+    databases = _database_names(namer, before, after)
+    return Names(namer.relations, code, transient, _look_now(namer, before, after, databases.now()), databases)
 
 
-def _look_now(namer: _Namer, before: Look | None, after: Look | None) -> Look | None:
+def _database_names(namer: _Namer, before: Look | None, after: Look | None) -> DatabaseNames:
+    renamed = {
+        oid: sorted(
+            (namer.committed[namer.top.get(xid, xid)], lsn, name)
+            for lsn, xid, name in said
+            if namer.top.get(xid, xid) in namer.committed
+        )
+        for oid, said in namer.reader.database_names.items()
+    }
+    return DatabaseNames(
+        before.databases if before else {},
+        after.databases if after else {},
+        after.lsn if after else 0,
+        namer.reader.databases,
+        {oid: [(committed, name) for committed, _, name in steps] for oid, steps in renamed.items()},
+    )
+
+
+def _look_now(namer: _Namer, before: Look | None, after: Look | None, databases: dict[int, str]) -> Look | None:
     """The newest look, with what WAL said since, as far as it was committed."""
     base = after or before
     since = base.lsn if base else 0
     said = [each for of_oid in namer.reader.oids.values() for each in of_oid if namer.committed_at(each) >= since]
     schemas = _schemas_now(namer)
     if not said and base is not None:
-        return replace(base, databases=dict(namer.reader.databases), schemas=schemas)
+        return replace(base, databases=databases, schemas=schemas)
     relations = {(each.database, each.oid): each for each in (base.relations if base else ())}
     for each in sorted(said, key=lambda each: each.lsn):
         if not _TRANSIENT.match(each.relation.name):
             relations[each.relation.database, each.relation.oid] = replace(namer.settled(each), file=each.relation.file)
-    return Look(since, dict(namer.reader.databases), schemas, tuple(relations.values()))
+    return Look(since, databases, schemas, tuple(relations.values()))
 
 
 def _schemas_now(namer: _Namer) -> dict[tuple[int, int], str]:
@@ -148,6 +203,7 @@ def _commits(readout: Readout, reader: CatalogReader) -> tuple[dict[int, int], d
     """Of those transactions that changed catalogs: where they committed, and which top transaction a subxid has."""
     wanted = {said.xid for each in reader.oids.values() for said in each}
     wanted |= {drop.xid for drop in reader.schema_drops.values()}
+    wanted |= {xid for each in reader.database_names.values() for _, xid, _ in each}
     ends = readout.ends
     owner = np.repeat(np.arange(len(ends)), ends["subxids"])
     top = {}

@@ -14,9 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgcdp.intervals.events import durable_write, events_of, full_xid
-from pgcdp.intervals.names import IN, Names, name_changes
+from pgcdp.intervals.names import IN, DatabaseNames, Names, name_changes
 from pgcdp.intervals.readout import Readout
-from pgcdp.postgres.relations import CatalogReader, Look, Relation
+from pgcdp.postgres.relations import FIRST_NORMAL, CatalogReader, Look, Relation
 from pgcdp.postgres.wal import Note, timeline_of
 from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, SCHEMA, TRUNCATED
 
@@ -62,12 +62,11 @@ def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid
         reader.take(note)
     readout = replace(readout, ends=with_timelines(readout.ends, [*past.notes, *readout.notes]))
     names = name_changes(readout, reader, past.look, look)
-    databases = reader.databases
     rows = _rows(readout, names)
     sizes, now = table_sizes(readout, rows, names, past.look, look)
-    table = _table(readout, rows, sizes, names, databases, next_xid)
-    events, pending = events_of(readout, reader, past.look, look, next_xid)
-    touched = _tables(rows, names, databases)
+    table = _table(readout, rows, sizes, names, next_xid)
+    events, pending = events_of(readout, reader, names.databases.at, past.look, look, next_xid)
+    touched = _tables(rows, names)
     return Indexed(table, touched, events, readout.wal, with_sizes(names.look, now), next_xid, pending)
 
 
@@ -106,7 +105,6 @@ def _table(
     rows: _Rows,
     sizes: NDArray[np.int64],
     names: Names,
-    databases: dict[int, str],
     next_xid: int,
 ) -> pa.Table:
     of = readout.ends[rows.end]
@@ -135,7 +133,7 @@ def _table(
         "subxids": _subxids(readout).take(pa.array(rows.end)),
         "database_oid": database.astype(np.uint32),
         "relation_oid": numbers["oid"].astype(np.uint32),
-        "database": _database_names(database, databases),
+        "database": _database_names(database, of["lsn"], names.databases),
         "schema": _named([each.schema for each in listed], at, known),
         "name": _named([each.name for each in listed], at, known),
         "kind": _named([each.kind for each in listed], at, known),
@@ -200,9 +198,10 @@ def with_sizes(look: Look | None, sizes: dict[tuple[int, int], int]) -> Look | N
     return replace(look, relations=tuple(relations))
 
 
-def _tables(rows: _Rows, names: Names, databases: dict[int, str]) -> list[dict[str, Any]]:
+def _tables(rows: _Rows, names: Names) -> list[dict[str, Any]]:
     """Each table that was touched, and by what: so that who looks for one knows whether to look here."""
     found = []
+    databases = names.databases.now()
     for number in np.unique(rows.relation[rows.relation >= 0]).tolist():
         relation, here = names.relations[number], rows.relation == number
         found.append(
@@ -245,6 +244,8 @@ def _rows(readout: Readout, names: Names) -> _Rows:
         inserted = np.add.reduceat(np.where(transient & made, np.uint64(0), changes["inserted"]), starts)
         committed = np.isin(ends["status"][end[starts]], IN)
         flags = np.where(committed, _flags(changes, transient, starts), 0).astype(np.uint8)
+        own = np.array([0 < each.oid < FIRST_NORMAL for each in names.relations])[code[last]]
+        flags[own] &= ~np.uint8(CREATED)  # a new database has the catalogs of its template
         touched = _Rows(end[starts], code[last], inserted, sums["updated"], sums["deleted"], flags)
         seen = (touched.inserted | touched.updated | touched.deleted | touched.flags) > 0
     else:
@@ -309,9 +310,15 @@ def _named(
     return pa.DictionaryArray.from_arrays(pa.array(indices, mask=wrong), pa.array(list(unique), pa.string()))
 
 
-def _database_names(oids: NDArray[np.int64], databases: dict[int, str]) -> pa.DictionaryArray:
-    unique, at = np.unique(oids, return_inverse=True)
-    return _named([databases.get(oid, f"database {oid}") if oid else None for oid in unique.tolist()], at)
+def _database_names(oids: NDArray[np.int64], lsns: NDArray[np.uint64], databases: DatabaseNames) -> pa.DictionaryArray:
+    names: list[str | None] = []
+    code = np.zeros(len(oids), dtype=np.int64)
+    for oid in np.unique(oids).tolist():
+        here = oids == oid
+        commits, called = databases.called(oid)
+        code[here] = len(names) + np.searchsorted(np.array(commits, dtype=np.uint64), lsns[here])
+        names += [name or f"database {oid}" if oid else None for name in called]
+    return _named(names, code)
 
 
 def _subxids(readout: Readout) -> pa.ListArray:

@@ -24,6 +24,10 @@ PG_NAMESPACE = 2615
 NAMING = (PG_CLASS, PG_INHERITS, PG_NAMESPACE)
 CATALOGS = (PG_CLASS, PG_TABLESPACE, PG_DATABASE, PG_INHERITS, PG_NAMESPACE)
 
+_SCHEMAS = {11: "pg_catalog", 99: "pg_toast"}
+FIRST_NORMAL = 16384
+"""The first OID that is not one of the catalogs' own (FirstNormalObjectId)."""
+
 INSERT, DELETE, UPDATE, HOT_UPDATE, INPLACE = 0x00, 0x10, 0x20, 0x40, 0x70
 MULTI_INSERT = 0x50
 PREFIX_FROM_OLD, SUFFIX_FROM_OLD = 1 << 5, 1 << 6
@@ -94,9 +98,10 @@ class CatalogReader:
 
     `files` holds what was said of each (database, file); `inplace` the in-place changes that made a database invalid
     (record, OID); `dropping` and `emptying` the records that deleted a row there or in pg_tablespace, by transaction;
-    `schema_drops` those that deleted a row of pg_namespace, by LSN. `naming`: the records with which a transaction
-    changed names of relations, together with those that the pages are known from. What
-    cannot be understood is passed over: looks make up for it.
+    `schema_drops` those that deleted a row of pg_namespace, by LSN. `database_names`: what transactions called
+    databases (LSN, xid, name); `databases`: the last of them, whatever became of its transaction. `naming`: the records
+    with which a transaction changed names of relations, together with those that the pages are known from. What cannot
+    be understood is passed over: looks make up for it.
     """
 
     catalogs: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -105,6 +110,7 @@ class CatalogReader:
     schemas: dict[tuple[int, int], str] = field(default_factory=dict)
     parents: dict[tuple[int, int], int] = field(default_factory=dict)
     databases: dict[int, str] = field(default_factory=dict)
+    database_names: dict[int, list[tuple[int, int, str]]] = field(default_factory=lambda: defaultdict(list))
     inplace: list[tuple[Note, int]] = field(default_factory=list)
     dropping: dict[int, Note] = field(default_factory=dict)
     emptying: dict[int, Note] = field(default_factory=dict)
@@ -240,7 +246,10 @@ class CatalogReader:
             if note.lsn >= self._told or schema not in self.schemas:  # what is older than the look is known to it
                 self.schemas[schema] = _name(content, 4)
         if catalog == PG_DATABASE and len(content) >= 68:
-            self.databases[struct.unpack_from("<I", content)[0]] = _name(content, 4)
+            oid, name = struct.unpack_from("<I", content)[0], _name(content, 4)
+            self.databases[oid] = name
+            if note.rmid != Manager.XLOG:
+                self.database_names[oid].append((note.lsn, note.xid, name))
         if catalog == PG_TABLESPACE and len(content) >= 68:
             self.tablespaces[struct.unpack_from("<I", content)[0]] = _name(content, 4)
         if catalog == PG_INHERITS and len(content) >= 8:
@@ -251,10 +260,8 @@ class CatalogReader:
         oid, schema, file = (struct.unpack_from("<I", content, at)[0] for at in (0, 68, 88))
         toast_at = 112 if note.magic >= MAGIC_18 else 108  # relallfrozen came with 18
         kind = chr(content[toast_at + 4 + 3])  # behind reltoastrelid, relhasindex, relisshared, relpersistence
-        relation = Relation(
-            block.database, oid, self.schemas.get((block.database, schema), f"schema {schema}"), _name(content, 4),
-            kind, file, 0, 0, 0,
-        )  # fmt: skip
+        called = self.schemas.get((block.database, schema)) or _SCHEMAS.get(schema, f"schema {schema}")
+        relation = Relation(block.database, oid, called, _name(content, 4), kind, file, 0, 0, 0)
         said = Said(note.lsn, note.xid, relation)
         self.oids[block.database, oid].append(said)
         if file:

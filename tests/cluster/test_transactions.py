@@ -201,6 +201,38 @@ def test_a_table_in_another_tablespace_is_rewritten(make_set: MakeSet, binaries_
         api.cut(found.name)
 
 
+def test_databases_are_named_as_they_were_called_then(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """What a new database has of its template is nothing that was made in it."""
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    api.cut(found.name)
+    made = len(deeds(found))
+    found.sql("create database d1")
+    assert len(deeds(found)) == made
+
+    def work(database: str, name: str) -> None:
+        with found.connect(database) as session:
+            session.execute(f"create table {name} (id int)".encode())
+
+    def called() -> list[tuple[str, str]]:
+        told = [(each["database"], table) for each in log(found) for table in each["tables"]]
+        assert not [table["name"] for _, table in told if "/" in table["name"] or table["schema"].startswith("schema ")]
+        return [(database, table["name"]) for database, table in told if table["schema"] == "public"][-4:]
+
+    work("d1", "a")
+    with found.connect() as session:
+        session.execute("begin; alter database d1 rename to never; rollback")
+        work("d1", "b")
+        session.execute("alter database d1 rename to d2")
+        work("d2", "c")
+        api.cut(found.name)
+        session.execute("alter database d2 rename to d3")
+        session.execute("begin; alter database d3 rename to never; rollback")
+        work("d3", "d")
+    for _ in range(2):
+        assert called() == [("d1", "a"), ("d1", "b"), ("d2", "c"), ("d3", "d")]
+        api.cut(found.name)
+
+
 def test_what_a_restart_of_the_agent_leaves_is_the_same(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15))
     with found.connect() as session:
