@@ -36,12 +36,19 @@ enum { HEAP_INSERT = 0x00, HEAP_DELETE = 0x10, HEAP_UPDATE = 0x20, HEAP_HOT_UPDA
 #define OLDEST_RUNNING_AT 16u /* xl_running_xacts.oldestRunningXid */
 enum { SMGR_CREATE = 0x10, SMGR_TRUNCATE = 0x20 };
 
+#define FEW 16u /* a power of two: up to so many changes are looked through one by one */
+
+struct changes {
+    uint32_t count, room;
+    struct fmt_change *change;
+    uint32_t slots, *slot; /* a hash of them: their number + 1, 0 for none; no slots while they are few */
+};
+
 struct xact {
     struct xact *next;
     uint32_t xid;
     uint64_t first_lsn;
-    uint32_t changes, room;
-    struct fmt_change *change;
+    struct changes changes;
 };
 
 struct xacts {
@@ -49,13 +56,89 @@ struct xacts {
     void *arg;
     struct xact *bucket[BUCKETS];
     uint32_t count;
-    struct fmt_change *merged;
-    uint32_t merged_count, merged_room;
+    struct changes merged;
     uint32_t *subxid; /* of the transaction that ends now, aligned */
     uint32_t subxid_room;
 };
 
 /* ---- changes ---- */
+
+static bool same(const struct fmt_relation *a, const struct fmt_relation *b)
+{
+    return a->file == b->file && a->database == b->database && a->tablespace == b->tablespace;
+}
+
+static uint32_t hash_of(const struct fmt_relation *r)
+{
+    uint64_t key = ((uint64_t)r->database << 32 | r->file) ^ (uint64_t)r->tablespace << 16;
+    return (uint32_t)(key * UINT64_C(0x9E3779B97F4A7C15) >> 32);
+}
+
+/* The slot that a relation is in, or would be put into. */
+static uint32_t *slot_of(const struct changes *c, const struct fmt_relation *relation)
+{
+    uint32_t at = hash_of(relation) & (c->slots - 1);
+    while (c->slot[at] && !same(&c->change[c->slot[at] - 1].relation, relation))
+        at = (at + 1) & (c->slots - 1);
+    return &c->slot[at];
+}
+
+/* Room for one more, and from the first that are too many to look through on, a hash of them all, at most half full. */
+static bool grow(struct changes *c)
+{
+    uint32_t wanted = c->room ? c->room * 2 : 4;
+    struct fmt_change *grown = realloc(c->change, wanted * sizeof *grown);
+    if (!grown)
+        return false;
+    c->change = grown;
+    c->room = wanted;
+    if (wanted <= FEW)
+        return true;
+    uint32_t *slot = calloc(2 * (size_t)wanted, sizeof *slot);
+    if (!slot)
+        return false;
+    free(c->slot);
+    c->slot = slot;
+    c->slots = 2 * wanted;
+    for (uint32_t i = 0; i < c->count; i++)
+        *slot_of(c, &c->change[i].relation) = i + 1;
+    return true;
+}
+
+/* The change of a relation, made if it is missing; NULL: no memory. */
+static struct fmt_change *change_in(struct changes *c, const struct fmt_relation *relation)
+{
+    if (c->slots) {
+        uint32_t number = *slot_of(c, relation);
+        if (number)
+            return &c->change[number - 1];
+    } else
+        for (uint32_t i = c->count; i-- > 0;)
+            if (same(&c->change[i].relation, relation))
+                return &c->change[i];
+    if (c->count == c->room && !grow(c))
+        return NULL;
+    struct fmt_change *made = &c->change[c->count++];
+    *made = (struct fmt_change){.relation = *relation};
+    if (c->slots)
+        *slot_of(c, relation) = c->count;
+    return made;
+}
+
+static void changes_free(struct changes *c)
+{
+    free(c->change);
+    free(c->slot);
+    *c = (struct changes){0};
+}
+
+/* Few leave their room to those that come next. */
+static void changes_empty(struct changes *c)
+{
+    if (c->slots)
+        changes_free(c);
+    c->count = 0;
+}
 
 static struct xact *find(struct xacts *x, uint32_t xid)
 {
@@ -81,7 +164,7 @@ static void drop(struct xacts *x, struct xact **link)
     struct xact *t = *link;
     *link = t->next;
     x->count--;
-    free(t->change);
+    changes_free(&t->changes);
     free(t);
 }
 
@@ -106,35 +189,10 @@ static void forget_before(struct xacts *x, uint32_t oldest)
         }
 }
 
-static bool same(const struct fmt_relation *a, const struct fmt_relation *b)
-{
-    return a->file == b->file && a->database == b->database && a->tablespace == b->tablespace;
-}
-
-/* The change of a relation in a growing list, made if it is missing; NULL: no memory. */
-static struct fmt_change *change_in(struct fmt_change **list, uint32_t *count, uint32_t *room,
-                                     const struct fmt_relation *relation)
-{
-    for (uint32_t i = *count; i-- > 0;)
-        if (same(&(*list)[i].relation, relation))
-            return &(*list)[i];
-    if (*count == *room) {
-        uint32_t wanted = *room ? *room * 2 : 4;
-        struct fmt_change *grown = realloc(*list, wanted * sizeof **list);
-        if (!grown)
-            return NULL;
-        *list = grown;
-        *room = wanted;
-    }
-    struct fmt_change *made = &(*list)[(*count)++];
-    *made = (struct fmt_change){.relation = *relation};
-    return made;
-}
-
 static struct fmt_change *change_of(struct xacts *x, const struct wal_record *r, const struct fmt_relation *relation)
 {
     struct xact *t = find_or_make(x, r->xid, r->lsn);
-    return t ? change_in(&t->change, &t->changes, &t->room, relation) : NULL;
+    return t ? change_in(&t->changes, relation) : NULL;
 }
 
 static int take_heap(struct xacts *x, const struct wal_record *r, const struct wal_parts *p)
@@ -251,14 +309,15 @@ static bool parse_prepare(const struct wal_record *r, const struct wal_parts *p,
 
 static int merge(struct xacts *x, const struct xact *t)
 {
-    for (uint32_t i = 0; t && i < t->changes; i++) {
-        struct fmt_change *c = change_in(&x->merged, &x->merged_count, &x->merged_room, &t->change[i].relation);
+    for (uint32_t i = 0; t && i < t->changes.count; i++) {
+        const struct fmt_change *from = &t->changes.change[i];
+        struct fmt_change *c = change_in(&x->merged, &from->relation);
         if (!c)
             return -ENOMEM;
-        c->flags |= t->change[i].flags;
-        c->inserted += t->change[i].inserted;
-        c->updated += t->change[i].updated;
-        c->deleted += t->change[i].deleted;
+        c->flags |= from->flags;
+        c->inserted += from->inserted;
+        c->updated += from->updated;
+        c->deleted += from->deleted;
     }
     return 0;
 }
@@ -282,7 +341,7 @@ static int keep_subxids(struct xacts *x, struct ending *g)
 static int report(struct xacts *x, struct ending *g)
 {
     struct xact_end *end = &g->end;
-    x->merged_count = 0;
+    changes_empty(&x->merged);
     if (keep_subxids(x, g))
         return -ENOMEM;
     struct xact *top = find(x, end->xid);
@@ -299,13 +358,13 @@ static int report(struct xacts *x, struct ending *g)
     for (uint32_t i = 0; i < g->file_count; i++) {
         struct fmt_relation relation;
         memcpy(&relation, g->files + i * sizeof relation, sizeof relation);
-        struct fmt_change *c = change_in(&x->merged, &x->merged_count, &x->merged_room, &relation);
+        struct fmt_change *c = change_in(&x->merged, &relation);
         if (!c)
             return -ENOMEM;
         c->flags |= FMT_CHANGE_DROPPED;
     }
-    end->changes = x->merged_count;
-    end->change = x->merged;
+    end->changes = x->merged.count;
+    end->change = x->merged.change;
     return x->ended(x->arg, end);
 }
 
@@ -384,10 +443,10 @@ void xacts_save(const struct xacts *x, FILE *out)
     fwrite(&x->count, sizeof x->count, 1, out);
     for (uint32_t b = 0; b < BUCKETS; b++)
         for (const struct xact *t = x->bucket[b]; t; t = t->next) {
-            struct saved_xact saved = {t->first_lsn, t->xid, t->changes};
+            struct saved_xact saved = {t->first_lsn, t->xid, t->changes.count};
             fwrite(&saved, sizeof saved, 1, out);
-            for (uint32_t i = 0; i < t->changes; i++)
-                fwrite(&t->change[i], sizeof t->change[i], 1, out);
+            for (uint32_t i = 0; i < t->changes.count; i++)
+                fwrite(&t->changes.change[i], sizeof t->changes.change[i], 1, out);
         }
 }
 
@@ -402,7 +461,7 @@ bool xacts_restore(struct xacts *x, struct cursor *in)
             return false;
         for (uint32_t k = 0; k < s.changes; k++) {
             struct fmt_change *into;
-            if (!cursor_copy(in, &c, sizeof c) || !(into = change_in(&t->change, &t->changes, &t->room, &c.relation)))
+            if (!cursor_copy(in, &c, sizeof c) || !(into = change_in(&t->changes, &c.relation)))
                 return false;
             *into = c;
         }
@@ -428,10 +487,10 @@ void xacts_close(struct xacts *x)
     for (uint32_t b = 0; b < BUCKETS; b++)
         for (struct xact *t = x->bucket[b], *next; t; t = next) {
             next = t->next;
-            free(t->change);
+            changes_free(&t->changes);
             free(t);
         }
-    free(x->merged);
+    changes_free(&x->merged);
     free(x->subxid);
     free(x);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from pgcdp import api
+from pgcdp.intervals.indexing import Start
 from pgcdp.records import Target
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
@@ -115,3 +117,41 @@ def test_the_bad_statement_is_found_among_ten_million(make_set: MakeSet, binarie
     if results:
         (Path(results) / "ten-million.json").write_text(json.dumps(told, indent=1) + "\n")
     assert max(told["find_seconds"].values()) < 1.0, told
+
+
+def reading_seconds(found: ProtectedSet, number: int) -> tuple[float, float]:
+    """Processor time of the engine's reading of an interval, and the MB of WAL in it."""
+    store = Store.open(found.store)
+    before = Bundle.open(store, number - 1).interval.boundary
+    start = Start.of(store, before, {}, int(found.config.cluster.system_identifier))
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+    readout = start.read([store.interval(number)])
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wal = int(readout.wal["to_lsn"][-1] - readout.wal["from_lsn"][0])
+    return ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime, wal / 1e6
+
+
+def test_many_tables_in_one_transaction_are_read_as_fast_as_one(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """What a transaction did to each file is not looked for one by one."""
+    settings = {"autovacuum": "off", "max_wal_size": "1GB", "max_locks_per_transaction": "2000"}
+    found = make_set(binaries_of(15), settings=settings, size=1 << 30)
+    with found.connect() as session:
+        session.execute("create table p (id int) partition by list (id); create table one (id int)")
+        session.execute("do $$ begin for i in 0..2999 loop execute format("
+                        "'create table p%s partition of p for values in (%s)', i, i); end loop; end $$")  # fmt: skip
+        cost = []
+        for table in ("one", "p"):
+            api.cut(found.name)
+            rows = "select n * 7919::bigint % 3000 from generate_series(1, 200000) n"
+            session.execute(f"insert into {table} {rows}".encode())
+            number = api.cut(found.name)["number"]
+            told = next(each for each in api.log(found.name, limit=10)["transactions"] if each["tables"])
+            assert sum(each["inserted"] for each in told["tables"]) == 200_000
+            seconds, megabytes = min(reading_seconds(found, number) for _ in range(3))
+            cost.append(seconds / megabytes)
+            print(table, f"{seconds:.2f} s, {megabytes:.1f} MB, {megabytes / seconds:.0f} MB/s")
+        dropped = session.execute("select count(*) from pg_class where relname ~ '^p[0-9]+$'").fetchall()[0][0]
+        session.execute("drop table p")
+    told = api.log(found.name, limit=1)["transactions"][0]
+    assert sum(each["dropped"] for each in told["tables"]) == dropped == 3000
+    assert cost[1] < 3 * cost[0]
