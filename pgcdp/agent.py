@@ -30,6 +30,7 @@ from pgcdp.errors import BugError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
+from pgcdp.intervals.indexing import newest_look
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.postgres.catalogs import look
 from pgcdp.postgres.relations import Look
@@ -50,6 +51,8 @@ RETRY_SECONDS = 5.0
 PATIENCE_SECONDS = 5.0
 """How long a step waits for Postgres, which may itself wait for a journal that only this agent can make room in."""
 SETTINGS_SECONDS = 60.0
+LOOK_SECONDS = 30.0
+"""How long a look at the catalogs waits for each database; other work goes on meanwhile."""
 FILES_SECONDS = 5.0
 """How long a boundary waits for the filesystems to say whose their blocks are; less while the journal is filling."""
 FILES_HURRY_SECONDS = 0.5
@@ -74,6 +77,9 @@ class Agent:
         self.settings: Settings = {}
         self.settings_at = 0.0
         self.looked_at = 0.0
+        self.whole_look_at = time.monotonic()
+        self.no_look = ""
+        self.looking: asyncio.Task[tuple[Look, dict[str, str]]] | None = None
         self.asked: str | None = None
         self.asking: asyncio.Task[int] | None = None
         self.asked_lsn: int | None = None
@@ -112,7 +118,7 @@ class Agent:
                 await self._turn()
         finally:
             server.close()
-            for task in (self.asking, self.learning):
+            for task in (self.asking, self.learning, self.looking):
                 if task is not None:
                     task.cancel()
                     with suppress(asyncio.CancelledError, PgcdpError):
@@ -398,15 +404,32 @@ class Agent:
 
     async def _look(self, stages: Stages) -> None:
         """Keep the names of relations with the open interval; without a look, those of the last one hold."""
-        if self.asking is not None or time.monotonic() - self.looked_at < SETTINGS_SECONDS:
+        if self.looking is None:
+            if self.asking is not None or time.monotonic() - self.looked_at < SETTINGS_SECONDS:
+                return
+            self.looking = asyncio.create_task(self._read_catalogs(stages))
+            await asyncio.wait({self.looking}, timeout=PATIENCE_SECONDS)
+        if not self.looking.done():
             return
+        task, self.looking = self.looking, None
         self.looked_at = time.monotonic()
-        with suppress(PgcdpError):
-            found = await self._soon(self._read_catalogs())
+        try:
+            found, failed = task.result()
+        except PgcdpError as error:
+            problem = error.message
+        else:
+            problem = "; ".join(f"database {name}: {why}" for name, why in failed.items())
             await self._in_worker(stages.look, found, self.settings)
+            if not failed:
+                self.whole_look_at = self.looked_at
+        if problem and problem != self.no_look:
+            logger.warning("no look at the catalogs: %s", problem)
+        self.no_look = problem
 
-    async def _read_catalogs(self) -> Look:
-        return await look(Dsn.of(self.config), await self._connected())
+    async def _read_catalogs(self, stages: Stages) -> tuple[Look, dict[str, str]]:
+        number = stages.newest.number if stages.newest is not None else 0
+        before = await self._in_worker(newest_look, stages.store, number)
+        return await look(Dsn.of(self.config), before, LOOK_SECONDS)
 
     async def _read_settings(self) -> Settings:
         return await (await self._connected()).settings()
@@ -506,6 +529,8 @@ class Agent:
             "stored_write": newest.write,
             "stored_time_ns": newest.time_ns,
             "taken_write": opened.last_write,
+            "look_seconds": round(time.monotonic() - self.whole_look_at),
+            "no_look": self.no_look,
         }
 
 

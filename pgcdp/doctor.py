@@ -25,6 +25,8 @@ from pgcdp.store.scrub import check_store
 from pgcdp.units import format_size
 
 STORE_LEAST_FREE = 1 << 30
+LOOK_LATE_SECONDS = 300
+"""Age of the last look at all catalogs from which on it is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,12 @@ def _agent(config: Config) -> Iterator[Finding]:
         yield _failed("agent", state["error"], f"look at {config.paths.agent_log}")
     else:
         yield _passed("agent", state["phase"])
+    age = state.get("look_seconds", 0)
+    if state.get("no_look") or age > LOOK_LATE_SECONDS:
+        why = state.get("no_look") or "postgres was not asked"
+        yield _passed(
+            "look at the catalogs", f"warning: the last whole one is {age // 60} min old, names may be lost: {why}"
+        )
 
 
 def _settings(config: Config) -> Iterator[Finding]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from pgcdp.errors import PgcdpError
-from pgcdp.log import get
 from pgcdp.postgres.relations import Look, Relation
 from pgcdp.postgres.session import Dsn, Session
-
-log = get(__name__)
 
 _RELATIONS_SQL = """
 select case when c.relisshared then 0 else d.oid end::bigint, c.oid::bigint, n.nspname::text, c.relname::text,
@@ -28,26 +26,38 @@ on d.datname = current_database()
 """
 
 
-async def look(dsn: Dsn, session: Session) -> Look:
-    """Look at every database that lets connections in; `session` is one to any of them.
+async def look(dsn: Dsn, before: Look | None, patience: float) -> tuple[Look, dict[str, str]]:
+    """Look at every database that lets connections in; also: those that did not answer, by name, and why.
 
-    A database that cannot be reached is left out, and the log says so. Raises PreconditionError when `session` fails.
+    Each has `patience` seconds. What one that did not answer holds is what the look `before` said, and the look is no
+    newer than that one then. Raises PreconditionError when no database can be asked which there are.
     """
-    lsn = await session.lsn()
-    found = await session.databases()
+    session = await Session.open(dsn)
+    try:
+        lsn = await session.lsn()
+        found = await session.databases()
+    finally:
+        await session.close()
+    failed: dict[str, str] = {}
     relations: dict[tuple[int, int], Relation] = {}
     schemas: dict[tuple[int, int], str] = {}
     for database in found:
         if not database.connectable:
             continue
         try:
-            rows, names = await _look_into(dsn, database.name)
-        except PgcdpError as error:
-            log.warning("no look at database %s: %s", database.name, error.message)
+            rows, names = await asyncio.wait_for(_look_into(dsn, database.name), patience)
+        except (PgcdpError, TimeoutError) as error:
+            failed[database.name] = getattr(error, "message", f"no answer in {patience:g} s")
+            if before is not None:
+                lsn = min(lsn, before.lsn)
+                relations.update(
+                    {(each.database, each.oid): each for each in before.relations if each.database == database.oid}
+                )
+                schemas.update({key: name for key, name in before.schemas.items() if key[0] == database.oid})
             continue
         relations.update({(row[0], row[1]): Relation(*row) for row in rows})
         schemas.update({(row[0], row[1]): row[2] for row in names})
-    return Look(lsn, {each.oid: each.name for each in found}, schemas, tuple(relations.values()))
+    return Look(lsn, {each.oid: each.name for each in found}, schemas, tuple(relations.values())), failed
 
 
 async def _look_into(dsn: Dsn, database: str) -> tuple[list[Any], list[Any]]:
@@ -55,4 +65,4 @@ async def _look_into(dsn: Dsn, database: str) -> tuple[list[Any], list[Any]]:
     try:
         return await session.rows(_RELATIONS_SQL), await session.rows(_SCHEMAS_SQL)
     finally:
-        await session.close()
+        await session.close(timeout=1)

@@ -12,9 +12,11 @@ import pytest
 from pgcdp import api
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.records import Target
+from pgcdp.store.transactions import read_look
 from pgcdp.units import parse_time
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 
@@ -154,3 +156,36 @@ def test_no_look_fails_while_the_agent_goes_on(make_set: MakeSet, binaries_of: B
     assert looks > 5
     api.cut(found.name)
     assert len(api.info(found.name)["intervals"]) > 3
+
+
+def test_a_database_that_does_not_answer_keeps_its_names(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """A look is what all others said, and what was known of that one; check tells of it."""
+    found = make_set(
+        binaries_of(15), size=384 * MIB, allowed=["no look at the catalogs: database slow", "connection to client lost"]
+    )
+    found.sql("create database slow")
+    with found.connect("slow") as session:
+        session.execute("create table kept (id int)")
+    found.kill_agent()
+    found.up()  # it looks as it starts
+    api.cut(found.name)
+    number = api.cut(found.name)["number"]
+
+    def names() -> set[str]:
+        seen = read_look(found.store / "incoming" / f"{number + 1:010d}")
+        return {each.name for each in seen.relations if each.oid >= 16384} if seen else set()
+
+    with found.connect("slow") as session:
+        session.execute("begin; lock table pg_class in access exclusive mode")
+        found.sql("create table here (id int)")
+        found.kill_agent()
+        found.up()
+        wait_until(lambda: {"here", "kept"} <= names(), timeout=90, what="a look")
+        told = [each for each in api.check(found.name)["checks"] if each["name"] == "look at the catalogs"]
+        assert len(told) == 1
+        assert "database slow: " in told[0]["detail"]
+        session.execute("rollback")
+    found.kill_agent()
+    found.up()
+    wait_until(lambda: {"here", "kept"} <= names(), what="a look")
+    assert "look at the catalogs" not in [each["name"] for each in api.check(found.name)["checks"]]
