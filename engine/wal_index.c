@@ -37,6 +37,7 @@ struct index_run {
     struct tables *tables;
     struct settle *settle;
     uint64_t seen; /* the write looked at last */
+    uint64_t begin; /* the first record */
     uint64_t upto;
     uint64_t settle_upto; /* behind `upto`, up to here, writes are looked at for what waits for them; WAL is not read there */
 };
@@ -140,6 +141,8 @@ static int take_record(void *arg, const struct wal_record *record)
 {
     struct index_run *run = arg;
     struct wal_parts parts;
+    if (!run->begin)
+        run->begin = record->lsn;
     if (!wal_parse(record, &parts))
         return 0;
     int rc = notes_wants(&run->reading.notes, record, &parts) ? tables_note(run->tables, record) : 0;
@@ -172,8 +175,9 @@ static int take_write(struct index_run *run, const struct fmt_record *r, const u
         return 0;
     uint64_t from = wal_next_lsn(wal);
     int rc = wal_take(wal, r->number, r->volume, r->offset, data, r->data_length);
-    struct fmt_wal_write row = {.write = r->number, .from_lsn = from, .to_lsn = wal_next_lsn(wal)};
-    if (!rc && row.to_lsn == from)
+    struct fmt_wal_write row = {.write = r->number, .to_lsn = wal_next_lsn(wal)};
+    row.from_lsn = from ? from : run->begin ? run->begin : row.to_lsn;
+    if (!rc && row.to_lsn == row.from_lsn)
         return settle_by(run, r, data, e);
     if (!rc)
         rc = settle_wal(run->settle, row, r->volume);

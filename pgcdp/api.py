@@ -133,6 +133,8 @@ def up(set_name: str, progress: Report = silent) -> Json:
     """Attach, mount, start Postgres and the agent."""
     config = load_config(set_name)
     attach.up(config, progress, lambda: service.start(config))
+    with suppress(PgcdpError):  # databases that were made since; pgcdp check says what is missing
+        role.install(session.Dsn.of(config))
     return status(set_name)
 
 

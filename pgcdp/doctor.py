@@ -134,7 +134,7 @@ def _role(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
         return
     lacking = role.missing(session.Dsn.of(config))
     if lacking:
-        yield _passed("role pgcdp", f"warning: missing: {', '.join(lacking)}; pgcdp protect {config.name} makes them")
+        yield _passed("role pgcdp", f"warning: missing: {', '.join(lacking)}; pgcdp up {config.name} makes them")
     else:
         yield _passed("role pgcdp", "least privilege, and pgcdp.mark in every database")
 

@@ -59,9 +59,12 @@ def _wanted(
     if table is not None:
         schema, dot, name = table.rpartition(".")
         tables = Known.of(transactions).tables(name, schema if dot else None, database, _search_path(source))
+    elif database is not None:
+        search.check_database(transactions, database)
     return Wanted(
         tables, operation, xid,
         None if since_ns is None else since_ns // 1000, None if until_ns is None else until_ns // 1000,
+        database=database,
     )  # fmt: skip
 
 

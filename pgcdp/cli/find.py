@@ -41,11 +41,12 @@ def command(
     else:
         name, sql = options.split_set(words, "SQL")
     value = api.find(name, sql, store, newest=newest, database=database, limit=limit)
-    screen.result(value, output, _render)
+    where = "" if store is None else f" --store {store}"
+    screen.result(value, output, lambda told: _render(told, where))
 
 
-def _render(value: Mapping[str, Any]) -> None:
+def _render(value: Mapping[str, Any], where: str) -> None:
     log.render(value)
-    if value["transactions"]:
-        xid = value["transactions"][0]["xid"]
-        screen.note(f"just before the first of these: pgcdp restore --target-xid {xid} --exclusive --to-directory DIR")
+    if value["transactions"] and value["transactions"][0]["status"] != "aborted":
+        words = f"pgcdp restore{where} --target-xid {value['transactions'][0]['xid']} --exclusive --to-directory DIR"
+        screen.note(f"just before the first of these: {words}")

@@ -96,7 +96,7 @@ def store_option(function: F) -> F:
     """--store instead of SET, for commands that need nothing but the store."""
     return click.option(
         "--store",
-        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
         metavar="DIR",
         help="A store instead of SET: nothing else is needed, on any machine.",
     )(function)

@@ -25,7 +25,7 @@ POSTGRES_EPOCH_US = 946_684_800_000_000
 TABLE_KINDS = "rpmf"
 """Kinds of relations that are tables to users; indexes, sequences and TOAST tables are not listed."""
 
-_FILE_CREATED, _FILE_DROPPED, _FILE_SHRUNK = 1, 2, 4
+_FILE_CREATED, _FILE_DROPPED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,8 @@ def _unknown(names: Names, change: np.void) -> int:
 def _flags(changes: NDArray[np.void], transient: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """What became of a table, by its files: a new one beside the old one is TRUNCATE, or a rewrite.
 
-    In another tablespace it is a copy of the old one.
+    In another tablespace it is a copy of the old one. A file that was cut is nothing: VACUUM does that to its free end,
+    and TRUNCATE only to a table that the same transaction has made.
     """
     files = changes["flags"]
 
@@ -284,7 +285,6 @@ def _flags(changes: NDArray[np.void], transient: NDArray[np.bool_], starts: NDAr
     both = (files & (_FILE_CREATED | _FILE_DROPPED)) == (_FILE_CREATED | _FILE_DROPPED)
     made = any_of(((files & _FILE_CREATED) > 0) & ~both)
     gone = any_of(((files & _FILE_DROPPED) > 0) & ~both)
-    shrunk = any_of((files & _FILE_SHRUNK) > 0)
     into, out_of = (
         np.maximum.reduceat(np.where(((files & flag) > 0) & ~both, changes["tablespace"], 0), starts)
         for flag in (_FILE_CREATED, _FILE_DROPPED)
@@ -292,7 +292,7 @@ def _flags(changes: NDArray[np.void], transient: NDArray[np.bool_], starts: NDAr
     rewritten = any_of(transient) | (made & gone & (into != out_of))
     found: NDArray[np.int64] = (
         REWRITTEN * rewritten
-        + TRUNCATED * (~rewritten & ((made & gone) | shrunk))
+        + TRUNCATED * (~rewritten & made & gone)
         + DROPPED * (~rewritten & gone & ~made)
         + CREATED * (~rewritten & made & ~gone)
     )

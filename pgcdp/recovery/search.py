@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import Deed
-from pgcdp.records import COMMITTED, COMMITTED_PREPARED, PREPARED
+from pgcdp.records import ABORTED, COMMITTED, COMMITTED_PREPARED, PREPARED
 from pgcdp.recovery import dropped
 from pgcdp.recovery.dropped import HIDDEN_SCHEMAS, NEAREST, Lsns
 from pgcdp.recovery.history import Transactions
@@ -42,7 +42,8 @@ class Wanted:
     """Which transactions are meant. None: any. `tables` must be touched, by `operation` where one is given.
 
     `instead`: or by one of these operations. `behind_lsn`: only those that ended behind it; `lsns`: those that ended
-    there. `done`: not those that were rolled back.
+    there. `done`: not those that were rolled back. `database`: only what was done
+    in the database of this name.
     """
 
     tables: frozenset[Table] | None = None
@@ -54,6 +55,7 @@ class Wanted:
     lsns: Lsns | None = None
     instead: tuple[str, ...] = ()
     done: bool = False
+    database: str | None = None
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -148,6 +150,14 @@ def _where(database: str | None) -> str:
     return "" if database is None else f" in database {database}"
 
 
+def check_database(transactions: Transactions, name: str) -> None:
+    """Raises TargetError when no database of that name was ever known."""
+    known = {each for look in transactions.looks() for each in look.databases.values()}
+    known |= {row["database"] for number in transactions.numbers for row in transactions.tables(number)}
+    if name not in known:
+        raise TargetError(f"no database {name} is known", f"there are: {', '.join(sorted(known - {''}))}")
+
+
 # --- the listing
 
 
@@ -167,7 +177,16 @@ def listing(transactions: Transactions, wanted: Wanted, limit: int | None) -> Fo
 
 
 def by_share(transactions: Transactions, wanted: Wanted, limit: int) -> Found:
-    """What is wanted, largest share of a table first."""
+    """What is wanted, largest share of a table first; what was rolled back comes last."""
+    found = _by_share(transactions, wanted, limit)
+    if wanted.done or all(each["status"] != STATUS[ABORTED] for each in found.transactions):
+        return found
+    done = _by_share(transactions, replace(wanted, done=True), limit).transactions
+    undone = [each for each in found.transactions if each["status"] == STATUS[ABORTED]]
+    return Found([*done, *undone][:limit], found.total)
+
+
+def _by_share(transactions: Transactions, wanted: Wanted, limit: int) -> Found:
     best: list[tuple[float, int, int, int | None]] = []
     total = 0
     for order, number in enumerate(transactions.numbers):
@@ -224,6 +243,7 @@ def _matching(
     """LSNs of the transactions of an interval that are wanted, rising, and the share of the table that each touched."""
     columns = ["lsn", "rows", "inserted", "updated", "deleted", "flags", "relation_oid", "database_oid"]
     columns += ["status"] if wanted.done else []
+    columns += ["database"] if wanted.database is not None else []
     columns += ["xid", "subxids"] if wanted.xid is not None else []
     columns += ["time_us"] if (wanted.since_us, wanted.until_us) != (None, None) else []
     table = transactions.table(number, columns, _ranges(wanted, number))
@@ -238,6 +258,8 @@ def _matching(
         kept &= (values["relation_oid"] >= FIRST_USER_OID) | (values["relation_oid"] == 0)
     if wanted.operations:
         kept &= np.logical_or.reduce([_did(values, each) for each in wanted.operations])
+    if wanted.database is not None:
+        kept &= values["database"] == wanted.database
     if wanted.done:
         kept &= np.isin(values["status"], (COMMITTED, COMMITTED_PREPARED, PREPARED))
     if wanted.behind_lsn:

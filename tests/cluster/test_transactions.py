@@ -310,6 +310,32 @@ def forget_index(found: ProtectedSet, number: int) -> None:
     write_json(place / "manifest.json", {**manifest, "transactions": None})
 
 
+def test_what_looks_like_a_truncate_is_none(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """VACUUM cuts the free end of a file, all of it when no row is left."""
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    with found.connect() as session:
+        session.execute("create table t as select generate_series(1, 20000) n")
+        for sql in ("delete from t where n > 10000", "vacuum t", "delete from t", "vacuum t", "create database other"):
+            session.execute(sql.encode())
+        session.execute("insert into t values (1)")
+    with found.connect("other") as session:
+        session.execute("create table u (id int)")
+    for _ in range(2):
+        assert api.find(found.name, "truncate t")["total"] == 0
+        (last,) = api.log(found.name, database="postgres", limit=1)["transactions"]
+        assert last["tables"][0]["name"] == "t"
+        assert {each["database"] for each in api.log(found.name, database="other")["transactions"]} == {"other"}
+        with pytest.raises(TargetError, match="no database nope is known") as raised:
+            api.log(found.name, database="nope")
+        assert "other" in (raised.value.hint or "")
+        first = found.source().transactions().history()
+        wal = [chapter.wal() for _, chapter in first.newest_first()][-1]
+        assert 0 < int(wal["from_lsn"][0]) <= int(wal["to_lsn"][0])
+        with pytest.raises(TargetError, match="is not in what can be restored"):
+            api.resolve(found.name, Target("lsn", 1))
+        api.cut(found.name)
+
+
 def test_log_follows(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15))
     found.sql("create table t (id int)")
