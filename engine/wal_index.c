@@ -24,7 +24,7 @@
 #define IMAGES 256u
 
 struct index_options {
-    uint64_t system_identifier, segment_bytes, start_lsn, upto, settle_upto;
+    uint64_t system_identifier, segment_bytes, start_lsn, behind, upto, settle_upto;
     const char *state, *save_state, *journal, *out;
     const char *image[IMAGES]; /* by volume */
     bool holes;
@@ -47,7 +47,7 @@ static int usage(const char *message, const char *argument)
     struct err e;
     err_set(&e, ERR_USAGE, message, argument);
     err_hint(&e, "pgcdp-engine wal --system-identifier N --out DIR [--segment-bytes N] [--start-lsn X/Y | --state FILE] "
-                 "[--save-state FILE] [--journal DIR] [--upto WRITE] "
+                 "[--save-state FILE] [--journal DIR] [--behind WRITE] [--upto WRITE] "
                  "[--wal-holes [--image VOLUME=FILE ...] [--settle-upto WRITE]] [INTERVAL ...]");
     return command_failed(&e, ERR_USAGE);
 }
@@ -79,6 +79,7 @@ static bool take_option(struct index_options *o, int option, const char *value)
     case 'i': return command_number(value, &o->system_identifier);
     case 'b': return command_number(value, &o->segment_bytes) && o->segment_bytes <= UINT32_MAX;
     case 'l': return parse_lsn(value, &o->start_lsn);
+    case 'B': return command_number(value, &o->behind);
     case 'u': return command_number(value, &o->upto);
     case 's': o->state = value; return true;
     case 'S': o->save_state = value; return true;
@@ -100,7 +101,8 @@ static int parse(int argc, char **argv, struct index_options *o)
         {"state", required_argument, NULL, 's'},             {"save-state", required_argument, NULL, 'S'},
         {"journal", required_argument, NULL, 'j'},           {"out", required_argument, NULL, 'o'},
         {"wal-holes", no_argument, NULL, 'h'},               {"image", required_argument, NULL, 'I'},
-        {"settle-upto", required_argument, NULL, 'U'},       {NULL, 0, NULL, 0},
+        {"settle-upto", required_argument, NULL, 'U'},       {"behind", required_argument, NULL, 'B'},
+        {NULL, 0, NULL, 0},
     };
     *o = (struct index_options){.segment_bytes = 16u << 20, .upto = UINT64_MAX};
     optind = 1;
@@ -303,7 +305,7 @@ static int open_run(struct index_run *run, const struct index_options *o, struct
         return rc;
     if ((rc = tables_open(&run->tables, o->out, e)))
         return rc;
-    run->seen = run->reading.write;
+    run->seen = max_u64(run->reading.write, o->behind);
     settle_between(run->settle, run->reading.wal, run->tables);
     return read_images(run, o, e);
 }

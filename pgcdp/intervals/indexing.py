@@ -62,7 +62,8 @@ class Start:
     def read(self, intervals: list[Path], **more: Any) -> Readout:
         """Read the WAL behind the boundary: as `readout.read_wal`."""
         start_lsn = 0 if self.state else self.boundary.checkpoint_lsn
-        return read_wal(self.cluster, intervals, start_lsn=start_lsn, state=self.state, **more)
+        behind = self.boundary.write  # the journal may begin before it, and lack what lies between
+        return read_wal(self.cluster, intervals, start_lsn=start_lsn, behind=behind, state=self.state, **more)
 
 
 def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -> Cluster:

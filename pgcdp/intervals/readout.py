@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,7 @@ def read_wal(
     intervals: Sequence[Path],
     *,
     start_lsn: int = 0,
+    behind: int = 0,
     state: Path | None = None,
     save_state: Path | None = None,
     journal: Path | None = None,
@@ -59,8 +61,9 @@ def read_wal(
     """Read the WAL in the writes of interval directories, then of a journal, up to write `upto`.
 
     With wal_init_zero off, WAL may be durable only with a write behind that one: it is looked for up to `settle_upto`.
-    It begins with the first record behind `start_lsn`, or goes on from what another run saved as `state`. Raises what
-    the engine says: DamageError, or PreconditionError when the journal does not hold the next write any more.
+    It begins behind write `behind`, with the first record behind `start_lsn`, or goes on from what another run saved as
+    `state`. Raises what the engine says: DamageError, or PreconditionError when the journal does not hold the next
+    write any more.
     """
     words = [
         "wal",
@@ -75,7 +78,13 @@ def read_wal(
         words.append("--wal-holes")
         for number, image in enumerate(cluster.images):
             words += ["--image", f"{number}={image}"]
-    options = {"--state": state, "--save-state": save_state, "--journal": journal, "--upto": upto}
+    options: dict[str, Any] = {
+        "--behind": behind or None,
+        "--state": state,
+        "--save-state": save_state,
+        "--journal": journal,
+        "--upto": upto,
+    }
     options["--settle-upto"] = settle_upto
     for option, value in options.items():
         if value is not None:

@@ -11,7 +11,10 @@ import xxhash
 
 from pgcdp import api
 from pgcdp.capture import attach
+from pgcdp.intervals.indexing import Start
 from pgcdp.records import Target
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.layout import Store
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 
@@ -80,3 +83,19 @@ def test_a_state_that_is_out_of_step_is_left_for_the_boundary(make_set: MakeSet,
     api.cut(found.name)
     assert api.log(found.name)["unknown"] == []
     assert rows(found)[-1] == (7, 0)
+
+
+def test_without_a_state_reading_begins_behind_the_boundary(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """The journal may hold older writes, and lack some between them and the boundary."""
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    found.sql("create table t (id int)")
+    number = api.cut(found.name)["number"]
+    found.sql("insert into t values (1)")
+    upto = found.durable()
+    store = Store.open(found.store)
+    (store.interval(number) / "wal.state").unlink()
+    boundary = Bundle.open(store, number).interval.boundary
+    start = Start.of(store, boundary, {}, int(found.config.cluster.system_identifier))
+    readout = start.read([], journal=found.config.journal, upto=upto)
+    assert len(readout.ends)
+    assert readout.wal["write"].min() > boundary.write
