@@ -74,6 +74,7 @@ class Agent:
         self.store_lock: FileLock | None = None
         self.status: EngineStatus | None = None
         self.session: Session | None = None
+        self.session_lock = asyncio.Lock()  # it answers one question at a time
         self.settings: Settings = {}
         self.settings_at = 0.0
         self.looked_at = 0.0
@@ -350,11 +351,12 @@ class Agent:
 
     async def _checkpoint(self) -> int:
         """What was written without fsync must be on the volumes before the checkpoint says that all is (R6)."""
-        session = await self._connected()
-        await self._see_whether_it_went_back(session)
-        await asyncio.to_thread(syncfs, [volume.mountpoint for volume in self.config.volumes])
-        await session.checkpoint()
-        return await session.checkpoint_lsn()
+        async with self.session_lock:
+            session = await self._connected()
+            await self._see_whether_it_went_back(session)
+            await asyncio.to_thread(syncfs, [volume.mountpoint for volume in self.config.volumes])
+            await session.checkpoint()
+            return await session.checkpoint_lsn()
 
     async def _see_whether_it_went_back(self, session: Session) -> None:
         """A copy of the data directory in its place has an older checkpoint than was captured: boundaries go on there.
@@ -432,10 +434,12 @@ class Agent:
         return await look(Dsn.of(self.config), before, LOOK_SECONDS)
 
     async def _read_settings(self) -> Settings:
-        return await (await self._connected()).settings()
+        async with self.session_lock:
+            return await (await self._connected()).settings()
 
     async def _newest_checkpoint(self) -> int:
-        return await (await self._connected()).checkpoint_lsn()
+        async with self.session_lock:
+            return await (await self._connected()).checkpoint_lsn()
 
     async def _soon(self, answer: Awaitable[T]) -> T:
         """What Postgres answers within PATIENCE_SECONDS. Raises PreconditionError otherwise."""
