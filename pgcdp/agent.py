@@ -54,8 +54,7 @@ SETTINGS_SECONDS = 60.0
 LOOK_SECONDS = 30.0
 """How long a look at the catalogs waits for each database; other work goes on meanwhile."""
 FILES_SECONDS = 5.0
-"""How long a boundary waits for the filesystems to say whose their blocks are; less while the journal is filling."""
-FILES_HURRY_SECONDS = 0.5
+"""How long a boundary waits for the filesystems to say whose their blocks are; not at all while the journal fills."""
 FILES_SHARE = 0.05
 """Part of the time that may go into asking them."""
 PRESSURE = 0.5
@@ -299,8 +298,9 @@ class Agent:
             logger.warning("closing the store: %s", error)
 
     def _map_files(self) -> FileMap | None:
-        hurry = self.status is None or self._pressed(self.status)
-        return self.files.soon(FILES_HURRY_SECONDS if hurry else FILES_SECONDS, FILES_SHARE)
+        if self.status is None or self._pressed(self.status):  # it would wait for the room that is made here
+            return None
+        return self.files.soon(FILES_SECONDS, FILES_SHARE)
 
     def _remember(self, interval: Interval) -> None:
         assert self.catalog is not None

@@ -7,7 +7,7 @@ filesystem and no access time changes, so that looking writes nothing.
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
 import os
 import stat
 import struct
@@ -26,6 +26,8 @@ from pgcdp.log import get
 from pgcdp.records import BLOCK, FILE_EXTENT
 
 log = get(__name__)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 FS_IOC_FIEMAP = 0xC020660B
 FS_IOC_GETFSMAP = 0xC0C0583B
@@ -197,6 +199,17 @@ def _entries(directory: Path) -> Iterator[tuple[str, os.stat_result, int]]:
         os.close(fd)
 
 
+def _ioctl(fd: int, request: int, buffer: bytearray) -> None:
+    """ioctl that lets other threads go on: it may wait for room in the journal, and they make it.
+
+    (fcntl.ioctl keeps Python's lock meanwhile when the buffer is larger than 1 KiB.) Raises OSError.
+    """
+    place = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    if _libc.ioctl(fd, request, ctypes.addressof(place)) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 def file_extents(fd: int) -> tuple[tuple[tuple[int, int, int], ...], bool]:
     """(block on the volume, number of blocks, block in the file) of a file's extents; False: some have no place yet."""
     found: list[tuple[int, int, int]] = []
@@ -204,7 +217,7 @@ def file_extents(fd: int) -> tuple[tuple[tuple[int, int, int], ...], bool]:
     while True:
         buffer = bytearray(_FIEMAP.pack(start, (1 << 64) - 1 - start, 0, 0, _EXTENTS_AT_ONCE, 0))
         buffer += bytes(56 * _EXTENTS_AT_ONCE)
-        fcntl.ioctl(fd, FS_IOC_FIEMAP, buffer)
+        _ioctl(fd, FS_IOC_FIEMAP, buffer)
         count = _FIEMAP.unpack_from(buffer)[3]
         flags = _LAST
         for number in range(count):
@@ -228,7 +241,7 @@ def free_blocks(mountpoint: Path) -> Iterator[tuple[int, int]]:
     try:
         while True:
             buffer = bytearray(struct.pack("<IIII6Q", 0, 0, entries, 0, *[0] * 6) + key + last + bytes(64 * entries))
-            fcntl.ioctl(fd, FS_IOC_GETFSMAP, buffer)
+            _ioctl(fd, FS_IOC_GETFSMAP, buffer)
             count = struct.unpack_from("<I", buffer, 12)[0]
             flags = 0
             for number in range(count):
