@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import time
@@ -418,14 +419,15 @@ class Agent:
         try:
             found, failed = task.result()
         except PgcdpError as error:
-            problem = error.message
+            problem, level = error.message, logging.INFO  # Postgres may be down
         else:
+            level = logging.WARNING
             problem = "; ".join(f"database {name}: {why}" for name, why in failed.items())
             await self._in_worker(stages.look, found, self.settings)
             if not failed:
                 self.whole_look_at = self.looked_at
         if problem and problem != self.no_look:
-            logger.warning("no look at the catalogs: %s", problem)
+            logger.log(level, "no look at the catalogs: %s", problem)
         self.no_look = problem
 
     async def _read_catalogs(self, stages: Stages) -> tuple[Look, dict[str, str]]:
