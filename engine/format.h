@@ -1,4 +1,4 @@
-/* The on-disk structs of FORMAT.md, sections 1 (journal) and 2 (frames). Little-endian machines only; sizes are asserted. */
+/* The on-disk structs of FORMAT.md, sections 1 (journal), 2 (frames) and 5 (map of a view). Little-endian machines only; sizes are asserted. */
 #ifndef PGCDP_FORMAT_H
 #define PGCDP_FORMAT_H
 
@@ -110,6 +110,24 @@ static_assert(sizeof(struct fmt_frame) == 32, "FORMAT.md 2");
 
 #define FMT_FRAME_LIMIT ((size_t)64 << 20)
 
+struct fmt_frame_entry { /* FORMAT.md 2: of each frame in the directory */
+    uint64_t position;
+    uint64_t offset;
+    uint32_t raw_length;
+    uint32_t stored_length;
+};
+static_assert(sizeof(struct fmt_frame_entry) == 24, "FORMAT.md 2");
+
+static const char FMT_TRAILER_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'E', 'N', 'D'};
+
+struct fmt_frames_trailer { /* FORMAT.md 2: how a finished frames file ends */
+    char magic[8];
+    uint64_t directory;
+    uint64_t frames;
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_frames_trailer) == 32, "FORMAT.md 2");
+
 struct fmt_index { /* FORMAT.md 3.1 */
     struct fmt_record record;
     uint64_t position;
@@ -184,6 +202,56 @@ struct fmt_wal_state { /* FORMAT.md 4.2: what it begins with */
     uint64_t checksum;
 };
 static_assert(sizeof(struct fmt_wal_state) == 48, "FORMAT.md 4.2");
+
+static const char FMT_MAP_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'M', 'A', 'P'};
+#define FMT_MAP_VOLUMES 256u
+
+struct fmt_map { /* FORMAT.md 5: how the map of a view begins */
+    char magic[8];
+    uint32_t version;
+    uint32_t volumes;
+    uint8_t set_id[16];
+    uint64_t length;
+    uint64_t extents;
+    uint32_t sources;
+    uint32_t reserved;
+    uint64_t checksum;
+};
+static_assert(sizeof(struct fmt_map) == 64, "FORMAT.md 5");
+static_assert(offsetof(struct fmt_map, checksum) == 56, "FORMAT.md 5");
+
+struct fmt_map_volume {
+    char name[64];
+    uint64_t bytes;
+    uint32_t source;
+    uint32_t reserved;
+};
+static_assert(sizeof(struct fmt_map_volume) == 80, "FORMAT.md 5");
+
+enum fmt_map_source_kind { FMT_MAP_IMAGE = 0, FMT_MAP_FRAMES = 1 };
+
+struct fmt_map_source {
+    uint32_t kind;
+    char content[4];
+    uint64_t interval;
+    uint64_t path;
+    uint32_t path_length;
+    uint32_t reserved;
+};
+static_assert(sizeof(struct fmt_map_source) == 32, "FORMAT.md 5");
+
+enum fmt_extent_kind { FMT_EXTENT_DATA = 0, FMT_EXTENT_ZEROS = 1 };
+
+struct fmt_map_extent {
+    uint64_t block;
+    uint32_t count;
+    uint16_t volume;
+    uint16_t kind;
+    uint64_t position;
+    uint32_t source;
+    uint32_t reserved;
+};
+static_assert(sizeof(struct fmt_map_extent) == 32, "FORMAT.md 5");
 
 /* Header length of a batch with so many records. */
 static inline uint64_t fmt_batch_header(uint64_t records)

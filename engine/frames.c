@@ -11,6 +11,7 @@
 
 #include "checksum.h"
 #include "format.h"
+#include "frame_file.h"
 #include "io.h"
 #include "util.h"
 
@@ -112,13 +113,7 @@ static int load(struct frames *f, struct err *e)
         return 0;
     if ((rc = io_pread(f->fd, f->stored, h.stored_length, f->offset + sizeof h)))
         return err_sys(e, rc, "cannot read %s at offset %" PRIu64, f->path, f->offset);
-    if (checksum_zeroed2(&h, sizeof h, offsetof(struct fmt_frame, checksum), f->stored, h.stored_length) != h.checksum ||
-        h.position != f->position)
-        return damage(f, e, "a damaged frame");
-    if (h.codec == FMT_CODEC_PLAIN && h.stored_length == h.raw_length)
-        memcpy(f->raw, f->stored, h.raw_length);
-    else if (h.codec != FMT_CODEC_ZSTD ||
-             ZSTD_decompressDCtx(f->zstd, f->raw, h.raw_length, f->stored, h.stored_length) != h.raw_length)
+    if (h.position != f->position || !frame_unpack(&h, f->stored, f->zstd, f->raw))
         return damage(f, e, "a damaged frame");
     f->raw_begin = 0;
     f->raw_end = h.raw_length;

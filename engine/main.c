@@ -4,6 +4,8 @@
 
 #include "capture.h"
 #include "dump.h"
+#include "list_map.h"
+#include "show_view.h"
 #include "wal_index.h"
 
 static const struct {
@@ -12,7 +14,9 @@ static const struct {
     const char *help;
 } COMMANDS[] = {
     {"capture", cmd_capture, "serve a set's volumes and journal every write"},
+    {"view", cmd_view, "serve a set's volumes as they were at a recovery point"},
     {"dump", cmd_dump, "list the records of a journal"},
+    {"map", cmd_map, "list what the map of a view says"},
     {"wal", cmd_wal, "list the transactions in the writes of stored intervals"},
     {"check", cmd_check, "read a whole journal and name every damage"},
 };

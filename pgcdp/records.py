@@ -48,6 +48,19 @@ EXTENT = np.dtype(
 )
 """One extent of a backward or forward map, 32 bytes (FORMAT.md 3.2)."""
 
+MAP_EXTENT = np.dtype(
+    [
+        ("block", "<u8"),
+        ("count", "<u4"),
+        ("volume", "<u2"),
+        ("kind", "<u2"),
+        ("position", "<u8"),
+        ("source", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+"""One extent of the map of a view, 32 bytes (FORMAT.md 5); `source` is the number of a frames file."""
+
 FILE_EXTENT = np.dtype([("block", "<u8"), ("count", "<u4"), ("volume", "<u2"), ("at", "<u8"), ("file", "<u4")])
 """Blocks of a volume that belong to a file, from its block `at` on; `file` is a number."""
 

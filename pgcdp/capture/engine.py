@@ -12,12 +12,15 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pgcdp import proc
+from pgcdp.capture import volumes
 from pgcdp.config import Config
 from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.records import Position, Volume
@@ -138,7 +141,7 @@ class EngineClient:
         Raises EngineBusy while a volume file is open. Harmless when no engine runs.
         """
         try:
-            pid = self.status().pid
+            pid = int(self.request("status")["pid"])
         except EngineGone:
             return
         ended = _pidfd(pid)
@@ -150,6 +153,9 @@ class EngineClient:
             if ended is not None:
                 os.close(ended)
             _reap()
+
+
+_NO_FILES: Mapping[int, int] = MappingProxyType({})
 
 
 def parse_status(reply: dict[str, Any]) -> EngineStatus:
@@ -213,31 +219,94 @@ def spawn_capture(config: Config, create: bool = False, timeout: float = 3600.0)
     paths = config.paths
     for directory in (paths.state, paths.run, paths.fuse, config.journal):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    paths.control.unlink(missing_ok=True)
-    log = os.open(paths.engine_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    return _start(capture_command(config, create), paths.control, paths.engine_log, timeout)[0]
+
+
+def _start(
+    command: Sequence[str], control: Path, log_file: Path, timeout: float, files: Mapping[int, int] = _NO_FILES
+) -> tuple[EngineClient, int]:
+    """Start an engine that serves and wait until it answers at `control`; gives its process id, too."""
+    control.unlink(missing_ok=True)
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         begin = os.fstat(log).st_size
-        pid = _spawn(capture_command(config, create), log)
+        pid = _spawn(command, log, files)
     finally:
         os.close(log)
-    client = EngineClient(paths.control)
+    client = EngineClient(control)
     try:
-        _await_answer(client, pid, paths.engine_log, begin, timeout)
+        _await_answer(client, pid, log_file, begin, timeout)
     except BaseException as error:
         if not isinstance(error, Exception):  # interrupted: nobody could find it before it answers
             _end(pid)
         raise
-    return client
+    return client, pid
 
 
-def _spawn(command: Sequence[str], log: int) -> int:
-    """The process id of a child in a session of its own, whose directory is / and whose output goes to `log`."""
+def _spawn(command: Sequence[str], log: int, files: Mapping[int, int]) -> int:
+    """The process id of a child in a session of its own, whose directory is / and whose output goes to `log`.
+
+    `files` are further descriptors: {its number there: the one here}; standard input is empty unless named there.
+    """
     null = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
-    output = [(os.POSIX_SPAWN_DUP2, log, number) for number in (1, 2)]
+    passed = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in {**files, 1: log, 2: log}.items()]
     shell = ["/bin/sh", "-c", 'cd / && exec "$@"', "sh", *command]
-    pid = os.posix_spawn(shell[0], shell, os.environ, file_actions=[null, *output], setsid=True)
+    pid = os.posix_spawn(shell[0], shell, os.environ, file_actions=[null, *passed], setsid=True)
     _children.add(pid)
     return pid
+
+
+@contextmanager
+def serving_view(place: Path, map_file: Path, held: int, cache: int | None = None) -> Iterator[EngineClient]:
+    """A view of `map_file` inside: `place`/fuse/NAME is each volume. All else that it needs lies in `place`, too.
+
+    `held` is a descriptor that the engine keeps open as long as it lives (-1: none). It ends with this process, however
+    that ends. Raises what it died of, by its exit code.
+    """
+    fuse = place / "fuse"
+    fuse.mkdir(mode=0o700)
+    command = [
+        os.fspath(find_engine()), "view", "--until-eof",
+        "--map", os.fspath(map_file),
+        "--fuse", os.fspath(fuse),
+        "--control", os.fspath(place / "control"),
+        "--overlay", os.fspath(place),
+        *(["--cache", str(cache)] if cache is not None else []),
+    ]  # fmt: skip
+    theirs, ours = os.pipe2(os.O_CLOEXEC)
+    try:
+        # Above those that the shell could use, and in no order in which one would overwrite another.
+        files = {0: theirs} if held < 0 else {0: theirs, _HELD: held}
+        client, pid = _start(command, place / "control", place / "engine.log", 600.0, files)
+    except BaseException:
+        os.close(ours)
+        volumes.unmount_lazily(fuse)
+        raise
+    finally:
+        os.close(theirs)
+    try:
+        yield client
+    finally:
+        os.close(ours)  # it ends by that
+        _await_end(pid)
+        volumes.unmount_lazily(fuse)
+
+
+_HELD = 100
+"""Number that a descriptor to keep has in the engine."""
+
+
+def end_views(place: Path) -> None:
+    """End the engines that use files below `place`: what a killed process left and what does not end by itself."""
+    name = find_engine().name
+    for pid, found in volumes.users_of(place):
+        if found == name:
+            with suppress(ProcessLookupError):
+                ended = _pidfd(pid)
+                if ended is not None:
+                    os.kill(pid, signal.SIGKILL)
+                    select.select([ended], [], [], 60.0)
+                    os.close(ended)
 
 
 def run_engine(arguments: Sequence[str]) -> str:
@@ -257,6 +326,16 @@ def _end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         _children.discard(pid)
+
+
+def _await_end(pid: int, timeout: float = 60.0) -> None:
+    """Until a child has ended, which is killed when it does not."""
+    deadline = time.monotonic() + timeout
+    while pid in _children and time.monotonic() < deadline:
+        _reap()
+        if pid in _children:
+            time.sleep(0.005)
+    _end(pid)
 
 
 def _reap() -> None:

@@ -15,7 +15,7 @@ from pgcdp.errors import UsageError
 from pgcdp.fsio import sync_directory
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
-from pgcdp.recovery.scratch import mounted, write_images
+from pgcdp.recovery.scratch import copied, write_images
 from pgcdp.recovery.source import Source
 
 
@@ -51,7 +51,7 @@ def to_directory(source: Source, point: RecoveryPoint, place: Path, progress: Re
     """
     work = place.parent / f".pgcdp-restore-{place.name}"
     _refuse_used(place, work)
-    with mounted(source, point, work, progress) as found:
+    with copied(source, point, work, progress) as found:
         status = found.stat()
         control = found / "global" / "pg_control"
         content, control_status = control.read_bytes(), control.stat()

@@ -56,7 +56,7 @@ def opened(
     progress: Report = silent,
 ) -> Iterator[Sandbox]:
     """A Postgres on the recovery point, in a scratch place; all of it is gone afterwards."""
-    with mounted(source, point, below, progress) as pgdata:
+    with mounted(source, point, below, progress, forgive=True) as pgdata:
         progress(Progress("starting postgres on it"))
         box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=binaries, hide=hide)
         with box:

@@ -1,7 +1,7 @@
-"""Scratch places: a recovery point as files of its own, mounted for a while, gone afterwards.
+"""Scratch places: a recovery point, shown or copied, mounted for a while, gone afterwards.
 
-A scratch place is locked by the process that uses it. What a killed one left (mounts, loop devices, files) is cleared
-away by the next that works below the same directory.
+A scratch place is locked by the process that uses it. What a killed one left (processes, mounts, loop devices, files)
+is cleared away by the next that works below the same directory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pgcdp import proc
 from pgcdp.capture import volumes
+from pgcdp.capture.engine import end_views
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import free_space, sync_directory
 from pgcdp.intervals.increments import FileTarget
@@ -24,6 +25,7 @@ from pgcdp.postgres.cluster import kill_leftovers
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.source import Source
+from pgcdp.recovery.view import shown
 
 
 def write_images(source: Source, point: RecoveryPoint, files: list[Path], progress: Report) -> int:
@@ -50,17 +52,41 @@ def write_images(source: Source, point: RecoveryPoint, files: list[Path], progre
 
 
 @contextmanager
-def mounted(source: Source, point: RecoveryPoint, below: Path, progress: Report = silent) -> Iterator[Path]:
-    """The recovery point as a mounted data directory in a scratch place of its own; all of it is gone afterwards."""
-    with ExitStack() as stack:
-        scratch = stack.enter_context(_place(below))
+def mounted(
+    source: Source, point: RecoveryPoint, below: Path, progress: Report = silent, *, forgive: bool = False
+) -> Iterator[Path]:
+    """The recovery point as a mounted data directory, opened in place: nothing is copied, whatever its size.
+
+    It can be written to; all of that is gone afterwards. `forgive`: as `view.shown`.
+    """
+    with (
+        _place(below) as scratch,
+        shown(source, point, scratch, progress, forgive=forgive) as files,
+        _mounted(source, scratch, files, volumes.WRITE_THROUGH, progress) as place,
+    ):
+        yield place
+
+
+@contextmanager
+def copied(source: Source, point: RecoveryPoint, below: Path, progress: Report = silent) -> Iterator[Path]:
+    """The same in files of its own: every byte of it has been read and checked."""
+    with _place(below) as scratch:
         files = [scratch / f"{volume.name}.img" for volume in source.store.volumes]
         write_images(source, point, files, progress)
+        with _mounted(source, scratch, files, volumes.WRITE_BACK, progress) as place:
+            yield place
+
+
+@contextmanager
+def _mounted(source: Source, scratch: Path, files: list[Path], mode: str, progress: Report) -> Iterator[Path]:
+    """The filesystems of all volumes, mounted below `scratch` as they belong together."""
+    file_of = {volume.name: file for volume, file in zip(source.store.volumes, files, strict=True)}
+    with ExitStack() as stack:
         place = scratch / "mnt"
         place.mkdir(mode=0o700)
         for name, where in _mount_order(source, place):
             progress(Progress(f"mounting volume {name}"))
-            device = volumes.attach_loop(scratch / f"{name}.img")
+            device = volumes.attach_loop(file_of[name], mode)
             stack.callback(volumes.detach_loop, device)
             _mount(device, where, source.store.extra["filesystems"][name])
             stack.callback(volumes.unmount, where)
@@ -163,14 +189,26 @@ def clear_left(below: Path) -> None:
         if fd < 0:
             continue
         try:
-            for mount in reversed(volumes.mounts_below(scratch)):
-                kill_leftovers(mount.mountpoint)  # a sandbox that outlived its verification
-                volumes.unmount(mount.mountpoint)
-            for device in volumes.loops_over(scratch):
-                volumes.detach_loop(device)
+            _clear(scratch)
             shutil.rmtree(scratch)
         finally:
             os.close(fd)
+
+
+def _clear(scratch: Path) -> None:
+    """From the top down: Postgres, filesystems, loop devices, the engine that served their files, its FUSE mount."""
+    found = list(reversed(volumes.mounts_below(scratch)))
+    doors = [mount for mount in found if mount.fstype.startswith("fuse")]
+    for mount in found:
+        if mount not in doors:
+            kill_leftovers(mount.mountpoint)  # a sandbox that outlived its verification
+            volumes.unmount(mount.mountpoint)
+    for device in volumes.loops_over(scratch):
+        volumes.detach_loop(device)
+    if doors or (scratch / "control").exists():
+        end_views(scratch)
+    for mount in doors:
+        volumes.unmount_lazily(mount.mountpoint)
 
 
 def _lock(scratch: Path) -> int:

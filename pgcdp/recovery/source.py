@@ -29,7 +29,7 @@ from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Targe
 from pgcdp.recovery.history import Transactions, settings_behind
 from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
-from pgcdp.store.image import Image
+from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
@@ -230,7 +230,7 @@ class Source:
         if mark is not None:
             self._check_released(mark.released_write)
 
-    def _bundle(self, write: int) -> Bundle | None:
+    def bundle(self, write: int) -> Bundle | None:
         """The published interval that holds a write."""
         for interval in self.intervals():
             if interval.from_write <= write <= interval.to_write:
@@ -244,7 +244,7 @@ class Source:
         except FileNotFoundError:
             return np.empty(0, dtype=INDEX)
 
-    def _snapshot(self, write: int) -> OpenSnapshot | None:
+    def snapshot(self, write: int) -> OpenSnapshot | None:
         """The open interval if it holds a write; its `index` begins there. The caller closes its `writes`."""
         try:
             opened = read_open(self.store, self._number())
@@ -256,7 +256,8 @@ class Source:
         opened.writes.close()
         return None
 
-    def _batches(self, after: int, upto: int) -> Iterator[BatchRun]:
+    def batches(self, after: int, upto: int) -> Iterator[BatchRun]:
+        """Runs of the journal's writes after `after` up to `upto`. PreconditionError without a journal."""
         if self.journal is None:
             raise PreconditionError(
                 f"{self.store.path} was opened without a journal", "name the set instead of its store"
@@ -274,11 +275,11 @@ class Source:
         return np.concatenate(parts)
 
     def _times(self, write: int, upto: int) -> NDArray[np.int64]:
-        bundle = self._bundle(write)
+        bundle = self.bundle(write)
         entries = _from(bundle.index(), write) if bundle is not None else self._open_index(write)
         if len(entries):
             return np.asarray(entries["wall_ns"][: upto - write + 1], dtype=np.int64)
-        runs = [np.asarray(run.records["wall_ns"], dtype=np.int64) for run in self._batches(write - 1, upto)]
+        runs = [np.asarray(run.records["wall_ns"], dtype=np.int64) for run in self.batches(write - 1, upto)]
         return np.concatenate(runs)
 
     def record(self, write: int) -> np.void:
@@ -290,7 +291,7 @@ class Source:
         return self.again(lambda: self._data(write))
 
     def _record(self, write: int) -> np.void:
-        bundle = self._bundle(write)
+        bundle = self.bundle(write)
         if bundle is not None:
             return _first(_from(bundle.index(), write))
         last = self._last_entry()
@@ -300,21 +301,21 @@ class Source:
             entries = self._open_index(write)
             if len(entries):
                 return _first(entries)
-        for run in self._batches(write - 1, write):
+        for run in self.batches(write - 1, write):
             return _first(run.records)
         raise DamageError(f"write {write} is in neither {self.store.path} nor the journal")
 
     def _data(self, write: int) -> bytes:
-        bundle = self._bundle(write)
+        bundle = self.bundle(write)
         if bundle is not None:
             entry = _first(_from(bundle.index(), write))
             with bundle.writes() as writes:
                 return writes.read(int(entry["position"]), int(entry["data_length"]))
-        opened = self._snapshot(write)
+        opened = self.snapshot(write)
         if opened is not None:
             with opened.writes as writes:
                 return writes.read(int(opened.index[0]["position"]), int(opened.index[0]["data_length"]))
-        for run in self._batches(write - 1, write):
+        for run in self.batches(write - 1, write):
             return run.data_of(0).tobytes()
         raise DamageError(f"write {write} is in neither {self.store.path} nor the journal")
 
@@ -338,23 +339,29 @@ class Source:
     # --- making it
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """The image does not move inside."""
-        with image_held(self.store):
-            yield
+    def held(self) -> Iterator[int]:
+        """The image does not move inside, nor while somebody inherits the descriptor (-1: nobody moves it anyway)."""
+        with image_held(self.store) as descriptor:
+            yield descriptor
+
+    def image_state(self) -> ImageState:
+        """Where the image is; call it `held`. PreconditionError while the first one is being made."""
+        state = read_state(self.store)
+        if state.state == "baseline":  # boundary 0 is named already, but the agent has not brought it there
+            raise PreconditionError(
+                f"the first backup image of set {self.store.set_name} is being finished",
+                f"run this again when pgcdp status {self.store.set_name} says that the agent follows",
+            )
+        return state
 
     def materialize(self, point: RecoveryPoint, target: BlockTarget, progress: Report = silent) -> None:
         """Write the state at `point` to `target`, whose blocks are zeros. Call it `held`.
 
         Every byte is checked on its way. Raises DamageError naming file and offset.
         """
+        self.image_state()
         image = Image.open(self.store)
         try:
-            if image.state.state == "baseline":  # boundary 0 is named already, but the agent has not brought it there
-                raise PreconditionError(
-                    f"the first backup image of set {self.store.set_name} is being finished",
-                    f"run this again when pgcdp status {self.store.set_name} says that the agent follows",
-                )
             before = point.write if point.blank_write is None else point.blank_write - 1
             done = self._copy_image(image, before, target, progress)
         finally:
@@ -398,7 +405,7 @@ class Source:
 
     def _forward_once(self, done: int, upto: int, target: BlockTarget) -> int:
         """Go on from write `done` with whatever holds the next write; returns the write reached."""
-        bundle = self._bundle(done + 1)
+        bundle = self.bundle(done + 1)
         if bundle is not None:
             if done + 1 == bundle.interval.from_write and upto >= bundle.interval.to_write:
                 apply_forward(target, bundle)
@@ -406,12 +413,12 @@ class Source:
                 with bundle.writes() as writes:
                     apply_writes(target, _from(bundle.index(), done + 1), writes, upto)
             return min(upto, bundle.interval.to_write)
-        opened = self._snapshot(done + 1)
+        opened = self.snapshot(done + 1)
         if opened is not None:
             with opened.writes as writes:
                 apply_writes(target, opened.index, writes, upto)
             return min(upto, int(opened.index["number"][-1]))
-        for run in self._batches(done, upto):
+        for run in self.batches(done, upto):
             apply_run(target, run)
             done = run.last_write
         return done

@@ -15,34 +15,39 @@ from pgcdp.store.layout import Store
 
 
 @contextmanager
-def image_held(store: Store) -> Iterator[None]:
-    """Hold the image where it is, together with others who read it. Waits for the end of a movement."""
-    with _locked(store, fcntl.LOCK_SH):
-        yield
+def image_held(store: Store) -> Iterator[int]:
+    """Hold the image where it is, together with others who read it. Waits for the end of a movement.
+
+    Gives the locked descriptor: whoever inherits it holds the image, too. -1 on a read-only filesystem.
+    """
+    with _locked(store, fcntl.LOCK_SH) as descriptor:
+        assert descriptor is not None
+        yield descriptor
 
 
 @contextmanager
 def image_to_move(store: Store, *, wait: bool = False) -> Iterator[bool]:
     """Keep readers out while the image moves; False when one is there now (never with `wait`)."""
-    with _locked(store, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)) as got:
-        yield got
+    with _locked(store, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)) as descriptor:
+        yield descriptor is not None
 
 
 @contextmanager
-def _locked(store: Store, kind: int) -> Iterator[bool]:
+def _locked(store: Store, kind: int) -> Iterator[int | None]:
+    """The locked descriptor; None when somebody else has the lock."""
     try:
         fd = os.open(store.image / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if error.errno != errno.EROFS or kind != fcntl.LOCK_SH:
             raise
-        yield True  # a copy of a store on a read-only filesystem: nobody moves its image
+        yield -1  # a copy of a store on a read-only filesystem: nobody moves its image
         return
     try:
         try:
             fcntl.flock(fd, kind)
         except BlockingIOError:
-            yield False
+            yield None
         else:
-            yield True
+            yield fd
     finally:
         os.close(fd)

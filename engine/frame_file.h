@@ -1,0 +1,52 @@
+/* A finished frames file (FORMAT.md 2) by its directory: any frame, checked when it is read.
+ *
+ * What is here does not change after frame_file_open: any thread.
+ */
+#ifndef PGCDP_FRAME_FILE_H
+#define PGCDP_FRAME_FILE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <zstd.h>
+
+#include "err.h"
+#include "format.h"
+
+struct frame_file;
+
+struct frame_identity { /* what the file's header must say */
+    const char *content;
+    const uint8_t *set_id;
+    uint64_t interval;
+};
+
+/* What a thread needs to unpack frames. Zeroed before the first use. */
+struct frame_scratch {
+    ZSTD_DCtx *zstd;
+    uint8_t *stored;
+    size_t room;
+};
+
+void frame_scratch_free(struct frame_scratch *s);
+
+/* Checks header, trailer and directory. ERR_DAMAGE with file and offset, or -errno. */
+int frame_file_open(struct frame_file **out, const char *path, const struct frame_identity *wanted, struct err *e);
+void frame_file_close(struct frame_file *f);
+
+const char *frame_file_path(const struct frame_file *f);
+
+/* Bytes of the stream. */
+uint64_t frame_file_length(const struct frame_file *f);
+
+/* Number of the frame that holds the byte at `position`, which must be inside of the stream. */
+size_t frame_file_find(const struct frame_file *f, uint64_t position);
+
+const struct fmt_frame_entry *frame_file_entry(const struct frame_file *f, size_t number);
+
+/* Reads, checks and unpacks one frame into `raw`, which has room for its raw length. ERR_DAMAGE or -errno. */
+int frame_file_load(const struct frame_file *f, size_t number, struct frame_scratch *s, uint8_t *raw, struct err *e);
+
+/* A frame's stored bytes: whether its checksum is right and they unpack to its raw length. */
+bool frame_unpack(const struct fmt_frame *h, const uint8_t *stored, ZSTD_DCtx *zstd, uint8_t *raw);
+
+#endif

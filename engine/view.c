@@ -1,0 +1,317 @@
+/* Notes on the design.
+ *
+ * A block of a view is, in this order: what was written to the view (overlay), what the map says of it (bytes in a frames
+ * file, or zeros), the image's block. All of these are immutable but the overlay, so requests need no order among each
+ * other: the reader thread only copies a request and queues it, a few workers do the I/O and answer.
+ *
+ * A request is served whole or not at all: the first wrong byte under it makes it EIO, alone. So nobody above ever sees a
+ * byte that was not checked, and what lies elsewhere can still be read.
+ *
+ * Frames files are opened when they are first needed: a map may name thousands.
+ */
+#include "view.h"
+
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "block_map.h"
+#include "cleanup.h"
+#include "image.h"
+#include "io.h"
+#include "overlay.h"
+#include "pool.h"
+#include "util.h"
+
+#define WORKERS 4u
+#define MOST_WAITING ((uint64_t)32 << 20) /* bytes of writes that wait for a worker */
+
+struct worker_state {
+    struct frame_scratch scratch;
+    uint8_t *buffer; /* BACKEND_MAX_REQUEST */
+};
+
+struct view {
+    struct block_map *map;
+    struct image **images;     /* by volume */
+    struct overlay **overlays; /* by volume */
+    pthread_mutex_t open_lock;
+    _Atomic(struct frame_file *) *files; /* by source, NULL until needed */
+    struct frame_cache *cache;
+    struct pool *pool;
+    struct worker_state workers[WORKERS];
+    struct done done;
+    struct faults faults;
+    atomic_uint_least64_t reads, bytes_read, writes, bytes_written;
+};
+
+enum request_kind { REQUEST_READ, REQUEST_WRITE, REQUEST_ZERO };
+
+struct request {
+    struct task task;
+    enum request_kind kind;
+    unsigned volume;
+    uint64_t offset, length;
+    void *cookie;
+    uint8_t data[]; /* of a write */
+};
+
+/* ---- reading ---- */
+
+static int open_source(struct view *v, uint32_t number, struct frame_file **file, struct err *e)
+{
+    if ((*file = atomic_load(&v->files[number])))
+        return 0;
+    HOLD_LOCK(&v->open_lock);
+    if ((*file = atomic_load(&v->files[number])))
+        return 0;
+    const struct block_map_source *source = &v->map->sources[number];
+    struct frame_identity wanted = {.content = source->content, .set_id = v->map->set_id, .interval = source->interval};
+    int rc = frame_file_open(file, source->path, &wanted, e);
+    if (rc == 0)
+        atomic_store(&v->files[number], *file);
+    return rc;
+}
+
+static int read_frames(struct view *v, struct worker_state *w, uint32_t source, uint64_t position, uint64_t length,
+                       uint8_t *to, struct err *e)
+{
+    struct frame_file *file;
+    int rc = open_source(v, source, &file, e);
+    if (rc)
+        return rc;
+    uint64_t have = frame_file_length(file);
+    if (position > have || length > have - position)
+        return err_set(e, ERR_DAMAGE, "%s has a stream of %" PRIu64 " bytes, the map names %" PRIu64 " at offset %" PRIu64 " of it",
+                       frame_file_path(file), have, length, position);
+    return frame_cache_read(v->cache, file, position, length, &w->scratch, to, e);
+}
+
+/* What the view showed before anything was written to it. */
+static int read_below(struct view *v, struct worker_state *w, unsigned volume, uint64_t block, uint64_t count, uint8_t *to,
+                      struct err *e)
+{
+    while (count) {
+        uint64_t run;
+        int rc = 0;
+        const struct fmt_map_extent *x = block_map_find(v->map, volume, block, &run);
+        run = min_u64(run, count);
+        if (!x)
+            rc = image_read(v->images[volume], block, run, to, e);
+        else if (x->kind == FMT_EXTENT_ZEROS)
+            memset(to, 0, run * BLOCK);
+        else
+            rc = read_frames(v, w, x->source, x->position + (block - x->block) * BLOCK, run * BLOCK, to, e);
+        if (rc)
+            return rc;
+        block += run;
+        count -= run;
+        to += run * BLOCK;
+    }
+    return 0;
+}
+
+static int read_blocks(struct view *v, struct worker_state *w, unsigned volume, uint64_t block, uint64_t count, uint8_t *to,
+                       struct err *e)
+{
+    while (count) {
+        bool written;
+        uint64_t run = overlay_run(v->overlays[volume], block, count, &written);
+        int rc = written ? overlay_read(v->overlays[volume], block, run, to, e)
+                         : read_below(v, w, volume, block, run, to, e);
+        if (rc)
+            return rc;
+        block += run;
+        count -= run;
+        to += run * BLOCK;
+    }
+    return 0;
+}
+
+/* ---- requests ---- */
+
+/* What the reader gets: any wrong byte is EIO. A full disk under a write is told as such. */
+static int answer(struct view *v, const struct request *r, int rc, const struct err *e)
+{
+    if (rc == 0)
+        return 0;
+    char where[160];
+    snprintf(where, sizeof where, "volume %s offset %" PRIu64, v->map->volumes[r->volume].name, r->offset);
+    faults_add(&v->faults, rc, e, where);
+    return rc == -ENOSPC && r->kind != REQUEST_READ ? -ENOSPC : -EIO;
+}
+
+static void run_request(void *self, struct task *task, unsigned worker)
+{
+    struct view *v = self;
+    struct request *r = (struct request *)task;
+    struct worker_state *w = &v->workers[worker];
+    struct err e = {.message = ""};
+    uint64_t block = r->offset / BLOCK, count = r->length / BLOCK;
+    int rc;
+    switch (r->kind) {
+    case REQUEST_READ:
+        rc = answer(v, r, read_blocks(v, w, r->volume, block, count, w->buffer, &e), &e);
+        atomic_fetch_add(&v->reads, 1);
+        atomic_fetch_add(&v->bytes_read, r->length);
+        v->done.read(r->cookie, w->buffer, (size_t)r->length, rc);
+        break;
+    case REQUEST_WRITE:
+        rc = answer(v, r, overlay_write(v->overlays[r->volume], block, count, r->data, &e), &e);
+        atomic_fetch_add(&v->writes, 1);
+        atomic_fetch_add(&v->bytes_written, r->length);
+        v->done.write(r->cookie, (size_t)r->length, rc);
+        break;
+    case REQUEST_ZERO:
+        rc = answer(v, r, overlay_zero(v->overlays[r->volume], block, count, &e), &e);
+        atomic_fetch_add(&v->writes, 1);
+        v->done.write(r->cookie, 0, rc);
+        break;
+    }
+    free(r);
+}
+
+static struct request *new_request(enum request_kind kind, unsigned volume, uint64_t offset, uint64_t length, size_t data,
+                                   void *cookie)
+{
+    struct request *r = malloc(sizeof *r + data);
+    if (r)
+        *r = (struct request){.task.weight = sizeof *r + data,
+                              .kind = kind,
+                              .volume = volume,
+                              .offset = offset,
+                              .length = length,
+                              .cookie = cookie};
+    return r;
+}
+
+static void view_read(void *self, unsigned volume, uint64_t offset, size_t length, void *cookie)
+{
+    struct view *v = self;
+    struct request *r = length <= BACKEND_MAX_REQUEST ? new_request(REQUEST_READ, volume, offset, length, 0, cookie) : NULL;
+    if (r)
+        pool_put(v->pool, &r->task);
+    else
+        v->done.read(cookie, NULL, 0, length <= BACKEND_MAX_REQUEST ? -ENOMEM : -EINVAL);
+}
+
+static void view_write(void *self, unsigned volume, uint64_t offset, const void *data, size_t length, void *cookie)
+{
+    struct view *v = self;
+    struct request *r = new_request(REQUEST_WRITE, volume, offset, length, length, cookie);
+    if (!r) {
+        v->done.write(cookie, 0, -ENOMEM);
+        return;
+    }
+    memcpy(r->data, data, length);
+    pool_put(v->pool, &r->task);
+}
+
+static void view_zero(void *self, unsigned volume, uint64_t offset, uint64_t length, bool discard, void *cookie)
+{
+    (void)discard;
+    struct view *v = self;
+    struct request *r = new_request(REQUEST_ZERO, volume, offset, length, 0, cookie);
+    if (r)
+        pool_put(v->pool, &r->task);
+    else
+        v->done.write(cookie, 0, -ENOMEM);
+}
+
+static const char *view_name(void *self, unsigned volume) { return ((struct view *)self)->map->volumes[volume].name; }
+
+static uint64_t view_size(void *self, unsigned volume) { return ((struct view *)self)->map->volumes[volume].bytes; }
+
+static void view_set_done(void *self, const struct done *done) { ((struct view *)self)->done = *done; }
+
+struct backend view_backend(struct view *v)
+{
+    return (struct backend){.self = v,
+                            .volumes = v->map->volume_count,
+                            .name = view_name,
+                            .size = view_size,
+                            .read = view_read,
+                            .write = view_write,
+                            .zero = view_zero,
+                            .set_done = view_set_done};
+}
+
+/* ---- beginning and end ---- */
+
+static int open_volumes(struct view *v, const char *overlay, struct err *e)
+{
+    int rc = 0;
+    v->images = calloc(v->map->volume_count, sizeof *v->images);
+    v->overlays = calloc(v->map->volume_count, sizeof *v->overlays);
+    v->files = calloc((size_t)v->map->source_count + 1, sizeof *v->files);
+    if (!v->images || !v->overlays || !v->files)
+        return err_set(e, -ENOMEM, "no memory for a view");
+    for (uint32_t i = 0; rc == 0 && i < v->map->volume_count; i++) {
+        const struct block_map_volume *volume = &v->map->volumes[i];
+        rc = image_open(&v->images[i], v->map->sources[volume->image].path, volume->bytes, e);
+        if (rc == 0)
+            rc = overlay_open(&v->overlays[i], overlay, volume->name, volume->bytes, e);
+    }
+    return rc;
+}
+
+int view_open(struct view **out, const struct view_options *options, struct err *e)
+{
+    struct view *v = calloc(1, sizeof *v);
+    if (!v)
+        return err_set(e, -ENOMEM, "no memory for a view");
+    pthread_mutex_init(&v->open_lock, NULL);
+    pthread_mutex_init(&v->faults.lock, NULL);
+    int rc = block_map_load(&v->map, options->map, e);
+    if (rc == 0)
+        rc = open_volumes(v, options->overlay, e);
+    if (rc == 0 && !(v->cache = frame_cache_new(options->cache)))
+        rc = err_set(e, -ENOMEM, "no memory for a view");
+    for (unsigned i = 0; rc == 0 && i < WORKERS; i++)
+        if (!(v->workers[i].buffer = io_alloc(BACKEND_MAX_REQUEST)))
+            rc = err_set(e, -ENOMEM, "no memory for a view");
+    if (rc == 0)
+        rc = pool_start(&v->pool, WORKERS, MOST_WAITING, run_request, v, e);
+    if (rc) {
+        view_close(v);
+        return rc;
+    }
+    *out = v;
+    return 0;
+}
+
+void view_get_status(struct view *v, struct view_status *status)
+{
+    *status = (struct view_status){.reads = atomic_load(&v->reads),
+                                   .bytes_read = atomic_load(&v->bytes_read),
+                                   .writes = atomic_load(&v->writes),
+                                   .bytes_written = atomic_load(&v->bytes_written)};
+    frame_cache_get_status(v->cache, &status->cache);
+    status->faults = faults_get(&v->faults, status->fault, &status->fault_count);
+}
+
+void view_close(struct view *v)
+{
+    if (!v)
+        return;
+    pool_stop(v->pool);
+    frame_cache_free(v->cache);
+    for (uint32_t i = 0; v->map && v->images && v->overlays && i < v->map->volume_count; i++) {
+        image_close(v->images[i]);
+        overlay_close(v->overlays[i]);
+    }
+    for (uint32_t i = 0; v->map && v->files && i < v->map->source_count; i++)
+        frame_file_close(atomic_load(&v->files[i]));
+    for (unsigned i = 0; i < WORKERS; i++) {
+        frame_scratch_free(&v->workers[i].scratch);
+        io_free(v->workers[i].buffer, BACKEND_MAX_REQUEST);
+    }
+    free(v->images);
+    free(v->overlays);
+    free(v->files);
+    block_map_free(v->map);
+    free(v);
+}

@@ -1,0 +1,121 @@
+"""What a view needs and no published interval has, copied into a frames file of the view's own (FORMAT.md 5).
+
+The writes of the open interval and of the journal, the last content of each block once; and a write whose WAL is blank
+from an LSN on. So neither the journal nor `incoming/` has to be kept for a view.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgcdp.capture.journal import BatchRun
+from pgcdp.intervals.extents import forward_map
+from pgcdp.intervals.increments import run_index
+from pgcdp.postgres.wal import blank_wal
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, RecoveryPoint
+from pgcdp.recovery.mapfile import PATCH
+from pgcdp.recovery.source import Source
+from pgcdp.store.frames import FrameReader, FrameWriter
+
+
+class Patch:
+    """A frames file that grows; nothing is made before something is put in. Close it with `finish`."""
+
+    def __init__(self, path: Path, set_id: bytes) -> None:
+        self.path = path
+        self._set_id = set_id
+        self._writer: FrameWriter | None = None
+
+    def append(self, data: bytes | memoryview) -> int:
+        """Put bytes in; their position in the stream."""
+        if self._writer is None:
+            self._writer = FrameWriter.create(self.path, PATCH, self._set_id, 0)
+        return self._writer.append(data)
+
+    def finish(self) -> bool:
+        """Finish the file; whether there is one."""
+        if self._writer is not None:
+            self._writer.finish()
+        return self._writer is not None
+
+    # --- the tail
+
+    def take_tail(self, source: Source, done: int, upto: int) -> NDArray[np.void]:
+        """Copy what writes `done` + 1 to `upto` leave behind: an array EXTENT over this file.
+
+        They are in no published interval. When one is published meanwhile this raises what `Source.again` repeats; what
+        was copied until then is not used by anybody.
+        """
+        parts: list[NDArray[np.void]] = []
+        opened = source.snapshot(done + 1)
+        try:
+            stored = 0
+            if opened is not None:
+                parts.append(opened.index[opened.index["number"] <= upto])
+                stored, done = opened.writes.length, int(parts[0]["number"][-1])
+            at = stored
+            for run in source.batches(done, upto) if done < upto else ():
+                index = run_index(run)
+                index["position"] += at
+                at += len(run.data)
+                parts.append(index)
+            table = np.concatenate(parts)
+            left = forward_map(table)
+            data = np.flatnonzero(left["kind"] == EXTENT_DATA)
+            data = data[np.argsort(left["source"][data], kind="stable")]
+            behind = int(np.searchsorted(left["source"][data], np.uint64(stored)))
+            if opened is not None:
+                self._copy_stored(left, data[:behind], opened.writes)
+            if behind < len(data):
+                self._copy_journal(left, data[behind:], table, source, done, upto)
+            return left
+        finally:
+            if opened is not None:
+                opened.writes.close()
+
+    def _copy_stored(self, left: NDArray[np.void], rows: NDArray[np.int64], writes: FrameReader) -> None:
+        for row in rows.tolist():
+            left["source"][row] = self.append(writes.read(int(left["source"][row]), int(left["count"][row]) * BLOCK))
+
+    def _copy_journal(
+        self,
+        left: NDArray[np.void],
+        rows: NDArray[np.int64],
+        table: NDArray[np.void],
+        source: Source,
+        done: int,
+        upto: int,
+    ) -> None:
+        """The journal is read a second time: what it holds may be more than memory does."""
+        first = int(table["number"][0])
+        at = 0
+        for run in source.batches(done, upto):
+            while at < len(rows) and int(left["write"][rows[at]]) <= run.last_write:
+                extent = left[rows[at]]
+                begin = int(extent["source"]) - int(table["position"][int(extent["write"]) - first])
+                left["source"][rows[at]] = self.append(_data_of(run, int(extent["write"]), begin, int(extent["count"])))
+                at += 1
+
+    # --- the end of WAL
+
+    def take_blank(self, source: Source, point: RecoveryPoint) -> NDArray[np.void]:
+        """The write of a point whose WAL is blank from an LSN on; none when there is no such write."""
+        if point.blank_write is None:
+            return np.empty(0, dtype=EXTENT)
+        assert point.lsn is not None
+        assert point.blank_at is not None
+        entry = source.record(point.blank_write)
+        data = blank_wal(source.data(point.blank_write), point.blank_at, point.lsn)
+        extent = np.zeros(1, dtype=EXTENT)
+        extent["volume"], extent["block"] = entry["volume"], int(entry["offset"]) // BLOCK
+        extent["count"], extent["write"] = len(data) // BLOCK, point.blank_write
+        extent["source"] = self.append(data)
+        return extent
+
+
+def _data_of(run: BatchRun, write: int, begin: int, count: int) -> bytes:
+    at = int(run.data_offsets[write - run.first_write]) + begin
+    return run.data[at : at + count * BLOCK].tobytes()
