@@ -86,6 +86,7 @@ class Scene:
 
     def __init__(self, place: Path, seed: int, sizes: list[int], taken: int, behind: int) -> None:
         self.place = place
+        place.mkdir(exist_ok=True)
         self.chooser = random.Random(seed)
         self.world = make_world(place)
         for number, size in enumerate(sizes, 1):
@@ -144,16 +145,20 @@ class Scene:
         assert np.array_equal(again.extents, view.extents)
         assert replace(again, extents=view.extents) == view
 
-    def assert_blank_is_right(self, write: int) -> None:
+    def blank_points(self, write: int) -> list[RecoveryPoint]:
+        """A point at this write whose WAL is blank from somewhere on, if one of the last writes can be WAL."""
         chosen = [n for n in range(max(1, write - 5), write + 1) if self.world.ops[n - 1].kind == WRITE]
         if not chosen or len(self.world.ops[chosen[-1] - 1].data) % 8192:
-            return
+            return []
         at = self.chooser.randrange(24, len(self.world.ops[chosen[-1] - 1].data) // 8) * 8
-        point = RecoveryPoint(write, None, 0, lsn=at, blank_at=at, blank_write=chosen[-1])
-        source = self.source()
-        with source.held():
-            wanted = materialized(source, point, self.place)
-        assert served(self.mapped(point)) == wanted, f"write {write}, blank from byte {at} of write {chosen[-1]} on"
+        return [RecoveryPoint(write, None, 0, lsn=at, blank_at=at, blank_write=chosen[-1])]
+
+    def assert_blank_is_right(self, write: int) -> None:
+        for point in self.blank_points(write):
+            source = self.source()
+            with source.held():
+                wanted = materialized(source, point, self.place)
+            assert served(self.mapped(point)) == wanted, f"{point}"
 
 
 @settings(max_examples=40, deadline=None)

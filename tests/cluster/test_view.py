@@ -1,0 +1,130 @@
+"""A recovery point opened in place is, byte for byte, the one that a restore copies; and Postgres runs on it."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pgcdp import api
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery import restore
+from pgcdp.recovery.salvage import Wanted
+from pgcdp.recovery.source import Source
+from pgcdp.recovery.view import shown
+from tests.fix_postgres import BindirOf, postgres_user
+from tests.fix_sets import MakeSet, ProtectedSet, first_difference
+from tests.load import ALLOWED, Load
+from tests.waiting import pass_time
+
+SETTINGS = {"max_wal_size": "64MB", "shared_buffers": "32MB", "max_prepared_transactions": "10"}
+NOISE = [*ALLOWED, r"checkpoints are occurring too frequently", r"terminating connection", r"unexpected EOF"]
+
+
+@contextmanager
+def cutting(found: ProtectedSet) -> Iterator[None]:
+    """Intervals are cut all the time inside."""
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def run() -> None:
+        while not stop.is_set():
+            try:
+                api.cut(found.name)
+            except Exception as error:
+                failures.append(error)
+                return
+            pass_time(0.3)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures
+
+
+def assert_equal(files: list[Path], images: list[Path], what: str) -> None:
+    for file, image in zip(files, images, strict=True):
+        different = first_difference(file, image)
+        assert different is None, f"{what}: volume {file.name} differs at byte {different}"
+
+
+def compare(found: ProtectedSet, source: Source, point: RecoveryPoint, wait: float = 0.0) -> None:
+    """One view against the image that `restore --to-image` makes of the same point."""
+    place = Path(tempfile.mkdtemp(prefix="view-", dir=found.root))
+    image = found.root / "restored"
+    try:
+        with shown(source, point, place) as files:
+            restore.to_image(source, point, image)
+            assert_equal(files, [image], f"{point}")
+            if wait:
+                intervals = len(found.source().intervals())
+                api.cut(found.name)
+                api.cut(found.name)
+                assert len(found.source().intervals()) >= intervals + 2, "intervals are published under a view"
+                assert_equal(files, [image], f"{point}, two intervals later")
+    finally:
+        restore.remove(image)
+        shutil.rmtree(place)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_twenty_points_under_load(make_set: MakeSet, binaries_of: BindirOf, fs: str) -> None:
+    found = make_set(binaries_of(15), fs=fs, size=352 << 20, settings=SETTINGS, allowed=NOISE)
+    load = Load(found.address(), found.binaries, postgres_user(), clients=2, ledgers=2, scale=1)
+    load.prepare()
+    chooser = random.Random(fs)
+    load.start()
+    load.wait_for(100)
+    with cutting(found):
+        load.wait_for(200)
+        for number in range(20):
+            source = found.source()
+            newest = found.durable()
+            kinds = [
+                Target("write", chooser.randrange(source.base().write, newest)),
+                Target("write", newest),
+                Target("boundary", chooser.randrange(len(source.intervals()))),
+                Target("write", source.intervals()[-1].to_write + 1),
+            ]
+            source = found.source()
+            point = source.resolve(kinds[0] if number % 2 else kinds[1 + number // 2 % 3])
+            compare(found, source, point, wait=1.0 if number == 7 else 0.0)
+    result = load.stop()
+    assert not result.failures
+    source = found.source()
+    last = result.acks[-1].xid
+    found.sql("checkpoint")
+    for exclusive in (False, True):
+        compare(found, source, source.resolve(Target("xid", last, exclusive=exclusive)))
+
+
+def test_verify_and_salvage_open_in_place(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    found = make_set(pg_binaries, size=384 << 20)
+    with found.connect() as session:
+        session.execute("create table orders as select n as id, md5(n::text) as note from generate_series(1, 20000) n")
+        session.execute("alter table orders add primary key (id)")
+    api.cut(found.name)
+    with found.connect() as session:
+        session.execute("delete from orders where id % 2 = 0")
+    for target in (Target("boundary", 1), Target("newest")):
+        assert api.verify(found.name, target)["ok"]
+    told = api.salvage(found.name, Target("newest"), Wanted(("orders",)), before="delete from orders")
+    assert told["tables"][0]["rows"] == 20000
+    assert found.sql("select count(*), max(note) = md5('9999') from orders_salvaged where id <= 10000") == [
+        (10000, False)
+    ]
+    assert not api._scratch(found.source()).exists()
+    api.cut(found.name)
+    assert api.verify(found.name, Target("newest"))["ok"]

@@ -1,0 +1,107 @@
+"""kill -9 of a command that has a view open, and of the engine that serves it: nothing is left after the next command."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pgcdp import api
+from pgcdp.capture import volumes
+from pgcdp.capture.engine import EngineClient
+from pgcdp.errors import PreconditionError
+from pgcdp.records import Target
+from pgcdp.recovery.scratch import mounted
+from pgcdp.store.image import read_state
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet, ProtectedSet
+from tests.moments import scratch_below
+from tests.waiting import pass_time, wait_until
+
+
+@pytest.fixture
+def found(make_set: MakeSet, binaries_of: BindirOf) -> ProtectedSet:
+    made = make_set(binaries_of(15), size=352 << 20)
+    made.sql("create table t as select n from generate_series(1, 1000) n")
+    api.cut(made.name)
+    return made
+
+
+def start_verify(found: ProtectedSet) -> subprocess.Popen[bytes]:
+    """`pgcdp verify` in a process of its own, which stays in its SQL for a minute."""
+    held = found.root / "held.sql"
+    held.write_text("-- name: held\nselect pg_sleep(60) is not null;\n")
+    code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-P", "-c", code, "verify", found.name, "--sql", str(held)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+
+
+def engines(below: Path) -> list[int]:
+    return [pid for pid, name in volumes.users_of(below) if name.startswith("pgcdp-engine")]
+
+
+def assert_nothing_left(below: Path) -> None:
+    assert volumes.mounts_below(below) == []
+    assert volumes.loops_over(below) == {}
+    assert volumes.users_of(below) == []
+    assert list(below.glob("point-*")) == []
+
+
+def postgres_runs(below: Path) -> bool:
+    return any(below.glob("point-*/mnt/postmaster.pid"))
+
+
+def assert_next_command_clears(found: ProtectedSet, below: Path) -> None:
+    wait_until(lambda: not engines(below), timeout=30, what="the end of the engine, which lost its owner")
+    boundary = read_state(found.source().store).boundary
+    number = api.cut(found.name)["number"]
+    wait_until(
+        lambda: read_state(found.source().store).boundary >= number > boundary, timeout=60, what="the image moves again"
+    )
+    assert api.verify(found.name, Target("newest"))["ok"]
+    assert_nothing_left(below)
+
+
+def test_a_killed_verify_leaves_nothing(found: ProtectedSet) -> None:
+    below = api._scratch(found.source())
+    chooser = random.Random(4)
+    for moment in range(4):
+        process = start_verify(found)
+        try:
+            if moment == 0:
+                wait_until(lambda: postgres_runs(below), timeout=90, what="postgres in the view")
+            else:
+                wait_until(lambda: any(below.glob("point-*")), timeout=60, what="a scratch place")
+                pass_time(chooser.random() * 1.5)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert_next_command_clears(found, below)
+
+
+def test_a_killed_engine_is_said_and_leaves_nothing(found: ProtectedSet) -> None:
+    source = found.source()
+    below = scratch_below(found.root)
+
+    def use_it() -> None:
+        with mounted(source, source.resolve(Target("newest")), below) as pgdata:
+            (control,) = below.glob("point-*/control")
+            os.kill(EngineClient(control).request("status")["pid"], signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                for file in sorted(pgdata.rglob("*")):
+                    if file.is_file():
+                        file.read_bytes()
+
+    with pytest.raises(PreconditionError, match="the engine that showed the recovery point was killed"):
+        use_it()
+    below.mkdir(exist_ok=True)
+    assert_nothing_left(below)
+    with mounted(source, source.resolve(Target("newest")), below) as pgdata:
+        assert (pgdata / "PG_VERSION").read_text() == "15\n"

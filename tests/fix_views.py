@@ -1,0 +1,138 @@
+"""The real engine showing a map: `show_map(view_map)` gives a `ShownView`, whose files can be read and written."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone
+from pgcdp.recovery.mapfile import ViewMap, encode
+from tests.fix_engine import _is_mounted
+from tests.waiting import wait_until
+
+
+@dataclass
+class ShownView:
+    """One view process over a map of its own below `root`."""
+
+    program: Path
+    root: Path
+    options: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self.root.mkdir(parents=True)
+        self.fuse = self.root / "fuse"
+        self.fuse.mkdir()
+        self.map_file = self.root / "map"
+        self.log = self.root / "view.log"
+        self.client = EngineClient(self.root / "control")
+
+    def command(self) -> list[str]:
+        return [
+            str(self.program),
+            "view",
+            f"--map={self.map_file}",
+            f"--fuse={self.fuse}",
+            f"--control={self.client.control}",
+            f"--overlay={self.root}",
+            *self.options,
+        ]
+
+    def start(self) -> None:
+        """Starts the process and waits until it serves. RuntimeError if it ends."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command(), stdin=subprocess.PIPE, stdout=log, stderr=log)
+        wait_until(self._serves, timeout=60, what="the view")
+
+    def _serves(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the view ended with {self.process.returncode}: {self.text()[-2000:]}")
+        return self.client.alive()
+
+    def refused(self) -> tuple[int, str]:
+        """Exit code and stderr of a start that should not succeed."""
+        done = subprocess.run(self.command(), capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stderr
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def status(self) -> dict[str, Any]:
+        return self.client.request("status")
+
+    def device(self, name: str) -> Path:
+        return self.fuse / name
+
+    def stop(self) -> int:
+        """Stops by its control socket; the exit code."""
+        assert self.process is not None
+
+        def stopped() -> bool:
+            try:
+                self.client.request("stop")
+            except EngineGone:
+                return True
+            except EngineBusy:  # the kernel tells of a closed file a moment later
+                return False
+            return True
+
+        wait_until(stopped, what="stop")
+        return self.ended()
+
+    def ended(self) -> int:
+        """Waits for its end; the exit code."""
+        assert self.process is not None
+        code = self.process.wait(timeout=60)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process = None
+        return code
+
+    def kill(self) -> None:
+        """kill -9, and the dead mount goes."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.ended()
+        while _is_mounted(self.fuse):
+            subprocess.run(["umount", "-l", str(self.fuse)], check=True, capture_output=True)
+
+    def complaints(self) -> list[str]:
+        suspicious = re.compile(r"\b(warn|warning|error|ERROR|runtime error|assert\w*)\b")
+        return [
+            line
+            for line in self.text().splitlines()
+            if suspicious.search(line) and not any(re.search(pattern, line) for pattern in self.allowed)
+        ]
+
+
+ShowMap = Callable[..., ShownView]
+
+
+@pytest.fixture
+def show_map(engine_program: Path, scratch: Path) -> Iterator[ShowMap]:
+    """show_map(view_map, *options, start=True, allowed=[...])"""
+    made: list[ShownView] = []
+
+    def show(view_map: ViewMap, *options: str, start: bool = True, allowed: list[str] | None = None) -> ShownView:
+        view = ShownView(engine_program, scratch / f"view{len(made)}", list(options), allowed or [])
+        made.append(view)
+        view.map_file.write_bytes(encode(view_map))
+        if start:
+            view.start()
+        return view
+
+    yield show
+    for view in made:
+        view.kill()
+    complaints = [line for view in made for line in view.complaints()]
+    assert complaints == [], "in the log of a view"
