@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.engine import EngineClient, EngineGone, serving_view
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
+from pgcdp.fsio import write_all
 from pgcdp.intervals.extents import forward_map
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, EXTENT, RecoveryPoint
@@ -91,7 +93,7 @@ def shown(
     with source.held() as descriptor:
         progress(Progress("opening the recovery point"))
         map_file = place.resolve() / MAP_FILE
-        map_file.write_bytes(encode(make_map(source, point, place.resolve())))
+        _write_private(map_file, encode(make_map(source, point, place.resolve())))
         with serving_view(place.resolve(), map_file, descriptor, cache) as client:
             try:
                 yield [place.resolve() / "fuse" / volume.name for volume in source.store.volumes]
@@ -100,6 +102,14 @@ def shown(
                 raise
             if not forgive:
                 _raise_found(client, None)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, content, 0)
+    finally:
+        os.close(fd)
 
 
 def _raise_found(client: EngineClient, error: Exception | None) -> None:

@@ -19,10 +19,11 @@ from pgcdp.recovery import restore
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import shown
+from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet, first_difference
 from tests.load import ALLOWED, Load
-from tests.waiting import pass_time
+from tests.waiting import pass_time, wait_until
 
 SETTINGS = {"max_wal_size": "64MB", "shared_buffers": "32MB", "max_prepared_transactions": "10"}
 NOISE = [*ALLOWED, r"checkpoints are occurring too frequently", r"terminating connection", r"unexpected EOF"]
@@ -59,7 +60,12 @@ def assert_equal(files: list[Path], images: list[Path], what: str) -> None:
         assert different is None, f"{what}: volume {file.name} differs at byte {different}"
 
 
-def compare(found: ProtectedSet, source: Source, point: RecoveryPoint, wait: float = 0.0) -> None:
+def wait_for_image(found: ProtectedSet, number: int) -> None:
+    store = found.source().store
+    wait_until(lambda: read_state(store).boundary == number, what="the image moves")
+
+
+def compare(found: ProtectedSet, source: Source, point: RecoveryPoint, cut: bool = False) -> None:
     """One view against the image that `restore --to-image` makes of the same point."""
     place = Path(tempfile.mkdtemp(prefix="view-", dir=found.root))
     image = found.root / "restored"
@@ -67,12 +73,11 @@ def compare(found: ProtectedSet, source: Source, point: RecoveryPoint, wait: flo
         with shown(source, point, place) as files:
             restore.to_image(source, point, image)
             assert_equal(files, [image], f"{point}")
-            if wait:
-                intervals = len(found.source().intervals())
-                api.cut(found.name)
-                api.cut(found.name)
-                assert len(found.source().intervals()) >= intervals + 2, "intervals are published under a view"
-                assert_equal(files, [image], f"{point}, two intervals later")
+            if cut:
+                boundary = len(found.source().intervals())
+                assert api.cut(found.name)["number"] == boundary + 1, "an interval is published under a view"
+                assert read_state(source.store).boundary == boundary, "the image moved under a view"
+                assert_equal(files, [image], f"{point}, an interval later")
     finally:
         restore.remove(image)
         shutil.rmtree(place)
@@ -87,6 +92,7 @@ def test_twenty_points_under_load(make_set: MakeSet, binaries_of: BindirOf, fs: 
     chooser = random.Random(fs)
     load.start()
     load.wait_for(100)
+    api.cut(found.name)
     with cutting(found):
         load.wait_for(200)
         for number in range(20):
@@ -100,7 +106,13 @@ def test_twenty_points_under_load(make_set: MakeSet, binaries_of: BindirOf, fs: 
             ]
             source = found.source()
             point = source.resolve(kinds[0] if number % 2 else kinds[1 + number // 2 % 3])
-            compare(found, source, point, wait=1.0 if number == 7 else 0.0)
+            compare(found, source, point)
+    for kind in ("boundary", "write"):
+        number = int(api.cut(found.name)["number"])
+        wait_for_image(found, number)
+        source = found.source()
+        target = Target("boundary", chooser.randrange(number)) if kind == "boundary" else Target("newest")
+        compare(found, source, source.resolve(target), cut=True)
     result = load.stop()
     assert not result.failures
     source = found.source()

@@ -1,4 +1,4 @@
-"""kill -9 of a command that has a view open, and of the engine that serves it: nothing is left after the next command."""
+"""kill -9 of a command with a view open, and of the engine that serves it: the next command leaves nothing of it."""
 
 from __future__ import annotations
 
