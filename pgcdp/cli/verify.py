@@ -41,9 +41,9 @@ def command(
 ) -> int:
     """Prove a recovery point by starting Postgres on it.
 
-    It is restored to a scratch place, and Postgres started there: crash recovery, page checksums where the cluster
-    has them, pg_amcheck on every index, and your own assertions. Nothing outside the scratch place is touched. Without
-    a target it is the newest write. Exit code 4 when a check fails.
+    It is opened in place, not copied, and Postgres started on it: crash recovery, page checksums where the cluster has
+    them, pg_amcheck on every index, and your own assertions. Nothing outside the scratch place is touched. Without a
+    target it is the newest write. Exit code 4 when a check fails.
     """
     from pgcdp import api
 

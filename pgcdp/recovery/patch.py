@@ -6,6 +6,7 @@ from an LSN on. So neither the journal nor `incoming/` has to be kept for a view
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, RecoveryPoint
 from pgcdp.recovery.mapfile import PATCH
 from pgcdp.recovery.source import Source
 from pgcdp.store.frames import FrameReader, FrameWriter
+
+KEPT_BYTES = 64 << 20
+"""Of the journal, from the first look at it to the second; if there is more, it is read twice."""
 
 
 class Patch:
@@ -56,12 +60,17 @@ class Patch:
             if opened is not None:
                 parts.append(opened.index[opened.index["number"] <= upto])
                 stored, done = opened.writes.length, int(parts[0]["number"][-1])
+            kept: list[BatchRun] | None = []
             at = stored
             for run in source.batches(done, upto) if done < upto else ():
                 index = run_index(run)
                 index["position"] += at
                 at += len(run.data)
                 parts.append(index)
+                if kept is not None and at - stored <= KEPT_BYTES:
+                    kept.append(run)
+                else:
+                    kept = None
             table = np.concatenate(parts)
             left = forward_map(table)
             data = np.flatnonzero(left["kind"] == EXTENT_DATA)
@@ -70,7 +79,8 @@ class Patch:
             if opened is not None:
                 self._copy_stored(left, data[:behind], opened.writes)
             if behind < len(data):
-                self._copy_journal(left, data[behind:], table, source, done, upto)
+                again = kept if kept is not None else source.batches(done, upto)
+                self._copy_journal(left, data[behind:], table, again)
             return left
         finally:
             if opened is not None:
@@ -81,18 +91,11 @@ class Patch:
             left["source"][row] = self.append(writes.read(int(left["source"][row]), int(left["count"][row]) * BLOCK))
 
     def _copy_journal(
-        self,
-        left: NDArray[np.void],
-        rows: NDArray[np.int64],
-        table: NDArray[np.void],
-        source: Source,
-        done: int,
-        upto: int,
+        self, left: NDArray[np.void], rows: NDArray[np.int64], table: NDArray[np.void], runs: Iterable[BatchRun]
     ) -> None:
-        """The journal is read a second time: what it holds may be more than memory does."""
         first = int(table["number"][0])
         at = 0
-        for run in source.batches(done, upto):
+        for run in runs:
             while at < len(rows) and int(left["write"][rows[at]]) <= run.last_write:
                 extent = left[rows[at]]
                 begin = int(extent["source"]) - int(table["position"][int(extent["write"]) - first])

@@ -85,6 +85,28 @@ def test_a_killed_verify_leaves_nothing(found: ProtectedSet) -> None:
         assert_next_command_clears(found, below)
 
 
+def test_the_image_stays_as_long_as_the_engine_answers(found: ProtectedSet) -> None:
+    """The owner is killed while the engine cannot run, so cannot end: what it would show next must still be right."""
+    below = api._scratch(found.source())
+    process = start_verify(found)
+    wait_until(lambda: postgres_runs(below), timeout=90, what="postgres in the view")
+    (pid,) = engines(below)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        process.kill()
+        process.wait()
+        store = found.source().store
+        boundary = read_state(store).boundary
+        number = int(api.cut(found.name)["number"])
+        assert number > boundary, "intervals are published all the same"
+        pass_time(1.0)
+        assert read_state(store).boundary == boundary, "the image moved under an engine that was still there"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: read_state(store).boundary == number, timeout=60, what="the image moves")
+    assert_next_command_clears(found, below)
+
+
 def test_a_killed_engine_is_said_and_leaves_nothing(found: ProtectedSet) -> None:
     source = found.source()
     below = scratch_below(found.root)

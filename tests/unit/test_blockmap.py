@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.intervals.increments import FileTarget, close_interval
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, RecoveryPoint
-from pgcdp.recovery import blockmap
+from pgcdp.recovery import blockmap, patch
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, ViewMap, decode, encode
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import make_map
@@ -168,10 +168,18 @@ class Scene:
     taken=st.integers(0, 25),
     behind=st.integers(0, 25),
     moving=st.booleans(),
+    kept=st.sampled_from([0, 40 * BLOCK, patch.KEPT_BYTES]),
 )
 def test_every_block_of_a_map_is_what_the_last_write_left(
-    seed: int, sizes: list[int], taken: int, behind: int, moving: bool, tmp_path_factory: pytest.TempPathFactory
+    seed: int,
+    sizes: list[int],
+    taken: int,
+    behind: int,
+    moving: bool,
+    kept: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    patch.KEPT_BYTES = kept
     place = tmp_path_factory.mktemp("scene")
     scene = Scene(place, seed, sizes, taken, behind)
     if moving and taken + behind:
