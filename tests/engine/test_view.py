@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import xxhash
 
+import tests.golden.make_golden as golden
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, RecoveryPoint, Volume
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, ViewMap, encode
 from pgcdp.store.frames import FrameReader, FrameWriter
@@ -344,6 +345,17 @@ def test_each_rule_of_a_map_is_asked(scratch: Path, engine_program: Path) -> Non
         code, text = outcome(view_map)
         assert code == 5, said
         assert said in text
+
+
+def test_the_engine_reads_the_golden_map(engine_program: Path) -> None:
+    place = Path(golden.__file__).with_name("view.map")
+    done = subprocess.run([str(engine_program), "map", str(place)], capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    wanted = json.loads(place.with_name("expected.json").read_text("utf-8"))["map"]
+    assert [[row["volume"], row["bytes"], row["source"]] for row in rows if "volume" in row] == wanted["volumes"]
+    assert [[r["source"], r["content"], r["interval"], r["path"]] for r in rows if "path" in r] == wanted["sources"]
+    keys = ("block", "count", "on", "kind", "position", "source")
+    assert [[row[key] for key in keys] for row in rows if "block" in row] == wanted["extents"]
 
 
 def test_the_engine_lists_what_python_wrote(scratch: Path, engine_program: Path) -> None:

@@ -1,6 +1,6 @@
 """Makes the golden files, and hand-made journals for tests: a writer of engine/FORMAT.md without pgcdp's code.
 
-    python -m tests.golden.make_golden      writes journal/, writes.frames and expected.json beside this file
+    python -m tests.golden.make_golden      writes journal/, writes.frames, view.map and expected.json beside this file
 
 The golden journal has three segments: batches of every kind of record on two volumes, a segment that was given up after
 a failed sync, and a torn batch at its end. `expected.json` says what a reader must find.
@@ -12,6 +12,7 @@ import json
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 import zstandard
@@ -220,8 +221,48 @@ def expected(maker: JournalMaker) -> dict[str, object]:
         "batches": [len(items) for items in GOLDEN_BATCHES],
         "end": {"segment": maker.end[0], "offset": maker.end[1], "last_write": maker.next_write - 1, "torn": True},
         "mark": {"applied": 4, "released": 2, "durable": maker.next_write - 1, "clean": False},
+        "map": GOLDEN_MAP,
         "frames": {"content": "WRIT", "interval": 3, "raw_lengths": [8192, 12288, 4096]},
     }
+
+
+GOLDEN_MAP: dict[str, list[list[object]]] = {
+    # name, bytes, image
+    "volumes": [["data", 64 * BLOCK, 0], ["größer", 16 * BLOCK, 1]],
+    # kind, content, interval, path
+    "sources": [
+        ["image", "", 0, "/store/image/data"],
+        ["image", "", 0, "/store/image/größer"],
+        ["frames", "BWRD", 7, "/store/intervals/0000000007/backward"],
+        ["frames", "PTCH", 0, "/scratch/patch"],
+    ],
+    # block, blocks, volume, kind, position, source
+    "extents": [
+        [0, 3, 0, "data", 5 * BLOCK, 2],
+        [3, 1, 0, "data", 0, 3],
+        [10, 50, 0, "zeros", 0, 0],
+        [15, 1, 1, "data", BLOCK, 3],
+    ],
+}
+
+
+def view_map(content: dict[str, list[list[Any]]]) -> bytes:
+    """The map of a view (section 5)."""
+    volumes, sources, extents = content["volumes"], content["sources"], content["extents"]
+    at = 64 + 80 * len(volumes) + 32 * len(sources)
+    head, paths = b"", b""
+    for name, size, image in volumes:
+        head += struct.pack("<64sQII", name.encode(), size, image, 0)
+    for kind, code, interval, path in sources:
+        raw = path.encode()
+        number = {"image": 0, "frames": 1}[kind]
+        head += struct.pack("<I4sQQII", number, code.encode(), interval, at + len(paths), len(raw), 0)
+        paths += raw
+    body = head + paths + bytes(-len(paths) % 8)
+    for block, count, volume, kind, position, source in extents:
+        body += struct.pack("<QIHHQII", block, count, volume, {"data": 0, "zeros": 1}[kind], position, source, 0)
+    counts = (64 + len(body), len(extents), len(sources), 0, 0)
+    return _zeroed(struct.pack("<8sII16sQQIIQ", b"PGCDPMAP", 1, len(volumes), SET_ID, *counts) + body, 56)
 
 
 GOLDEN_FRAMES: list[tuple[int, bytes]] = [(0, block(1) + block(2)), (1, block(3) * 3), (1, bytes(BLOCK))]
@@ -233,6 +274,7 @@ def main() -> None:
         old.unlink()
     maker = make_journal(directory)
     (HERE / "writes.frames").write_bytes(frames(b"WRIT", 3, GOLDEN_FRAMES))
+    (HERE / "view.map").write_bytes(view_map(GOLDEN_MAP))
     text = json.dumps(expected(maker), indent=1, ensure_ascii=False)
     (HERE / "expected.json").write_text(text + "\n", "utf-8")
 

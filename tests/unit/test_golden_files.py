@@ -9,6 +9,8 @@ import xxhash
 
 import tests.golden.make_golden as golden
 from pgcdp.capture.journal import Journal
+from pgcdp.records import EXTENT_DATA, EXTENT_ZEROS
+from pgcdp.recovery.mapfile import ImageSource, decode, encode
 from pgcdp.store.frames import FrameReader
 
 HERE = Path(golden.__file__).resolve().parent
@@ -43,6 +45,26 @@ def test_journal_reader_finds_what_is_in_the_golden_journal() -> None:
         wanted["durable"],
         wanted["clean"],
     )
+
+
+def test_map_reader_and_writer_mean_what_the_golden_map_says() -> None:
+    path = HERE / "view.map"
+    found = decode(path.read_bytes(), path)
+    assert found.set_id == SET_ID
+    assert [[v.name, v.bytes, image] for v, image in zip(found.volumes, found.images, strict=True)] == (
+        EXPECTED["map"]["volumes"]
+    )
+    sources = [
+        ["image", "", 0, str(source.path)]
+        if isinstance(source, ImageSource)
+        else ["frames", source.content.decode(), source.interval, str(source.path)]
+        for source in found.sources
+    ]
+    assert sources == EXPECTED["map"]["sources"]
+    kinds = {EXTENT_DATA: "data", EXTENT_ZEROS: "zeros"}
+    extents = [[b, c, v, kinds[k], p, s] for b, c, v, k, p, s, _ in found.extents.tolist()]
+    assert extents == EXPECTED["map"]["extents"]
+    assert encode(found) == path.read_bytes()
 
 
 def test_frame_reader_finds_what_is_in_the_golden_frames() -> None:
