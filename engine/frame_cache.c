@@ -75,6 +75,17 @@ static void leave_ring(struct entry *entry)
     entry->older = entry->newer = NULL;
 }
 
+/* The oldest unused ones go until `length` more bytes are within the bound. */
+static void make_room(struct frame_cache *c, uint64_t length)
+{
+    while (c->status.bytes + length > c->status.limit && c->ring.newer != &c->ring) {
+        struct entry *oldest = c->ring.newer;
+        leave_ring(oldest);
+        forget(c, oldest);
+        destroy(oldest);
+    }
+}
+
 void frame_cache_free(struct frame_cache *c)
 {
     if (!c)
@@ -102,12 +113,7 @@ static void release(struct frame_cache *c, struct entry *entry)
     entry->older = c->ring.older; /* it is the newest now */
     entry->newer = &c->ring;
     entry->older->newer = entry->newer->older = entry;
-    while (c->status.bytes > c->status.limit && c->ring.newer != &c->ring) {
-        struct entry *oldest = c->ring.newer;
-        leave_ring(oldest);
-        forget(c, oldest);
-        destroy(oldest);
-    }
+    make_room(c, 0);
 }
 
 /* The frame if it is there or on its way; else a new entry that the caller must load (*fresh). NULL: no memory. */
@@ -127,12 +133,7 @@ static struct entry *acquire(struct frame_cache *c, const struct frame_file *f, 
         return entry;
     }
     uint32_t length = frame_file_entry(f, number)->raw_length;
-    while (c->status.bytes + length > c->status.limit && c->ring.newer != &c->ring) {
-        struct entry *oldest = c->ring.newer;
-        leave_ring(oldest);
-        forget(c, oldest);
-        destroy(oldest);
-    }
+    make_room(c, length);
     entry = calloc(1, sizeof *entry);
     if (!entry || !(entry->raw = malloc((size_t)length + 1))) {
         free(entry);
