@@ -13,6 +13,7 @@ import signal
 import stat
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -432,36 +433,47 @@ def test_what_is_written_is_read_again_and_touches_nothing_else(show_map: ShowMa
     assert {name: digest for name, digest in after.items() if name in before} == before
 
 
+READER = """
+import mmap, os, random, sys
+device, below, size, pieces = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+old = open(below, "rb").read()
+fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+own = random.Random(os.getpid())
+with mmap.mmap(-1, 4096) as memory:
+    print("ready", flush=True)
+    seen = 0
+    while seen < pieces:  # follow the writer: each piece is watched at its last block until that is the new one
+        place = min((seen + 1) * size, len(old)) - 4096 * own.randrange(1, 3)
+        os.preadv(fd, [memory], place)
+        content = bytes(memory)
+        if content == old[place:place + 4096]:
+            continue
+        if content != bytes(byte ^ 255 for byte in old[place:place + 4096]):
+            sys.exit(f"offset {place}: {content[:16]!r}")
+        seen += 1
+"""
+
+
 def test_blocks_are_whole_while_others_write(show_map: ShowMap, scratch: Path) -> None:
     """Of a block that is written for the first time one sees what was below or what was written, never a hole."""
-    frames = 40
-    view = show_map(big_map(scratch, frames))
+    frames, piece = 128, 256 * BLOCK
+    view = show_map(big_map(scratch, frames), "--cache=268435456")
     below = content_at(0, frames * FRAME)
-    above = bytes(byte ^ 0xFF for byte in below)
-    piece, done, stop = 128 * BLOCK, [0], threading.Event()
-    wrong: list[str] = []
-
-    def reader(seed: int) -> None:
-        own = random.Random(seed)
-        with Direct(view.device("data")) as volume:
-            while not stop.is_set():
-                at = min(done[0], len(below) - piece) + own.randrange(0, piece, BLOCK)
-                content = volume.read(min(at, len(below) - BLOCK), BLOCK)
-                if content not in (below[at : at + BLOCK], above[at : at + BLOCK]):
-                    wrong.append(f"offset {at}: {content[:16]!r}")
-
-    threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
+    (scratch / "below").write_bytes(below)
+    above = bytes(np.frombuffer(below, dtype=np.uint8) ^ 255)
+    words = [sys.executable, "-c", READER, str(view.device("data")), str(scratch / "below")]
+    words += [str(piece), str(len(below) // piece)]
+    readers = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for reader in readers:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
     with Direct(view.device("data")) as volume:
         for at in range(0, len(below), piece):
-            done[0] = at
             volume.write(at, above[at : at + piece])
             assert volume.read(at, piece) == above[at : at + piece]
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    for reader in readers:
+        said = reader.communicate(timeout=60)[1]
+        assert (reader.returncode, said) == (0, "")
 
 
 # --- memory, modes, its end
