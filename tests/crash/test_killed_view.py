@@ -49,6 +49,7 @@ def engines(below: Path) -> list[int]:
 def assert_nothing_left(below: Path) -> None:
     assert volumes.mounts_below(below) == []
     assert volumes.loops_over(below) == {}
+    assert volumes.loops_over(Path("/data")) == {}, "a file whose FUSE mount went before its loop device"
     assert volumes.users_of(below) == []
     assert list(below.glob("point-*")) == []
 
