@@ -54,8 +54,17 @@ def assert_nothing_left(below: Path) -> None:
     assert list(below.glob("point-*")) == []
 
 
-def postgres_runs(below: Path) -> bool:
-    return any(below.glob("point-*/mnt/postmaster.pid"))
+def statement_runs(below: Path) -> bool:
+    """Whether the held statement runs: until then the command reads files of the view, and could not be killed while
+    the engine is stopped."""
+    return any(_title(pid).endswith(b"SELECT") for pid, _ in volumes.users_of(below))
+
+
+def _title(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ")
+    except OSError:
+        return b""
 
 
 def assert_next_command_clears(found: ProtectedSet, below: Path) -> None:
@@ -76,7 +85,7 @@ def test_a_killed_verify_leaves_nothing(found: ProtectedSet) -> None:
         process = start_verify(found)
         try:
             if moment == 0:
-                wait_until(lambda: postgres_runs(below), timeout=90, what="postgres in the view")
+                wait_until(lambda: statement_runs(below), timeout=90, what="the statement in the view")
             else:
                 wait_until(lambda: any(below.glob("point-*")), timeout=60, what="a scratch place")
                 pass_time(chooser.random() * 1.5)
@@ -90,7 +99,7 @@ def test_the_image_stays_as_long_as_the_engine_answers(found: ProtectedSet) -> N
     """The owner is killed while the engine cannot run, so cannot end: what it would show next must still be right."""
     below = api._scratch(found.source())
     process = start_verify(found)
-    wait_until(lambda: postgres_runs(below), timeout=90, what="postgres in the view")
+    wait_until(lambda: statement_runs(below), timeout=90, what="the statement in the view")
     (pid,) = engines(below)
     os.kill(pid, signal.SIGSTOP)
     try:
