@@ -35,6 +35,7 @@ enum { HEAP_INSERT = 0x00, HEAP_DELETE = 0x10, HEAP_UPDATE = 0x20, HEAP_HOT_UPDA
 #define STANDBY_RUNNING_XACTS 0x10
 #define OLDEST_RUNNING_AT 16u /* xl_running_xacts.oldestRunningXid */
 enum { SMGR_CREATE = 0x10, SMGR_TRUNCATE = 0x20 };
+enum { MAIN_FORK = 0, INIT_FORK = 3 }; /* common/relpath.h */
 
 #define FEW 16u /* a power of two: up to so many changes are looked through one by one */
 
@@ -237,7 +238,7 @@ static int take_smgr(struct xacts *x, const struct wal_record *r, const struct w
     if (operation == SMGR_CREATE) {
         uint32_t fork;
         memcpy(&fork, p->main + sizeof relation, sizeof fork);
-        if (fork)
+        if (fork != MAIN_FORK && fork != INIT_FORK) /* of an unlogged table, WAL has the init fork alone */
             return 0;
     }
     struct fmt_change *c = change_of(x, r, &relation);

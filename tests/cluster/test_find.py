@@ -24,6 +24,7 @@ create table part_b1 partition of part_b for values from (0) to (100);
 create table animals (name text);
 create table cats (lives int) inherits (animals);
 create table "Mixed Case" (id int);
+create unlogged table scratch (id int primary key);
 create materialized view m as select random() as id;
 create unique index on m (id);
 """
@@ -75,6 +76,9 @@ STATEMENTS = {
     "mixed": 'insert into "Mixed Case" values (1)',
     "mixed gone": 'drop table "Mixed Case"',
     "matview": "drop materialized view m",
+    "scratch emptied": "truncate scratch",
+    "scratch gone": "drop table scratch",
+    "part gone": "drop table part_a",
     "gone": "drop table lines, orders",
     "sales": "drop table sales.orders",
 }
@@ -106,6 +110,9 @@ FOUND = {
     "create table another as select 1": ["into"],
     "drop table lines": ["gone"],
     "drop table orders": ["gone"],
+    "truncate scratch": ["scratch emptied"],
+    "drop table scratch": ["scratch gone"],
+    "drop table part_a": ["part gone"],
 }
 
 
