@@ -36,7 +36,7 @@ static bool watched(const struct notes *n, const struct fmt_relation *r)
 static bool touches(const struct notes *n, const struct wal_parts *p)
 {
     for (uint32_t i = 0; i < p->blocks; i++)
-        if (p->block[i].fork == 0 && watched(n, &p->block[i].relation))
+        if (p->block[i].fork == MAIN_FORK && watched(n, &p->block[i].relation))
             return true;
     return false;
 }

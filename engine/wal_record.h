@@ -8,10 +8,12 @@
 #include "format.h"
 #include "wal.h"
 
+enum wal_fork { MAIN_FORK = 0, INIT_FORK = 3 }; /* of those in src/include/common/relpath.h, what is asked for */
+
 struct wal_block {
     struct fmt_relation relation;
     uint32_t block;
-    uint8_t fork; /* 0 main, 1 free space map, 2 visibility map, 3 init */
+    uint8_t fork;
 };
 
 #define WAL_MAX_BLOCKS 33 /* XLR_MAX_BLOCK_ID + 1 */

@@ -35,7 +35,6 @@ enum { HEAP_INSERT = 0x00, HEAP_DELETE = 0x10, HEAP_UPDATE = 0x20, HEAP_HOT_UPDA
 #define STANDBY_RUNNING_XACTS 0x10
 #define OLDEST_RUNNING_AT 16u /* xl_running_xacts.oldestRunningXid */
 enum { SMGR_CREATE = 0x10, SMGR_TRUNCATE = 0x20 };
-enum { MAIN_FORK = 0, INIT_FORK = 3 }; /* common/relpath.h */
 
 #define FEW 16u /* a power of two: up to so many changes are looked through one by one */
 

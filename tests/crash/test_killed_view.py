@@ -16,6 +16,7 @@ from pgcdp import api
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineClient
 from pgcdp.errors import PreconditionError
+from pgcdp.postgres.processes import title
 from pgcdp.records import Target
 from pgcdp.recovery.scratch import mounted
 from pgcdp.store.image import read_state
@@ -57,14 +58,7 @@ def assert_nothing_left(below: Path) -> None:
 def statement_runs(below: Path) -> bool:
     """Whether the held statement runs: until then the command reads files of the view, and could not be killed while
     the engine is stopped."""
-    return any(_title(pid).endswith(b"SELECT") for pid, _ in volumes.users_of(below))
-
-
-def _title(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ")
-    except OSError:
-        return b""
+    return any(title(pid).endswith("SELECT") for pid, _ in volumes.users_of(below))
 
 
 def assert_next_command_clears(found: ProtectedSet, below: Path) -> None:
