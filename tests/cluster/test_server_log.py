@@ -34,8 +34,17 @@ def statements(told: dict[str, Any]) -> dict[int, str | None]:
     return {each["xid"]: each["statement"] for each in told["transactions"]}
 
 
-def log_files(found: ProtectedSet) -> list[Path]:
-    return [file for file in (found.pgdata / "log").iterdir() if file.suffix in (".csv", ".json")]
+def log_files(found: ProtectedSet, directory: str = "log") -> list[Path]:
+    return [file for file in (found.pgdata / directory).iterdir() if file.suffix in (".csv", ".json")]
+
+
+def written(found: ProtectedSet, text: str, directory: str = "log") -> None:
+    """Until the log has `text`: its collector writes behind the back of the session that logged."""
+
+    def told() -> bool:
+        return any(text.encode() in file.read_bytes() for file in log_files(found, directory))
+
+    wait_until(told, what=f"{text!r} in the server's log")
 
 
 def rotate(found: ProtectedSet) -> None:
@@ -77,6 +86,7 @@ def test_statements_of_two_sessions(make_set: MakeSet, binaries_of: BindirOf, ve
         one.execute("delete from orders where id = %s", [20])
         one.execute("commit")
         two.execute("DELETE FROM orders WHERE id = 30 -- alone, before it had an id")
+        written(found, "-- alone, before it had an id")
     both = {
         first: "DELETE FROM orders WHERE id < 10",
         second: "DELETE FROM orders WHERE id > 90 /* the other */",
@@ -120,6 +130,8 @@ def test_a_lone_statement_is_told_by_auto_explain(
         session.execute("begin; select 1; commit; begin")
         session.execute("select f()")
         session.execute("commit")
+        session.execute("select 'the last one'")
+        written(found, "'the last one'")
     assert list(statements(api.find(found.name, "insert into t")).values()) == [
         "insert into t\nselect n from generate_series(1, 100) n"
     ]
@@ -141,6 +153,7 @@ def test_statements_are_shown_below_and_a_log_that_cannot_be_read_is_a_note(
         session.execute("begin; insert into t values (1)")
         session.execute("insert into t\n values (2) /* \x1b[31m red */")
         session.execute("commit")
+    written(found, "values (2)", "said")
 
     def text(*words: str) -> list[str]:
         command = [sys.executable, "-P", "-m", "pgcdp", *words]
