@@ -23,7 +23,7 @@ from pgcdp.intervals.readout import SEGMENT_BYTES, Cluster, Readout, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, index_transactions
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.wal import Note, is_checkpoint, pack_notes, read_notes
-from pgcdp.records import Boundary
+from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, IndexFiles
 from pgcdp.store.files import write_files
 from pgcdp.store.frames import FileSummary
@@ -179,6 +179,8 @@ def _check_followed(readout: Readout, start: Start, boundary: Boundary) -> None:
 def summarize(indexed: Indexed) -> dict[str, Any]:
     """What the manifest says of the transactions: whether to look for one here, without opening the index.
 
+    `count` ended, `committed` of them with a commit.
+
     The highest and lowest xid are of 64 bits, those of subtransactions included.
     """
     table: pa.Table = indexed.table
@@ -188,11 +190,13 @@ def summarize(indexed: Indexed) -> dict[str, Any]:
         return {**said, "count": 0}
     ends = {name: table.column(name).to_numpy() for name in ("lsn", "xid", "time_us", "write")}
     subxids = table.column("subxids").combine_chunks().flatten().to_numpy()
-    count = len(np.unique(ends["lsn"]))
+    first = np.unique(ends["lsn"], return_index=True)[1]
+    status = table.column("status").to_numpy()[first]
     ends["xid"] = np.append(ends["xid"], full_xid(subxids, indexed.next_xid))
     return {
         **said,
-        "count": count,
+        "count": len(first),
+        "committed": int(np.isin(status, (COMMITTED, COMMITTED_PREPARED)).sum()),
         **{f"{bound}_{name}": int(getattr(ends[name], bound)()) for name in ends for bound in ("min", "max")},
     }
 

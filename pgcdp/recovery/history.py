@@ -7,9 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pgcdp.errors import DamageError
 from pgcdp.fsio import read_json
@@ -17,15 +15,13 @@ from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
 from pgcdp.intervals.transactions import Indexed, index_transactions
 from pgcdp.postgres.relations import Look
-from pgcdp.records import TRANSACTION
+from pgcdp.recovery.ends import COLUMNS, Ends
 from pgcdp.recovery.instant import Commits, History
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import SETTINGS
 from pgcdp.store.parquet import Ranges
 from pgcdp.store.transactions import read_look, read_transactions, read_wal
-
-_COLUMNS = ("lsn", "length", "write", "time_us", "xid", "timeline", "begin_at", "end_at", "status", "late", "back")
 
 
 class Transactions:
@@ -96,7 +92,7 @@ class Transactions:
             indexed = self.tail()
             return _as_commits(indexed.table, indexed.events, lambda: indexed.wal)
         path = self.bundles[number].path
-        table = read_transactions(path, (*_COLUMNS, "subxids"))
+        table = read_transactions(path, (*COLUMNS, "subxids"))
         return _as_commits(table, self.happened(number), partial(read_wal, path))
 
     def _tail(self) -> Indexed:
@@ -122,22 +118,16 @@ def settings_behind(store: Store, last: int) -> dict[str, Any]:
 
 
 def _as_commits(table: pa.Table, events: Sequence[Mapping[str, Any]], wal: Any) -> Commits:
-    lsn = table.column("lsn").to_numpy()
-    rows = np.flatnonzero(np.append(True, lsn[1:] != lsn[:-1])) if len(lsn) else np.empty(0, dtype=np.int64)
-    ends = np.empty(len(rows), dtype=TRANSACTION)
-    for name in _COLUMNS:
-        if name != "length":
-            ends[name] = table.column(name).to_numpy()[rows]
-    ends["end_lsn"] = ends["lsn"] + table.column("length").to_numpy()[rows]
-    return Commits(ends, _tops(table, ends, rows), events, wal)
+    ends = Ends(table)
+    return Commits(ends, _tops(table, ends), events, wal)
 
 
-def _tops(table: pa.Table, ends: NDArray[np.void], rows: NDArray[np.int64]) -> dict[int, int]:
+def _tops(table: pa.Table, ends: Ends) -> dict[int, int]:
     lists = table.column("subxids").combine_chunks()
     if not len(lists) or not len(lists.flatten()):
         return {}
     found = {}
-    for row, subxids in zip(rows.tolist(), lists.take(pa.array(rows)).to_pylist(), strict=True):
+    for xid, subxids in zip(ends["xid"].tolist(), lists.take(pa.array(ends.rows)).to_pylist(), strict=True):
         for subxid in subxids:
-            found[subxid] = int(ends["xid"][np.searchsorted(rows, row)])
+            found[subxid] = xid
     return found

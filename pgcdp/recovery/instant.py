@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
 from pgcdp.records import ABORTED, ABORTED_PREPARED, COMMITTED, COMMITTED_PREPARED, NOT_IN_WRITE, PREPARED
+from pgcdp.recovery.ends import Ends
 from pgcdp.units import format_lsn, format_time
 
 _DESTROYING = {"drop_database": "database", "drop_tablespace": "tablespace"}
@@ -31,11 +32,11 @@ CANDIDATES = 10
 class Commits:
     """The transactions that ended in an interval.
 
-    `ends`: array TRANSACTION in order of LSN. `tops`: the top transaction (64 bits) of a subtransaction (32 bits).
-    `events`: as FORMAT.md 3.7. `wal()`: array WAL_WRITE.
+    `ends`: (like an) array TRANSACTION in order of LSN. `tops`: the top transaction (64 bits) of a subtransaction (32
+    bits). `events`: as FORMAT.md 3.7. `wal()`: array WAL_WRITE.
     """
 
-    ends: NDArray[np.void]
+    ends: NDArray[np.void] | Ends
     tops: Mapping[int, int]
     events: Sequence[Mapping[str, Any]]
     wal: Callable[[], NDArray[np.void]]
@@ -117,8 +118,10 @@ def _behind(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instan
     return Instant(int(end["write"]), int(end["end_lsn"]), int(end["end_at"]), held, note)
 
 
-def _is_in(ends: NDArray[np.void]) -> NDArray[np.bool_]:
-    return np.isin(ends["status"], (COMMITTED, COMMITTED_PREPARED))
+def _is_in(ends: NDArray[np.void] | Ends) -> NDArray[np.bool_]:
+    status = ends["status"]
+    found: NDArray[np.bool_] = (status == COMMITTED) | (status == COMMITTED_PREPARED)
+    return found
 
 
 def at_xid(xid: int, exclusive: bool, history: History) -> Instant:
@@ -163,7 +166,7 @@ def _find_xid(xid: int, history: History) -> tuple[int | None, np.void] | None:
         if not _may_hold(xid, history.summary(number)):
             continue
         commits = history.commits(number)
-        xids = commits.ends["xid"]
+        xids: NDArray[Any] = commits.ends["xid"]
         same = (xids & np.uint64(0xFFFFFFFF)) == xid if low else xids == xid
         rows = np.flatnonzero(same)
         if not len(rows) and (xid & 0xFFFFFFFF) in commits.tops:
@@ -381,22 +384,41 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
     out = 0
     also: list[np.void] = []
     reached: int | None = None
-    for number, commits in history.newest_first():
-        ends = commits.ends[_is_in(commits.ends)]
+    first_in: int | None = None  # the interval whose first transaction that is out was not looked at
+    for number in reversed(history.numbers):
+        counted = _committed_behind(history.summary(number), write, until_lsn or 0)
+        if counted is not None:
+            out += counted
+            first_in = number if counted else first_in
+            continue
+        ends = history.commits(number).ends
+        committed = _is_in(ends)
         within = ends["write"] < write
         within |= (ends["write"] == write) & ((ends["lsn"] < lsn) if lsn is not None else True)
-        count = int(within.sum())
-        outside = ends[~within]
+        outside = np.flatnonzero(committed & ~within)
         out += len(outside)
         if len(outside):
-            first_out = outside[0]
-            also[:0] = outside[outside["lsn"] < (until_lsn or 0)]
-        if count:
-            last_in = ends[within][-1]
+            first_out, first_in = ends[outside[0]], None
+            also[:0] = ends[outside[ends["lsn"][outside] < (until_lsn or 0)]]
+        inside = np.flatnonzero(committed & within)
+        if len(inside):
+            last_in = ends[inside[-1]]
             reached = number if number is not None else sys.maxsize
             break
+    if first_in is not None:
+        ends = history.commits(first_in).ends
+        first_out = ends[np.argmax(_is_in(ends))]
     unknown = [each for each in history.unknown if reached is None or each > reached]
     return Around(last_in, first_out, out, also, unknown)
+
+
+def _committed_behind(said: Mapping[str, Any] | None, write: int, until_lsn: int) -> int | None:
+    """How many committed in an interval, when all of them are behind `write` and `until_lsn`; None: look into it."""
+    if said is None or not said["count"]:
+        return None if said is None else 0
+    if "committed" not in said or said["min_write"] <= write or said["min_lsn"] < until_lsn:
+        return None
+    return int(said["committed"])
 
 
 STATUS = {

@@ -93,7 +93,8 @@ def models(draw: st.DrawFn) -> Model:
         if number is not None:
             boundary = Boundary(number, write, write * 1000, 0, 0, 1, 0, "period")
             intervals.append(Interval(number, first, write, first * 1000, write * 1000, boundary, 1, 0, 0, {}))
-            summaries[number] = {"count": len(ends), "marks": 1, "wal_to": int(table["to_lsn"].max(initial=0)), **({
+            summaries[number] = {"count": len(ends), "marks": 1, "wal_to": int(table["to_lsn"].max(initial=0)),
+                "committed": sum(map(is_in, ends)), **({
                 f"{name}_{column}": int(getattr(ends[column], name)())
                 for column in ("lsn", "xid", "time_us", "write") for name in ("min", "max")
             } if len(ends) else {})}  # fmt: skip
