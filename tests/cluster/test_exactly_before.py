@@ -43,7 +43,7 @@ def run_points(found: ProtectedSet, points: int, commits: int, seed: int) -> lis
     assert not result.failures
     found.durable()
     history = found.source().transactions().history()
-    ends = [end for _, chapter in history.newest_first() for end in chapter.ends]
+    ends = [end for _, chapter in history.newest_first() for end in chapter.ends[:]]
     shared = Counter(int(end["write"]) for end in ends)
     write_of = {int(end["lsn"]): int(end["write"]) for end in ends}
     together = [place for place, commit in enumerate(order) if shared[write_of[commit.lsn]] > 1]

@@ -50,7 +50,7 @@ def run_commits(found: ProtectedSet, count: int, commits: int, seed: int) -> lis
     assert not result.failures
     found.durable()
     history = found.source().transactions().history()
-    ends = [end for _, chapter in history.newest_first() for end in chapter.ends]
+    ends = [end for _, chapter in history.newest_first() for end in chapter.ends[:]]
     good = [end for end in ends if end["status"] in (1, 4) and int(end["write"]) > begin]
     late = [end for end in good if end["late"]]
     chosen = [rng.choice(late if late and number % 2 else good) for number in range(count)]
