@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,14 +15,25 @@ from pgcdp import doctor, salvaging, service, transactions
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
-from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.filemap import FileMapper, places_of
-from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.intervals.policy import parse_policy
+from pgcdp.opening import (
+    Announce,
+    between,
+    binaries_of,
+    engine_status,
+    open_source,
+    point_json,
+    point_of,
+    production_places,
+    remember,
+    scratch_place,
+    source_of,
+)
 from pgcdp.postgres import role, session
-from pgcdp.postgres.cluster import Binaries, find_binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Interval, Kind, RecoveryPoint, Target
 from pgcdp.recovery import instant
@@ -257,31 +268,6 @@ def journal_bytes(config: Config) -> int:
     return sum(file.stat().st_size for file in config.journal.glob("*.seg"))
 
 
-def engine_status(config: Config) -> EngineStatus | None:
-    """What the engine says; None when none runs."""
-    try:
-        return EngineClient(config.paths.control).status()
-    except EngineGone:
-        return None
-
-
-def source_of(config: Config, engine: EngineStatus | None) -> Source:
-    """The set's store with its journal."""
-    journal = Journal(config.journal, config.set_id_bytes)
-    store = Store.open(config.store, config.set_id_bytes)
-    durable_write, now_ns = (engine.durable_write, time.time_ns()) if engine else (None, 0)
-    return Source(store, journal, durable_write, now_ns, config.pgdata)
-
-
-def open_source(set_name: str | None, store: Path | None) -> Source:
-    """The source that a command names: a set, or a store alone."""
-    if store is not None:
-        return Source(Store.open(store))
-    assert set_name is not None
-    config = load_config(set_name)
-    return source_of(config, engine_status(config))
-
-
 def info(set_name: str | None, store: Path | None = None) -> Json:
     """Intervals, sizes, recovery window, what was verified."""
     source = open_source(set_name, store)
@@ -414,39 +400,10 @@ def _holds(set_name: str, source: Source, record: np.void, interval: int | None)
 # --- recovery
 
 
-def point_json(point: RecoveryPoint) -> Json:
-    """A recovery point."""
-    return {
-        "write": point.write,
-        "lsn": None if point.lsn is None else format_lsn(point.lsn),
-        "interval": point.interval,
-        "boundary": point.boundary,
-        "time": format_time(point.time_ns),
-        "note": point.note,
-    }
-
-
-Announce = Callable[[Json], None]
-"""Is told what a target resolved to, before anything is done: as `resolve` returns it."""
-
-
 def resolve(set_name: str | None, target: Target, store: Path | None = None, *, before: str | None = None) -> Json:
     """What a target resolves to now: {"recovery_point", "last_in", "first_out", "out", "also_out"}."""
     source = open_source(set_name, store)
-    return _between(source, _point(source, target, before))
-
-
-def _point(source: Source, target: Target, before: str | None) -> RecoveryPoint:
-    """The recovery point of a target, or just before the one transaction that did what the SQL `before` does."""
-    return source.resolve(target if before is None else transactions.before(source, before))
-
-
-def _between(source: Source, point: RecoveryPoint) -> Json:
-    try:
-        between = transactions.around_json(source, point)
-    except (DamageError, PreconditionError) as error:  # the point itself may be right
-        between = {"last_in": None, "first_out": None, "out": None, "also_out": [], "unknown": error.message}
-    return {"recovery_point": point_json(point), **between}
+    return between(source, point_of(source, target, before))
 
 
 def restore(
@@ -463,8 +420,8 @@ def restore(
     """Write the recovery point to image files or make a startable data directory."""
     started = time.monotonic()
     source = open_source(set_name, store)
-    point = _point(source, target, before)
-    resolved = _between(source, point)
+    point = point_of(source, target, before)
+    resolved = between(source, point)
     if announce is not None:
         announce(resolved)
     if to_image is not None:
@@ -479,7 +436,7 @@ def restore(
         "seconds": round(time.monotonic() - started, 3),
     }
     if store is None:
-        _remember(source, "restore", {**result, "interval": point.interval})
+        remember(source, "restore", {**result, "interval": point.interval})
     return result
 
 
@@ -496,12 +453,12 @@ def verify(
     """Start Postgres on the recovery point in a sandbox and run all checks."""
     started = time.monotonic()
     source = open_source(set_name, store)
-    point = _point(source, target, before)
+    point = point_of(source, target, before)
     if announce is not None:
-        announce(_between(source, point))
+        announce(between(source, point))
     settings = source.settings(point)
-    binaries = _binaries(source, set_name)
-    with mounted(source, point, _scratch(source), progress) as pgdata:
+    binaries = binaries_of(source, set_name)
+    with mounted(source, point, scratch_place(source), progress) as pgdata:
         progress(Progress("starting postgres on it"))
         checks = proving.verify_directory(
             pgdata,
@@ -510,7 +467,7 @@ def verify(
             sql=sql_file,
             checks=proving.own_checks(),
             binaries=binaries,
-            hide=_production(source, set_name),
+            hide=production_places(source, set_name),
             report=lambda check: progress(Progress(f"{check.name}: {'ok' if check.ok else 'FAILED'}")),
         )
     result: Json = {
@@ -520,7 +477,7 @@ def verify(
         "checks": [asdict(replace(check, seconds=round(check.seconds, 3))) for check in checks],
     }
     if store is None:
-        _remember(source, "verification", {**result, "interval": point.interval})
+        remember(source, "verification", {**result, "interval": point.interval})
     return {"ok": result["ok"], "results": [result]}
 
 
@@ -541,8 +498,8 @@ def salvage(
     `how` are further arguments of `pgcdp.salvaging.run`.
     """
     source = open_source(set_name, store)
-    point = _point(source, target, before)
-    resolved = _between(source, point)
+    point = point_of(source, target, before)
+    resolved = between(source, point)
     if announce is not None:
         announce(resolved)
 
@@ -554,43 +511,13 @@ def salvage(
         return session.connect(session.Dsn.of(load_config(set_name)), database)
 
     value = salvaging.run(
-        source, point, wanted, below=_scratch(source), binaries=_binaries(source, set_name), connect=connect,
-        hide=_production(source, set_name), progress=progress, **how,
+        source, point, wanted, below=scratch_place(source), binaries=binaries_of(source, set_name), connect=connect,
+        hide=production_places(source, set_name), progress=progress, **how,
     )  # fmt: skip
     result = {**resolved, **value}
     if store is None:
-        _remember(source, "restore", {**result, "interval": point.interval})
+        remember(source, "restore", {**result, "interval": point.interval})
     return result
-
-
-def _scratch(source: Source) -> Path:
-    """Where scratch places of a set are."""
-    return Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
-
-
-def _production(source: Source, set_name: str | None) -> list[Path]:
-    """What of the running cluster a sandbox must not see: its volumes, and where its socket is."""
-    places = list(source.store.extra["mountpoints"].values())
-    if set_name is not None:
-        places.append(load_config(set_name).cluster.socket_directory)
-    return [Path(place) for place in places if place.startswith("/")]
-
-
-def _binaries(source: Source, set_name: str | None) -> Binaries:
-    """Postgres's programs of the version of the store."""
-    return find_binaries(int(source.store.extra["cluster"]["version"]), _bindir(set_name))
-
-
-def _bindir(set_name: str | None) -> Path | None:
-    return None if set_name is None else load_config(set_name).cluster.bindir
-
-
-def _remember(source: Source, kind: Any, content: Json) -> None:
-    catalog = Catalog.open(source.store)
-    try:
-        catalog.remember(kind, time.time_ns(), content)
-    finally:
-        catalog.close()
 
 
 # --- care

@@ -22,7 +22,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcdp import api, service
+from pgcdp import api, opening, service
 from pgcdp.capture import attach, engine
 from pgcdp.capture.attach import kill_and_wait
 from pgcdp.capture.engine import EngineClient
@@ -131,7 +131,7 @@ class ProtectedSet:
 
     def source(self) -> Source:
         """The store with the journal, as `pgcdp restore` opens it."""
-        return api.open_source(self.name, None)
+        return opening.open_source(self.name, None)
 
     @contextmanager
     def running_at(self, point: Target | RecoveryPoint) -> Iterator[Sandbox]:

@@ -15,6 +15,7 @@ import pytest
 
 from pgcdp import api
 from pgcdp.errors import DamageError
+from pgcdp.opening import scratch_place
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import BLOCK, RecoveryPoint, Target
 from pgcdp.recovery import restore
@@ -140,7 +141,7 @@ def test_verify_and_salvage_open_in_place(make_set: MakeSet, pg_binaries: Binari
     assert found.sql("select count(*), max(note) = md5('9999') from orders_salvaged where id <= 10000") == [
         (10000, False)
     ]
-    assert not api._scratch(found.source()).exists()
+    assert not scratch_place(found.source()).exists()
     api.cut(found.name)
     assert api.verify(found.name, Target("newest"))["ok"]
 
@@ -181,7 +182,7 @@ def test_a_verification_that_meets_damage_names_the_file(
         api.verify(found.name, target)
     assert raised.value.exit_code == 5
     assert raised.value.hint
-    assert not api._scratch(found.source()).exists()
+    assert not scratch_place(found.source()).exists()
     with path.open("r+b") as file:
         file.seek(at)
         file.write(bytes([byte]))

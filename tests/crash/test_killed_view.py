@@ -16,6 +16,7 @@ from pgcdp import api
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineClient
 from pgcdp.errors import PreconditionError
+from pgcdp.opening import scratch_place
 from pgcdp.postgres.processes import title
 from pgcdp.records import Target
 from pgcdp.recovery.scratch import mounted
@@ -73,7 +74,7 @@ def assert_next_command_clears(found: ProtectedSet, below: Path) -> None:
 
 
 def test_a_killed_verify_leaves_nothing(found: ProtectedSet) -> None:
-    below = api._scratch(found.source())
+    below = scratch_place(found.source())
     chooser = random.Random(4)
     for moment in range(4):
         process = start_verify(found)
@@ -91,7 +92,7 @@ def test_a_killed_verify_leaves_nothing(found: ProtectedSet) -> None:
 
 def test_the_image_stays_as_long_as_the_engine_answers(found: ProtectedSet) -> None:
     """The owner is killed while the engine cannot run, so cannot end: what it would show next must still be right."""
-    below = api._scratch(found.source())
+    below = scratch_place(found.source())
     process = start_verify(found)
     wait_until(lambda: statement_runs(below), timeout=90, what="the statement in the view")
     (pid,) = engines(below)

@@ -1,0 +1,107 @@
+"""What a command names: the source to read from, the recovery point in it, and what is needed to open that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pgcdp import transactions
+from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.journal import Journal
+from pgcdp.config import Config, load_config
+from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.postgres.cluster import Binaries, find_binaries
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery.source import Source
+from pgcdp.store.catalog import Catalog
+from pgcdp.store.layout import Store
+from pgcdp.units import format_lsn, format_time
+
+Json = dict[str, Any]
+
+
+def engine_status(config: Config) -> EngineStatus | None:
+    """What the engine says; None when none runs."""
+    try:
+        return EngineClient(config.paths.control).status()
+    except EngineGone:
+        return None
+
+
+def source_of(config: Config, engine: EngineStatus | None) -> Source:
+    """The set's store with its journal."""
+    journal = Journal(config.journal, config.set_id_bytes)
+    store = Store.open(config.store, config.set_id_bytes)
+    durable_write, now_ns = (engine.durable_write, time.time_ns()) if engine else (None, 0)
+    return Source(store, journal, durable_write, now_ns, config.pgdata)
+
+
+def open_source(set_name: str | None, store: Path | None) -> Source:
+    """The source that a command names: a set, or a store alone."""
+    if store is not None:
+        return Source(Store.open(store))
+    assert set_name is not None
+    config = load_config(set_name)
+    return source_of(config, engine_status(config))
+
+
+def point_json(point: RecoveryPoint) -> Json:
+    """A recovery point."""
+    return {
+        "write": point.write,
+        "lsn": None if point.lsn is None else format_lsn(point.lsn),
+        "interval": point.interval,
+        "boundary": point.boundary,
+        "time": format_time(point.time_ns),
+        "note": point.note,
+    }
+
+
+Announce = Callable[[Json], None]
+"""Is told what a target resolved to, before anything is done: as `resolve` returns it."""
+
+
+def point_of(source: Source, target: Target, before: str | None) -> RecoveryPoint:
+    """The recovery point of a target, or just before the one transaction that did what the SQL `before` does."""
+    return source.resolve(target if before is None else transactions.before(source, before))
+
+
+def between(source: Source, point: RecoveryPoint) -> Json:
+    """What a point resolved to: {"recovery_point", "last_in", "first_out", "out", "also_out"}."""
+    try:
+        told = transactions.around_json(source, point)
+    except (DamageError, PreconditionError) as error:  # the point itself may be right
+        told = {"last_in": None, "first_out": None, "out": None, "also_out": [], "unknown": error.message}
+    return {"recovery_point": point_json(point), **told}
+
+
+def scratch_place(source: Source) -> Path:
+    """Where scratch places of a set are."""
+    return Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
+
+
+def production_places(source: Source, set_name: str | None) -> list[Path]:
+    """What of the running cluster a sandbox must not see: its volumes, and where its socket is."""
+    places = list(source.store.extra["mountpoints"].values())
+    if set_name is not None:
+        places.append(load_config(set_name).cluster.socket_directory)
+    return [Path(place) for place in places if place.startswith("/")]
+
+
+def binaries_of(source: Source, set_name: str | None) -> Binaries:
+    """Postgres's programs of the version of the store."""
+    return find_binaries(int(source.store.extra["cluster"]["version"]), bindir_of(set_name))
+
+
+def bindir_of(set_name: str | None) -> Path | None:
+    return None if set_name is None else load_config(set_name).cluster.bindir
+
+
+def remember(source: Source, kind: Any, content: Json) -> None:
+    catalog = Catalog.open(source.store)
+    try:
+        catalog.remember(kind, time.time_ns(), content)
+    finally:
+        catalog.close()
