@@ -338,6 +338,8 @@ class Agent:
         self.rate_seen = (now, written)
         if stages.opened is None or self.asked is not None or now < self.ask_again_at:
             return
+        if stages.behind:  # a reader holds the image: no checkpoint could be cut at, and each costs Postgres
+            return
         decision = policy.decide(self.policy, self._progress())
         if decision.action == "ask":
             self._ask(decision.reason or "period")

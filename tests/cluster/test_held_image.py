@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pgcdp import api
-from pgcdp.postgres.cluster import Binaries
 from pgcdp.store.image_lock import image_held
+from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
 
@@ -16,8 +16,8 @@ def requested_checkpoints(found: ProtectedSet) -> int:
     return int(row[0])
 
 
-def test_postgres_is_not_asked_for_checkpoints_that_nobody_can_cut_at(make_set: MakeSet, pg_binaries: Binaries) -> None:
-    found = make_set(pg_binaries, size=384 << 20, cut=("1s",), settings={"autovacuum": "off"})
+def test_postgres_is_not_asked_for_checkpoints_that_nobody_can_cut_at(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, cut=("1s",), settings={"autovacuum": "off"})
     found.sql("create table t (id int)")
     begun = api.cut(found.name)["number"]
     with image_held(found.source().store):
