@@ -110,7 +110,7 @@ def _end(transactions: Transactions, at: int, xid: int) -> set[tuple[int | None,
         if said is not None and not (said["count"] and said["min_xid"] <= xid <= said["max_xid"]):
             continue
         commits = transactions.commits(number)
-        top = commits.tops.get(xid & 0xFFFFFFFF, xid)
+        top = commits.tops().get(xid & 0xFFFFFFFF, xid)
         rows = np.flatnonzero(commits.ends["xid"] == (top if abs(top - xid) < 1 << 31 else xid))
         if len(rows):
             end = commits.ends[rows[-1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, overload
 
@@ -10,23 +11,26 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgcdp.records import TRANSACTION
+from pgcdp.store.parquet import Ranges
 
-COLUMNS = tuple("length" if name == "end_lsn" else name for name in TRANSACTION.names or ())
-"""Columns of the transaction index that it takes."""
+_COLUMNS = tuple("length" if name == "end_lsn" else name for name in TRANSACTION.names or ())
+Read = Callable[[Sequence[str], Ranges | None], pa.Table]
+"""Columns of the transaction index, a row for each table touched, in order of LSN; or parts of them."""
 
 
 class Ends:
     """Like an array TRANSACTION in order of LSN, each transaction once: `ends["xid"]`, `ends[3]`, `ends[rows]`.
 
-    `table` has COLUMNS of the transaction index, a row for each table touched; `rows`: the first one of each.
+    What is asked for is read when it is, by `read`. Raises DamageError then.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        lsn = table.column("lsn").to_numpy()
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._column = cache(self._read_column)
+        lsn: NDArray[Any] = read(["lsn"], None).column("lsn").to_numpy()
+        self._length = len(lsn)
         self.rows = np.flatnonzero(np.append(True, lsn[1:] != lsn[:-1])) if len(lsn) else np.empty(0, dtype=np.int64)
-        self._table = table
-        self._all = len(self.rows) == len(lsn)
-        self._column = cache(self._read)
+        self._lsn = lsn if len(lsn) == len(self.rows) else lsn[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,19 +43,23 @@ class Ends:
     def __getitem__(self, key: slice | NDArray[Any]) -> NDArray[np.void]: ...
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
-            return self._column(key)
+            return self._lsn if key == "lsn" else self._column(key)
         if isinstance(key, int | np.integer):
             return self[np.array([key])][0]
-        taken = self._table.take(pa.array(self.rows[key]))
-        found = np.empty(len(taken), dtype=TRANSACTION)
-        for name in COLUMNS:
-            found["end_lsn" if name == "length" else name] = taken.column(name).to_numpy()
-        found["end_lsn"] += found["lsn"]
+        wanted = self._lsn[key]
+        found = np.empty(len(wanted), dtype=TRANSACTION)
+        if len(wanted):
+            table = self._read(_COLUMNS, {"lsn": [(int(wanted.min()), int(wanted.max()))]})
+            rows = np.searchsorted(table.column("lsn").to_numpy(), wanted)
+            taken = table.take(pa.array(rows))
+            for name in _COLUMNS:
+                found["end_lsn" if name == "length" else name] = taken.column(name).to_numpy()
+            found["end_lsn"] += found["lsn"]
         return found
 
-    def _read(self, name: str) -> NDArray[Any]:
+    def _read_column(self, name: str) -> NDArray[Any]:
         if name == "end_lsn":
-            end: NDArray[Any] = self["lsn"] + self._read("length")
+            end: NDArray[Any] = self._lsn + self._column("length")
             return end
-        column: NDArray[Any] = self._table.column(name).to_numpy()
-        return column if self._all else column[self.rows]
+        column: NDArray[Any] = self._read([name], None).column(name).to_numpy()
+        return column if len(self.rows) == self._length else column[self.rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
 from pgcdp.intervals.transactions import Indexed, index_transactions
 from pgcdp.postgres.relations import Look
-from pgcdp.recovery.ends import COLUMNS, Ends
+from pgcdp.recovery.ends import Ends
 from pgcdp.recovery.instant import Commits, History
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
@@ -88,12 +88,10 @@ class Transactions:
         return self.tail().look or next(self.looks(), None)
 
     def _commits(self, number: int | None) -> Commits:
-        if number is None:
-            indexed = self.tail()
-            return _as_commits(indexed.table, indexed.events, lambda: indexed.wal)
-        path = self.bundles[number].path
-        table = read_transactions(path, (*COLUMNS, "subxids"))
-        return _as_commits(table, self.happened(number), partial(read_wal, path))
+        ends = Ends(partial(self.table, number))
+        tops = cache(partial(_tops, ends, partial(self.table, number, ["subxids"])))
+        wal = partial(read_wal, self.bundles[number].path) if number is not None else lambda: self.tail().wal
+        return Commits(ends, tops, self.happened(number), wal)
 
     def _tail(self) -> Indexed:
         last = max(self.bundles, default=0)
@@ -117,17 +115,12 @@ def settings_behind(store: Store, last: int) -> dict[str, Any]:
         return Bundle.open(store, last).settings() if last else {}
 
 
-def _as_commits(table: pa.Table, events: Sequence[Mapping[str, Any]], wal: Any) -> Commits:
-    ends = Ends(table)
-    return Commits(ends, _tops(table, ends), events, wal)
-
-
-def _tops(table: pa.Table, ends: Ends) -> dict[int, int]:
-    lists = table.column("subxids").combine_chunks()
+def _tops(ends: Ends, subxids: Callable[[], pa.Table]) -> dict[int, int]:
+    lists = subxids().column("subxids").combine_chunks()
     if not len(lists) or not len(lists.flatten()):
         return {}
     found = {}
-    for xid, subxids in zip(ends["xid"].tolist(), lists.take(pa.array(ends.rows)).to_pylist(), strict=True):
-        for subxid in subxids:
+    for xid, own in zip(ends["xid"].tolist(), lists.take(pa.array(ends.rows)).to_pylist(), strict=True):
+        for subxid in own:
             found[subxid] = xid
     return found

@@ -32,12 +32,12 @@ CANDIDATES = 10
 class Commits:
     """The transactions that ended in an interval.
 
-    `ends`: (like an) array TRANSACTION in order of LSN. `tops`: the top transaction (64 bits) of a subtransaction (32
+    `ends`: (like an) array TRANSACTION in order of LSN. `tops()`: the top transaction (64 bits) of a subtransaction (32
     bits). `events`: as FORMAT.md 3.7. `wal()`: array WAL_WRITE.
     """
 
     ends: NDArray[np.void] | Ends
-    tops: Mapping[int, int]
+    tops: Callable[[], Mapping[int, int]]
     events: Sequence[Mapping[str, Any]]
     wal: Callable[[], NDArray[np.void]]
 
@@ -169,8 +169,8 @@ def _find_xid(xid: int, history: History) -> tuple[int | None, np.void] | None:
         xids: NDArray[Any] = commits.ends["xid"]
         same = (xids & np.uint64(0xFFFFFFFF)) == xid if low else xids == xid
         rows = np.flatnonzero(same)
-        if not len(rows) and (xid & 0xFFFFFFFF) in commits.tops:
-            rows = np.flatnonzero(xids == commits.tops[xid & 0xFFFFFFFF])
+        if not len(rows) and (xid & 0xFFFFFFFF) in commits.tops():
+            rows = np.flatnonzero(xids == commits.tops()[xid & 0xFFFFFFFF])
         if len(rows):
             return number, commits.ends[rows[-1]]
     return None

@@ -88,7 +88,7 @@ def models(draw: st.DrawFn) -> Model:
         ends = np.array(rows, dtype=TRANSACTION)
         events = [{"kind": "mark", "name": f"m{write}", "write": write, "lsn": None}]
         table = np.array(wal, dtype=WAL_WRITE)
-        chapters[number] = Commits(ends, {}, events, lambda table=table: table)  # type: ignore[misc]
+        chapters[number] = Commits(ends, dict, events, lambda table=table: table)  # type: ignore[misc]
         all_ends += list(ends)
         if number is not None:
             boundary = Boundary(number, write, write * 1000, 0, 0, 1, 0, "period")
@@ -226,9 +226,9 @@ def test_what_a_dropped_database_loses_first_may_lie_in_an_earlier_interval() ->
     drop = np.array([(1200, 1240, 14, 2, 700, 1, 0, 40, COMMITTED, 0, 250)], dtype=TRANSACTION)
     none = np.empty(0, dtype=WAL_WRITE)
     chapters: dict[int | None, Commits] = {
-        1: Commits(other, {}, [event], lambda: none),
-        2: Commits(drop[:0], {}, [], lambda: none),
-        None: Commits(drop, {}, [], lambda: none),
+        1: Commits(other, dict, [event], lambda: none),
+        2: Commits(drop[:0], dict, [], lambda: none),
+        None: Commits(drop, dict, [], lambda: none),
     }
     said: dict[int | None, Mapping[str, Any] | None] = {
         1: {"count": 1, "wal_to": 1150, "min_xid": 699, "max_xid": 699}, 2: {"count": 0, "wal_to": 1180}
