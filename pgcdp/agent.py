@@ -37,6 +37,7 @@ from pgcdp.postgres.catalogs import look
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Session, Settings
 from pgcdp.records import Interval
+from pgcdp.recovery import clone
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
@@ -58,6 +59,8 @@ FILES_SECONDS = 5.0
 """How long a boundary waits for the filesystems to say whose their blocks are; not at all while the journal fills."""
 FILES_SHARE = 0.05
 """Part of the time that may go into asking them."""
+CLONES_SECONDS = 5.0
+"""How often it looks for clones whose time is over."""
 PRESSURE = 0.5
 """Share of the journal's limit from which on segments are freed before their interval ends."""
 
@@ -114,12 +117,13 @@ class Agent:
         finally:
             os.umask(mask)
         logger.info("agent of set %s, pid %d", self.config.name, os.getpid())
+        expiring = asyncio.create_task(self._expire_clones())
         try:
             while not self.stopping.is_set():
                 await self._turn()
         finally:
             server.close()
-            for task in (self.asking, self.learning, self.looking):
+            for task in (self.asking, self.learning, self.looking, expiring):
                 if task is not None:
                     task.cancel()
                     with suppress(asyncio.CancelledError, PgcdpError):
@@ -131,6 +135,12 @@ class Agent:
             self.worker.shutdown()
             paths.agent_socket.unlink(missing_ok=True)
             logger.info("agent stopped")
+
+    async def _expire_clones(self) -> None:
+        """Destroy those whose time is over."""
+        while True:
+            await asyncio.sleep(CLONES_SECONDS)
+            await asyncio.to_thread(clone.expire, self.config.paths.root, self.config.name)
 
     def _stop(self) -> None:
         self.stopping.set()

@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pgcdp import doctor, salvaging, service, transactions
+from pgcdp import cloning, doctor, salvaging, service, transactions
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -36,6 +37,7 @@ from pgcdp.opening import (
 from pgcdp.postgres import role, session
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Interval, Kind, RecoveryPoint, Target
+from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import instant
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery import verify as proving
@@ -144,6 +146,7 @@ def up(set_name: str, progress: Report = silent) -> Json:
     """Attach, mount, start Postgres and the agent."""
     config = load_config(set_name)
     attach.up(config, progress, lambda: service.start(config))
+    cloned.clear_dead(config.paths.root, config.name)
     with suppress(PgcdpError):  # databases that were made since; pgcdp check says what is missing
         role.install(session.Dsn.of(config))
     return status(set_name)
@@ -352,7 +355,10 @@ def find(set_name: str | None, sql: str, store: Path | None = None, **wanted: An
 
 def show(set_name: str, write: int) -> Json:
     """One captured write."""
-    source = open_source(set_name, None)
+    return _show(set_name, open_source(set_name, None), write)
+
+
+def _show(set_name: str | None, source: Source, write: int) -> Json:
     point = source.resolve(Target("write", write))
     try:
         record = source.record(write)
@@ -361,7 +367,7 @@ def show(set_name: str, write: int) -> Json:
             raise
         raise TargetError(
             f"write {write} is where the recovery window begins: what it held is in the image, not kept by itself",
-            f"pgcdp show {set_name} {write + 1} shows the next one",
+            f"pgcdp show {source.store.set_name} {write + 1} shows the next one",
         ) from None
     kind = Kind(int(record["kind"]))
     names = {volume.number: volume.name for volume in source.store.volumes}
@@ -382,12 +388,14 @@ def show(set_name: str, write: int) -> Json:
     }
 
 
-def _holds(set_name: str, source: Source, record: np.void, interval: int | None) -> Json:
+def _holds(set_name: str | None, source: Source, record: np.void, interval: int | None) -> Json:
     """What was recognised in the data of a write, and whose its blocks are."""
     write = int(record["number"])
     holds = doctor.describe_data(source.data(write)) or transactions.wal_in(source, write, interval)
     if interval is not None:
         return {**holds, "files": owners_in(source.store, interval, record)}
+    if set_name is None:
+        return {**holds, "files": []}
     config = load_config(set_name)
     places = places_of(config.pgdata, {n: each.mountpoint for n, each in enumerate(config.volumes)})
     files = None
@@ -479,6 +487,27 @@ def verify(
     if store is None:
         remember(source, "verification", {**result, "interval": point.interval})
     return {"ok": result["ok"], "results": [result]}
+
+
+def clone(set_name: str | None, target: Target, **how: Any) -> Json:
+    """A running Postgres on the recovery point; `how` as `pgcdp.cloning.clone`."""
+    return cloning.clone(set_name, target, **how)
+
+
+def clones() -> Json:
+    """All clones."""
+    return cloning.clones()
+
+
+def destroy(name: str) -> Json:
+    """End a clone and remove all of it."""
+    return cloning.destroy(name)
+
+
+def step(name: str, count: int, *, commits: bool = False, progress: Report = silent) -> Json:
+    """Move a clone some writes or commits onward or back."""
+    set_name = cloning.find(name).set_name
+    return cloning.step(name, count, commits=commits, look=partial(_show, set_name), progress=progress)
 
 
 def salvage(

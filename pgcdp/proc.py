@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import pwd
+import select
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,17 @@ def exists(pid: int) -> bool:
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def end(pid: int, timeout: float = 10.0) -> None:
+    """Kill a process and wait until it has ended; harmless when it has already."""
+    with suppress(ProcessLookupError):
+        ended = os.pidfd_open(pid)
+        try:
+            os.kill(pid, signal.SIGKILL)
+            select.select([ended], [], [], timeout)
+        finally:
+            os.close(ended)
 
 
 def start_time(pid: int) -> int | None:

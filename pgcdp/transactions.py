@@ -181,10 +181,11 @@ def _intervals(numbers: Sequence[int]) -> str:
 
 
 def _side(end: np.void | None) -> Json | None:
-    return None if end is None else _told_end(end)
+    return None if end is None else end_json(end)
 
 
-def _told_end(end: np.void) -> Json:
+def end_json(end: np.void) -> Json:
+    """A transaction's end, without what it did."""
     return {
         "xid": int(end["xid"]),
         "time": format_time(int(end["time_us"]) * 1000),
@@ -209,7 +210,7 @@ def wal_in(source: Source, write: int, interval: int | None) -> Json:
         ended = commits.ends[commits.ends["write"] - commits.ends["late"] == write]
         return {
             "wal": {"from_lsn": format_lsn(int(rows["from_lsn"][0])), "to_lsn": format_lsn(int(rows["to_lsn"][-1]))},
-            "transactions": [{**_told_end(end), "statement": None} for end in ended],
+            "transactions": [{**end_json(end), "statement": None} for end in ended],
         }
 
     found = source.again(look)

@@ -92,6 +92,16 @@ STATUS: Shape = {
 END: Shape = {"xid": int, "time": TIME, "lsn": LSN, "write": int, "status": str}
 RESTORE: Shape = {"recovery_point": POINT, "to": str, "bytes": int, "seconds": float,
                   "last_in": Maybe(END), "first_out": Maybe(END), "out": Maybe(int), "also_out": [END]}  # fmt: skip
+SHOW: Shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "offset": int, "length": int,
+               "interval": Maybe(int), "holds": {}}  # fmt: skip
+CLONE: Shape = {"name": str, "dsn": str, "last_transaction": Maybe({"xid": int, "time": TIME}), "seconds": float,
+                "recovery": {"from_lsn": Maybe(LSN), "to_lsn": Maybe(LSN), "seconds": float},
+                **{key: RESTORE[key] for key in ("recovery_point", "last_in", "first_out", "out", "also_out")}}  # fmt: skip
+CLONES: Shape = {"name": str, "set": Maybe(str), "store": str, "state": re.compile("running|opening|stopped|dead"),
+                 "dsn": Maybe(str), "recovery_point": POINT, "created": TIME, "expires": Maybe(TIME),
+                 "written_bytes": int, "memory_bytes": int}  # fmt: skip
+STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "transactions_in": [END],
+               "transactions_out": [END], "transactions": int}  # fmt: skip
 
 
 def fits(value: Any, shape: Any, where: str = "") -> list[str]:
@@ -203,8 +213,7 @@ def test_mark_and_show(protected: Protected) -> None:
     value = protected.json("mark", "here")
     assert fits(value, {"set": str, "name": str, "write": int}) == []
     shown = protected.json("show", str(value["write"]))
-    shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "offset": int, "length": int}
-    assert fits(shown, {**shape, "interval": Maybe(int), "holds": {}}) == []
+    assert fits(shown, SHOW) == []
     assert (shown["kind"], shown["holds"]["mark"]) == ("mark", "here")
     assert "mark" in protected.text("show", str(value["write"]))
     owner = {"file": Maybe(str), "offset": Maybe(int), "length": int, "relation": Maybe(dict), "earlier": bool}
@@ -259,6 +268,19 @@ def test_verify_and_its_exit_codes(protected: Protected) -> None:
     sql.unlink()
 
 
+def test_clone_step_and_destroy(protected: Protected) -> None:
+    value = protected.json("clone", "--ttl", "1h")
+    assert fits(value, CLONE) == []
+    listed = protected.json("clones")
+    assert fits(listed, {"clones": [CLONES]}) == []
+    assert [each["name"] for each in listed["clones"]] == [value["name"]]
+    assert value["name"] in protected.text("clones")
+    assert fits(protected.json("step", value["name"], "-2"), STEP) == []
+    assert protected.json("destroy", value["name"]) == {"name": value["name"], "destroyed": True}
+    gone = protected.json("destroy", value["name"], code=3)
+    assert gone["error"]["kind"] == "target"
+
+
 def test_check(protected: Protected) -> None:
     value = protected.json("check", "--full")
     assert fits(value, {"ok": bool, "checks": [{**CHECK, "kind": Maybe(str), "hint": Maybe(str)}]}) == []
@@ -308,7 +330,7 @@ def test_down_and_up(protected: Protected) -> None:
 def test_documented_keys_are_the_pinned_ones() -> None:
     text = (ROOT / "docs" / "json.md").read_text("utf-8")
     documented = set(re.findall(r'"(\w+)"', text))
-    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, TRANSACTION, TABLE):
+    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, TRANSACTION, TABLE, CLONE, CLONES, STEP):
         keys = set(shape)
         for inner in shape.values():
             keys |= set(inner) if isinstance(inner, Mapping) else set()

@@ -36,6 +36,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.doctor": 7,
     "pgcdp.logged": 7,
     "pgcdp.opening": 7,
+    "pgcdp.cloning": 7,
     "pgcdp.transactions": 7,
     "pgcdp.salvaging": 7,
     "pgcdp.agent": 7,

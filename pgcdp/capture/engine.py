@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -258,29 +258,12 @@ def _spawn(command: Sequence[str], log: int, files: Mapping[int, int]) -> int:
 
 @contextmanager
 def serving_view(place: Path, map_file: Path, held: int, cache: int | None = None) -> Iterator[EngineClient]:
-    """A view of `map_file` inside: `place`/fuse/NAME is each volume. All else that it needs lies in `place`, too.
-
-    `held` is a descriptor that the engine keeps open as long as it lives (-1: none). It ends with this process, however
-    that ends. Raises what it died of, by its exit code.
-    """
-    fuse = place / "fuse"
-    fuse.mkdir(mode=0o700)
-    command = [
-        os.fspath(find_engine()), "view", "--until-eof",
-        "--map", os.fspath(map_file),
-        "--fuse", os.fspath(fuse),
-        "--control", os.fspath(place / "control"),
-        "--overlay", os.fspath(place),
-        *(["--cache", str(cache)] if cache is not None else []),
-    ]  # fmt: skip
+    """As `start_view`, inside; it ends with this process, however that ends."""
     theirs, ours = os.pipe2(os.O_CLOEXEC)
     try:
-        # Above those that the shell could use, and in no order in which one would overwrite another.
-        files = {0: theirs} if held < 0 else {0: theirs, _HELD: held}
-        client, pid = _start(command, place / "control", place / "engine.log", 600.0, files)
+        client, pid = start_view(place, map_file, held, cache, until=theirs)
     except BaseException:
         os.close(ours)
-        volumes.unmount_lazily(fuse)
         raise
     finally:
         os.close(theirs)
@@ -289,7 +272,36 @@ def serving_view(place: Path, map_file: Path, held: int, cache: int | None = Non
     finally:
         os.close(ours)  # it ends by that
         _await_end(pid)
+        volumes.unmount_lazily(place / "fuse")
+
+
+def start_view(
+    place: Path, map_file: Path, held: int, cache: int | None = None, *, until: int = -1
+) -> tuple[EngineClient, int]:
+    """Serve a view of `map_file`: `place`/fuse/NAME is each volume. All else that it needs lies in `place`, too.
+
+    `held` is a descriptor that the engine keeps open as long as it lives (-1: none). It outlives this process, unless
+    `until` is given: then it ends when that descriptor does. Returns its process id, too; `end_views` ends it. Raises
+    what it died of, by its exit code.
+    """
+    fuse = place / "fuse"
+    fuse.mkdir(mode=0o700)
+    command = [
+        os.fspath(find_engine()), "view",
+        *(["--until-eof"] if until >= 0 else []),
+        "--map", os.fspath(map_file),
+        "--fuse", os.fspath(fuse),
+        "--control", os.fspath(place / "control"),
+        "--overlay", os.fspath(place),
+        *(["--cache", str(cache)] if cache is not None else []),
+    ]  # fmt: skip
+    # Above those that the shell could use, and in no order in which one would overwrite another.
+    files = {**({0: until} if until >= 0 else {}), **({_HELD: held} if held >= 0 else {})}
+    try:
+        return _start(command, place / "control", place / "engine.log", 600.0, files)
+    except BaseException:
         volumes.unmount_lazily(fuse)
+        raise
 
 
 _HELD = 100
@@ -301,12 +313,7 @@ def end_views(place: Path) -> None:
     name = find_engine().name
     for pid, found in volumes.users_of(place):
         if found == name:
-            with suppress(ProcessLookupError):
-                ended = _pidfd(pid)
-                if ended is not None:
-                    os.kill(pid, signal.SIGKILL)
-                    select.select([ended], [], [], 60.0)
-                    os.close(ended)
+            proc.end(pid, 60.0)
 
 
 def run_engine(arguments: Sequence[str]) -> str:

@@ -47,6 +47,19 @@ _TABLESPACES_SQL = """
 select oid::bigint, spcname::text, pg_tablespace_location(oid) from pg_tablespace
 where pg_tablespace_location(oid) <> '' order by oid
 """
+_HBA_KNOWN_SQL = """
+select has_table_privilege('pg_catalog.pg_hba_file_rules', 'select')
+  and has_function_privilege('pg_catalog.pg_hba_file_rules()', 'execute')
+"""
+_HBA_SQL = """
+select type, database, user_name, address, netmask, auth_method from pg_hba_file_rules
+where error is null and type like 'host%'
+"""
+
+
+def dsn_text(host: str, port: int, role: str, database: str) -> str:
+    """A libpq connection string."""
+    return psycopg_conninfo.make_conninfo(host=host, port=port, user=role, dbname=database)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +79,7 @@ class Dsn:
 
     def text(self, database: str = "postgres") -> str:
         """A libpq connection string."""
-        return psycopg_conninfo.make_conninfo(
-            host=str(self.socket_directory), port=self.port, user=self.role, dbname=database
-        )
+        return dsn_text(str(self.socket_directory), self.port, self.role, database)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +143,16 @@ def settings(connection: Connection) -> Settings:
 
     `settings`: rows of pg_settings that are not default, and those that recovery compares; `superuser`: name of the
     bootstrap role; `databases`; `tablespaces`: [oid, name, location]. `server_version_num` and `data_directory`.
+    `hba`: rules for TCP as pg_hba_file_rules has them, [type, databases, users, address, netmask, method]; None when
+    this role may not see them.
     """
     cursor = connection.cursor(row_factory=psycopg.rows.dict_row)
     rows = cursor.execute(_SETTINGS_SQL).fetchall()
     superuser = connection.execute(_SUPERUSER_SQL).fetchone()
     spaces = [list(row) for row in connection.execute(_TABLESPACES_SQL).fetchall()]
-    return _assemble(rows, superuser[0] if superuser else "postgres", databases(connection), spaces)
+    known = connection.execute(_HBA_KNOWN_SQL).fetchone()
+    hba = [list(row) for row in connection.execute(_HBA_SQL).fetchall()] if known and known[0] else None
+    return _assemble(rows, superuser[0] if superuser else "postgres", databases(connection), spaces, hba)
 
 
 def databases(connection: Connection) -> list[Database]:
@@ -199,7 +214,9 @@ class Session:
         rows = [dict(row) for row in await self._ask(self._connection.fetch(_SETTINGS_SQL))]
         superuser = await self._ask(self._connection.fetchval(_SUPERUSER_SQL))
         spaces = await self._ask(self._connection.fetch(_TABLESPACES_SQL))
-        return _assemble(rows, superuser or "postgres", await self.databases(), [list(row) for row in spaces])
+        known = await self._ask(self._connection.fetchval(_HBA_KNOWN_SQL))
+        hba = [list(row) for row in await self._ask(self._connection.fetch(_HBA_SQL))] if known else None
+        return _assemble(rows, superuser or "postgres", await self.databases(), [list(row) for row in spaces], hba)
 
     async def databases(self) -> list[Database]:
         """All databases, templates included, by OID."""
@@ -278,7 +295,13 @@ def _set_thread_euid(uid: int) -> None:
         raise OSError(ctypes.get_errno(), "cannot change the effective user of this thread")
 
 
-def _assemble(rows: list[dict[str, Any]], superuser: str, found: list[Database], spaces: list[list[Any]]) -> Settings:
+def _assemble(
+    rows: list[dict[str, Any]],
+    superuser: str,
+    found: list[Database],
+    spaces: list[list[Any]],
+    hba: list[list[Any]] | None,
+) -> Settings:
     values = {row["name"]: row["setting"] for row in rows}
     return {
         "server_version_num": int(values["server_version_num"]),
@@ -287,6 +310,7 @@ def _assemble(rows: list[dict[str, Any]], superuser: str, found: list[Database],
         "databases": [{"oid": each.oid, "name": each.name, "connectable": each.connectable} for each in found],
         "tablespaces": [{"oid": oid, "name": name, "location": place} for oid, name, place in spaces],
         "settings": rows,
+        "hba": hba,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -27,10 +27,29 @@ class Ends:
     def __init__(self, read: Read) -> None:
         self._read = read
         self._column = cache(self._read_column)
-        lsn: NDArray[Any] = read(["lsn"], None).column("lsn").to_numpy()
-        self._length = len(lsn)
-        self.rows = np.flatnonzero(np.append(True, lsn[1:] != lsn[:-1])) if len(lsn) else np.empty(0, dtype=np.int64)
-        self._lsn = lsn if len(lsn) == len(self.rows) else lsn[self.rows]
+
+    @cached_property
+    def _every_lsn(self) -> NDArray[Any]:
+        lsn: NDArray[Any] = self._read(["lsn"], None).column("lsn").to_numpy()
+        return lsn
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """The first row of each transaction."""
+        lsn = self._every_lsn
+        if not len(lsn):
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(np.append(True, lsn[1:] != lsn[:-1]))
+
+    @cached_property
+    def _lsn(self) -> NDArray[Any]:
+        return self._first(self._every_lsn)
+
+    def with_xid(self, xid: int) -> np.void | None:
+        """The newest transaction with this xid (64 bits), found in the parts of the index that can hold it."""
+        table = self._read(_COLUMNS, {"xid": [(xid, xid)]})
+        rows = np.flatnonzero(table.column("xid").to_numpy() == xid)
+        return _structured(table.slice(int(rows[-1]), 1))[0] if len(rows) else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,19 +66,24 @@ class Ends:
         if isinstance(key, int | np.integer):
             return self[np.array([key])][0]
         wanted = self._lsn[key]
-        found = np.empty(len(wanted), dtype=TRANSACTION)
-        if len(wanted):
-            table = self._read(_COLUMNS, {"lsn": [(int(wanted.min()), int(wanted.max()))]})
-            rows = np.searchsorted(table.column("lsn").to_numpy(), wanted)
-            taken = table.take(pa.array(rows))
-            for name in _COLUMNS:
-                found["end_lsn" if name == "length" else name] = taken.column(name).to_numpy()
-            found["end_lsn"] += found["lsn"]
-        return found
+        if not len(wanted):
+            return np.empty(0, dtype=TRANSACTION)
+        table = self._read(_COLUMNS, {"lsn": [(int(wanted.min()), int(wanted.max()))]})
+        return _structured(table.take(pa.array(np.searchsorted(table.column("lsn").to_numpy(), wanted))))
 
     def _read_column(self, name: str) -> NDArray[Any]:
         if name == "end_lsn":
             end: NDArray[Any] = self._lsn + self._column("length")
             return end
-        column: NDArray[Any] = self._read([name], None).column(name).to_numpy()
-        return column if len(self.rows) == self._length else column[self.rows]
+        return self._first(self._read([name], None).column(name).to_numpy())
+
+    def _first(self, column: NDArray[Any]) -> NDArray[Any]:
+        return column if len(column) == len(self.rows) else column[self.rows]
+
+
+def _structured(table: pa.Table) -> NDArray[np.void]:
+    found = np.empty(len(table), dtype=TRANSACTION)
+    for name in _COLUMNS:
+        found["end_lsn" if name == "length" else name] = table.column(name).to_numpy()
+    found["end_lsn"] += found["lsn"]
+    return found

@@ -118,7 +118,8 @@ def _behind(end: Mapping[str, Any] | np.void, note: str | None = None) -> Instan
     return Instant(int(end["write"]), int(end["end_lsn"]), int(end["end_at"]), held, note)
 
 
-def _is_in(ends: NDArray[np.void] | Ends) -> NDArray[np.bool_]:
+def is_committed(ends: NDArray[np.void] | Ends) -> NDArray[np.bool_]:
+    """Which of them committed."""
     status = ends["status"]
     found: NDArray[np.bool_] = (status == COMMITTED) | (status == COMMITTED_PREPARED)
     return found
@@ -161,19 +162,27 @@ def _events_of(end: np.void, number: int | None, history: History) -> Iterator[M
 
 def _find_xid(xid: int, history: History) -> tuple[int | None, np.void] | None:
     """The interval where a transaction ended, and its end."""
-    low = xid < 1 << 32
     for number in reversed(history.numbers):
-        if not _may_hold(xid, history.summary(number)):
+        said = history.summary(number)
+        if not _may_hold(xid, said):
             continue
         commits = history.commits(number)
-        xids: NDArray[Any] = commits.ends["xid"]
-        same = (xids & np.uint64(0xFFFFFFFF)) == xid if low else xids == xid
-        rows = np.flatnonzero(same)
-        if not len(rows) and (xid & 0xFFFFFFFF) in commits.tops():
-            rows = np.flatnonzero(xids == commits.tops()[xid & 0xFFFFFFFF])
-        if len(rows):
-            return number, commits.ends[rows[-1]]
+        end = _with_xid(xid, commits.ends, said)
+        top = commits.tops().get(xid & 0xFFFFFFFF) if end is None else None
+        if top is not None:
+            end = _with_xid(top, commits.ends, said)
+        if end is not None:
+            return number, end
     return None
+
+
+def _with_xid(xid: int, ends: NDArray[np.void] | Ends, said: Mapping[str, Any] | None) -> np.void | None:
+    """The newest of them with an xid of 64 bits, or with the low 32."""
+    if isinstance(ends, Ends) and said is not None:
+        return ends.with_xid(_whole(xid, said))
+    xids = ends["xid"]
+    rows = np.flatnonzero((xids & np.uint64(0xFFFFFFFF)) == xid if xid < 1 << 32 else xids == xid)
+    return ends[rows[-1]] if len(rows) else None
 
 
 def pends(xid: int, history: History) -> bool:
@@ -186,11 +195,16 @@ def _may_hold(xid: int, said: Mapping[str, Any] | None) -> bool:
     """Whether an interval can have the end of a transaction, as its manifest tells."""
     if said is None or not said["count"]:
         return said is None
+    return int(said["min_xid"]) <= _whole(xid, said) <= int(said["max_xid"])
+
+
+def _whole(xid: int, said: Mapping[str, Any]) -> int:
+    """The newest xid of 64 bits with these low 32 that an interval can hold; `xid` itself when it has more."""
     highest = int(said["max_xid"])
     if xid < 1 << 32:
         xid |= highest >> 32 << 32
         xid -= (1 << 32) * (xid > highest)
-    return int(said["min_xid"]) <= xid <= highest
+    return xid
 
 
 def at_lsn(lsn: int, exclusive: bool, history: History) -> Instant:
@@ -282,7 +296,7 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
         if said is not None and first is not None and said["min_time_us"] > last:
             continue
         commits = history.commits(number)
-        ends = commits.ends[_is_in(commits.ends)]
+        ends = commits.ends[is_committed(commits.ends)]
         later = np.flatnonzero(ends["time_us"] > last)
         behind = ends
         if first is None:
@@ -392,7 +406,7 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
             first_in = number if counted else first_in
             continue
         ends = history.commits(number).ends
-        committed = _is_in(ends)
+        committed = is_committed(ends)
         within = ends["write"] < write
         within |= (ends["write"] == write) & ((ends["lsn"] < lsn) if lsn is not None else True)
         outside = np.flatnonzero(committed & ~within)
@@ -407,7 +421,7 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
             break
     if first_in is not None:
         ends = history.commits(first_in).ends
-        first_out = ends[np.argmax(_is_in(ends))]
+        first_out = ends[np.argmax(is_committed(ends))]
     unknown = [each for each in history.unknown if reached is None or each > reached]
     return Around(last_in, first_out, out, also, unknown)
 

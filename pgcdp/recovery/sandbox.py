@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from pgcdp import proc
@@ -137,12 +137,7 @@ class Sandbox:
 
     def destroy(self) -> None:
         """End it at once and remove what it made: scratch, socket, and the data directory when it owns that."""
-        postmaster = cluster.find_postmaster(self.pgdata)
-        if postmaster is not None:
-            with suppress(ProcessLookupError):
-                os.kill(postmaster.pid, signal.SIGQUIT)
-            cluster.wait_gone(postmaster, 10)
-        cluster.kill_leftovers(self.pgdata)
+        end_at_once(self.pgdata)
         for directory in {self.scratch, self.socket_directory} | ({self.pgdata} if self.owns_data else set()):
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -165,6 +160,9 @@ def start(
     hide: Sequence[Path] = (),
     owns_data: bool = False,
     timeout: float = 3600.0,
+    override: Mapping[str, str] = MappingProxyType({}),
+    hba: Sequence[str] = (),
+    name: str | None = None,
 ) -> Sandbox:
     """Start Postgres on `pgdata`, which must be a private copy or a mounted scratch image, and wait for recovery's end.
 
@@ -172,7 +170,8 @@ def start(
     directory and must be a place that the data directory's owner may enter. `links` leads "pg_wal" and
     "pg_tblspc/OID" to the sandbox's own directories; the links in `pgdata` are changed accordingly. `hide` are more
     places that it shall not even see; production's data directory, tablespaces and socket directories, as `settings`
-    names them, are hidden anyway. With `owns_data`, `destroy` removes `pgdata` too.
+    names them, are hidden anyway. With `owns_data`, `destroy` removes `pgdata` too. `override` are more settings, `hba`
+    more lines of pg_hba.conf; `name`: that of the scratch directory, which must not exist (None: a new one).
 
     Raises PreconditionError when it cannot be tried (not root, no programs, a link that leads outside, a postmaster
     on it), VerificationFailed when Postgres does not come up; nothing is left then but `pgdata`.
@@ -180,7 +179,7 @@ def start(
     found = cluster.inspect(Path(os.path.realpath(pgdata)))
     _refuse(found)
     mapped = {name: Path(os.path.realpath(place)) for name, place in (links or {}).items()}
-    scratch, sockets = _make_scratch(parent, found.user)
+    scratch, sockets = _make_scratch(parent, found.user, name)
     sandbox = Sandbox(
         pgdata=found.path,
         scratch=scratch,
@@ -201,7 +200,7 @@ def start(
                     "let others pass: chmod o+x on the directories above",
                 )
         prepare(found.path, found.user, mapped)
-        argv = _command(sandbox, settings, found.major)
+        argv = _command(sandbox, settings, found.major, override, hba)
         _run(sandbox, argv, timeout)
     except BaseException:
         sandbox.owns_data = False  # what cannot be started is not thrown away
@@ -251,10 +250,14 @@ def _refuse(found: cluster.DataDirectory) -> None:
         )
 
 
-def _make_scratch(parent: Path, user: User) -> tuple[Path, Path]:
+def _make_scratch(parent: Path, user: User, name: str | None) -> tuple[Path, Path]:
     """(scratch, socket directory), both 0700 and the user's. The path of a socket must be short."""
     try:
-        scratch = Path(os.path.realpath(tempfile.mkdtemp(prefix="pgcdp-sandbox-", dir=parent)))
+        if name is None:
+            scratch = Path(os.path.realpath(tempfile.mkdtemp(prefix="pgcdp-sandbox-", dir=parent)))
+        else:
+            scratch = Path(os.path.realpath(parent)) / name
+            scratch.mkdir(mode=0o700)
     except OSError as error:
         raise PreconditionError(f"cannot make a scratch directory in {parent}: {error.strerror}") from None
     sockets = scratch / "socket"
@@ -277,7 +280,23 @@ def _production_places(settings: Mapping[str, Any] | None) -> list[Path]:
     return [Path(place) for place in places if place and str(place).startswith("/")]
 
 
-def _command(sandbox: Sandbox, settings: Mapping[str, Any] | None, major: int) -> list[str]:
+def end_at_once(pgdata: Path) -> None:
+    """End the Postgres that runs on a private copy, if one does, and whatever it left."""
+    postmaster = cluster.find_postmaster(pgdata)
+    if postmaster is not None:
+        with suppress(ProcessLookupError):
+            os.kill(postmaster.pid, signal.SIGQUIT)
+        cluster.wait_gone(postmaster, 10)
+    cluster.kill_leftovers(pgdata)
+
+
+def _command(
+    sandbox: Sandbox,
+    settings: Mapping[str, Any] | None,
+    major: int,
+    override: Mapping[str, str],
+    hba_lines: Sequence[str],
+) -> list[str]:
     """Write the configuration and give postgres's command line."""
     conf, hba, ident = (sandbox.scratch / name for name in ("postgresql.conf", "pg_hba.conf", "pg_ident.conf"))
     fixed = {
@@ -287,10 +306,11 @@ def _command(sandbox: Sandbox, settings: Mapping[str, Any] | None, major: int) -
         "ident_file": str(ident),
         "unix_socket_directories": str(sandbox.socket_directory),
         "port": str(PORT),
+        **override,
     }
     text, options = sandbox_settings.configuration(settings, sandbox.control, major, fixed)
     _write_private(conf, text, sandbox.user)
-    _write_private(hba, "local all all trust\n", sandbox.user)
+    _write_private(hba, "".join(f"{line}\n" for line in ("local all all trust", *hba_lines)), sandbox.user)
     _write_private(ident, "", sandbox.user)
     return [str(sandbox.binaries.path("postgres")), "-D", str(sandbox.pgdata), *options]
 

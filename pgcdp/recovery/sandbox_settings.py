@@ -148,6 +148,35 @@ def configuration(
     return text + "\n".join(lines) + "\n", tuple(options)
 
 
+_HBA_WORDS = ("all", "sameuser", "samerole", "samegroup", "replication")
+_HBA_METHODS = ("trust", "reject", "md5", "scram-sha-256", "password")
+
+
+def hba_lines(settings: Mapping[str, Any] | None, trust: bool) -> list[str]:
+    """Lines of pg_hba.conf for connections over TCP, which all come from 127.0.0.1.
+
+    Production's own rules, as the interval's settings tell them; what another method than a password would decide is
+    refused, since nobody outside can be asked. Where they are not known: passwords. With `trust`: anybody.
+    """
+    if trust:
+        return ["host all all 127.0.0.1/32 trust"]
+    rules = None if settings is None else settings.get("hba")
+    if rules is None:
+        return ["host all all 127.0.0.1/32 scram-sha-256"]
+    lines = []
+    for _, databases, users, address, netmask, method in rules:
+        names = [",".join(map(_hba_name, group)) for group in (databases, users)]
+        shown = method if method in _HBA_METHODS else "reject"
+        lines.append(" ".join(["host", *names, address, *([netmask] if netmask else []), shown]))
+    return lines
+
+
+def _hba_name(name: str) -> str:
+    if name in _HBA_WORDS or name.startswith("+"):
+        return name
+    return '"' + name.replace('"', '""') + '"'
+
+
 def session_options(extra: Sequence[str] = ()) -> str:
     """Options of a connection to a sandbox: they beat what ALTER ROLE and ALTER DATABASE left in the image."""
     return " ".join(f"-c {option}" for option in (*_SESSION_OPTIONS, *extra))

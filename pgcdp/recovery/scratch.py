@@ -80,17 +80,30 @@ def copied(source: Source, point: RecoveryPoint, below: Path, progress: Report =
 @contextmanager
 def _mounted(source: Source, scratch: Path, files: list[Path], mode: str, progress: Report) -> Iterator[Path]:
     """The filesystems of all volumes, mounted below `scratch` as they belong together."""
-    file_of = {volume.name: file for volume, file in zip(source.store.volumes, files, strict=True)}
     with ExitStack() as stack:
-        place = scratch / "mnt"
-        place.mkdir(mode=0o700)
-        for name, where in _mount_order(source, place):
-            progress(Progress(f"mounting volume {name}"))
-            device = volumes.attach_loop(file_of[name], mode)
-            stack.callback(volumes.detach_loop, device)
-            _mount(device, where, source.store.extra["filesystems"][name])
-            stack.callback(volumes.unmount, where)
-        yield place
+        yield _mount_all(stack, source, scratch, files, mode, progress)
+
+
+def leave_mounted(source: Source, scratch: Path, files: list[Path], progress: Report = silent) -> Path:
+    """The filesystems of all volumes, mounted below `scratch` for good: `clear` ends that."""
+    with ExitStack() as stack:
+        place = _mount_all(stack, source, scratch, files, volumes.WRITE_THROUGH, progress)
+        stack.pop_all()
+    return place
+
+
+def _mount_all(stack: ExitStack, source: Source, scratch: Path, files: list[Path], mode: str, progress: Report) -> Path:
+    """Mount, and have `stack` take it all back."""
+    file_of = {volume.name: file for volume, file in zip(source.store.volumes, files, strict=True)}
+    place = scratch / "mnt"
+    place.mkdir(mode=0o700)
+    for name, where in _mount_order(source, place):
+        progress(Progress(f"mounting volume {name}"))
+        device = volumes.attach_loop(file_of[name], mode)
+        stack.callback(volumes.detach_loop, device)
+        _mount(device, where, source.store.extra["filesystems"][name])
+        stack.callback(volumes.unmount, where)
+    return place
 
 
 def _mount_order(source: Source, place: Path) -> list[tuple[str, Path]]:
@@ -116,11 +129,11 @@ def _mount(device: Path, where: Path, fs: str) -> None:
 @contextmanager
 def _place(below: Path) -> Iterator[Path]:
     """A new directory below `below`, locked while it is used; what killed processes left there goes first."""
-    with _alone(below):
+    with alone(below):
         clear_left(below)
         scratch = Path(tempfile.mkdtemp(prefix="point-", dir=below))
-        lock = _lock(scratch)
-        if lock < 0:
+        locked = lock(scratch)
+        if locked < 0:
             scratch.rmdir()
             raise PreconditionError(f"{scratch} was locked by another process", "run this again")
     try:
@@ -128,16 +141,16 @@ def _place(below: Path) -> Iterator[Path]:
         yield scratch
     finally:
         try:
-            with _alone(below):
+            with alone(below):
                 shutil.rmtree(scratch)  # locked until it is gone, so that nobody takes it for left behind
                 with suppress(OSError):
                     below.rmdir()
         finally:
-            os.close(lock)
+            os.close(locked)
 
 
 @contextmanager
-def _alone(below: Path) -> Iterator[None]:
+def alone(below: Path) -> Iterator[None]:
     """`below`, made where it is missing, with no other process making, clearing or removing places in it.
 
     Raises PreconditionError when somebody else could change what is in it: its name can be guessed, and root mounts
@@ -183,19 +196,19 @@ def _is_still(below: Path, fd: int) -> bool:
 
 
 def clear_left(below: Path) -> None:
-    """Take away scratch places that no process uses any more. The caller is `_alone` there."""
+    """Take away scratch places that no process uses any more. The caller is `alone` there."""
     for scratch in sorted(below.glob("point-*")):
-        fd = _lock(scratch)
+        fd = lock(scratch)
         if fd < 0:
             continue
         try:
-            _clear(scratch)
+            clear(scratch)
             shutil.rmtree(scratch)
         finally:
             os.close(fd)
 
 
-def _clear(scratch: Path) -> None:
+def clear(scratch: Path) -> None:
     """From the top down: Postgres, filesystems, loop devices, the engine that served their files, its FUSE mount."""
     found = list(reversed(volumes.mounts_below(scratch)))
     doors = [mount for mount in found if mount.fstype.startswith("fuse")]
@@ -211,7 +224,7 @@ def _clear(scratch: Path) -> None:
         volumes.unmount_lazily(mount.mountpoint)
 
 
-def _lock(scratch: Path) -> int:
+def lock(scratch: Path) -> int:
     """An open, locked descriptor; -1 when another process has it."""
     fd = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

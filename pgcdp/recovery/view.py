@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.capture.engine import EngineClient, EngineGone, serving_view
+from pgcdp.capture.engine import EngineClient, EngineGone, serving_view, start_view
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import write_all
 from pgcdp.intervals.extents import forward_map
@@ -90,18 +90,38 @@ def shown(
     when a byte that was read is not what was stored, whatever else was raised inside; with `forgive` only when
     something was.
     """
+    place = place.resolve()
     with source.held() as descriptor:
-        progress(Progress("opening the recovery point"))
-        map_file = place.resolve() / MAP_FILE
-        _write_private(map_file, encode(make_map(source, point, place.resolve())))
-        with serving_view(place.resolve(), map_file, descriptor, cache) as client:
+        map_file = _write_map(source, point, place, progress)
+        with serving_view(place, map_file, descriptor, cache) as client:
             try:
-                yield [place.resolve() / "fuse" / volume.name for volume in source.store.volumes]
+                yield _files(source, place)
             except Exception as error:
-                _raise_found(client, error)
+                raise_found(client, error)
                 raise
             if not forgive:
-                _raise_found(client, None)
+                raise_found(client, None)
+
+
+def leave_open(
+    source: Source, point: RecoveryPoint, place: Path, progress: Report = silent, *, cache: int | None = None
+) -> tuple[int, list[Path]]:
+    """As `shown`, for good: the engine's process id, and the files. It lives until `end_views` ends it."""
+    place = place.resolve()
+    with source.held() as descriptor:
+        _, pid = start_view(place, _write_map(source, point, place, progress), descriptor, cache)
+    return pid, _files(source, place)
+
+
+def _write_map(source: Source, point: RecoveryPoint, place: Path, progress: Report) -> Path:
+    progress(Progress("opening the recovery point"))
+    map_file = place / MAP_FILE
+    _write_private(map_file, encode(make_map(source, point, place)))
+    return map_file
+
+
+def _files(source: Source, place: Path) -> list[Path]:
+    return [place / "fuse" / volume.name for volume in source.store.volumes]
 
 
 def _write_private(path: Path, content: bytes) -> None:
@@ -112,7 +132,7 @@ def _write_private(path: Path, content: bytes) -> None:
         os.close(fd)
 
 
-def _raise_found(client: EngineClient, error: Exception | None) -> None:
+def raise_found(client: EngineClient, error: Exception | None) -> None:
     """Raise for what the engine could not read or write, or for its death: what failed above it failed for that."""
     try:
         status = client.request("status")

@@ -1,0 +1,48 @@
+"""pgcdp clones"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from pgcdp.cli import options, screen
+from pgcdp.cli.restore import point
+from pgcdp.units import format_size
+
+
+@click.command(epilog=options.examples("pgcdp clones", "pgcdp clones --output json"))
+@options.output_option
+def command(output: str) -> None:
+    """List the clones of all sets: where they stand, and how to connect to them."""
+    from pgcdp import api
+
+    screen.result(api.clones(), output, _render)
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    rows = value["clones"]
+    if not rows:
+        screen.text("there are no clones; pgcdp clone makes one")
+        return
+    screen.table(
+        ["clone", "set", "state", "recovery point", "expires", "written", "memory"],
+        [
+            [
+                row["name"],
+                row["set"] or row["store"],
+                row["state"],
+                point(row),
+                row["expires"] or "never",
+                format_size(row["written_bytes"]),
+                format_size(row["memory_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+    for row in rows:
+        if row["state"] == "running":
+            screen.text(f'{row["name"]}: psql "{row["dsn"]}"')
+        elif row["state"] in ("dead", "stopped"):
+            screen.text(f"{row['name']} does not run any more: pgcdp destroy {row['name']}")

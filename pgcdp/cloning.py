@@ -1,0 +1,197 @@
+"""Clones as the commands have them: opened at a target, listed, moved by writes or commits, destroyed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pgcdp import transactions
+from pgcdp.config import root_directory
+from pgcdp.errors import TargetError, UsageError
+from pgcdp.opening import (
+    Announce,
+    between,
+    binaries_of,
+    open_source,
+    point_json,
+    point_of,
+    production_places,
+    scratch_place,
+)
+from pgcdp.progress import Report, silent
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery import clone as cloned
+from pgcdp.recovery import stepping
+from pgcdp.recovery.clone import Access, Clone
+from pgcdp.recovery.sandbox import Recovery
+from pgcdp.recovery.source import Source
+from pgcdp.recovery.target import window
+from pgcdp.units import format_lsn, format_time
+
+Json = dict[str, Any]
+SHOWN = 20
+"""How many of the writes and of the transactions that a step passes are told."""
+
+
+def clone(
+    set_name: str | None,
+    target: Target,
+    *,
+    name: str | None = None,
+    access: Access | None = None,
+    ttl: float | None = None,
+    store: Path | None = None,
+    before: str | None = None,
+    announce: Announce | None = None,
+    progress: Report = silent,
+) -> Json:
+    """Open the recovery point as a running Postgres that accepts writes; nothing is copied.
+
+    `ttl`: seconds until it is destroyed by itself (the agent does it, and the next command about clones).
+    """
+    started = time.monotonic()
+    root = root_directory()
+    if name is not None:
+        cloned.check_name(name)
+    cloned.expire(root)
+    source = open_source(set_name, store)
+    point = point_of(source, target, before)
+    resolved = between(source, point)
+    if announce is not None:
+        announce(resolved)
+    now = time.time_ns()
+    wanted = Clone(
+        place=scratch_place(source) / f"clone-{name or _free_name(root, source.store.set_name)}",
+        root=root,
+        set_name=set_name,
+        store=source.store.path,
+        point=point,
+        access=access or Access(),
+        created_ns=now,
+        expires_ns=None if ttl is None else now + round(ttl * 1e9),
+        boot_id=cloned.boot_id(),
+    )
+    if any(each.name == wanted.name and each.place != wanted.place for each in cloned.find_all(root)):
+        raise UsageError(f"another set has a clone {wanted.name}", "choose another --name")
+    made, recovery = cloned.create(
+        source, wanted, binaries_of(source, set_name), production_places(source, set_name), progress
+    )
+    return {"name": made.name, "dsn": made.dsn, **_last(resolved), **resolved, **_took(started, recovery)}
+
+
+def clones() -> Json:
+    """All clones: {"clones": [...]}, oldest first."""
+    root = root_directory()
+    cloned.expire(root)
+    return {"clones": [_listed(each) for each in cloned.find_all(root)]}
+
+
+def destroy(name: str) -> Json:
+    """End a clone and remove all of it."""
+    found = find(name)
+    cloned.destroy(found.place)
+    return {"name": name, "destroyed": True}
+
+
+def step(
+    name: str,
+    count: int,
+    *,
+    commits: bool = False,
+    look: Callable[[Source, int], Json],
+    progress: Report = silent,
+) -> Json:
+    """Move a clone `count` writes (or commits) onward, or back when negative; what was written to it is dropped.
+
+    `look` tells what a captured write holds.
+    """
+    started = time.monotonic()
+    if count == 0:
+        raise UsageError("a step of 0 leads nowhere", "give the number of writes or commits, negative to go back")
+    found = find(name)
+    source = open_source(found.set_name, None if found.set_name else found.store)
+    target = source.again(lambda: _target(source, found.point, count, commits))
+    point = source.resolve(target)
+    first, last = sorted((found.point, point), key=lambda each: (each.write, each.lsn is None, each.lsn or 0))
+    passed = range(first.write + (first.lsn is None), last.write + 1)
+    told, total = source.again(lambda: stepping.between(first, last, source.transactions().history(), SHOWN))
+    onward = point == last
+    moved, recovery = cloned.move(
+        source, replace(found, point=point), binaries_of(source, found.set_name),
+        production_places(source, found.set_name), progress,
+    )  # fmt: skip
+    resolved = between(source, point)
+    return {
+        "name": moved.name,
+        "dsn": moved.dsn,
+        **_last(resolved),
+        **resolved,
+        "from": point_json(found.point),
+        "writes_passed": len(passed),
+        "writes": [look(source, write) for write in (passed[:SHOWN] if onward else passed[-SHOWN:])],
+        "transactions_in": [transactions.end_json(end) for end in told] if onward else [],
+        "transactions_out": [] if onward else [transactions.end_json(end) for end in told],
+        "transactions": total,
+        **_took(started, recovery),
+    }
+
+
+def find(name: str) -> Clone:
+    """The clone of that name. Raises TargetError, naming what there is."""
+    every = cloned.find_all(root_directory())
+    for each in every:
+        if each.name == name:
+            return each
+    names = ", ".join(each.name for each in every)
+    raise TargetError(f"there is no clone {name}", f"there are: {names}" if names else "pgcdp clone makes one")
+
+
+def _free_name(root: Path, set_name: str) -> str:
+    taken = {each.name for each in cloned.find_all(root)}
+    return next(name for number in range(1, len(taken) + 2) if (name := f"{set_name}-{number}") not in taken)
+
+
+def _target(source: Source, point: RecoveryPoint, count: int, commits: bool) -> Target:
+    if commits:
+        return stepping.by_commits(point, count, source.transactions().history())
+    target = stepping.by_writes(point, count)
+    first, last = window(source.listing())
+    if not first.write <= (target.value or 0) <= last.write:
+        raise TargetError(
+            f"{abs(count)} writes {'onward' if count > 0 else 'back'} from write {point.write} lie outside of the "
+            f"recovery window, which is write {first.write} to {last.write}",
+            f"at most {last.write - point.write} onward, or {point.write - first.write} back",
+        )
+    return target
+
+
+def _listed(each: Clone) -> Json:
+    return {
+        "name": each.name,
+        "set": each.set_name,
+        "store": str(each.store),
+        "state": cloned.state(each),
+        "dsn": each.dsn or None,
+        "recovery_point": point_json(each.point),
+        "created": format_time(each.created_ns),
+        "expires": None if each.expires_ns is None else format_time(each.expires_ns),
+        "written_bytes": cloned.written_bytes(each),
+        "memory_bytes": cloned.memory_bytes(each),
+    }
+
+
+def _last(resolved: Json) -> Json:
+    side = resolved["last_in"]
+    return {"last_transaction": None if side is None else {"xid": side["xid"], "time": side["time"]}}
+
+
+def _took(started: float, recovery: Recovery) -> Json:
+    replayed = {
+        "from_lsn": None if recovery.from_lsn is None else format_lsn(recovery.from_lsn),
+        "to_lsn": None if recovery.to_lsn is None else format_lsn(recovery.to_lsn),
+        "seconds": round(recovery.seconds, 3),
+    }
+    return {"recovery": replayed, "seconds": round(time.monotonic() - started, 3)}

@@ -1,0 +1,376 @@
+"""A clone: a recovery point opened as a running Postgres that outlives the command which opened it.
+
+All of it lies in one directory: the map and the patch of the view, what is written to it, its mounts, Postgres's
+sandbox, and `clone.json`, which is written first and says all that is needed to find the rest again. Whoever opens,
+steps or destroys a clone has the directory locked meanwhile. Nothing is kept in the set: a clone needs the store only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgcdp import proc
+from pgcdp.capture.engine import EngineClient, EngineGone
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
+from pgcdp.fsio import read_json, write_json
+from pgcdp.postgres import cluster, session
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import RecoveryPoint
+from pgcdp.recovery import sandbox, sandbox_settings, scratch
+from pgcdp.recovery.source import Source
+from pgcdp.recovery.view import leave_open, raise_found
+
+PLACES = Path("/var/tmp")
+"""Scratch places of all sets lie here, in directories pgcdp-*; clones among them."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,29}")
+_RECORD = "clone.json"
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a clone may be used. `port` on 127.0.0.1, None: only its socket; with `trust` anybody there is let in."""
+
+    port: int | None = None
+    trust: bool = False
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """What is known of a clone. `set_name` is None when it was opened from a store alone, `expires_ns` when it stays.
+
+    `processes` are (pid, start time) of those that are its own beside Postgres; `outside`: directories of it that lie
+    elsewhere. `dsn` is empty until Postgres has answered.
+    """
+
+    place: Path
+    root: Path
+    set_name: str | None
+    store: Path
+    point: RecoveryPoint
+    access: Access
+    created_ns: int
+    expires_ns: int | None
+    boot_id: str
+    dsn: str = ""
+    processes: tuple[tuple[int, int], ...] = ()
+    outside: tuple[Path, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.place.name.removeprefix("clone-")
+
+    @property
+    def pgdata(self) -> Path:
+        return self.place / "mnt"
+
+    def save(self) -> Clone:
+        """Write clone.json."""
+        said = asdict(self)
+        del said["place"]
+        write_json(self.place / _RECORD, _plain(said))
+        return self
+
+    @classmethod
+    def load(cls, place: Path) -> Clone:
+        """Read clone.json. Raises DamageError or FileNotFoundError."""
+        said = read_json(place / _RECORD)
+        return cls(
+            place=place,
+            root=Path(said["root"]),
+            set_name=said["set_name"],
+            store=Path(said["store"]),
+            point=RecoveryPoint(**said["point"]),
+            access=Access(**said["access"]),
+            created_ns=said["created_ns"],
+            expires_ns=said["expires_ns"],
+            boot_id=said["boot_id"],
+            dsn=said["dsn"],
+            processes=tuple((pid, start) for pid, start in said["processes"]),
+            outside=tuple(map(Path, said["outside"])),
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def boot_id() -> str:
+    """Which boot of the machine this is."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError for a name that cannot be that of a clone."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f'"{name}" cannot be the name of a clone', "letters, digits, - and _, at most 30")
+
+
+def find_all(root: Path) -> list[Clone]:
+    """All clones that were made with this root of pgcdp's state, oldest first."""
+    found = []
+    for place in PLACES.glob("pgcdp-*/clone-*"):
+        with suppress(FileNotFoundError, NotADirectoryError, DamageError):
+            if place.lstat().st_uid != os.geteuid() or place.parent.lstat().st_uid != os.geteuid():
+                continue
+            clone = Clone.load(place)
+            if clone.root == root:
+                found.append(clone)
+    return sorted(found, key=lambda clone: clone.created_ns)
+
+
+def create(
+    source: Source,
+    clone: Clone,
+    binaries: Binaries,
+    hide: Sequence[Path] = (),
+    progress: Report = silent,
+) -> tuple[Clone, sandbox.Recovery]:
+    """Open `clone.point` at `clone.place`, which must not exist. Nothing is left of it when that fails.
+
+    Raises PreconditionError for a name or a port that is taken, DamageError for stored bytes that are wrong.
+    """
+    with _listening(clone.access.port) as listener:
+        with scratch.alone(clone.place.parent):
+            try:
+                clone.place.mkdir(mode=0o700)
+            except FileExistsError:
+                raise PreconditionError(
+                    f"a clone {clone.name} exists already", f"choose another --name, or: pgcdp destroy {clone.name}"
+                ) from None
+            locked = scratch.lock(clone.place)
+        try:
+            clone.place.chmod(0o711)  # Postgres's user passes through to the mount
+            clone.save()
+            return _open(source, clone, binaries, hide, listener, progress)
+        except BaseException:
+            with suppress(PgcdpError):
+                _remove(clone.place)
+            raise
+        finally:
+            os.close(locked)
+
+
+def move(
+    source: Source, clone: Clone, binaries: Binaries, hide: Sequence[Path] = (), progress: Report = silent
+) -> tuple[Clone, sandbox.Recovery]:
+    """Close a clone and open it again at `clone.point`, under its name and port. What was written to it is gone."""
+    with _locked(clone.place):
+        take_down(clone.place)
+        for left in clone.place.iterdir():
+            if left.name != _RECORD:
+                _delete(left)
+        fresh = replace(clone, dsn="", processes=(), outside=(), boot_id=boot_id()).save()
+        try:
+            with _listening(clone.access.port) as listener:
+                return _open(source, fresh, binaries, hide, listener, progress)
+        except BaseException:  # it is shown as dead, at the point that it was to have, and can be moved again
+            with suppress(PgcdpError):
+                take_down(clone.place)
+            raise
+
+
+def destroy(place: Path) -> None:
+    """End a clone and remove all of it. Raises PreconditionError while another command works on it."""
+    with _locked(place):
+        _remove(place)
+    with suppress(OSError):
+        place.parent.rmdir()
+
+
+def take_down(place: Path) -> None:
+    """End everything that runs for a clone, in the order in which it stands on one another; its files stay."""
+    clone = Clone.load(place)
+    sandbox.end_at_once(clone.pgdata)
+    for pid, start in clone.processes:
+        if proc.start_time(pid) == start:
+            proc.end(pid)
+    for directory in clone.outside:
+        shutil.rmtree(directory, ignore_errors=True)
+    scratch.clear(place)
+
+
+def state(clone: Clone) -> str:
+    """ "running"; "opening" while a command works on it; "stopped" without Postgres; "dead" without its view."""
+    fd = scratch.lock(clone.place)
+    if fd < 0:
+        return "opening"
+    os.close(fd)
+    if clone.boot_id != boot_id() or not EngineClient(clone.place / "control").alive():
+        return "dead"
+    return "running" if cluster.find_postmaster(clone.pgdata) is not None else "stopped"
+
+
+def written_bytes(clone: Clone) -> int:
+    """What was written to a clone, as bytes on disk."""
+    with suppress(FileNotFoundError):
+        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(clone.place) if entry.is_file())
+    return 0
+
+
+def memory_bytes(clone: Clone) -> int:
+    """Memory that its processes have for themselves: those of Postgres, and its view's."""
+    pids = [*cluster.find_processes(clone.pgdata), *(pid for pid, _ in clone.processes)]
+    with suppress(PgcdpError):
+        pids.append(int(EngineClient(clone.place / "control").request("status", timeout=5.0)["pid"]))
+    total = 0
+    for pid in set(pids):
+        with suppress(OSError, ValueError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
+def expire(root: Path, set_name: str | None = None) -> None:
+    """Destroy the clones whose time is over; what is worked on now waits for the next time."""
+    now = time.time_ns()
+    for each in find_all(root):
+        if each.expires_ns is not None and each.expires_ns <= now and set_name in (None, each.set_name):
+            with suppress(PgcdpError, OSError):
+                destroy(each.place)
+
+
+def clear_dead(root: Path, set_name: str) -> None:
+    """Remove what a crash of the machine left of clones of a set."""
+    for each in find_all(root):
+        if each.set_name == set_name and state(each) == "dead":
+            with suppress(PgcdpError, OSError):
+                destroy(each.place)
+
+
+# --- opening
+
+
+def _open(
+    source: Source,
+    clone: Clone,
+    binaries: Binaries,
+    hide: Sequence[Path],
+    listener: socket.socket | None,
+    progress: Report,
+) -> tuple[Clone, sandbox.Recovery]:
+    _, files = leave_open(source, clone.point, clone.place, progress)
+    client = EngineClient(clone.place / "control")
+    settings = source.settings(clone.point)
+    try:
+        pgdata = scratch.leave_mounted(source, clone.place, files, progress)
+        progress(Progress("starting postgres on it"))
+        box = sandbox.start(
+            pgdata, settings, parent=clone.place, binaries=binaries, hide=hide,
+            override=_settings(clone.access), hba=_hba(clone.access, settings), name="postgres",
+        )  # fmt: skip
+    except Exception as error:
+        with suppress(EngineGone):
+            raise_found(client, error)
+        raise
+    raise_found(client, None)
+    outside = () if box.socket_directory.is_relative_to(clone.place) else (box.socket_directory,)
+    dsn = box.address()
+    clone = replace(clone, dsn=dsn.text("postgres"), outside=outside)
+    if listener is not None:
+        forwarder = _forward(listener, box)
+        port = listener.getsockname()[1]
+        clone = replace(
+            clone,
+            dsn=session.dsn_text(_LOOPBACK, port, box.superuser, "postgres"),
+            access=replace(clone.access, port=port),
+            processes=((forwarder, proc.start_time(forwarder) or 0),),
+        )
+    return clone.save(), box.recovery
+
+
+def _settings(access: Access) -> Mapping[str, str]:
+    return {
+        **({"listen_addresses": _LOOPBACK} if access.port is not None else {}),
+        **({"default_transaction_read_only": "on"} if access.read_only else {}),
+        "cluster_name": "pgcdp clone",
+    }
+
+
+def _hba(access: Access, settings: Mapping[str, Any] | None) -> list[str]:
+    return sandbox_settings.hba_lines(settings, access.trust) if access.port is not None else []
+
+
+@contextmanager
+def _listening(port: int | None) -> Iterator[socket.socket | None]:
+    """A socket that listens on the port of this machine's loopback; 0: any that is free."""
+    if port is None:
+        yield None
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            door.bind((_LOOPBACK, port))
+            door.listen(128)
+        except OSError as error:
+            raise PreconditionError(
+                f"port {port} of {_LOOPBACK} cannot be used: {error.strerror}", "choose another --port, or 0 for any"
+            ) from None
+        yield door
+
+
+def _forward(listener: socket.socket, box: sandbox.Sandbox) -> int:
+    """Lead connections to the clone's Postgres, whose network is its own; gives the process id."""
+    postmaster = cluster.find_postmaster(box.pgdata)
+    if postmaster is None:
+        raise PreconditionError(f"postgres on {box.pgdata} ended just after it had started", f"see {box.log_file}")
+    script = Path(__file__).with_name("forward.py")
+    words = [listener.fileno(), postmaster.pid, sandbox.PORT, box.user.uid, box.user.gid]
+    return proc.spawn(
+        [sys.executable, "-I", str(script), *map(str, words)],
+        output=box.scratch / "forward.log",
+        keep_fds=[listener.fileno()],
+    )
+
+
+# --- removing
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    name = place.name.removeprefix("clone-")
+    try:
+        fd = scratch.lock(place)
+    except FileNotFoundError:
+        raise PreconditionError(f"there is no clone {name} any more", "pgcdp clones lists them") from None
+    if fd < 0:
+        raise PreconditionError(
+            f"another command is working on clone {name}", "wait for it, then run this again; pgcdp clones lists them"
+        )
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove(place: Path) -> None:
+    try:
+        take_down(place)
+    except (FileNotFoundError, DamageError):  # killed before it was written, or not ours to read any more
+        sandbox.end_at_once(place / "mnt")
+        scratch.clear(place)
+    shutil.rmtree(place)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,75 @@
+"""Pure: from a recovery point some writes or commits onward or back, and the transactions between two points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgcdp.errors import TargetError
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery.instant import History, is_committed
+
+
+def by_writes(point: RecoveryPoint, count: int) -> Target:
+    """All writes up to the one that is `count` behind the point, or before it.
+
+    A point inside of a write lies between that write and the one before: one onward is all of it.
+    """
+    inside = 1 if point.lsn is not None and count > 0 else 0
+    return Target("write", point.write + count - inside)
+
+
+def by_commits(point: RecoveryPoint, count: int, history: History) -> Target:
+    """With the next `count` commits in order of WAL, or without the last `-count`. Raises TargetError."""
+    numbers = history.numbers if count > 0 else list(reversed(history.numbers))
+    left = abs(count)
+    for number in numbers:
+        said = history.summary(number)
+        if said is not None and (not said["count"] or (count > 0 and said["max_write"] < point.write)):
+            continue
+        ends = history.commits(number).ends
+        within = _within(ends["write"], ends["lsn"], point)
+        rows = np.flatnonzero(is_committed(ends) & (~within if count > 0 else within))
+        if len(rows) >= left:
+            end = ends[rows[left - 1] if count > 0 else rows[-left]]
+            return Target("xid", int(end["xid"]), exclusive=count < 0)
+        left -= len(rows)
+    there = abs(count) - left
+    if count > 0:
+        raise TargetError(f"only {there} commits follow this point", f"step {there} --commit goes to the last one")
+    raise TargetError(
+        f"only {there} commits that can be undone lie before this point",
+        f"step -{there} --commit goes to the first one",
+    )
+
+
+def between(begin: RecoveryPoint, end: RecoveryPoint, history: History, limit: int) -> tuple[list[np.void], int]:
+    """The first `limit` transactions in order of WAL committed behind `begin` and in `end`, and how many."""
+    found: list[np.void] = []
+    count = 0
+    for ends in _touched(begin, end, history):
+        found += list(ends[: max(0, limit - len(found))])
+        count += len(ends)
+    return found, count
+
+
+def _touched(begin: RecoveryPoint, end: RecoveryPoint, history: History) -> Iterator[NDArray[np.void]]:
+    for number in history.numbers:
+        said = history.summary(number)
+        if said is not None and not (
+            said["count"] and said["min_write"] <= end.write and said["max_write"] >= begin.write
+        ):
+            continue
+        ends = history.commits(number).ends
+        write, lsn = ends["write"], ends["lsn"]
+        rows = np.flatnonzero(is_committed(ends) & ~_within(write, lsn, begin) & _within(write, lsn, end))
+        if len(rows):
+            yield ends[rows]
+
+
+def _within(write: NDArray[np.uint64], lsn: NDArray[np.uint64], point: RecoveryPoint) -> NDArray[np.bool_]:
+    held = (lsn < point.lsn) if point.lsn is not None else np.True_
+    found: NDArray[np.bool_] = (write < point.write) | ((write == point.write) & held)
+    return found

@@ -1,0 +1,250 @@
+"""A clone is right, alone in its own world, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgcdp import api
+from pgcdp.capture import volumes
+from pgcdp.capture.engine import EngineClient
+from pgcdp.errors import PreconditionError, TargetError, UsageError
+from pgcdp.fsio import write_json
+from pgcdp.opening import scratch_place
+from pgcdp.postgres.cluster import Binaries
+from pgcdp.proc import end
+from pgcdp.records import Target
+from pgcdp.recovery import clone as cloned
+from pgcdp.recovery.clone import Access
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet, ProtectedSet
+from tests.waiting import wait_until
+
+SETTINGS = {"autovacuum": "off"}
+
+
+def ask(dsn: str, sql: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        return connection.execute(sql.encode()).fetchall()
+
+
+def traces(place: Path) -> list[str]:
+    """What is left of a clone: processes, mounts, loop devices, files."""
+    found = [f"process {pid} {name}" for pid, name in volumes.users_of(place)]
+    found += [f"mount {mount.mountpoint}" for mount in volumes.mounts_below(place)]
+    found += [f"loop {device}" for device in volumes.loops_over(place)]
+    return found + ([str(place)] if place.exists() else [])
+
+
+@pytest.fixture
+def orders(make_set: MakeSet, pg_binaries: Binaries) -> ProtectedSet:
+    """A set with 100 orders, all deleted in the newest transaction."""
+    found = make_set(pg_binaries, size=384 << 20, settings=SETTINGS)
+    fill(found)
+    return found
+
+
+def fill(found: ProtectedSet) -> None:
+    with found.connect() as session:
+        session.execute("create table orders as select n as id from generate_series(1, 100) n")
+        api.cut(found.name)
+        session.execute("delete from orders")
+
+
+def test_a_clone_before_the_mistake_accepts_writes_and_touches_nothing_else(orders: ProtectedSet) -> None:
+    before = {file: file.read_bytes() for file in orders.config.store.rglob("*.json")}
+    made = api.clone(orders.name, Target("newest"), before="delete from orders", name="saved")
+    other = api.clone(orders.name, Target("newest"))
+    assert made["name"] == "saved"
+    assert other["name"] == "main-1"
+    assert made["last_transaction"]["xid"] < made["first_out"]["xid"]
+    assert ask(made["dsn"], "select count(*) from orders") == [(100,)]
+    assert ask(other["dsn"], "select count(*) from orders") == [(0,)]
+    assert ask(made["dsn"], "insert into orders values (101) returning id") == [(101,)]
+    assert ask(made["dsn"], "select count(*) from orders") == [(101,)]
+    assert ask(other["dsn"], "select count(*) from orders") == [(0,)]
+    assert orders.sql("select count(*) from orders") == [(0,)]
+    after = {file: file.read_bytes() for file in orders.config.store.rglob("*.json")}
+    assert after == before
+    told = {each["name"]: each for each in api.clones()["clones"]}
+    assert {name: each["state"] for name, each in told.items()} == {"saved": "running", "main-1": "running"}
+    assert told["saved"]["written_bytes"] > 0
+    assert told["saved"]["memory_bytes"] > 1 << 20
+    place = scratch_place(orders.source())
+    for name in told:
+        api.destroy(name)
+        assert traces(place / f"clone-{name}") == []
+    assert not place.exists()
+    assert api.clones() == {"clones": []}
+    with pytest.raises(TargetError, match="there is no clone saved"):
+        api.destroy("saved")
+
+
+def test_a_clone_outlives_its_command_and_is_found_by_the_next(orders: ProtectedSet) -> None:
+    def run(*words: str) -> dict[str, Any]:
+        command = [sys.executable, "-P", "-m", "pgcdp", *words, "--output", "json"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    made = run("clone", "--before", "delete from orders", "--port", "0", "--trust-local")
+    assert "host=127.0.0.1" in made["dsn"]
+    assert ask(made["dsn"], "select count(*) from orders") == [(100,)]
+    assert run("clones")["clones"][0]["dsn"] == made["dsn"]
+    stepped = run("step", made["name"], "1", "--commit")
+    assert stepped["dsn"] == made["dsn"], "its port stays"
+    assert [each["xid"] for each in stepped["transactions_in"]] == [made["first_out"]["xid"]]
+    assert ask(made["dsn"], "select count(*) from orders") == [(0,)]
+    assert run("step", made["name"], "-1", "--commit")["transactions_out"] == stepped["transactions_in"]
+    assert ask(made["dsn"], "select count(*) from orders") == [(100,)]
+    run("destroy", made["name"])
+    assert traces(cloned.PLACES / made["name"]) == []
+
+
+def test_a_step_back_and_onward_is_the_same_as_a_clone_there(orders: ProtectedSet) -> None:
+    """Each step drops what was written, and lands on the write that its number says."""
+    with orders.connect() as session:
+        for number in range(5):
+            session.execute(f"insert into orders values ({1000 + number})".encode())
+    orders.durable()
+    made = api.clone(orders.name, Target("newest"))
+    newest = made["recovery_point"]["write"]
+    assert ask(made["dsn"], "insert into orders values (9) returning id") == [(9,)]
+    back = api.step(made["name"], -3, commits=True)
+    assert len(back["transactions_out"]) == back["transactions"] == 3
+    assert ask(made["dsn"], "select array_agg(id order by id) from orders") == [([1000, 1001],)]
+    onward = api.step(made["name"], newest - back["recovery_point"]["write"] + 1)
+    assert onward["recovery_point"]["write"] == newest
+    assert onward["writes"][-1]["write"] <= newest
+    assert [each["xid"] for each in onward["transactions_in"]] == [each["xid"] for each in back["transactions_out"]]
+    assert ask(made["dsn"], "select array_agg(id order by id) from orders") == [([1000, 1001, 1002, 1003, 1004],)]
+    with pytest.raises(TargetError, match="lie outside of the recovery window"):
+        api.step(made["name"], newest)
+    with pytest.raises(TargetError, match="commits follow"):
+        api.step(made["name"], 1000, commits=True)
+    with pytest.raises(UsageError, match="leads nowhere"):
+        api.step(made["name"], 0)
+    assert ask(made["dsn"], "select count(*) from orders") == [(5,)], "a step that cannot be changes nothing"
+    api.destroy(made["name"])
+
+
+def test_production_that_is_stopped_stays_as_it_is_byte_for_byte(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    api.down(found.name)
+    backing = found.config.volumes[0].backing
+    before = backing.stat().st_mtime_ns, subprocess.run(["sha256sum", backing], capture_output=True, check=True).stdout
+    made = api.clone(found.name, Target("newest"))
+    assert ask(made["dsn"], "insert into orders values (1) returning id") == [(1,)]
+    api.destroy(made["name"])
+    after = backing.stat().st_mtime_ns, subprocess.run(["sha256sum", backing], capture_output=True, check=True).stdout
+    assert after == before
+
+
+def test_names_and_ports_that_are_taken_change_nothing(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    made = api.clone(found.name, Target("newest"), name="one", access=Access(port=0, trust=True))
+    port = int(next(word for word in made["dsn"].split() if word.startswith("port="))[5:])
+    with pytest.raises(PreconditionError, match="a clone one exists already"):
+        api.clone(found.name, Target("newest"), name="one")
+    with pytest.raises(PreconditionError, match=f"port {port} of 127.0.0.1 cannot be used"):
+        api.clone(found.name, Target("newest"), name="two", access=Access(port=port))
+    with pytest.raises(UsageError, match="cannot be the name of a clone"):
+        api.clone(found.name, Target("newest"), name="../one")
+    assert ask(made["dsn"], "select count(*) from orders") == [(0,)]
+    assert [each["name"] for each in api.clones()["clones"]] == ["one"]
+    api.destroy("one")
+
+
+def test_productions_own_rules_hold_at_the_port(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """A password that production asks for is asked for by its clone; a method that asks outside lets nobody in."""
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    found.sql("create role app login password 'secret'")
+    found.sql("create role other login")
+    hba = found.pgdata / "pg_hba.conf"
+    lines = [
+        "local all all trust",
+        "host all other 127.0.0.1/32 ldap ldapserver=x ldapprefix=y",
+        "host all app 0.0.0.0/0 md5",
+    ]
+    hba.write_text("\n".join(lines) + "\n")
+    found.sql("select pg_reload_conf()")
+    wait_until(
+        lambda: found.sql("select count(*) from pg_hba_file_rules where error is null") == [(3,)], what="the rules"
+    )
+    wait_until(lambda: "hba" in found.source().newest_settings(), what="settings")
+
+    def kept() -> bool:
+        api.cut(found.name)
+        return len(found.source().newest_settings()["hba"]) == 2
+
+    wait_until(kept, timeout=120, interval=1.0, what="the agent has seen the rules")
+    made = api.clone(found.name, Target("newest"), access=Access(port=0))
+    dsn = made["dsn"].replace("user=postgres", "user=app")
+    with pytest.raises(psycopg.OperationalError, match="password"):
+        ask(dsn, "select 1")
+    assert ask(f"{dsn} password=secret", "select 1") == [(1,)]
+    for user in ("other", "postgres"):
+        with pytest.raises(psycopg.OperationalError, match=r"rejects connection|no pg_hba.conf entry"):
+            ask(made["dsn"].replace("user=postgres", f"user={user}"), "select 1")
+    api.destroy(made["name"])
+
+
+def test_what_a_crash_of_the_machine_leaves_is_cleared_by_up(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    made = api.clone(found.name, Target("newest"), access=Access(port=0))
+    place = scratch_place(found.source()) / f"clone-{made['name']}"
+    record = cloned.Clone.load(place)
+    assert traces(place)
+    said = json.loads((place / "clone.json").read_text())
+    del said["checksum"]
+    write_json(place / "clone.json", {**said, "boot_id": "another"})  # as after a reboot
+    assert [each["state"] for each in api.clones()["clones"]] == ["dead"]
+    api.up(found.name)
+    assert traces(place) == []
+    for pid, start in record.processes:
+        assert not any(pid == each for each, _ in volumes.users_of(Path("/proc"))), start
+    again = api.clone(found.name, Target("newest"), name=made["name"])
+    view = EngineClient(place / "control").request("status")["pid"]
+    end(int(view))
+    assert [each["state"] for each in api.clones()["clones"]] == ["dead"]
+    api.destroy(again["name"])
+    assert traces(place) == []
+
+
+def test_one_whose_time_is_over_goes_by_itself(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    made = api.clone(found.name, Target("newest"), ttl=1.0)
+    place = scratch_place(found.source()) / f"clone-{made['name']}"
+    wait_until(lambda: not place.exists(), timeout=60, what="the agent destroys it")
+    assert traces(place) == []
+
+
+def test_a_read_only_clone_refuses_writes(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    made = api.clone(None, Target("newest"), store=found.config.store, access=Access(read_only=True))
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        ask(made["dsn"], "insert into orders values (1) returning id")
+    assert made["name"] == "main-1"
+    api.destroy(made["name"])
+
+
+@pytest.fixture(autouse=True)
+def no_clone_stays(own_root: Any) -> Iterator[None]:
+    yield
+    left = cloned.find_all(Path(os.environ.get("PGCDP_ROOT", "/")))
+    for each in left:
+        cloned.destroy(each.place)
