@@ -96,7 +96,7 @@ SHOW: Shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "o
                "interval": Maybe(int), "holds": {}}  # fmt: skip
 CLONE: Shape = {"name": str, "dsn": str, "last_transaction": Maybe({"xid": int, "time": TIME}), "seconds": float,
                 "recovery": {"from_lsn": Maybe(LSN), "to_lsn": Maybe(LSN), "seconds": float},
-                **{key: RESTORE[key] for key in ("recovery_point", "last_in", "first_out", "out", "also_out")}}  # fmt: skip
+                **{key: shape for key, shape in RESTORE.items() if key not in ("to", "bytes")}}  # fmt: skip
 CLONES: Shape = {"name": str, "set": Maybe(str), "store": str, "state": re.compile("running|opening|stopped|dead"),
                  "dsn": Maybe(str), "recovery_point": POINT, "created": TIME, "expires": Maybe(TIME),
                  "written_bytes": int, "memory_bytes": int}  # fmt: skip
