@@ -30,9 +30,9 @@ def command(
 
     The statement is read for its operation and its tables; conditions do not count. Nothing needs to be logged by
     Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, CREATE TABLE, DROP TABLE, DROP SCHEMA,
-    DROP DATABASE, and what rewrites a table (ALTER TABLE, VACUUM FULL, CLUSTER). Partitions count for the table that
-    they belong to. Where Postgres logs statements with their transactions (csvlog or jsonlog), the statement is
-    shown as well.
+    DROP DATABASE, and what rewrites a table (ALTER TABLE, VACUUM FULL, CLUSTER). What was done to partitions and heirs
+    counts for the table that they belong to; only DROP TABLE must have dropped the table itself. Where Postgres logs
+    statements with their transactions (csvlog or jsonlog), the statement is shown as well.
     """
     from pgcdp import api
 

@@ -19,6 +19,7 @@ log = get(__name__)
 
 DatabaseAt = Callable[[int, int], str | None]
 
+NAMELESS = {"oid": 0, "schema": "", "name": ""}
 PENDING = 10_000
 """Records of transactions that have not ended which are kept for the next interval."""
 
@@ -133,6 +134,11 @@ class _Events:
         if (drop := self.drops.get(note.lsn)) is not None:
             told = {"database": drop.database, "database_name": self.database_at(drop.database, note.lsn) or ""}
             yield {"kind": "drop_schema", "schema": drop.schema, "name": drop.name, **told, "xid": self._xid(note)}
+        if (table := reader.table_drops.get(note.lsn)) is not None:
+            told = {"database": table.database, "database_name": self.database_at(table.database, note.lsn) or ""}
+            row = table.relation
+            named = {"oid": row.oid, "schema": row.schema, "name": row.name} if row else NAMELESS
+            yield {"kind": "drop_table", **named, **told, "xid": self._xid(note)}
         database = wal.dropped_database(note)
         if database is not None and note.xid in reader.dropping:  # else it was moved to another tablespace
             first = self._place(self.invalidated.pop(database, note))

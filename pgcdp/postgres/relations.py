@@ -37,6 +37,9 @@ INVALID_DATABASE = -2
 TUPLE_HEADER = 23
 """Bytes of a heap tuple before its null bitmap (SizeofHeapTupleHeader)."""
 
+WITHOUT_FILE = "pf"
+"""Kinds of tables that have no file: partitioned and foreign ones. That they were dropped, no file says."""
+
 REWRITE = "pg_temp_"
 """How the new files of a table are called while it is rewritten: with its OID behind it."""
 
@@ -92,16 +95,28 @@ class SchemaDrop:
     name: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TableDrop:
+    """A row of pg_class that transaction `xid` deleted, of a table without a file of its own (WITHOUT_FILE).
+
+    None when the row was not known: then it may have been of anything.
+    """
+
+    xid: int
+    database: int
+    relation: Relation | None = None
+
+
 @dataclass
 class CatalogReader:
     """Follows the pages of the catalogs that name things through their records, in order of LSN.
 
     `files` holds what was said of each (database, file); `inplace` the in-place changes that made a database invalid
     (record, OID); `dropping` and `emptying` the records that deleted a row there or in pg_tablespace, by transaction;
-    `schema_drops` those that deleted a row of pg_namespace, by LSN. `database_names`: what transactions called
-    databases (LSN, xid, name); `databases`: the last of them, whatever became of its transaction. `naming`: the records
-    with which a transaction changed names of relations, together with those that the pages are known from. What cannot
-    be understood is passed over: looks make up for it.
+    `schema_drops` those that deleted a row of pg_namespace, `table_drops` one of pg_class, by LSN. `database_names`:
+    what transactions called databases (LSN, xid, name); `databases`: the last of them, whatever became of its
+    transaction. `naming`: the records with which a transaction changed names of relations, together with those that the
+    pages are known from. What cannot be understood is passed over: looks make up for it.
     """
 
     catalogs: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -116,8 +131,10 @@ class CatalogReader:
     emptying: dict[int, Note] = field(default_factory=dict)
     tablespaces: dict[int, str] = field(default_factory=dict)
     schema_drops: dict[int, SchemaDrop] = field(default_factory=dict)
+    table_drops: dict[int, TableDrop] = field(default_factory=dict)
     naming: dict[int, dict[int, list[Note]]] = field(default_factory=lambda: defaultdict(dict))
     _told: int = 0
+    _unknown_drops: set[tuple[int, int]] = field(default_factory=set)
     _pages: dict[tuple[int, int, int], list[Note]] = field(default_factory=dict)
     _tuples: dict[tuple[int, int, int], dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -204,6 +221,8 @@ class CatalogReader:
             content = _content(place[offset]) if offset in place else b""
             row = (struct.unpack_from("<I", content)[0], _name(content, 4)) if len(content) >= 68 else ()
             self.schema_drops[note.lsn] = SchemaDrop(note.xid, block.database, *row)
+        elif operation == DELETE and self._catalog(block) == PG_CLASS:
+            self._take_drop(note, block, place.get(struct.unpack_from("<H", parts.main, 4)[0]))
         elif operation == INSERT:
             offset = struct.unpack_from("<H", parts.main)[0]
             if not block.has_image:
@@ -223,6 +242,14 @@ class CatalogReader:
             limit_at = 80 if note.magic >= MAGIC_15 else 208  # datconnlimit; collations were names before 15
             if struct.unpack_from("<i", content, limit_at)[0] == INVALID_DATABASE:
                 self.inplace.append((note, struct.unpack_from("<I", content)[0]))
+
+    def _take_drop(self, note: Note, block: Block, known: bytes | None) -> None:
+        relation = self._relation(note, block, _content(known)) if known is not None else None
+        if relation is not None and relation.kind in WITHOUT_FILE:
+            self.table_drops[note.lsn] = TableDrop(note.xid, block.database, relation)
+        elif relation is None and (note.xid, block.database) not in self._unknown_drops:
+            self._unknown_drops.add((note.xid, block.database))
+            self.table_drops[note.lsn] = TableDrop(note.xid, block.database)
 
     def _take_multi(self, note: Note, parts: Parts, block: Block, place: dict[int, bytes]) -> None:
         """xl_heap_multi_insert: flags, ntuples, offsets (none on a new page); xl_multi_insert_tuple, aligned to 2."""
@@ -255,17 +282,23 @@ class CatalogReader:
         if catalog == PG_INHERITS and len(content) >= 8:
             child, parent = struct.unpack_from("<II", content)
             self.parents[block.database, child] = parent
-        if catalog != PG_CLASS or len(content) < 120:
+        relation = self._relation(note, block, content) if catalog == PG_CLASS else None
+        if relation is None:
             return
+        said = Said(note.lsn, note.xid, relation)
+        self.oids[block.database, relation.oid].append(said)
+        if relation.file:
+            self.files[block.database, relation.file].append(said)
+
+    def _relation(self, note: Note, block: Block, content: bytes) -> Relation | None:
+        """What a row of pg_class says; None when it is too short."""
+        if len(content) < 120:
+            return None
         oid, schema, file = (struct.unpack_from("<I", content, at)[0] for at in (0, 68, 88))
         toast_at = 112 if note.magic >= MAGIC_18 else 108  # relallfrozen came with 18
         kind = chr(content[toast_at + 4 + 3])  # behind reltoastrelid, relhasindex, relisshared, relpersistence
         called = self.schemas.get((block.database, schema)) or _SCHEMAS.get(schema, f"schema {schema}")
-        relation = Relation(block.database, oid, called, _name(content, 4), kind, file, 0, 0, 0)
-        said = Said(note.lsn, note.xid, relation)
-        self.oids[block.database, oid].append(said)
-        if file:
-            self.files[block.database, file].append(said)
+        return Relation(block.database, oid, called, _name(content, 4), kind, file, 0, 0, 0)
 
 
 def page_tuples(page: bytes) -> Iterable[tuple[int, bytes]]:

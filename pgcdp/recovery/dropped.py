@@ -1,4 +1,4 @@
-"""Which transactions dropped a schema or a database, by the events of the intervals (FORMAT.md 3.7)."""
+"""Which transactions dropped a table, a schema or a database, by the events of the intervals (FORMAT.md 3.7)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,31 @@ Lsns = Mapping[int | None, NDArray[np.uint64]]
 HIDDEN_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
 NEAREST = 5
 
+Droppers = Callable[[int | None, frozenset[tuple[int, int]]], NDArray[np.uint64]]
+"""(interval, tables): where the transactions ended there that dropped a file of one of these."""
+
+
+def tables(
+    transactions: Transactions,
+    own: frozenset[tuple[int, int]],
+    parts: frozenset[tuple[int, int]],
+    droppers: Droppers,
+) -> Lsns:
+    """Those that dropped one of the tables `own`: its file, or its row in pg_class where it has none.
+
+    What only dropped partitions or heirs is not among them. Where the row was not known when it was deleted, it is
+    taken from `parts`: those of the tables among `own` that have no file.
+    """
+    ends = {(number, lsn) for number in transactions.numbers for lsn in droppers(number, own).tolist()}
+    for at, event in _events(transactions, "drop_table"):
+        if (event["database"], event["oid"]) in own:
+            ends |= _end(transactions, at, event["xid"])
+        elif not event["oid"]:
+            inside = frozenset(table for table in parts if table[0] == event["database"])
+            if inside:
+                ends |= {(n, lsn) for n, lsn in _end(transactions, at, event["xid"]) if lsn in droppers(n, inside)}
+    return _by_interval(ends)
+
 
 def databases(transactions: Transactions, name: str) -> Lsns:
     """Those that dropped a database of a name. Raises TargetError when none of that name was ever known."""
@@ -39,13 +64,13 @@ def schemas(
     name: str,
     database: str | None,
     tables: Mapping[str, set[tuple[int, int]]],
-    droppers: Callable[[int | None, frozenset[tuple[int, int]]], NDArray[np.uint64]],
+    droppers: Droppers,
 ) -> Lsns:
     """Those that dropped a schema of a name, in `database` or any. Raises TargetError when there never was one.
 
-    `tables`: by the schemas that they were in. What no event can tell is taken from them: `droppers(number, tables)`
-    are the ends in an interval of those that dropped one of these. That is so where the row of a schema was not known
-    when it was deleted, and in databases whose pg_namespace was rewritten, in which WAL is not followed.
+    `tables`: by the schemas that they were in. What no event can tell is taken from what dropped these: where the row
+    of a schema was not known when it was deleted, and in databases whose pg_namespace was rewritten, in which WAL is
+    not followed.
     """
     known = set(tables)
     own = frozenset(tables.get(name, ()))

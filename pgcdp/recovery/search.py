@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
+from pgcdp.postgres.relations import WITHOUT_FILE
 from pgcdp.postgres.statements import Deed
 from pgcdp.records import ABORTED, COMMITTED, COMMITTED_PREPARED, PREPARED
 from pgcdp.recovery import dropped
@@ -25,6 +26,7 @@ from pgcdp.store.parquet import Ranges
 from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, TRUNCATED
 
 _KEYS = ("database_oid", "oid", "schema", "name", "database", "parent_oid")
+_EVENT_KEYS = ("database", "oid", "schema", "name", "database_name")
 _SHARED = ("rows", "inserted", "updated", "deleted", "flags")
 _COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
 _FLAGS = {"create": CREATED, "truncate": TRUNCATED, "drop": DROPPED, "rewrite": REWRITTEN}
@@ -76,10 +78,14 @@ class Found:
 
 @dataclass
 class Known:
-    """Every table that a look or the index knows: (schema, name, database) to OIDs, and children by parent."""
+    """Every table that a look or the index knows: (schema, name, database) to OIDs, and children by parent.
+
+    `without_file`: those that have no file of their own, as a partitioned one.
+    """
 
     names: dict[tuple[str, str, str], set[Table]] = field(default_factory=lambda: defaultdict(set))
     children: dict[Table, set[Table]] = field(default_factory=lambda: defaultdict(set))
+    without_file: set[Table] = field(default_factory=set)
 
     @classmethod
     def of(cls, transactions: Transactions) -> Known:
@@ -91,12 +97,17 @@ class Known:
                 assert look is not None
                 name = look.databases.get(each.database, "")
                 known._take(each.database, each.oid, each.schema, each.name, name, each.parent)
+                if each.kind in WITHOUT_FILE:
+                    known.without_file.add((each.database, each.oid))
         for number in transactions.numbers:
             for row in transactions.tables(number):
                 known._take(*(row[key] for key in _KEYS))
+            for event in transactions.happened(number):
+                if event["kind"] == "drop_table" and event["oid"]:
+                    known._take(*(event[key] for key in _EVENT_KEYS))
         return known
 
-    def _take(self, database_oid: int, oid: int, schema: str, name: str, database: str, parent: int) -> None:
+    def _take(self, database_oid: int, oid: int, schema: str, name: str, database: str, parent: int = 0) -> None:
         self.names[schema, name, database].add((database_oid, oid))
         if parent:
             self.children[database_oid, parent].add((database_oid, oid))
@@ -113,7 +124,11 @@ class Known:
         return frozenset(found)
 
     def tables(self, name: str, schema: str | None, database: str | None, path: Sequence[str]) -> frozenset[Table]:
-        """The tables of a name, with their partitions and heirs. Without a schema those of the search path come first.
+        """The tables of a name, as `named`, with their partitions and heirs."""
+        return self.family(self.named(name, schema, database, path))
+
+    def named(self, name: str, schema: str | None, database: str | None, path: Sequence[str]) -> frozenset[Table]:
+        """The tables of a name. Without a schema those of the search path come first.
 
         Raises TargetError with the nearest names when there never was one.
         """
@@ -125,8 +140,8 @@ class Known:
             raise TargetError(f"no table {_dotted(schema, name)} is known{_where(database)}", self._nearest(name))
         for place in path:
             if schema is None and place in found:
-                return self.family(found[place])
-        return self.family(set().union(*found.values()))
+                return frozenset(found[place])
+        return frozenset().union(*found.values())
 
     def by_schema(self, database: str | None) -> Mapping[str, set[Table]]:
         """All tables, by the schemas that they were in."""
@@ -396,7 +411,7 @@ def find(
 def _wanted(transactions: Transactions, known: Known, deed: Deed, path: Sequence[str], database: str | None) -> Wanted:
     if deed.operation == "drop database":
         return Wanted(lsns=dropped.databases(transactions, deed.name))
-    if deed.operation != "drop schema":
+    if deed.operation not in ("drop", "drop schema"):
         tables = known.tables(deed.name, deed.schema, database, path)
         return Wanted(tables, deed.operation, instead=tuple(deed.instead))
 
@@ -405,6 +420,10 @@ def _wanted(transactions: Transactions, known: Known, deed: Deed, path: Sequence
         none = np.empty(0, dtype=np.uint64)
         return _matching(transactions, number, drop)[0] if _may_hold(transactions, number, drop) else none
 
+    if deed.operation == "drop":
+        own = known.named(deed.name, deed.schema, database, path)
+        parts = known.family(own & known.without_file)
+        return Wanted(lsns=dropped.tables(transactions, own, parts, droppers))
     return Wanted(lsns=dropped.schemas(transactions, deed.name, database, known.by_schema(database), droppers))
 
 

@@ -10,6 +10,7 @@ import pytest
 from pgcdp import api
 from pgcdp.errors import TargetError
 from pgcdp.postgres.cluster import Binaries
+from pgcdp.records import Target
 from tests.fix_sets import MakeSet, ProtectedSet
 
 MADE = """
@@ -23,6 +24,10 @@ create table part_b partition of parts for values in ('b') partition by range (i
 create table part_b1 partition of part_b for values from (0) to (100);
 create table animals (name text);
 create table cats (lives int) inherits (animals);
+create table empty_parts (id int) partition by list (id);
+create foreign data wrapper nowhere;
+create server far foreign data wrapper nowhere;
+create foreign table elsewhere (id int) server far;
 create table "Mixed Case" (id int);
 create unlogged table scratch (id int primary key);
 create materialized view m as select random() as id;
@@ -79,6 +84,12 @@ STATEMENTS = {
     "scratch emptied": "truncate scratch",
     "scratch gone": "drop table scratch",
     "part gone": "drop table part_a",
+    "heir gone": "drop table cats",
+    "part of part gone": "drop table part_b1",
+    "animals gone": "drop table animals",
+    "parts gone": "drop table parts",
+    "empty parts gone": "drop table empty_parts",
+    "elsewhere gone": "drop foreign table elsewhere",
     "gone": "drop table lines, orders",
     "sales": "drop table sales.orders",
 }
@@ -113,6 +124,12 @@ FOUND = {
     "truncate scratch": ["scratch emptied"],
     "drop table scratch": ["scratch gone"],
     "drop table part_a": ["part gone"],
+    "drop table cats": ["heir gone"],
+    "drop table animals": ["animals gone"],
+    "drop table part_b1": ["part of part gone"],
+    "drop table part_b": ["parts gone"],
+    "drop table parts": ["parts gone"],
+    "drop table empty_parts": ["empty parts gone"],
 }
 
 
@@ -129,5 +146,8 @@ def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) 
         assert [name for name, sql in STATEMENTS.items() if xids[name] not in hits(found, sql)] == []
         assert {sql: [names.get(xid) for xid in hits(found, sql)] for sql in FOUND} == FOUND
         api.cut(found.name)
+    for name in ("parts", "animals"):  # what dropped a part of it alone does not make it ambiguous
+        point = api.resolve(found.name, Target("newest"), before=f"drop table {name}")
+        assert names.get(point["first_out"]["xid"]) == f"{name} gone"
     with pytest.raises(TargetError, match="changes no table"):
         api.find(found.name, "select 1")

@@ -98,21 +98,32 @@ def test_who_dropped_a_schema(make_set: MakeSet, pg_binaries: Binaries) -> None:
     assert "nearest are: filled" in (raised.value.hint or "")
 
 
+PARTITIONED = """
+create table parts (id int) partition by list (id);
+create table part_1 partition of parts for values in (1);
+create table part_2 partition of parts for values in (2);
+"""
+
+
 def test_where_the_row_is_not_known_the_tables_tell(make_set: MakeSet, binaries_of: BindirOf) -> None:
     """Without full page writes, for what was made before the last checkpoint."""
     found = make_set(binaries_of(15), settings={"full_page_writes": "off", "autovacuum": "off"})
     with found.connect() as session:
         for name in ("one", "two"):
             session.execute(f"create schema {name}; create table {name}.x (id int)".encode())
+        session.execute(PARTITIONED.encode())
         api.cut(found.name)
         api.cut(found.name)
         session.execute("drop table two.x")
+        parts = did(session, "drop table parts")
         dropped = did(session, "drop schema one cascade")
         session.execute("drop schema two")
     assert found_by(found, "drop schema one") == [(dropped, "committed")]
     api.cut(found.name)
     assert found_by(found, "drop schema one") == [(dropped, "committed")]
     assert found_by(found, "drop schema two") == []
+    assert found_by(found, "drop table parts") == [(parts, "committed")]
+    assert found_by(found, "drop table one.x") == [(dropped, "committed")]
 
 
 def test_where_pg_namespace_was_rewritten_the_tables_tell(make_set: MakeSet, binaries_of: BindirOf) -> None:
