@@ -316,9 +316,12 @@ def end_views(place: Path) -> None:
             proc.end(pid, 60.0)
 
 
-def run_engine(arguments: Sequence[str]) -> str:
-    """Run another sub-command (`check`, `dump`) to its end and return what it prints. Raises by its exit code."""
-    done = proc.run([os.fspath(find_engine()), *arguments], check=False)
+def run_engine(arguments: Sequence[str], timeout: float | None = None) -> str:
+    """Run another sub-command (`check`, `dump`) to its end and return what it prints. Raises by its exit code.
+
+    Raises ProcessFailed when it did not end in `timeout` seconds.
+    """
+    done = proc.run([os.fspath(find_engine()), *arguments], check=False, timeout=timeout)
     if done.returncode:
         raise _died(done.returncode, done.stderr, None)
     return done.stdout

@@ -19,10 +19,10 @@ from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import read_json, write_atomic, write_json
 from pgcdp.intervals.events import full_xid
 from pgcdp.intervals.files import changed_files
-from pgcdp.intervals.readout import SEGMENT_BYTES, Cluster, Readout, read_wal
+from pgcdp.intervals.readout import NOTES, SEGMENT_BYTES, Cluster, Readout, SlowError, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, index_transactions
 from pgcdp.postgres.relations import Look
-from pgcdp.postgres.wal import Note, is_checkpoint, pack_notes, read_notes
+from pgcdp.postgres.wal import Note, is_checkpoint, of_database, pack_notes, read_notes
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, IndexFiles
 from pgcdp.store.files import write_files
@@ -106,7 +106,7 @@ def index_interval(
         try:
             return _index(opened, boundary, start, more)
         except PgcdpError as error:
-            if start.state is None:
+            if start.state is None or isinstance(error, SlowError):
                 raise
             log.warning("interval %d: the WAL is read anew from its beginning: %s", opened.number, error)
             return _index(opened, boundary, replace(start, state=None), more)
@@ -142,13 +142,20 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
     place = opened.path
     state = place / WAL_STATE
     state.unlink(missing_ok=True)
-    readout = start.read([place], save_state=state, upto=boundary.write, **more)
+    # Beside the interval, not in it: what a killed agent leaves must not be published.
+    readout = start.read([place], save_state=state, upto=boundary.write, tables=place.with_suffix(".wal"), **more)
     _check_followed(readout, start, boundary)
     indexed = index_transactions(readout, start.past, read_look(place), boundary.next_xid)
     write_json(place / EVENTS, {"events": indexed.events, "tables": indexed.tables})
     pending = {note.lsn for note in indexed.pending}
     notes = (*start.past.notes, *readout.notes)
     recent = [note for note in notes if note.lsn >= boundary.redo_lsn or note.lsn in pending]
+    if readout.left_out:
+        log.warning(
+            "interval %d: of the records about names of relations %d were taken, and %d more not: names may be missing",
+            opened.number, NOTES, readout.left_out,
+        )  # fmt: skip
+        recent = [note for note in recent if not of_database(note)]  # their pages lack what was left out
     write_atomic(place / CATALOG_NOTES, pack_notes(recent))
     files = [write_transactions(place, indexed.table), write_wal(place, indexed.wal)]
     files += [summary_of(place / name) for name in (EVENTS, CATALOG_NOTES, WAL_STATE)]

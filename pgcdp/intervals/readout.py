@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.capture.engine import run_engine
-from pgcdp.postgres.wal import Note, read_notes
+from pgcdp.errors import PgcdpError
+from pgcdp.postgres.wal import Note, first_notes
+from pgcdp.proc import ProcessFailed
 from pgcdp.records import CHANGE, END, WAL_WRITE
-from pgcdp.units import format_lsn
+from pgcdp.units import format_lsn, format_size
 
 SEGMENT_BYTES = 16 << 20
 """wal_segment_size unless the settings say another."""
+FLOOR_SECONDS = 300.0
+BYTES_PER_SECOND = 1 << 20
+"""How long the engine may take at most, by the bytes on disk that it reads: it reads hundreds of times as fast."""
+NOTES = 500_000
+"""How many records about names of relations are taken: as 60,000 new tables have, and some 300 MB of memory."""
+
+
+class SlowError(PgcdpError):
+    """The engine did not end in its time, and was killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
     """Arrays END, CHANGE (those of each end in turn), u4 (subxids, likewise), WAL_WRITE; records of interest.
 
-    `running`: xids, those of subtransactions too, that changed something and have not ended.
+    `running`: xids, those of subtransactions too, that changed something and have not ended. `left_out`: how many
+    records about names of relations are not in `notes`, because there were more than NOTES.
     """
 
     ends: NDArray[np.void]
@@ -34,6 +49,7 @@ class Readout:
     wal: NDArray[np.void]
     notes: list[Note]
     running: NDArray[np.uint32]
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +73,14 @@ def read_wal(
     journal: Path | None = None,
     upto: int | None = None,
     settle_upto: int | None = None,
+    tables: Path | None = None,
 ) -> Readout:
     """Read the WAL in the writes of interval directories, then of a journal, up to write `upto`.
 
     With wal_init_zero off, WAL may be durable only with a write behind that one: it is looked for up to `settle_upto`.
     It begins behind write `behind`, with the first record behind `start_lsn`, or goes on from what another run saved as
-    `state`. Raises what the engine says: DamageError, or PreconditionError when the journal does not hold the next
-    write any more.
+    `state`. The engine's tables lie in the new directory `tables` meanwhile, or below TMPDIR. Raises what the engine
+    says: DamageError, or PreconditionError when the journal does not hold the next write any more; SlowError.
     """
     words = [
         "wal",
@@ -89,16 +106,54 @@ def read_wal(
     for option, value in options.items():
         if value is not None:
             words += [option, str(value)]
-    with tempfile.TemporaryDirectory(prefix="pgcdp-wal-") as place:
-        run_engine([*words, "--out", place, *map(os.fspath, intervals)])
+    with _place(tables) as place:
+        _run([*words, "--out", os.fspath(place), *map(os.fspath, intervals)], _bytes_in(intervals, journal))
+        notes, left_out = _notes(place / "notes")
         return Readout(
-            np.fromfile(Path(place, "ends"), dtype=END),
-            np.fromfile(Path(place, "changes"), dtype=CHANGE),
-            np.fromfile(Path(place, "subxids"), dtype=np.uint32),
-            np.fromfile(Path(place, "wal"), dtype=WAL_WRITE),
-            read_notes(Path(place, "notes").read_bytes()),
-            np.fromfile(Path(place, "running"), dtype=np.uint32),
+            np.fromfile(place / "ends", dtype=END),
+            np.fromfile(place / "changes", dtype=CHANGE),
+            np.fromfile(place / "subxids", dtype=np.uint32),
+            np.fromfile(place / "wal", dtype=WAL_WRITE),
+            notes,
+            np.fromfile(place / "running", dtype=np.uint32),
+            left_out,
         )
+
+
+@contextmanager
+def _place(tables: Path | None) -> Iterator[Path]:
+    if tables is None:
+        with tempfile.TemporaryDirectory(prefix="pgcdp-wal-") as place:
+            yield Path(place)
+        return
+    shutil.rmtree(tables, ignore_errors=True)  # a killed agent left it
+    tables.mkdir()
+    try:
+        yield tables
+    finally:
+        shutil.rmtree(tables)
+
+
+def _run(words: Sequence[str], size: int) -> None:
+    seconds = FLOOR_SECONDS + size / BYTES_PER_SECOND
+    try:
+        run_engine(words, seconds)
+    except ProcessFailed:
+        raise SlowError(f"reading the WAL in {format_size(size)} of writes took more than {seconds:.0f} s") from None
+
+
+def _bytes_in(intervals: Sequence[Path], journal: Path | None) -> int:
+    """On disk."""
+    files = [place / "writes" for place in intervals]
+    files += sorted(journal.glob("*.seg")) if journal is not None else []
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+def _notes(path: Path) -> tuple[list[Note], int]:
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return [], 0
+        return first_notes(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), NOTES)
 
 
 def read_nothing() -> Readout:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from mmap import mmap
 
 import numpy as np
 import zstandard
@@ -83,7 +84,32 @@ def read_notes(raw: bytes) -> list[Note]:
     return list(_notes(raw))
 
 
-def _notes(raw: bytes) -> Iterator[Note]:
+def first_notes(raw: bytes | mmap, limit: int) -> tuple[list[Note], int]:
+    """The same, but of a database's own catalogs nothing behind the first `limit` records; how many were left out.
+
+    What comes later must not be understood from pages that lack what came between.
+    """
+    kept: list[Note] = []
+    left_out = 0
+    for note in _notes(raw):
+        if len(kept) >= limit and of_database(note):
+            left_out += 1
+        else:
+            kept.append(note)
+    return kept, left_out
+
+
+def of_database(note: Note) -> bool:
+    """Whether a record changes pages of catalogs that each database has for itself."""
+    if note.rmid not in (Manager.HEAP, Manager.HEAP2, Manager.XLOG):
+        return False
+    try:
+        return any(block.database for block in parse(note, images=False).blocks)
+    except DamageError:
+        return True
+
+
+def _notes(raw: bytes | mmap) -> Iterator[Note]:
     at = 0
     while at < len(raw):
         if len(raw) - at < NOTE.itemsize:
@@ -125,15 +151,15 @@ class _Head:
     codec: str = ""
 
 
-def parse(note: Note) -> Parts:
-    """Take a body apart. Raises DamageError when it contradicts itself."""
+def parse(note: Note, images: bool = True) -> Parts:
+    """Take a body apart, without unpacking `images` if so. Raises DamageError when it contradicts itself."""
     try:
-        return _parse(note)
+        return _parse(note, images)
     except (struct.error, IndexError):
         raise DamageError(f"the record at LSN {note.lsn:X} contradicts itself") from None
 
 
-def _parse(note: Note) -> Parts:
+def _parse(note: Note, images: bool) -> Parts:
     body, at = note.body, 0
     heads: list[_Head] = []
     behind = main_length = 0
@@ -159,7 +185,7 @@ def _parse(note: Note) -> Parts:
     for head in heads:
         image = None
         if head.image_length >= 0:
-            image = _page(body[at : at + head.image_length], head)
+            image = _page(body[at : at + head.image_length], head) if images else None
             at += head.image_length
         data = body[at : at + head.data_length]
         at += head.data_length
