@@ -168,8 +168,9 @@ struct fmt_change { /* FORMAT.md 4.1: what a transaction did to a file */
     struct fmt_relation relation;
     uint32_t flags;
     uint64_t inserted, updated, deleted; /* rows */
+    uint64_t moved;                      /* rows among the deleted ones that an UPDATE put into another partition */
 };
-static_assert(sizeof(struct fmt_change) == 40, "FORMAT.md 4.1");
+static_assert(sizeof(struct fmt_change) == 48, "FORMAT.md 4.1");
 
 struct fmt_wal_write { /* FORMAT.md 4.1: the WAL that a write completed */
     uint64_t write, from_lsn, to_lsn;
@@ -190,6 +191,7 @@ struct fmt_note { /* FORMAT.md 4.1: a record as it is, followed by its body, pad
 };
 static_assert(sizeof(struct fmt_note) == 48, "FORMAT.md 4.1");
 
+#define FMT_WAL_STATE_VERSION 2u
 static const char FMT_WAL_STATE_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'W', 'S', 'T'};
 
 struct fmt_wal_state { /* FORMAT.md 4.2: what it begins with */

@@ -29,7 +29,7 @@ int state_save(const struct wal_reading *r, const char *path, struct err *e)
     CLEANUP_FREE char *content = NULL;
     size_t length = 0;
     struct fmt_wal_state head = {
-        .version = FORMAT_VERSION, .segment_bytes = r->segment_bytes, .system_identifier = r->system_identifier,
+        .version = FMT_WAL_STATE_VERSION, .segment_bytes = r->segment_bytes, .system_identifier = r->system_identifier,
         .write = r->write,
     };
     memcpy(head.magic, FMT_WAL_STATE_MAGIC, sizeof head.magic);
@@ -66,7 +66,7 @@ int state_load(struct wal_reading *r, const char *path, struct err *e)
     if (!cursor_copy(&in, &head, sizeof head) || memcmp(head.magic, FMT_WAL_STATE_MAGIC, sizeof head.magic) ||
         head.length != length || checksum_zeroed(content, length, offsetof(struct fmt_wal_state, checksum)) != head.checksum)
         return err_set(e, ERR_DAMAGE, "%s is damaged (offset 0)", path);
-    if (head.version != FORMAT_VERSION || head.system_identifier != r->system_identifier || head.segment_bytes != r->segment_bytes)
+    if (head.version != FMT_WAL_STATE_VERSION || head.system_identifier != r->system_identifier || head.segment_bytes != r->segment_bytes)
         return err_set(e, ERR_PRECONDITION, "%s is of cluster %" PRIu64 " with segments of %" PRIu32 " bytes", path,
                        head.system_identifier, head.segment_bytes);
     r->write = head.write;

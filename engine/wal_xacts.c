@@ -31,6 +31,7 @@ enum { HEAP_INSERT = 0x00, HEAP_DELETE = 0x10, HEAP_UPDATE = 0x20, HEAP_HOT_UPDA
 #define HEAP2_MULTI_INSERT 0x50
 #define INSERT_SPECULATIVE 0x04 /* XLH_INSERT_IS_SPECULATIVE: counts when HEAP_CONFIRM follows */
 #define DELETE_SUPER 0x08       /* XLH_DELETE_IS_SUPER: takes a speculative insert back */
+#define DELETE_MOVED 0x10       /* XLH_DELETE_IS_PARTITION_MOVE: the row was inserted into another partition */
 #define HEAP_CONFIRM 0x50
 #define STANDBY_RUNNING_XACTS 0x10
 #define OLDEST_RUNNING_AT 16u /* xl_running_xacts.oldestRunningXid */
@@ -199,7 +200,7 @@ static int take_heap(struct xacts *x, const struct wal_record *r, const struct w
 {
     if (!p->blocks || !p->main_length || !r->xid)
         return 0;
-    uint64_t inserted = 0, updated = 0, deleted = 0;
+    uint64_t inserted = 0, updated = 0, deleted = 0, moved = 0;
     uint8_t operation = r->info & OPERATION;
     if (r->rmid == RM_HEAP2) {
         uint16_t rows;
@@ -211,9 +212,10 @@ static int take_heap(struct xacts *x, const struct wal_record *r, const struct w
         inserted = p->main_length < 3 || !(p->main[2] & INSERT_SPECULATIVE);
     else if (operation == HEAP_CONFIRM)
         inserted = 1;
-    else if (operation == HEAP_DELETE)
+    else if (operation == HEAP_DELETE) {
         deleted = p->main_length < 8 || !(p->main[7] & DELETE_SUPER);
-    else if (operation == HEAP_UPDATE || operation == HEAP_HOT_UPDATE)
+        moved = deleted && p->main_length >= 8 && (p->main[7] & DELETE_MOVED);
+    } else if (operation == HEAP_UPDATE || operation == HEAP_HOT_UPDATE)
         updated = 1;
     if (!inserted && !updated && !deleted)
         return 0;
@@ -223,6 +225,7 @@ static int take_heap(struct xacts *x, const struct wal_record *r, const struct w
     c->inserted += inserted;
     c->updated += updated;
     c->deleted += deleted;
+    c->moved += moved;
     return 0;
 }
 
@@ -318,6 +321,7 @@ static int merge(struct xacts *x, const struct xact *t)
         c->inserted += from->inserted;
         c->updated += from->updated;
         c->deleted += from->deleted;
+        c->moved += from->moved;
     }
     return 0;
 }

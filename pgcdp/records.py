@@ -92,9 +92,10 @@ CHANGE = np.dtype(
         ("inserted", "<u8"),
         ("updated", "<u8"),
         ("deleted", "<u8"),
+        ("moved", "<u8"),
     ]
 )
-"""What a transaction did to a file, 40 bytes (FORMAT.md 4.1)."""
+"""What a transaction did to a file, 48 bytes (FORMAT.md 4.1)."""
 
 TRANSACTION = np.dtype(
     [

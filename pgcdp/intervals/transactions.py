@@ -90,13 +90,17 @@ def with_timelines(ends: NDArray[np.void], notes: Sequence[Note]) -> NDArray[np.
 
 @dataclass
 class _Rows:
-    """Rows of the index before they are a table: for each the end it belongs to, a relation's number or -1, counts."""
+    """Rows of the index before they are a table: for each the end it belongs to, a relation's number or -1, counts.
+
+    `moved`: how many of the updated ones went to another partition.
+    """
 
     end: NDArray[np.int64]
     relation: NDArray[np.int64]
     inserted: NDArray[np.uint64]
     updated: NDArray[np.uint64]
     deleted: NDArray[np.uint64]
+    moved: NDArray[np.uint64]
     flags: NDArray[np.uint8]
 
 
@@ -160,7 +164,8 @@ def table_sizes(
     known = {(each.database, each.oid): each.rows for each in (before.relations if before else ())}
     later = {(each.database, each.oid): each.rows for each in (after.relations if after else ())}
     committed = np.isin(ends["status"], IN)[rows.end]
-    net = np.where(committed, rows.inserted.astype(np.int64) - rows.deleted.astype(np.int64), 0)
+    gone = rows.deleted + rows.moved
+    net = np.where(committed, rows.inserted.astype(np.int64) - gone.astype(np.int64), 0)
     emptied = (rows.flags & (CREATED | DROPPED | TRUNCATED)) > 0
     sizes = np.zeros(len(oids), dtype=np.int64)
     now: dict[tuple[int, int], int] = {}
@@ -239,22 +244,23 @@ def _rows(readout: Readout, names: Names) -> _Rows:
     if len(order):
         starts = np.flatnonzero(np.append(True, (end[1:] != end[:-1]) | (group[1:] != group[:-1])))
         last = np.append(starts[1:], len(order)) - 1
-        sums = {name: np.add.reduceat(changes[name], starts) for name in ("updated", "deleted")}
+        sums = {name: np.add.reduceat(changes[name], starts) for name in ("updated", "deleted", "moved")}
+        updated, deleted = sums["updated"] + sums["moved"], sums["deleted"] - sums["moved"]
         made = (changes["flags"] & _FILE_CREATED) > 0
         inserted = np.add.reduceat(np.where(transient & made, np.uint64(0), changes["inserted"]), starts)
         committed = np.isin(ends["status"][end[starts]], IN)
         flags = np.where(committed, _flags(changes, transient, starts), 0).astype(np.uint8)
         own = np.array([0 < each.oid < FIRST_NORMAL for each in names.relations])[code[last]]
         flags[own] &= ~np.uint8(CREATED)  # a new database has the catalogs of its template
-        touched = _Rows(end[starts], code[last], inserted, sums["updated"], sums["deleted"], flags)
+        touched = _Rows(end[starts], code[last], inserted, updated, deleted, sums["moved"], flags)
         seen = (touched.inserted | touched.updated | touched.deleted | touched.flags) > 0
     else:
         none = np.empty(0, dtype=np.uint64)
-        touched = _Rows(end, code, none, none, none, none.astype(np.uint8))
+        touched = _Rows(end, code, none, none, none, none, none.astype(np.uint8))
         seen = np.empty(0, dtype=np.bool_)
     bare = np.setdiff1d(np.arange(len(ends)), touched.end[seen])
     zeros = np.zeros(len(bare), dtype=np.uint64)
-    alone = _Rows(bare, np.full(len(bare), -1), zeros, zeros, zeros, zeros.astype(np.uint8))
+    alone = _Rows(bare, np.full(len(bare), -1), zeros, zeros, zeros, zeros, zeros.astype(np.uint8))
     joined = _Rows(
         *(np.concatenate([getattr(touched, name)[seen], getattr(alone, name)]) for name in _Rows.__dataclass_fields__)
     )

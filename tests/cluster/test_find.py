@@ -63,6 +63,7 @@ STATEMENTS = {
     "changed": "update sales.orders set note = 'z' where id = 2",
     "away": "delete from sales.orders where id = 2",
     "b": "delete from parts where id = 3",
+    "moved": "update parts set region = 'b' where id = 2",
     "a": "delete from part_a where id = 1",
     "all": "delete from animals",
     "with": "with gone as (delete from orders where id = 9 returning id) insert into orders select id + 100 from gone",
@@ -99,7 +100,10 @@ FOUND = {
     "INSERT INTO public.orders": ["with", "first"],
     "insert into sales.orders": ["copied"],
     "copy sales.orders (id) from '/file'": ["copied"],
-    "insert into part_b1": ["parts"],
+    "update parts": ["moved"],
+    "update part_a": ["moved"],
+    "update part_b": [],
+    "insert into part_b1": ["moved", "parts"],
     "insert into animals": ["cat", "dog"],
     "insert into cats": ["cat"],
     "UPDATE sales.orders": ["changed"],
@@ -145,6 +149,8 @@ def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) 
     for _ in range(2):
         assert [name for name, sql in STATEMENTS.items() if xids[name] not in hits(found, sql)] == []
         assert {sql: [names.get(xid) for xid in hits(found, sql)] for sql in FOUND} == FOUND
+        ((left,),) = (told["tables"] for told in api.log(found.name, xid=xids["a"])["transactions"])
+        assert (left["name"], left["rows"], left["deleted"]) == ("part_a", 1, 1)  # the other one was moved away
         api.cut(found.name)
     for name in ("parts", "animals"):  # what dropped a part of it alone does not make it ambiguous
         point = api.resolve(found.name, Target("newest"), before=f"drop table {name}")

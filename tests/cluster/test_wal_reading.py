@@ -59,19 +59,22 @@ class End:
     dropped: set[str] = field(default_factory=set)
 
 
-def row_change(description: str) -> tuple[str, int] | None:
-    """What a heap record does to rows: ("inserted", 1)."""
+ROWS = ("inserted", "updated", "deleted", "moved")
+
+
+def row_change(description: str) -> dict[str, int]:
+    """What a heap record does to rows: {"inserted": 1}; "moved" are those that an UPDATE deleted from a partition."""
     word = description.split()[0].removesuffix("+INIT")
     flags = int(found[1], 16) if (found := re.search(r"flags:? 0x([0-9A-Fa-f]+)", description)) else 0
     if word == "MULTI_INSERT":
         count = re.match(r"\S+ (?:ntuples: )?(\d+)", description)
         assert count is not None, description
-        return "inserted", int(count[1])
+        return {"inserted": int(count[1])}
     if word == "HEAP_CONFIRM" or (word == "INSERT" and not flags & 4):
-        return "inserted", 1
+        return {"inserted": 1}
     if word == "DELETE" and not flags & 8:
-        return "deleted", 1
-    return ("updated", 1) if word in ("UPDATE", "HOT_UPDATE") else None
+        return {"deleted": 1, "moved": 1} if flags & 16 else {"deleted": 1}
+    return {"updated": 1} if word in ("UPDATE", "HOT_UPDATE") else {}
 
 
 def waldump(binaries: Binaries, wal: Path, begin: int, end: int) -> Iterator[End]:
@@ -90,8 +93,8 @@ def waldump(binaries: Binaries, wal: Path, begin: int, end: int) -> Iterator[End
         manager, xid, lsn, description = match[1], int(match[2]), parse_lsn(match[3]), match[4]
         if manager in ("Heap", "Heap2"):
             change, relation = row_change(description), re.search(r"blkref #0: rel (\d+/\d+/\d+)", description)
-            if change is not None and relation is not None and xid:
-                rows[xid][relation[1]][change[0]] += change[1]
+            if change and relation is not None and xid:
+                rows[xid][relation[1]].update(change)
         word = description.split()[0]
         if manager != "Transaction" or word not in ENDS:
             continue
@@ -143,7 +146,7 @@ def ends_of(readout: Readout) -> Iterator[End]:
         )
         for change in readout.changes[change_at : change_at + row["changes"]]:
             file = "/".join(str(change[name]) for name in ("tablespace", "database", "file"))
-            counts = {name: int(change[name]) for name in ("inserted", "updated", "deleted") if change[name]}
+            counts = {name: int(change[name]) for name in ROWS if change[name]}
             if counts:
                 end.changes[file] = counts
             if change["flags"] & 2:
