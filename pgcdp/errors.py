@@ -14,7 +14,8 @@ what to type or look at next.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 
 class PgcdpError(Exception):
@@ -28,7 +29,7 @@ class PgcdpError(Exception):
         self.message = message
         self.hint = hint
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, dict[str, object]]:
         """The one error shape of `--output json` (docs/json.md)."""
         return {
             "error": {
@@ -48,10 +49,27 @@ class UsageError(PgcdpError):
 
 
 class TargetError(PgcdpError):
-    """There is no such recovery point, or the target names more than one."""
+    """There is no such recovery point, or the target names more than one.
+
+    `candidates`: the transactions to choose from, as docs/json.md has them; `more`: how many others there are.
+    """
 
     exit_code = 3
     kind = "target"
+
+    def __init__(
+        self, message: str, hint: str | None = None, candidates: Sequence[Mapping[str, Any]] = (), more: int = 0
+    ) -> None:
+        super().__init__(message, hint)
+        self.candidates = list(candidates)
+        self.more = more
+
+    def as_json(self) -> dict[str, dict[str, object]]:
+        """With `candidates` and `more` where there are several."""
+        told = super().as_json()
+        if self.candidates:
+            told["error"] |= {"candidates": self.candidates, "more": self.more}
+        return told
 
 
 class VerificationFailed(PgcdpError):

@@ -96,18 +96,12 @@ def before(source: Source, sql: str) -> Target:
     if not told:
         where = f": {_intervals(found['unknown'])} not indexed" if found["unknown"] else ""
         raise TargetError(f'no transaction did "{sql}"{where}', "pgcdp log lists transactions, newest first")
-    if found["unknown"]:
+    if found["unknown"] or len(told) > 1:
+        many = f'{found["total"]} transactions did "{sql}"'
+        if found["unknown"]:
+            many = f'more than one transaction may have done "{sql}", {_intervals(found["unknown"])} not indexed'
         raise TargetError(
-            f'more than one transaction may have done "{sql}", {_intervals(found["unknown"])} not indexed: '
-            + "; ".join(line(each) for each in told),
-            f"choose one, such as --target-xid {told[0]['xid']} --exclusive",
-        )
-    if len(told) > 1:
-        lines = "; ".join(line(each) for each in told)
-        more = found["total"] - len(found["transactions"])
-        raise TargetError(
-            f'{found["total"]} transactions did "{sql}": {lines}{f"; and {more} more" if more > 0 else ""}',
-            f"choose one, such as --target-xid {told[0]['xid']} --exclusive",
+            many, f"choose one, such as --target-xid {told[0]['xid']} --exclusive", told, found["total"] - len(told)
         )
     return Target("xid", int(told[0]["xid"]), exclusive=True)
 

@@ -166,10 +166,21 @@ class Protected:
 
     def text(self, *words: str) -> str:
         """The same for people."""
+        done = self._run(words)
+        done.check_returncode()
+        return done.stdout
+
+    def failing(self, *words: str) -> list[str]:
+        """What it says to people when it fails, in lines."""
+        done = self._run(words)
+        assert done.returncode
+        return done.stderr.splitlines()
+
+    def _run(self, words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-m", "pgcdp", *words]
         return subprocess.run(
-            command, capture_output=True, text=True, env=self.environment, timeout=250, cwd="/", check=True
-        ).stdout
+            command, capture_output=True, text=True, env=self.environment, timeout=250, cwd="/", check=False
+        )
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +249,23 @@ def test_log_and_find(protected: Protected) -> None:
         assert "found" in protected.text(*words)
     value = protected.json("find", "select 1", code=3)
     assert value["error"]["kind"] == "target"
+    with session.connect(session.Dsn.of(settings)) as connection:
+        for _ in range(21):
+            session.query(connection, "insert into found values (1)")
+        session.query(connection, "insert into found select generate_series(1, 50)")
+    words = ["restore", "--before", "insert into found", "--to-directory", str(protected.directory / "none")]
+    failed = protected.json(*words, code=3)["error"]
+    assert fits(failed, {"message": str, "hint": str, "candidates": [TRANSACTION], "more": int}) == []
+    assert failed["message"] == '23 transactions did "insert into found"'
+    assert (len(failed["candidates"]), failed["more"]) == (20, 3)
+    first = failed["candidates"][0]
+    listed = protected.json("find", "insert into found")["transactions"]
+    assert [each["xid"] for each in failed["candidates"]] == [each["xid"] for each in listed]
+    assert failed["hint"] == f"choose one, such as --target-xid {first['xid']} --exclusive"
+    lines = protected.failing(*words)
+    assert lines[0] == f"error: {failed['message']}:"
+    assert [line.split()[1] for line in lines[2:22]] == [str(each["xid"]) for each in failed["candidates"]]
+    assert lines[22:] == ["  and 3 more, which pgcdp find lists", f"hint: {failed['hint']}"]
 
 
 def test_restore(protected: Protected) -> None:

@@ -10,8 +10,9 @@ import click
 
 from pgcdp import units
 from pgcdp.cli import options, screen
-from pgcdp.errors import UsageError
+from pgcdp.errors import TargetError, UsageError
 
+COLUMNS = ("time", "xid", "status", "write", "lsn", "table", "did", "share")
 OPERATIONS = ("insert", "update", "delete", "truncate", "drop", "rewrite")
 
 
@@ -74,7 +75,7 @@ def render(value: Mapping[str, Any]) -> None:
         rows += _rows(told)
         if told["statement"] is not None:
             below[len(rows) - 1] = told["statement"]
-    screen.table(["time", "xid", "status", "write", "lsn", "table", "did", "share"], rows, below)
+    screen.table(COLUMNS, rows, below)
     more = value["total"] - len(value["transactions"])
     if more > 0:
         screen.note(f"{more} more; --limit shows more of them")
@@ -84,6 +85,14 @@ def render(value: Mapping[str, Any]) -> None:
         screen.note(value["note"])
     if value["unknown"]:
         screen.note(f"the transactions of these intervals are not indexed: {', '.join(map(str, value['unknown']))}")
+
+
+def candidates(failure: TargetError) -> list[str]:
+    """The lines of what an error names to choose from."""
+    if not failure.candidates:
+        return []
+    lines = screen.aligned(COLUMNS, [row for told in failure.candidates for row in _rows(told)])
+    return [*lines, f"and {failure.more} more, which pgcdp find lists"] if failure.more > 0 else lines
 
 
 def _rows(told: Mapping[str, Any]) -> list[list[str]]:

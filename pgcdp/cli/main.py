@@ -20,7 +20,7 @@ import click
 
 from pgcdp import __version__, config, log
 from pgcdp.cli import screen
-from pgcdp.errors import BugError, PgcdpError, UsageError
+from pgcdp.errors import BugError, PgcdpError, TargetError, UsageError
 
 VERBS = (
     "protect",
@@ -127,7 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(error: PgcdpError, as_json: bool) -> int:
     if os.environ.get("PGCDP_DEBUG") == "1" and not isinstance(error, UsageError):
         traceback.print_exception(error.__cause__ if isinstance(error, BugError) and error.__cause__ else error)
-    screen.error(error, as_json)
+    lines: list[str] = []
+    if isinstance(error, TargetError) and error.candidates:
+        from pgcdp.cli.log import candidates
+
+        lines = candidates(error)
+    screen.error(error, as_json, lines)
     return error.exit_code
 
 

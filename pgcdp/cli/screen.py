@@ -48,12 +48,14 @@ def error_text(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def error(failure: PgcdpError, as_json: bool) -> None:
-    """`error:` and `hint:` on standard error, or the one error object on standard output."""
+def error(failure: PgcdpError, as_json: bool, lines: Sequence[str] = ()) -> None:
+    """`error:`, `lines` to choose from and `hint:` on standard error, or the one error object on standard output."""
     if as_json:
         print(json.dumps(failure.as_json(), ensure_ascii=False), flush=True)
         return
-    note(f"error: {failure.message}")
+    note(f"error: {failure.message}{':' if lines else ''}")
+    for line in lines:
+        note(f"  {line}")
     if failure.hint:
         note(f"hint: {failure.hint}")
 
@@ -123,25 +125,34 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], below: Mapping[
 
     `below`: SQL to show in a line of its own below a row, by the row's number; all is aligned columns then.
     """
-    right = [bool(rows) and all(row[i][:1].isdigit() or row[i] == "-" for row in rows) for i in range(len(columns))]
     if sys.stdout.isatty() and not below:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
         drawn = Table(box=None, pad_edge=False, header_style="bold")
-        for column, is_right in zip(columns, right, strict=True):
+        for column, is_right in zip(columns, _right(columns, rows), strict=True):
             drawn.add_column(column, justify="right" if is_right else "left")
         for row in rows:
             drawn.add_row(*(Text(cell) for cell in row))
         Console(highlight=False).print(drawn)
         return
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for number, row in enumerate([columns, *rows], -1):
-        cells = (f"{c:>{w}}" if is_right else f"{c:<{w}}" for c, w, is_right in zip(row, widths, right, strict=True))
-        text("  ".join(cells).rstrip())
+    for number, line in enumerate(aligned(columns, rows), -1):
+        text(line)
         if below and number in below:
             text(one_line(below[number]))
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its head first. Columns of numbers stand to the right."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    sides = [">" if is_right else "<" for is_right in _right(columns, rows)]
+    return ["  ".join(f"{c:{s}{w}}" for c, w, s in zip(row, widths, sides, strict=True)).rstrip()
+            for row in [columns, *rows]]  # fmt: skip
+
+
+def _right(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[bool]:
+    return [bool(rows) and all(row[i][:1].isdigit() or row[i] == "-" for row in rows) for i in range(len(columns))]
 
 
 # --- progress
