@@ -526,8 +526,12 @@ def salvage(
 
     `how` are further arguments of `pgcdp.salvaging.run`.
     """
+    salvaging.check_file(how.get("file"))
     source = open_source(set_name, store)
-    point = point_of(source, target, before)
+    likely = None
+    if before is not None:
+        target, likely = transactions.before(source, before)
+    point = source.resolve(target)
     resolved = between(source, point)
     if announce is not None:
         announce(resolved)
@@ -541,7 +545,7 @@ def salvage(
 
     value = salvaging.run(
         source, point, wanted, below=scratch_place(source), binaries=binaries_of(source, set_name), connect=connect,
-        hide=production_places(source, set_name), progress=progress, **how,
+        hide=production_places(source, set_name), likely=likely, progress=progress, **how,
     )  # fmt: skip
     result = {**resolved, **value}
     if store is None:

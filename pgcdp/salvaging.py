@@ -37,11 +37,13 @@ def run(
     name: str | None = None,
     diff: bool = False,
     agree: Agree | None = None,
+    likely: str | None = None,
     progress: Report = silent,
 ) -> Json:
     """Salvage tables. `connect(database)` reaches the running database; `agree`: put back what differs.
 
-    `hide` is what Postgres on the recovery point must not see of the running cluster.
+    `hide` is what Postgres on the recovery point must not see of the running cluster. `likely`: the database that is
+    meant where none is named and several have the tables.
 
     Returns {"database", "tables", "to", "seconds"}; of each table "schema", "name", and what was done.
     """
@@ -49,7 +51,7 @@ def run(
     if name is not None and (len(wanted.tables) != 1 or diff or file is not None):
         raise UsageError("--as names the new table of one table", "leave it out")
     with salvage.opened(source, point, below, binaries, hide, progress) as box:
-        database, shapes = salvage.find_tables(box, wanted)
+        database, shapes = salvage.find_tables(box, wanted, likely)
         if file is not None:
             progress(Progress(f"writing {file}"))
             rows = salvage.to_file(box, database, shapes, wanted, file)
@@ -67,6 +69,12 @@ def run(
                     told = [_new_table(running, box, database, shape, wanted, name, progress) for shape in shapes]
             to = f"database {database}"
     return {"database": database, "tables": told, "to": to, "seconds": round(time.monotonic() - began, 3)}
+
+
+def check_file(file: Path | None) -> None:
+    """A file can be written there, of a format that its name tells. Raises UsageError or PreconditionError."""
+    if file is not None:
+        salvage.check_file(file)
 
 
 def _new_table(

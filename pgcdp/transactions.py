@@ -18,6 +18,7 @@ from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import search
 from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import STATUS, around
+from pgcdp.recovery.nearest import split_name
 from pgcdp.recovery.search import Known, Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.units import format_lsn, format_time
@@ -57,8 +58,8 @@ def _wanted(
     """What touched `table` ([SCHEMA.]NAME) or a partition of it, by `operation`, and ended within these times."""
     tables = None
     if table is not None:
-        schema, dot, name = table.rpartition(".")
-        tables = Known.of(transactions).tables(name, schema if dot else None, database, _search_path(source))
+        schema, name = split_name(table)
+        tables = Known.of(transactions).tables(name, schema, database, _search_path(source))
     elif database is not None:
         search.check_database(transactions, database)
     return Wanted(
@@ -89,8 +90,11 @@ def find(
     return {**told, "note": logged.add_statements(source, told["transactions"], deeds) if statements else None}
 
 
-def before(source: Source, sql: str) -> Target:
-    """Just before the one transaction that did what a statement does. Raises TargetError for none or several."""
+def before(source: Source, sql: str) -> tuple[Target, str | None]:
+    """Just before the one transaction that did what a statement does, and its database.
+
+    Raises TargetError for no such transaction or several.
+    """
     found = find(source, sql, statements=False, done=True)
     told = found["transactions"]
     if not told:
@@ -103,7 +107,7 @@ def before(source: Source, sql: str) -> Target:
         raise TargetError(
             many, f"choose one, such as --target-xid {told[0]['xid']} --exclusive", told, found["total"] - len(told)
         )
-    return Target("xid", int(told[0]["xid"]), exclusive=True)
+    return Target("xid", int(told[0]["xid"]), exclusive=True), told[0]["database"]
 
 
 def line(told: Json) -> str:

@@ -14,11 +14,11 @@ from pgcdp.errors import TargetError
 from pgcdp.postgres.relations import PG_NAMESPACE
 from pgcdp.records import PREPARED
 from pgcdp.recovery.history import Transactions
+from pgcdp.recovery.nearest import NEAREST
 
 Lsns = Mapping[int | None, NDArray[np.uint64]]
 """Of intervals: where the transactions ended that are meant, rising."""
 HIDDEN_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
-NEAREST = 5
 
 Droppers = Callable[[int | None, frozenset[tuple[int, int]]], NDArray[np.uint64]]
 """(interval, tables): where the transactions ended there that dropped a file of one of these."""

@@ -6,8 +6,8 @@ touched, except by `put_back`, which gives back what was deleted or changed sinc
 
 from __future__ import annotations
 
-import difflib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from pgcdp.postgres.tables import LockedError, TableShape
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import sandbox
+from pgcdp.recovery.nearest import nearest, split_name
 from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.scratch import mounted
 from pgcdp.recovery.source import Source
@@ -63,22 +64,27 @@ def opened(
             yield box
 
 
-def find_tables(box: Sandbox, wanted: Wanted) -> tuple[str, list[TableShape]]:
-    """The database and the tables that are meant, as they were. Raises TargetError, with what is there."""
+def find_tables(box: Sandbox, wanted: Wanted, likely: str | None = None) -> tuple[str, list[TableShape]]:
+    """The database and the tables that are meant, as they were; `likely`, when several databases had such.
+
+    Raises TargetError, with what is there.
+    """
     found: dict[str, list[TableShape]] = {}
     known: dict[str, list[tuple[str, str]]] = {}
     for database in _databases(box, wanted.database):
         with box.connect(database) as connection:
             known[database] = tables.list_tables(connection)
-            shapes = [shape for name in _names(wanted, known[database]) for shape in _shapes(connection, name)]
+            shapes = [shape for name in _names(wanted, known[database]) for shape in _shapes(connection, *name)]
             if shapes:
                 found[database] = shapes
+    if likely in found:
+        found = {likely: found[likely]}
     if len(found) > 1:
         raise TargetError(f"{_what(wanted)} was in databases {', '.join(found)}", "choose one with --database D")
     if not found:
         raise TargetError(f"{_what(wanted)} did not exist then", _nearest(wanted, known))
     database, shapes = next(iter(found.items()))
-    missing = [name for name in wanted.tables if not any(name in (str(s), s.name) for s in shapes)]
+    missing = [name for name in wanted.tables if not any(_is(shape, name) for shape in shapes)]
     if missing:
         raise TargetError(f"table {', '.join(missing)} did not exist then", _nearest(wanted, known))
     _refuse(shapes, wanted)
@@ -126,18 +132,22 @@ def _databases(box: Sandbox, database: str | None) -> list[str]:
     return names if database is None else [database]
 
 
-def _names(wanted: Wanted, known: Sequence[tuple[str, str]]) -> list[str]:
-    """[SCHEMA.]NAME of each table."""
+def _names(wanted: Wanted, known: Sequence[tuple[str, str]]) -> list[tuple[str | None, str]]:
+    """(schema, name) of each table."""
     if wanted.schema is None:
-        return list(wanted.tables)
-    return [f"{schema}.{name}" for schema, name in known if schema == wanted.schema]
+        return [split_name(name) for name in wanted.tables]
+    return [(schema, name) for schema, name in known if schema == wanted.schema]
 
 
-def _shapes(connection: session.Connection, name: str) -> list[TableShape]:
-    schema, dot, table = name.rpartition(".")
-    found = tables.find_shapes(connection, table, schema if dot else None)
+def _shapes(connection: session.Connection, schema: str | None, table: str) -> list[TableShape]:
+    found = tables.find_shapes(connection, table, schema)
     public = [shape for shape in found if shape.schema == "public"]
-    return public if not dot and public else found
+    return public if schema is None and public else found
+
+
+def _is(shape: TableShape, name: str) -> bool:
+    schema, table = split_name(name)
+    return table == shape.name and schema in (None, shape.schema)
 
 
 def _what(wanted: Wanted) -> str:
@@ -145,10 +155,9 @@ def _what(wanted: Wanted) -> str:
 
 
 def _nearest(wanted: Wanted, known: dict[str, list[tuple[str, str]]]) -> str:
-    names = {name: f"{schema}.{name}" for each in known.values() for schema, name in each}
-    asked = wanted.schema or wanted.tables[0].rpartition(".")[2]
-    near = difflib.get_close_matches(asked, names, n=5, cutoff=0.4) or sorted(names)[:5]
-    return f"the nearest were: {', '.join(names[each] for each in near)}" if near else "no table of a user was there"
+    asked = wanted.schema or split_name(wanted.tables[0])[1]
+    near = nearest(asked, {name for each in known.values() for name in each})
+    return f"the nearest were: {', '.join(near)}" if near else "no table of a user was there"
 
 
 def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
@@ -165,7 +174,7 @@ def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
             "its rows are not in the WAL; no point has them",
         )
     ambiguous = {shape.name for shape in shapes if sum(each.name == shape.name for each in shapes) > 1}
-    named = [name for name in wanted.tables if name in ambiguous]
+    named = [name for schema, name in map(split_name, wanted.tables) if schema is None and name in ambiguous]
     if named:
         raise TargetError(
             f"there are several tables {named[0]}: {', '.join(str(s) for s in shapes if s.name == named[0])}",
@@ -173,13 +182,22 @@ def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
         )
 
 
-def to_file(box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, file: Path) -> list[int]:
-    """Write tables to a new file, in the format of its name; returns the number of rows of each."""
-    how = FORMATS.get(file.suffix)
-    if how is None:
+def check_file(file: Path) -> None:
+    """A file can be written there, in the format of its name. Raises UsageError or PreconditionError."""
+    if file.suffix not in FORMATS:
         raise UsageError(f"{file} has no known ending", f"end it with one of {', '.join(FORMATS)}")
     if file.exists():
         raise UsageError(f"{file} exists", "name a file that does not exist")
+    if not file.parent.is_dir():
+        raise PreconditionError(f"{file.parent} is no directory", f"mkdir -p {shlex.quote(str(file.parent))}")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise PreconditionError(f"{file.parent} cannot be written to", "name a file in another directory")
+
+
+def to_file(box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted, file: Path) -> list[int]:
+    """Write tables to a new file, in the format of its name; returns the number of rows of each."""
+    check_file(file)
+    how = FORMATS[file.suffix]
     partial = file.with_name(file.name + ".partial")
     partial.unlink(missing_ok=True)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +18,10 @@ from pgcdp.postgres.relations import WITHOUT_FILE
 from pgcdp.postgres.statements import Deed
 from pgcdp.records import ABORTED, COMMITTED, COMMITTED_PREPARED, PREPARED
 from pgcdp.recovery import dropped
-from pgcdp.recovery.dropped import HIDDEN_SCHEMAS, NEAREST, Lsns
+from pgcdp.recovery.dropped import HIDDEN_SCHEMAS, Lsns
 from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import STATUS, pends
+from pgcdp.recovery.nearest import nearest
 from pgcdp.store.parquet import Ranges
 from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, TRUNCATED
 
@@ -152,9 +152,8 @@ class Known:
         return found
 
     def _nearest(self, name: str) -> str:
-        shown = {key[1]: key[0] for key in self.names if key[0] not in HIDDEN_SCHEMAS}
-        near = difflib.get_close_matches(name, shown, n=NEAREST, cutoff=0.4) or sorted(shown)[:NEAREST]
-        return f"the nearest are: {', '.join(_dotted(shown[each], each) for each in near)}" if near else "there is none"
+        near = nearest(name, {key[:2] for key in self.names if key[0] not in HIDDEN_SCHEMAS})
+        return f"the nearest are: {', '.join(near)}" if near else "there is none"
 
 
 def _dotted(schema: str | None, name: str) -> str:

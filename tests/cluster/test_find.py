@@ -155,5 +155,16 @@ def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) 
     for name in ("parts", "animals"):  # what dropped a part of it alone does not make it ambiguous
         point = api.resolve(found.name, Target("newest"), before=f"drop table {name}")
         assert names.get(point["first_out"]["xid"]) == f"{name} gone"
+    assert [told["xid"] for told in api.log(found.name, table='"Mixed Case"', operation="drop")["transactions"]] == [
+        xids["mixed gone"]
+    ]
+    for sql, nearest in (
+        ("delete from elsewhere.orders", "public.orders, sales.orders, "),
+        ("delete from mixed case", "public.Mixed Case"),
+        ("delete from ORDERZ.orders", "public.orders, sales.orders, "),
+    ):
+        with pytest.raises(TargetError, match=r"no table .* is known") as raised:
+            api.find(found.name, sql.replace("mixed case", '"mixed case"'))
+        assert str(raised.value.hint).startswith(f"the nearest are: {nearest}")
     with pytest.raises(TargetError, match="changes no table"):
         api.find(found.name, "select 1")

@@ -122,6 +122,32 @@ def test_files(shop: ProtectedSet) -> None:
     assert not list(shop.root.glob("*.partial"))
 
 
+def test_a_file_that_cannot_be_written_is_said_before_any_work(shop: ProtectedSet) -> None:
+    """Even before the target is looked for, of which there is none here."""
+    (shop.root / "here.csv").touch()
+    refused: list[tuple[str, type[PgcdpError], str]] = [
+        ("no/where.csv", PreconditionError, "no is no directory"),
+        ("here.csv", UsageError, "here.csv exists"),
+        ("out.xls", UsageError, "no known ending"),
+    ]
+    for name, kind, words in refused:
+        with pytest.raises(kind, match=words):
+            salvage(shop, "orders", before="drop table orders", file=shop.root / name)
+
+
+def test_quoted_names_and_the_database_that_is_meant(shop: ProtectedSet) -> None:
+    shop.sql("create database another")
+    with shop.connect("another") as session:
+        session.execute("create table kept (id int primary key)")
+    shop.sql('create table s."Order Items.x" (id int); insert into s."Order Items.x" values (1), (2)')
+    shop.sql("truncate kept")
+    assert salvage(shop, 's."Order Items.x"', before=None)["tables"][0]["rows"] == 2
+    with pytest.raises(TargetError, match="was in databases"):
+        salvage(shop, "kept", before=None)
+    told = salvage(shop, "kept", before="truncate kept")
+    assert (told["database"], told["tables"][0]["rows"]) == ("postgres", 1000)
+
+
 def test_a_prepared_transaction_that_holds_the_table_is_named(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15), settings={"max_prepared_transactions": "5"})
     with found.connect() as live:
