@@ -329,18 +329,22 @@ def log(set_name: str | None, store: Path | None = None, **wanted: Any) -> Json:
     return transactions.log(open_source(set_name, store), **wanted)
 
 
-def follow(set_name: str, **wanted: Any) -> Iterator[Json]:
-    """The newest transactions, then those that end from now on."""
+def follow(set_name: str, waiting: Callable[[], None] | None = None, **wanted: Any) -> Iterator[Json]:
+    """The newest transactions, then those that end from now on. `waiting` is called each time that the set stops."""
     newest = transactions.log(open_source(set_name, None), **wanted)["transactions"]
     yield from reversed(newest)
     seen = parse_lsn(newest[0]["lsn"]) if newest else 0
     wanted["limit"] = None
-    read = -1
+    read: int | None = -1
+    stopped = False
     while True:
         began = time.monotonic()
         source = open_source(set_name, None)
+        if source.durable_write is None and not stopped and waiting is not None:
+            waiting()
+        stopped = source.durable_write is None
         if source.durable_write != read:
-            read = source.durable_write or 0
+            read = source.durable_write
             for each in reversed(transactions.log(source, behind_lsn=seen, **wanted)["transactions"]):
                 seen = parse_lsn(each["lsn"])
                 yield each

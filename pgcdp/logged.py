@@ -7,12 +7,14 @@ from typing import Any
 
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.postgres.logline import STATEMENT_LIMIT
-from pgcdp.postgres.serverlog import Ended, LogPlace, read_statements
+from pgcdp.postgres.serverlog import Ended, LogPlace, logs_statements, read_statements
 from pgcdp.postgres.statements import Deed, telling
 from pgcdp.recovery.source import Source
 from pgcdp.units import parse_time
 
 Json = dict[str, Any]
+NAMED = 5
+"""How many transactions a note names."""
 
 
 def add_statements(source: Source, told: list[Json], asked: Sequence[Deed] = ()) -> str | None:
@@ -24,7 +26,8 @@ def add_statements(source: Source, told: list[Json], asked: Sequence[Deed] = ())
     if source.pgdata is None or not told:
         return None
     try:
-        place = LogPlace.of(source.pgdata, source.newest_settings())
+        settings = source.newest_settings()
+        place = LogPlace.of(source.pgdata, settings)
     except (DamageError, PreconditionError):  # what is shown is right without it
         return None
     if place is None:
@@ -37,7 +40,18 @@ def add_statements(source: Source, told: list[Json], asked: Sequence[Deed] = ())
         statements = telling(texts, asked)
         text = ";\n".join(statements if asked else statements[-1:])
         each["statement"] = text[:STATEMENT_LIMIT] or None
+    nameless = [each["xid"] for each, texts in zip(told, found.texts, strict=True) if not texts]
+    if found.note is None and asked and nameless and logs_statements(settings):
+        return _no_record(nameless)
     return found.note
+
+
+def _no_record(xids: Sequence[int]) -> str:
+    named = ", ".join(map(str, xids[:NAMED])) + (f" and {len(xids) - NAMED} more" if len(xids) > NAMED else "")
+    return (
+        f"the server's log has no record with the id of transaction {named}, so that it does not tell what they ran: "
+        "log_min_duration_statement = 0 makes it do so for most"
+    )
 
 
 class _Since:

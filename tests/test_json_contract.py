@@ -74,6 +74,7 @@ TRANSACTION: Shape = {
     "database": Maybe(str),
     "share": float,
     "tables": [TABLE],
+    "objects": [{"what": str, "database": Maybe(str), "name": str}],
     "statement": Maybe(str),
 }
 STATUS: Shape = {
@@ -247,6 +248,13 @@ def test_log_and_find(protected: Protected) -> None:
         assert fits(value, shape) == []
         assert value["transactions"][0]["tables"][0]["name"] == "found"
         assert "found" in protected.text(*words)
+    with session.connect(session.Dsn.of(settings)) as connection:
+        for sql in ("create database gone", "drop database gone"):
+            session.query(connection, sql)
+    value = protected.json("find", "drop database gone")
+    assert fits(value, shape) == []
+    assert value["transactions"][0]["objects"] == [{"what": "database", "database": None, "name": "gone"}]
+    assert "database gone  dropped" in protected.text("find", "drop database gone")
     value = protected.json("find", "select 1", code=3)
     assert value["error"]["kind"] == "target"
     with session.connect(session.Dsn.of(settings)) as connection:

@@ -64,7 +64,13 @@ def command(
         return
     if name is None:
         raise UsageError("--follow needs a set: nothing is added to a store alone", "name the set instead of --store")
-    for told in api.follow(name, **wanted):
+    if output == "text":
+        screen.text("  ".join(COLUMNS), flush=True)
+
+    def waiting() -> None:
+        screen.note(f"set {name} is stopped: waiting until it goes on (pgcdp up {name}), or Ctrl-C")
+
+    for told in api.follow(name, waiting if output == "text" else None, **wanted):
         screen.result(told, output, _line)
 
 
@@ -97,18 +103,22 @@ def candidates(failure: TargetError) -> list[str]:
 
 def _rows(told: Mapping[str, Any]) -> list[list[str]]:
     head = [told["time"], str(told["xid"]), told["status"], str(told["write"]), told["lsn"]]
-    if not told["tables"]:
-        return [[*head, "-", "-", "-"]]
+    cells = [(_name(table), _did(table), _share(table["share"])) for table in told["tables"]]
+    cells += [(f"{gone['what']} {_dotted(gone['database'], gone['name'])}", "dropped", "-") for gone in told["objects"]]
     shown = []
-    for table in told["tables"]:
-        shown.append([*head, _name(table), _did(table), _share(table["share"])])
+    for each in cells or [("-", "-", "-")]:
+        shown.append([*head, *each])
         head = [""] * len(head)
     return shown
 
 
 def _name(table: Mapping[str, Any]) -> str:
     name = ".".join(part for part in (table["schema"], table["name"]) if part)
-    return f"{table['database']}:{name}" if table["database"] else name
+    return _dotted(table["database"], name)
+
+
+def _dotted(database: str | None, name: str) -> str:
+    return f"{database}:{name}" if database else name
 
 
 def _did(table: Mapping[str, Any]) -> str:
@@ -123,6 +133,6 @@ def _share(part: float) -> str:
 
 def _line(told: Mapping[str, Any]) -> None:
     for row in _rows(told):
-        screen.text("  ".join(cell for cell in row if cell))
+        screen.text("  ".join(cell for cell in row if cell), flush=True)
     if told["statement"] is not None:
-        screen.text(screen.one_line(told["statement"]))
+        screen.text(screen.one_line(told["statement"]), flush=True)

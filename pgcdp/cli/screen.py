@@ -26,16 +26,16 @@ LINE = 160
 def result(value: Mapping[str, Any], output: str, render: Callable[[Mapping[str, Any]], None] | None = None) -> None:
     """Print what a use case returned: as JSON, by `render`, or as lines of name and value."""
     if output == "json":
-        print(json.dumps(value, ensure_ascii=False))
+        print(json.dumps(value, ensure_ascii=False), flush=True)
     elif render is not None:
         render(value)
     else:
         fields(value)
 
 
-def text(line: str = "") -> None:
-    """One line of the result."""
-    print(line)
+def text(line: str = "", flush: bool = False) -> None:
+    """One line of the result; `flush`: a reader of a pipe has it at once."""
+    print(line, flush=flush)
 
 
 def note(line: str) -> None:

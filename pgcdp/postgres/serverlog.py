@@ -66,6 +66,12 @@ class LogPlace:
         return cls(pgdata / values.get("log_directory", "log"), wanted[0], zone)
 
 
+def logs_statements(settings: Mapping[str, Any]) -> bool:
+    """Whether a cluster logs statements at all, by `session.settings`."""
+    values = {row["name"]: str(row["setting"]) for row in settings.get("settings", ())}
+    return values.get("log_statement", "none") != "none" or values.get("log_min_duration_statement", "-1") != "-1"
+
+
 @dataclass(frozen=True, slots=True)
 class Statements:
     """Statements of each transaction asked for, in the order that they ran; `note` when not all could be read."""

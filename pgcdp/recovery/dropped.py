@@ -20,6 +20,8 @@ Lsns = Mapping[int | None, NDArray[np.uint64]]
 """Of intervals: where the transactions ended that are meant, rising."""
 HIDDEN_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
 
+_WHAT = {"drop_database": "database", "drop_tablespace": "tablespace", "drop_schema": "schema", "drop_table": "table"}
+
 Droppers = Callable[[int | None, frozenset[tuple[int, int]]], NDArray[np.uint64]]
 """(interval, tables): where the transactions ended there that dropped a file of one of these."""
 
@@ -94,6 +96,15 @@ def schemas(
             _nearest(name, known | _looked_at(transactions, database)),
         )
     return _by_interval(ends)
+
+
+def objects(transactions: Transactions, number: int | None) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """What was dropped in an interval that has no file: (32-bit id of a transaction or subtransaction, what it is)."""
+    for event in transactions.happened(number):
+        what = _WHAT.get(event["kind"])
+        if what is not None and event["name"]:
+            name = f"{event['schema']}.{event['name']}" if what == "table" else event["name"]
+            yield event["xid"] & 0xFFFFFFFF, {"what": what, "database": event.get("database_name"), "name": name}
 
 
 def _nearest(name: str, known: set[str]) -> str:

@@ -344,6 +344,7 @@ def tell(
     table = transactions.table(number, within={"lsn": [(lsn, lsn) for lsn in lsns.tolist()]})
     mask = np.isin(table.column("lsn").to_numpy(), lsns)
     found: dict[int, dict[str, Any]] = {}
+    parts: dict[int, dict[str, Any]] = {}
     for row in table.filter(pa.array(mask)).to_pylist():
         told = found.setdefault(
             row["lsn"],
@@ -357,9 +358,12 @@ def tell(
                 "interval": number,
                 "database": row["database"],
                 "tables": [],
+                "objects": [],
                 "share": 0.0,
             },
         )
+        if told["status"] == STATUS[COMMITTED]:
+            parts.update(dict.fromkeys((row["xid"] & 0xFFFFFFFF, *row["subxids"]), told))
         if row["name"] is None:
             continue
         key = row["database_oid"], row["relation_oid"]
@@ -372,6 +376,9 @@ def tell(
         )
         told["share"] = max(told["share"], part)
         told["tables"].append(_told_table(row, part))
+    for xid, gone in dropped.objects(transactions, number):
+        if xid in parts:
+            parts[xid]["objects"].append(gone)
     return [found[int(lsn)] for lsn in lsns]
 
 

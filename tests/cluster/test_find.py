@@ -166,5 +166,7 @@ def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) 
         with pytest.raises(TargetError, match=r"no table .* is known") as raised:
             api.find(found.name, sql.replace("mixed case", '"mixed case"'))
         assert str(raised.value.hint).startswith(f"the nearest are: {nearest}")
+    (gone,) = api.log(found.name, xid=xids["empty parts gone"])["transactions"]
+    assert gone["objects"] == [{"what": "table", "database": "postgres", "name": "public.empty_parts"}]
     with pytest.raises(TargetError, match="changes no table"):
         api.find(found.name, "select 1")

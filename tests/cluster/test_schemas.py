@@ -86,6 +86,11 @@ def test_who_dropped_a_schema(make_set: MakeSet, pg_binaries: Binaries) -> None:
         assert {sql: found_by(found, sql) for sql in expected} == expected
         api.cut(found.name)
     assert {sql: found_by(found, sql) for sql in expected} == expected
+    gone = {
+        xid: [each["name"] for told in api.log(found.name, xid=xid)["transactions"] for each in told["objects"]]
+        for xid in (early, several, rolled, undone)
+    }
+    assert gone == {early: ["early"], several: ["a", "b", "c"], rolled: [], undone: []}
     with pytest.raises(TargetError, match="no schema filled is known in database template1"):
         api.find(found.name, "drop schema filled", database="template1")
     assert found_by(found, "drop schema filled", database="postgres") == expected["drop schema filled"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from pgcdp import api
+from pgcdp.cli.log import COLUMNS
 from pgcdp.errors import TargetError
 from pgcdp.fsio import read_json, write_json
 from pgcdp.records import Target
@@ -345,6 +349,28 @@ def test_log_follows(make_set: MakeSet, binaries_of: BindirOf) -> None:
         found.sql(f"insert into t select generate_series(1, {count})")
         assert next(following)["tables"][0]["inserted"] == count
         api.cut(found.name)
+
+
+def test_log_follows_for_people(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Each line comes when it is there, also into a pipe; while the set is stopped it says once that it waits."""
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    found.sql("create table t (id int)")
+    command = [sys.executable, "-P", "-m", "pgcdp", "log", "--follow", "--table", "t"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline().split() == list(COLUMNS)
+            assert "postgres:public.t" in process.stdout.readline()
+            api.down(found.name)
+            assert process.stderr.readline().startswith(f"set {found.name} is stopped: waiting")
+            api.up(found.name)
+            found.sql("insert into t values (1)")
+            assert "1 inserted" in process.stdout.readline()
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.stderr.read().strip() == "interrupted"
+    assert process.returncode == 130
 
 
 def test_a_damaged_index_keeps_no_interval_from_the_store(make_set: MakeSet, binaries_of: BindirOf) -> None:

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from pgcdp.postgres.logline import Message, statement_of, time_of
-from pgcdp.postgres.serverlog import Ended, LogPlace, Statements, read_statements
+from pgcdp.postgres.serverlog import Ended, LogPlace, Statements, logs_statements, read_statements
 
 AT = int(datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp())
 PLAN = "duration: 1 ms  plan:\n"
@@ -228,3 +228,16 @@ def test_lines_of_jsonlog_that_are_broken(tmp_path: Path) -> None:
     write(tmp_path, "x.json", line[:-30] + "\n" + forged + line + line[:-5])
     found = read_statements(place(tmp_path, log_destination="jsonlog"), [ended(900)])
     assert found.texts == [['delete\nfrom a where b = "c"']]
+
+
+@pytest.mark.parametrize(
+    ("values", "logs"),
+    [
+        ({}, False),
+        ({"log_statement": "none", "log_min_duration_statement": "-1"}, False),
+        ({"log_statement": "ddl"}, True),
+        ({"log_min_duration_statement": "0"}, True),
+    ],
+)
+def test_a_server_that_logs_no_statements_is_not_asked_for_them(values: dict[str, str], logs: bool) -> None:
+    assert logs_statements(as_settings(values)) is logs
