@@ -62,7 +62,8 @@ def command(
     They come into a new table NAME_salvaged of the running database, or into a file. Nothing else is touched. With
     --diff --apply the rows that were deleted or changed since are put back into the table itself; rows that were added
     since stay. All tables are put back or none: nothing is written when rows changed since they were shown, or when
-    triggers would change what is put back. A schema that was dropped since must be made first.
+    triggers would change what is put back. What somebody else has locked is waited for 10 seconds. A schema that was
+    dropped since must be made first.
     """
     from pgcdp import api
     from pgcdp.recovery.salvage import Wanted

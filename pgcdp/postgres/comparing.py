@@ -27,6 +27,15 @@ select distinct tgname::text from pg_trigger where not tgisinternal and tgenable
 union select distinct rulename::text from pg_rewrite where ev_type in ('2', '3') and ev_class = any (%s::oid[])
 order by 1
 """
+_ON_DELETE_SQL = """
+select conname || ' of ' || conrelid::regclass from pg_constraint
+where contype = 'f' and confdeltype <> 'a' and confrelid = any (%s::oid[])
+union select tgname::text from pg_trigger
+where not tgisinternal and tgenabled <> 'D' and tgtype & 8 <> 0 and tgrelid = any (%s::oid[])
+union select rulename::text from pg_rewrite where ev_type = '4' and ev_class = any (%s::oid[])
+order by 1
+"""
+"""What happens when rows go: foreign keys that are not plain ones, triggers, rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,29 +164,96 @@ def _refuse_different(target: Connection, each: Compared) -> None:
 
 
 def _put_back(target: Connection, each: Compared) -> tuple[int, int]:
+    """Insert and update; where unique values moved between rows, in the other order, or by taking rows out first."""
+    if each.difference.changed:
+        _refuse_identity(target, each)
+    clash: psycopg.Error | None = None
+    for update_first in (False, True) if each.difference.deleted else (False,):
+        try:
+            with target.transaction():
+                return _in_turn(target, each, update_first)
+        except (psycopg.errors.UniqueViolation, psycopg.errors.ExclusionViolation) as error:
+            if not each.difference.changed:
+                raise
+            clash = error
+        except psycopg.errors.ForeignKeyViolation:
+            if clash is None:
+                raise
+    assert clash is not None
+    return _anew(target, each, clash)
+
+
+def _in_turn(target: Connection, each: Compared, update_first: bool) -> tuple[int, int]:
     shape = each.shape
     parts = _parts(shape, each.number)
-    own = [column.name for column in shape.columns if not column.generated]
+    own = _own(shape)
     inserted = updated = 0
-    if each.difference.deleted:
-        statement = sql.SQL("insert into {} ({}) overriding system value select {} from ({}) d")
-        inserted = target.execute(statement.format(shape.identifier, _list(own), _list(own), parts["deleted"])).rowcount
-    fixed = [column.name for column in shape.columns if column.identity and column.name not in shape.key]
-    rest = [name for name in own if name not in shape.key and name not in fixed]
-    if each.difference.changed:
-        _refuse_identity(target, each, fixed)
-    if each.difference.changed and rest:
-        statement = sql.SQL("update {} t set ({}) = row({}) from ({}) d where {}")
-        values = sql.SQL(", ").join(sql.SQL("d.{}").format(sql.Identifier(name)) for name in rest)
-        updated = target.execute(
-            statement.format(shape.identifier, _list(rest), values, parts["changed"], _same(shape, "t", "d"))
-        ).rowcount
+    rest = [column.name for column in shape.columns if not column.generated and not column.identity]
+    rest = [name for name in rest if name not in shape.key]
+    for update in (update_first, not update_first):
+        if update and each.difference.changed and rest:
+            statement = sql.SQL("update {} t set ({}) = row({}) from ({}) d where {}")
+            values = sql.SQL(", ").join(sql.SQL("d.{}").format(sql.Identifier(name)) for name in rest)
+            updated = target.execute(
+                statement.format(shape.identifier, _list(rest), values, parts["changed"], _same(shape, "t", "d"))
+            ).rowcount
+        elif not update and each.difference.deleted:
+            statement = sql.SQL("insert into {} ({}) overriding system value select {} from ({}) d")
+            inserted = target.execute(
+                statement.format(shape.identifier, _list(own), _list(own), parts["deleted"])
+            ).rowcount
     return inserted, updated
 
 
-def _refuse_identity(target: Connection, each: Compared, names: Sequence[str]) -> None:
+def _anew(target: Connection, each: Compared, clash: psycopg.Error) -> tuple[int, int]:
+    """Take out the rows that changed and insert them with those that are gone, in one statement.
+
+    Foreign keys are checked at its end: that the rows were away for a moment is nobody's business, unless something is
+    to happen when they go.
+    """
+    shape = each.shape
+    oids = [part.oid for part in shape.parts]
+    names = [row[0] for row in target.execute(_ON_DELETE_SQL.encode(), [oids, oids, oids]).fetchall()]
+    if names:
+        raise PreconditionError(
+            f"unique values of {shape} moved between rows ({_words(clash)}), which cannot be taken out for a moment "
+            f"because of {', '.join(names)}; nothing was put back",
+            "leave --diff out: the rows come into a new table",
+        )
+    statement = sql.SQL(
+        "with gone as (delete from {} t using ({}) d where {} returning 1)"
+        " insert into {} ({}) overriding system value select {} from ({} union all {}) d"
+        " where (select count(*) from gone) > 0"
+    )
+    parts = _parts(shape, each.number)
+    own = _own(shape)
+    target.execute(
+        statement.format(
+            shape.identifier,
+            parts["changed"],
+            _same(shape, "t", "d"),
+            shape.identifier,
+            _list(own),
+            _list(own),
+            parts["deleted"],
+            parts["changed"],
+        )
+    )
+    return each.difference.deleted, each.difference.changed
+
+
+def _own(shape: TableShape) -> list[str]:
+    """Columns that a row brings with it."""
+    return [column.name for column in shape.columns if not column.generated]
+
+
+def _words(error: psycopg.Error) -> str:
+    return " | ".join(line.strip() for line in str(error).strip().splitlines())
+
+
+def _refuse_identity(target: Connection, each: Compared) -> None:
     """Postgres updates a column that is generated always as identity to nothing but its default."""
-    for name in names:
+    for name in [column.name for column in each.shape.columns if column.identity and column.name not in each.shape.key]:
         query = sql.SQL("select 1 from {} o join {} n on {} where o.{} is distinct from n.{}").format(
             _temporary("then", each.number), each.shape.identifier, _same(each.shape, "o", "n"),
             sql.Identifier(name), sql.Identifier(name),

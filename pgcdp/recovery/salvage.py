@@ -21,6 +21,7 @@ from pgcdp.fsio import sync_directory
 from pgcdp.postgres import comparing, session, tables
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.comparing import Compared
+from pgcdp.postgres.locks import waiting_at_most
 from pgcdp.postgres.tables import LockedError, TableShape
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
@@ -35,6 +36,8 @@ FORMATS: dict[str, Format] = {".csv": "csv", ".sql": "sql", ".dump": "custom", "
 """Formats of files by the end of their names."""
 LOCK_TIMEOUT = "5s"
 """How long a session in the sandbox waits for a lock."""
+LIVE_SECONDS = 10.0
+"""How long one in the running database does."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +273,11 @@ class Running:
         with reading(box, database) as source:
             for number, shape in enumerate(shapes):
                 now = tables.same_columns(shape, tables.find_shapes(self.connection, shape.name, shape.schema))
-                found.append(comparing.compare(source, self.connection, shape, now, wanted.where, number))
+                with waiting_at_most(self.connection, [now], LIVE_SECONDS):
+                    found.append(comparing.compare(source, self.connection, shape, now, wanted.where, number))
         return found
 
     def put_back(self, compared: Sequence[Compared]) -> list[tuple[int, int]]:
         """Give back what was deleted and changed, if it still is what `compare` saw; (inserted, updated) of each."""
-        return comparing.put_back(self.connection, compared)
+        with waiting_at_most(self.connection, [each.shape for each in compared], LIVE_SECONDS):
+            return comparing.put_back(self.connection, compared)

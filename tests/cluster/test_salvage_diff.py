@@ -10,6 +10,7 @@ from pgcdp import api
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import session
 from pgcdp.records import Target
+from pgcdp.recovery import salvage as salvaging
 from pgcdp.recovery.salvage import Wanted
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
@@ -36,6 +37,10 @@ def then(make_set: MakeSet, binaries_of: BindirOf) -> tuple[ProtectedSet, Target
         live.execute("create table parent (id int primary key)")
         live.execute("create table child (id int primary key, pid int references parent on delete cascade)")
         live.execute("insert into parent select generate_series(1, 10); insert into child select n, n from parent p(n)")
+        live.execute("create table seats (id int primary key, seat text unique, next int references seats)")
+        live.execute("insert into seats select n, 'seat ' || n, nullif(10 - n, 0) from generate_series(1, 10) n")
+        live.execute("create table tickets (id int primary key, seat int references seats)")
+        live.execute("insert into tickets select n, n from generate_series(1, 8) n")
         live.execute("create table heir (id int primary key); create table heirs_own (more int) inherits (heir)")
     return found, Target("write", found.durable())
 
@@ -140,3 +145,93 @@ def test_a_plain_session_is_left_as_it_was(then: tuple[ProtectedSet, Target]) ->
     with session.connect(then[0].address()) as live:
         left = live.execute("select relname::text from pg_class where relname like 'pgcdp\\_%'").fetchall()
     assert left == []
+
+
+MOVED = {
+    "from a row that is gone": "delete from seats where id = 10; update seats set seat = 'seat 10' where id = 2",
+    "from a row that is gone and is referred to": "update seats set next = null where id = 1;"
+    " delete from seats where id = 9; update seats set seat = 'seat 9' where id = 2",
+    "in a chain": "update seats set seat = 'seat 0' where id = 1; update seats set seat = 'seat 1' where id = 2;"
+    " update seats set seat = 'seat 2' where id = 3",
+    "in a circle": "update seats set seat = 'away' where id = 1; update seats set seat = 'seat 1' where id = 2;"
+    " update seats set seat = 'seat 2' where id = 1",
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_unique_values_that_moved_between_rows_move_back(then: tuple[ProtectedSet, Target], how: str) -> None:
+    """In whatever order; what refers to the rows stays."""
+    found = then[0]
+    found.allowed += [r"duplicate key value violates unique constraint", r"violates foreign key constraint"]
+    before = found.sql("select * from seats order by id"), found.sql("select * from tickets order by id")
+    found.sql(MOVED[how])
+    told = salvage(then, "seats", agree=agreed)[0]
+    assert told["put_back"] == {"inserted": told["difference"]["deleted"], "updated": told["difference"]["changed"]}
+    assert (found.sql("select * from seats order by id"), found.sql("select * from tickets order by id")) == before
+
+
+def test_a_value_that_a_new_row_has_is_not_taken_from_it(then: tuple[ProtectedSet, Target]) -> None:
+    found = then[0]
+    found.allowed.append(r"duplicate key value violates unique constraint")
+    found.sql("update seats set seat = 'away' where id = 1; insert into seats values (11, 'seat 1')")
+    before = found.sql("select * from seats order by id")
+    with pytest.raises(PgcdpError, match=r"Key \(seat\)=\(seat 1\) already exists"):
+        salvage(then, "seats", agree=agreed)
+    assert found.sql("select * from seats order by id") == before
+
+
+@pytest.mark.parametrize(
+    ("hindrance", "name"),
+    [
+        ("alter table tickets drop constraint tickets_seat_fkey, add constraint f foreign key (seat) references seats"
+         " on delete cascade", "f of tickets"),
+        ("create function gone() returns trigger language plpgsql as 'begin return old; end';"
+         " create trigger going before delete on seats for each row execute function gone()", "going"),
+    ],
+)  # fmt: skip
+def test_rows_are_not_taken_out_where_that_does_more(
+    then: tuple[ProtectedSet, Target], hindrance: str, name: str
+) -> None:
+    found = then[0]
+    found.allowed.append(r"duplicate key value violates unique constraint")
+    found.sql(hindrance)
+    found.sql(MOVED["from a row that is gone"])
+    assert salvage(then, "seats", agree=agreed)[0]["put_back"] == {"inserted": 1, "updated": 1}, "it need not be"
+    found.sql(MOVED["in a circle"])
+    before = found.sql("select * from seats order by id")
+    with pytest.raises(
+        PreconditionError, match=rf"seats moved between rows .* because of {name}; nothing was put back"
+    ):
+        salvage(then, "seats", agree=agreed)
+    assert found.sql("select * from seats order by id") == before
+    assert found.sql("select count(*) from tickets") == [(8,)]
+
+
+LOCKS = {
+    "table": ("lock table o in row exclusive mode", True),
+    "row": ("select * from o where id = 1 for update", True),
+    "reading": ("lock table o in access exclusive mode", False),
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_who_holds_a_lock_is_named(
+    then: tuple[ProtectedSet, Target], lock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds the table or a row, it is not waited for without end; nothing is written."""
+    monkeypatch.setattr(salvaging, "LIVE_SECONDS", 1.0)
+    found = then[0]
+    found.allowed.append(r"canceling statement due to lock timeout")
+    found.sql("update o set status = 'void' where id <= 3")
+    statement, apply = LOCKS[lock]
+    with found.connect() as other:
+        other.execute("begin")
+        other.execute(statement.encode())
+        with pytest.raises(
+            PreconditionError, match=rf"table public\.o was locked for 1 s by pid {other.info.backend_pid} "
+        ) as raised:
+            salvage(then, "o", agree=agreed if apply else None)
+        assert f"select pg_terminate_backend({other.info.backend_pid})" in str(raised.value.hint)
+        assert raised.value.exit_code == 6
+        other.execute("commit")
+    assert salvage(then, "o", agree=agreed)[0]["put_back"] == {"inserted": 0, "updated": 3}
