@@ -3,6 +3,9 @@
  * An entry is in a chain of the hash table and, while nobody uses it, in the ring of unused ones, oldest first. One lock for
  * all; it is never held while a frame is read. An entry is put in place before its frame is read, so that others wait for
  * it; when that fails it is taken out again, and each who waited tries for himself and gets the error of his own try.
+ *
+ * Files come and go with the maps that name them. What an entry is known by is its file's serial number: the address of a
+ * file that was closed may be that of the next one. Entries of closed files are never asked for again and go by their age.
  */
 #include "frame_cache.h"
 
@@ -17,7 +20,7 @@
 #define CHAINS 4096u
 
 struct entry {
-    const struct frame_file *file;
+    uint64_t file; /* its serial number */
     size_t number;
     uint32_t length;
     uint8_t *raw;
@@ -47,9 +50,9 @@ struct frame_cache *frame_cache_new(uint64_t limit)
     return c;
 }
 
-static struct entry **chain_of(struct frame_cache *c, const struct frame_file *f, size_t number)
+static struct entry **chain_of(struct frame_cache *c, uint64_t file, size_t number)
 {
-    uint64_t key = ((uint64_t)(uintptr_t)f >> 4) * 0x9E3779B97F4A7C15u + number * 0xC2B2AE3D27D4EB4Fu;
+    uint64_t key = (file + 1) * 0x9E3779B97F4A7C15u + number * 0xC2B2AE3D27D4EB4Fu;
     return &c->chains[(key >> 32) % CHAINS];
 }
 
@@ -120,8 +123,9 @@ static void release(struct frame_cache *c, struct entry *entry)
 static struct entry *acquire(struct frame_cache *c, const struct frame_file *f, size_t number, bool *fresh)
 {
     HOLD_LOCK(&c->lock);
-    struct entry **chain = chain_of(c, f, number), *entry = *chain;
-    while (entry && (entry->file != f || entry->number != number))
+    uint64_t file = frame_file_serial(f);
+    struct entry **chain = chain_of(c, file, number), *entry = *chain;
+    while (entry && (entry->file != file || entry->number != number))
         entry = entry->chain;
     *fresh = !entry;
     if (entry) {
@@ -139,7 +143,7 @@ static struct entry *acquire(struct frame_cache *c, const struct frame_file *f, 
         free(entry);
         return NULL;
     }
-    *entry = (struct entry){.file = f, .number = number, .length = length, .raw = entry->raw, .users = 1, .loading = true, .chain = *chain};
+    *entry = (struct entry){.file = file, .number = number, .length = length, .raw = entry->raw, .users = 1, .loading = true, .chain = *chain};
     *chain = entry;
     c->status.misses++;
     c->status.bytes += length;
@@ -147,9 +151,9 @@ static struct entry *acquire(struct frame_cache *c, const struct frame_file *f, 
     return entry;
 }
 
-static int load(struct frame_cache *c, struct entry *entry, struct frame_scratch *s, struct err *e)
+static int load(struct frame_cache *c, const struct frame_file *f, struct entry *entry, struct frame_scratch *s, struct err *e)
 {
-    int rc = frame_file_load(entry->file, entry->number, s, entry->raw, e);
+    int rc = frame_file_load(f, entry->number, s, entry->raw, e);
     HOLD_LOCK(&c->lock);
     entry->loading = false;
     if (rc) {
@@ -168,7 +172,7 @@ static int read_frame(struct frame_cache *c, const struct frame_file *f, size_t 
         struct entry *entry = acquire(c, f, number, &fresh);
         if (!entry)
             return err_set(e, -ENOMEM, "no memory for a frame of %s", frame_file_path(f));
-        int rc = fresh ? load(c, entry, s, e) : 0;
+        int rc = fresh ? load(c, f, entry, s, e) : 0;
         bool failed = entry->failed;
         if (!failed)
             memcpy(to, entry->raw + begin, length);

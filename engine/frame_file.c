@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -11,6 +12,7 @@
 #include "io.h"
 
 struct frame_file {
+    uint64_t serial;
     int fd;
     char *path;
     uint64_t size;
@@ -98,9 +100,11 @@ static int read_directory(struct frame_file *f, struct err *e)
 
 int frame_file_open(struct frame_file **out, const char *path, const struct frame_identity *wanted, struct err *e)
 {
+    static atomic_uint_least64_t opened;
     struct frame_file *f = calloc(1, sizeof *f);
     if (!f)
         return err_set(e, -ENOMEM, "no memory to read %s", path);
+    f->serial = atomic_fetch_add(&opened, 1);
     f->path = strdup(path);
     f->fd = open(path, O_RDONLY | O_CLOEXEC);
     int rc = 0;
@@ -136,6 +140,8 @@ void frame_file_close(struct frame_file *f)
 }
 
 const char *frame_file_path(const struct frame_file *f) { return f->path; }
+
+uint64_t frame_file_serial(const struct frame_file *f) { return f->serial; }
 
 uint64_t frame_file_length(const struct frame_file *f) { return f->length; }
 

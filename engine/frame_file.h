@@ -35,6 +35,9 @@ void frame_file_close(struct frame_file *f);
 
 const char *frame_file_path(const struct frame_file *f);
 
+/* Another one for each file that was ever opened here: unlike its address, never used again. */
+uint64_t frame_file_serial(const struct frame_file *f);
+
 /* Bytes of the stream. */
 uint64_t frame_file_length(const struct frame_file *f);
 

@@ -103,12 +103,25 @@ static json_t *status(struct shown *s)
     for (unsigned i = 0; i < v.faults; i++)
         json_array_append_new(errors, json_pack("{s:s, s:s, s:s}", "kind", v.fault[i].code == ERR_DAMAGE ? "damage" : "error",
                                                 "message", v.fault[i].err.message, "hint", v.fault[i].err.hint));
-    return json_pack("{s:s, s:i, s:o, s:I, s:I, s:I, s:I, s:{s:I, s:I, s:I, s:I, s:I}, s:I, s:o, s:I}", "state", "showing", "pid",
+    return json_pack("{s:s, s:i, s:o, s:I, s:I, s:I, s:I, s:I, s:{s:I, s:I, s:I, s:I, s:I}, s:I, s:o, s:I}", "state", "showing", "pid",
                      (int)getpid(), "volumes", volumes, "reads", (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read,
-                     "writes", (json_int_t)v.writes, "bytes_written", (json_int_t)v.bytes_written, "cache", "hits",
+                     "writes", (json_int_t)v.writes, "bytes_written", (json_int_t)v.bytes_written, "reloads",
+                     (json_int_t)v.reloads, "cache", "hits",
                      (json_int_t)v.cache.hits, "misses", (json_int_t)v.cache.misses, "bytes", (json_int_t)v.cache.bytes,
                      "most_bytes", (json_int_t)v.cache.most_bytes, "limit", (json_int_t)v.cache.limit, "error_count",
                      (json_int_t)v.fault_count, "errors", errors, "rss_kib", (json_int_t)rss_kib());
+}
+
+static json_t *reload(struct shown *s, const json_t *request, struct err *e, const char **kind)
+{
+    const char *map = json_string_value(json_object_get(request, "map"));
+    int rc = map ? view_reload(s->view, map, e) : err_set(e, ERR_USAGE, "reload needs the path of a map");
+    if (rc) {
+        *kind = rc == ERR_DAMAGE ? "damage" : rc == ERR_USAGE ? "usage" : "error";
+        return NULL;
+    }
+    log_info("the map was reloaded");
+    return json_pack("{s:b}", "reloaded", 1);
 }
 
 static json_t *handle(void *self, const json_t *request, struct err *e, const char **kind)
@@ -117,6 +130,8 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
     const char *cmd = json_string_value(json_object_get(request, "cmd"));
     if (cmd && strcmp(cmd, "status") == 0)
         return status(s);
+    if (cmd && strcmp(cmd, "reload") == 0)
+        return reload(s, request, e, kind);
     if (cmd && strcmp(cmd, "stop") == 0 && open_files(s)) {
         *kind = "busy";
         err_set(e, -EBUSY, "%u files of the view are open", open_files(s));

@@ -1,8 +1,12 @@
 /* Notes on the design.
  *
  * A block of a view is, in this order: what was written to the view (overlay), what the map says of it (bytes in a frames
- * file, or zeros), the image's block. All of these are immutable but the overlay, so requests need no order among each
- * other: the reader thread only copies a request and queues it, a few workers do the I/O and answer.
+ * file, or zeros), the image's block. Requests need no order among each other: the reader thread only copies a request and
+ * queues it, a few workers do the I/O and answer.
+ *
+ * The image moves on underneath. Before it does, a new map is loaded that names all blocks which the move changes: a request
+ * is served by the map that was shown when a worker took it up, and the new one is acknowledged when the last request of the
+ * old one is done. So a block of the image is only read, and judged by its sum, while nobody changes it.
  *
  * A request is served whole or not at all: the first wrong byte under it makes it EIO, alone. So nobody above ever sees a
  * byte that was not checked, and what lies elsewhere can still be read.
@@ -18,12 +22,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "block_map.h"
-#include "cleanup.h"
 #include "image.h"
 #include "io.h"
 #include "overlay.h"
 #include "pool.h"
+#include "shown_map.h"
 #include "util.h"
 
 #define WORKERS 4u
@@ -34,12 +37,17 @@ struct worker_state {
     uint8_t *buffer; /* BACKEND_MAX_REQUEST */
 };
 
+struct view_volume {
+    char *name;
+    uint64_t bytes;
+    struct image *image;
+    struct overlay *overlay;
+};
+
 struct view {
-    struct block_map *map;
-    struct image **images;     /* by volume */
-    struct overlay **overlays; /* by volume */
-    pthread_mutex_t open_lock;
-    _Atomic(struct frame_file *) *files; /* by source, NULL until needed */
+    struct shown_map *map;
+    unsigned volume_count;
+    struct view_volume *volumes; /* the same under every map */
     struct frame_cache *cache;
     struct pool *pool;
     struct worker_state workers[WORKERS];
@@ -61,26 +69,11 @@ struct request {
 
 /* ---- reading ---- */
 
-static int open_source(struct view *v, uint32_t number, struct frame_file **file, struct err *e)
+static int read_frames(struct view *v, struct worker_state *w, struct taken_map *map, const struct fmt_map_extent *x,
+                       uint64_t position, uint64_t length, uint8_t *to, struct err *e)
 {
-    if ((*file = atomic_load(&v->files[number])))
-        return 0;
-    HOLD_LOCK(&v->open_lock);
-    if ((*file = atomic_load(&v->files[number])))
-        return 0;
-    const struct block_map_source *source = &v->map->sources[number];
-    struct frame_identity wanted = {.content = source->content, .set_id = v->map->set_id, .interval = source->interval};
-    int rc = frame_file_open(file, source->path, &wanted, e);
-    if (rc == 0)
-        atomic_store(&v->files[number], *file);
-    return rc;
-}
-
-static int read_frames(struct view *v, struct worker_state *w, uint32_t source, uint64_t position, uint64_t length,
-                       uint8_t *to, struct err *e)
-{
-    struct frame_file *file;
-    int rc = open_source(v, source, &file, e);
+    const struct frame_file *file;
+    int rc = taken_map_file(map, x->source, &file, e);
     if (rc)
         return rc;
     uint64_t have = frame_file_length(file);
@@ -91,20 +84,37 @@ static int read_frames(struct view *v, struct worker_state *w, uint32_t source, 
 }
 
 /* What the view showed before anything was written to it. */
-static int read_below(struct view *v, struct worker_state *w, unsigned volume, uint64_t block, uint64_t count, uint8_t *to,
-                      struct err *e)
+static int read_below(struct view *v, struct worker_state *w, struct taken_map *map, unsigned volume, uint64_t block,
+                      uint64_t count, uint8_t *to, struct err *e)
 {
     while (count) {
         uint64_t run;
         int rc = 0;
-        const struct fmt_map_extent *x = block_map_find(v->map, volume, block, &run);
+        const struct fmt_map_extent *x = block_map_find(taken_map_blocks(map), volume, block, &run);
         run = min_u64(run, count);
         if (!x)
-            rc = image_read(v->images[volume], block, run, to, e);
+            rc = image_read(v->volumes[volume].image, block, run, to, e);
         else if (x->kind == FMT_EXTENT_ZEROS)
             memset(to, 0, run * BLOCK);
         else
-            rc = read_frames(v, w, x->source, x->position + (block - x->block) * BLOCK, run * BLOCK, to, e);
+            rc = read_frames(v, w, map, x, x->position + (block - x->block) * BLOCK, run * BLOCK, to, e);
+        if (rc)
+            return rc;
+        block += run;
+        count -= run;
+        to += run * BLOCK;
+    }
+    return 0;
+}
+
+static int read_by(struct view *v, struct worker_state *w, struct taken_map *map, unsigned volume, uint64_t block,
+                   uint64_t count, uint8_t *to, struct err *e)
+{
+    while (count) {
+        bool written;
+        uint64_t run = overlay_run(v->volumes[volume].overlay, block, count, &written);
+        int rc = written ? overlay_read(v->volumes[volume].overlay, block, run, to, e)
+                         : read_below(v, w, map, volume, block, run, to, e);
         if (rc)
             return rc;
         block += run;
@@ -117,18 +127,10 @@ static int read_below(struct view *v, struct worker_state *w, unsigned volume, u
 static int read_blocks(struct view *v, struct worker_state *w, unsigned volume, uint64_t block, uint64_t count, uint8_t *to,
                        struct err *e)
 {
-    while (count) {
-        bool written;
-        uint64_t run = overlay_run(v->overlays[volume], block, count, &written);
-        int rc = written ? overlay_read(v->overlays[volume], block, run, to, e)
-                         : read_below(v, w, volume, block, run, to, e);
-        if (rc)
-            return rc;
-        block += run;
-        count -= run;
-        to += run * BLOCK;
-    }
-    return 0;
+    struct taken_map *map = shown_map_take(v->map);
+    int rc = read_by(v, w, map, volume, block, count, to, e);
+    shown_map_give(v->map, map);
+    return rc;
 }
 
 /* ---- requests ---- */
@@ -139,7 +141,7 @@ static int answer(struct view *v, const struct request *r, int rc, const struct 
     if (rc == 0)
         return 0;
     char where[160];
-    snprintf(where, sizeof where, "volume %s offset %" PRIu64, v->map->volumes[r->volume].name, r->offset);
+    snprintf(where, sizeof where, "volume %s offset %" PRIu64, v->volumes[r->volume].name, r->offset);
     faults_add(&v->faults, rc, e, where);
     return rc == -ENOSPC && r->kind != REQUEST_READ ? -ENOSPC : -EIO;
 }
@@ -160,13 +162,13 @@ static void run_request(void *self, struct task *task, unsigned worker)
         v->done.read(r->cookie, w->buffer, (size_t)r->length, rc);
         break;
     case REQUEST_WRITE:
-        rc = answer(v, r, overlay_write(v->overlays[r->volume], block, count, r->data, &e), &e);
+        rc = answer(v, r, overlay_write(v->volumes[r->volume].overlay, block, count, r->data, &e), &e);
         atomic_fetch_add(&v->writes, 1);
         atomic_fetch_add(&v->bytes_written, r->length);
         v->done.write(r->cookie, (size_t)r->length, rc);
         break;
     case REQUEST_ZERO:
-        rc = answer(v, r, overlay_zero(v->overlays[r->volume], block, count, &e), &e);
+        rc = answer(v, r, overlay_zero(v->volumes[r->volume].overlay, block, count, &e), &e);
         atomic_fetch_add(&v->writes, 1);
         v->done.write(r->cookie, 0, rc);
         break;
@@ -221,16 +223,16 @@ static void view_zero(void *self, unsigned volume, uint64_t offset, uint64_t len
         v->done.write(cookie, 0, -ENOMEM);
 }
 
-static const char *view_name(void *self, unsigned volume) { return ((struct view *)self)->map->volumes[volume].name; }
+static const char *view_name(void *self, unsigned volume) { return ((struct view *)self)->volumes[volume].name; }
 
-static uint64_t view_size(void *self, unsigned volume) { return ((struct view *)self)->map->volumes[volume].bytes; }
+static uint64_t view_size(void *self, unsigned volume) { return ((struct view *)self)->volumes[volume].bytes; }
 
 static void view_set_done(void *self, const struct done *done) { ((struct view *)self)->done = *done; }
 
 struct backend view_backend(struct view *v)
 {
     return (struct backend){.self = v,
-                            .volumes = v->map->volume_count,
+                            .volumes = v->volume_count,
                             .name = view_name,
                             .size = view_size,
                             .read = view_read,
@@ -241,20 +243,37 @@ struct backend view_backend(struct view *v)
 
 /* ---- beginning and end ---- */
 
-static int open_volumes(struct view *v, const char *overlay, struct err *e)
+static int open_volumes(struct view *v, const struct block_map *map, const char *overlay, struct err *e)
 {
-    int rc = 0;
-    v->images = calloc(v->map->volume_count, sizeof *v->images);
-    v->overlays = calloc(v->map->volume_count, sizeof *v->overlays);
-    v->files = calloc((size_t)v->map->source_count + 1, sizeof *v->files);
-    if (!v->images || !v->overlays || !v->files)
+    v->volumes = calloc(map->volume_count, sizeof *v->volumes);
+    if (!v->volumes)
         return err_set(e, -ENOMEM, "no memory for a view");
-    for (uint32_t i = 0; rc == 0 && i < v->map->volume_count; i++) {
-        const struct block_map_volume *volume = &v->map->volumes[i];
-        rc = image_open(&v->images[i], v->map->sources[volume->image].path, volume->bytes, e);
+    v->volume_count = map->volume_count;
+    for (unsigned i = 0; i < v->volume_count; i++) {
+        const struct block_map_volume *from = &map->volumes[i];
+        struct view_volume *to = &v->volumes[i];
+        to->bytes = from->bytes;
+        if (!(to->name = strdup(from->name)))
+            return err_set(e, -ENOMEM, "no memory for a view");
+        int rc = image_open(&to->image, map->sources[from->image].path, to->bytes, e);
         if (rc == 0)
-            rc = overlay_open(&v->overlays[i], overlay, volume->name, volume->bytes, e);
+            rc = overlay_open(&to->overlay, overlay, to->name, to->bytes, e);
+        if (rc)
+            return rc;
     }
+    return 0;
+}
+
+static int open_map(struct view *v, const struct view_options *options, struct err *e)
+{
+    if (!(v->map = shown_map_new()))
+        return err_set(e, -ENOMEM, "no memory for a view");
+    int rc = shown_map_exchange(v->map, options->map, e);
+    if (rc)
+        return rc;
+    struct taken_map *map = shown_map_take(v->map);
+    rc = open_volumes(v, taken_map_blocks(map), options->overlay, e);
+    shown_map_give(v->map, map);
     return rc;
 }
 
@@ -263,11 +282,8 @@ int view_open(struct view **out, const struct view_options *options, struct err 
     struct view *v = calloc(1, sizeof *v);
     if (!v)
         return err_set(e, -ENOMEM, "no memory for a view");
-    pthread_mutex_init(&v->open_lock, NULL);
     pthread_mutex_init(&v->faults.lock, NULL);
-    int rc = block_map_load(&v->map, options->map, e);
-    if (rc == 0)
-        rc = open_volumes(v, options->overlay, e);
+    int rc = open_map(v, options, e);
     if (rc == 0 && !(v->cache = frame_cache_new(options->cache)))
         rc = err_set(e, -ENOMEM, "no memory for a view");
     for (unsigned i = 0; rc == 0 && i < WORKERS; i++)
@@ -283,12 +299,15 @@ int view_open(struct view **out, const struct view_options *options, struct err 
     return 0;
 }
 
+int view_reload(struct view *v, const char *map, struct err *e) { return shown_map_exchange(v->map, map, e); }
+
 void view_get_status(struct view *v, struct view_status *status)
 {
     *status = (struct view_status){.reads = atomic_load(&v->reads),
                                    .bytes_read = atomic_load(&v->bytes_read),
                                    .writes = atomic_load(&v->writes),
-                                   .bytes_written = atomic_load(&v->bytes_written)};
+                                   .bytes_written = atomic_load(&v->bytes_written),
+                                   .reloads = shown_map_exchanges(v->map)};
     frame_cache_get_status(v->cache, &status->cache);
     status->faults = faults_get(&v->faults, status->fault, &status->fault_count);
 }
@@ -299,19 +318,16 @@ void view_close(struct view *v)
         return;
     pool_stop(v->pool);
     frame_cache_free(v->cache);
-    for (uint32_t i = 0; v->map && v->images && v->overlays && i < v->map->volume_count; i++) {
-        image_close(v->images[i]);
-        overlay_close(v->overlays[i]);
+    for (unsigned i = 0; i < v->volume_count; i++) {
+        image_close(v->volumes[i].image);
+        overlay_close(v->volumes[i].overlay);
+        free(v->volumes[i].name);
     }
-    for (uint32_t i = 0; v->map && v->files && i < v->map->source_count; i++)
-        frame_file_close(atomic_load(&v->files[i]));
     for (unsigned i = 0; i < WORKERS; i++) {
         frame_scratch_free(&v->workers[i].scratch);
         io_free(v->workers[i].buffer, BACKEND_MAX_REQUEST);
     }
-    free(v->images);
-    free(v->overlays);
-    free(v->files);
-    block_map_free(v->map);
+    free(v->volumes);
+    shown_map_free(v->map);
     free(v);
 }

@@ -16,7 +16,7 @@ struct view_options {
 };
 
 struct view_status {
-    uint64_t reads, bytes_read, writes, bytes_written;
+    uint64_t reads, bytes_read, writes, bytes_written, reloads;
     struct frame_cache_status cache;
     uint64_t fault_count;
     unsigned faults;
@@ -27,6 +27,10 @@ struct view_status {
 int view_open(struct view **out, const struct view_options *options, struct err *e);
 
 struct backend view_backend(struct view *v);
+
+/* Shows another map of the same volumes; what was written to the view stays on top. When this returns, no read goes by the map
+ * before. ERR_DAMAGE or -errno: that one goes on. Any thread. */
+int view_reload(struct view *v, const char *map, struct err *e);
 
 void view_get_status(struct view *v, struct view_status *status);
 

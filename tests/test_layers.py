@@ -81,6 +81,7 @@ C_FLOORS: dict[str, int] = {
     "frame_file": 3,
     "frame_cache": 3,
     "block_map": 3,
+    "shown_map": 3,
     "image": 3,
     "overlay": 3,
     "wal": 4,
