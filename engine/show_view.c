@@ -103,8 +103,8 @@ static json_t *status(struct shown *s)
     for (unsigned i = 0; i < v.faults; i++)
         json_array_append_new(errors, json_pack("{s:s, s:s, s:s}", "kind", v.fault[i].code == ERR_DAMAGE ? "damage" : "error",
                                                 "message", v.fault[i].err.message, "hint", v.fault[i].err.hint));
-    return json_pack("{s:s, s:i, s:o, s:I, s:I, s:I, s:I, s:I, s:{s:I, s:I, s:I, s:I, s:I}, s:I, s:o, s:I}", "state", "showing", "pid",
-                     (int)getpid(), "volumes", volumes, "reads", (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read,
+    return json_pack("{s:s, s:i, s:s, s:o, s:I, s:I, s:I, s:I, s:I, s:{s:I, s:I, s:I, s:I, s:I}, s:I, s:o, s:I}", "state", "showing", "pid",
+                     (int)getpid(), "map", v.map, "volumes", volumes, "reads", (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read,
                      "writes", (json_int_t)v.writes, "bytes_written", (json_int_t)v.bytes_written, "reloads",
                      (json_int_t)v.reloads, "cache", "hits",
                      (json_int_t)v.cache.hits, "misses", (json_int_t)v.cache.misses, "bytes", (json_int_t)v.cache.bytes,
@@ -115,9 +115,10 @@ static json_t *status(struct shown *s)
 static json_t *reload(struct shown *s, const json_t *request, struct err *e, const char **kind)
 {
     const char *map = json_string_value(json_object_get(request, "map"));
-    int rc = map ? view_reload(s->view, map, e) : err_set(e, ERR_USAGE, "reload needs the path of a map");
+    const char *from = json_string_value(json_object_get(request, "before"));
+    int rc = map ? view_reload(s->view, map, from, e) : err_set(e, ERR_USAGE, "reload needs the path of a map");
     if (rc) {
-        *kind = rc == ERR_DAMAGE ? "damage" : rc == ERR_USAGE ? "usage" : "error";
+        *kind = rc == ERR_DAMAGE ? "damage" : rc == ERR_USAGE ? "usage" : rc == -EBUSY ? "busy" : "error";
         return NULL;
     }
     log_info("the map was reloaded");

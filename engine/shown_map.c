@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,6 +30,7 @@ struct shown_map {
     pthread_mutex_t lock;
     pthread_cond_t unread;
     struct taken_map *now;
+    char *acknowledged; /* path of the map */
     uint64_t exchanges;
 };
 
@@ -68,6 +70,7 @@ void shown_map_free(struct shown_map *s)
     if (!s)
         return;
     forget(s->now);
+    free(s->acknowledged);
     pthread_cond_destroy(&s->unread);
     pthread_mutex_destroy(&s->lock);
     pthread_mutex_destroy(&s->exchanging);
@@ -153,11 +156,14 @@ static int load(struct taken_map **out, const char *path, const struct taken_map
 
 /* ---- exchanging ---- */
 
-int shown_map_exchange(struct shown_map *s, const char *path, struct err *e)
+int shown_map_exchange(struct shown_map *s, const char *path, const char *from, struct err *e)
 {
     struct taken_map *before, *now = NULL;
     HOLD_LOCK(&s->exchanging);
-    int rc = load(&now, path, s->now, e);
+    if (from && strcmp(from, s->acknowledged) != 0)
+        return err_set(e, -EBUSY, "the map %s is shown, not %s", s->acknowledged, from);
+    CLEANUP_FREE char *name = strdup(path);
+    int rc = name ? load(&now, path, s->now, e) : err_set(e, -ENOMEM, "no memory for the map %s", path);
     if (rc)
         return rc;
     pthread_mutex_lock(&s->lock);
@@ -166,6 +172,9 @@ int shown_map_exchange(struct shown_map *s, const char *path, struct err *e)
     while (before && before->readers)
         pthread_cond_wait(&s->unread, &s->lock);
     s->exchanges += before != NULL;
+    char *told = s->acknowledged;
+    s->acknowledged = name;
+    name = told;
     pthread_mutex_unlock(&s->lock);
     forget(before);
     return 0;
@@ -185,9 +194,10 @@ void shown_map_give(struct shown_map *s, struct taken_map *t)
         pthread_cond_signal(&s->unread);
 }
 
-uint64_t shown_map_exchanges(struct shown_map *s)
+uint64_t shown_map_get_status(struct shown_map *s, char *path, size_t room)
 {
     HOLD_LOCK(&s->lock);
+    snprintf(path, room, "%s", s->acknowledged);
     return s->exchanges;
 }
 

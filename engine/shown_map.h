@@ -21,8 +21,8 @@ void shown_map_free(struct shown_map *s);
 
 /* Loads and checks a map and shows it. A later one must have the first one's set and volumes, with their images; frames files
  * that the one before names as well stay open. When this returns, nobody reads by the one before. On an error (ERR_DAMAGE
- * or -errno) that one goes on. Any thread. */
-int shown_map_exchange(struct shown_map *s, const char *path, struct err *e);
+ * or -errno) that one goes on; -EBUSY when `from` is given and another map than that is shown. Any thread. */
+int shown_map_exchange(struct shown_map *s, const char *path, const char *from, struct err *e);
 
 struct taken_map; /* does not change until it is given back */
 struct taken_map *shown_map_take(struct shown_map *s);
@@ -33,7 +33,8 @@ const struct block_map *taken_map_blocks(const struct taken_map *t);
 /* The frames file of a source, opened when it is first needed. ERR_DAMAGE or -errno. */
 int taken_map_file(struct taken_map *t, uint32_t source, const struct frame_file **file, struct err *e);
 
-/* Exchanges done. */
-uint64_t shown_map_exchanges(struct shown_map *s);
+/* Exchanges done, and the path of the map that the last of them put in place: while one waits for readers of the map before,
+ * it is not told yet. Cut off where `room` ends. */
+uint64_t shown_map_get_status(struct shown_map *s, char *path, size_t room);
 
 #endif

@@ -268,7 +268,7 @@ static int open_map(struct view *v, const struct view_options *options, struct e
 {
     if (!(v->map = shown_map_new()))
         return err_set(e, -ENOMEM, "no memory for a view");
-    int rc = shown_map_exchange(v->map, options->map, e);
+    int rc = shown_map_exchange(v->map, options->map, NULL, e);
     if (rc)
         return rc;
     struct taken_map *map = shown_map_take(v->map);
@@ -299,15 +299,18 @@ int view_open(struct view **out, const struct view_options *options, struct err 
     return 0;
 }
 
-int view_reload(struct view *v, const char *map, struct err *e) { return shown_map_exchange(v->map, map, e); }
+int view_reload(struct view *v, const char *map, const char *from, struct err *e)
+{
+    return shown_map_exchange(v->map, map, from, e);
+}
 
 void view_get_status(struct view *v, struct view_status *status)
 {
     *status = (struct view_status){.reads = atomic_load(&v->reads),
                                    .bytes_read = atomic_load(&v->bytes_read),
                                    .writes = atomic_load(&v->writes),
-                                   .bytes_written = atomic_load(&v->bytes_written),
-                                   .reloads = shown_map_exchanges(v->map)};
+                                   .bytes_written = atomic_load(&v->bytes_written)};
+    status->reloads = shown_map_get_status(v->map, status->map, sizeof status->map);
     frame_cache_get_status(v->cache, &status->cache);
     status->faults = faults_get(&v->faults, status->fault, &status->fault_count);
 }

@@ -2,6 +2,8 @@
 #ifndef PGCDP_VIEW_H
 #define PGCDP_VIEW_H
 
+#include <limits.h>
+
 #include "backend.h"
 #include "err.h"
 #include "faults.h"
@@ -17,6 +19,7 @@ struct view_options {
 
 struct view_status {
     uint64_t reads, bytes_read, writes, bytes_written, reloads;
+    char map[PATH_MAX]; /* the last that was acknowledged */
     struct frame_cache_status cache;
     uint64_t fault_count;
     unsigned faults;
@@ -29,8 +32,8 @@ int view_open(struct view **out, const struct view_options *options, struct err 
 struct backend view_backend(struct view *v);
 
 /* Shows another map of the same volumes; what was written to the view stays on top. When this returns, no read goes by the map
- * before. ERR_DAMAGE or -errno: that one goes on. Any thread. */
-int view_reload(struct view *v, const char *map, struct err *e);
+ * before, which must be `from` unless that is NULL. ERR_DAMAGE or -errno: that one goes on. Any thread. */
+int view_reload(struct view *v, const char *map, const char *from, struct err *e);
 
 void view_get_status(struct view *v, struct view_status *status);
 

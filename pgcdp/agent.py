@@ -38,6 +38,7 @@ from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Session, Settings
 from pgcdp.records import Interval
 from pgcdp.recovery import clone
+from pgcdp.recovery.make_way import MakeWay
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
@@ -92,6 +93,7 @@ class Agent:
         self.ask_again_at = 0.0
         self.no_checkpoint: str | None = None
         self.error: str | None = None
+        self.waiting = ""  # for which views the image waits
         self.rate = 0.0
         self.rate_seen = (time.monotonic(), 0)
         self.stopping = asyncio.Event()
@@ -265,6 +267,7 @@ class Agent:
                 config.apply,
                 config.compression_level,
             ),
+            make_way=MakeWay(config.fence_after, self._wait_for_views),
             synced=status.synced_write,
             released=status.released_write,
         )
@@ -272,6 +275,9 @@ class Agent:
         self._catch_up(self.stages.store, self.catalog)
         self.stages.published = self._remember
         self.stages.file_map = self._map_files
+
+    def _wait_for_views(self, text: str) -> None:
+        self.waiting = text
 
     def _catch_up(self, store: Store, catalog: Catalog) -> None:
         """What was published just before a kill may be missing in the catalog."""
@@ -549,6 +555,7 @@ class Agent:
             "taken_write": opened.last_write,
             "look_seconds": round(time.monotonic() - self.whole_look_at),
             "no_look": self.no_look,
+            "waiting": self.waiting,
         }
 
 

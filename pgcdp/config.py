@@ -171,6 +171,7 @@ class Config:
     on_full: Literal["stall"] = "stall"
     fs: Literal["ext4", "xfs"] = "ext4"
     compression_level: int = 1
+    fence_after: float = 30.0
     root: Path = field(default_factory=lambda: root_directory())
 
     @property
@@ -192,6 +193,11 @@ def exact_size(count: int) -> str:
         if count and count % step == 0:
             return f"{count // step}{suffix}"
     return str(count)
+
+
+def exact_duration(seconds: float) -> str:
+    """A duration that `parse_duration` reads back to the same number."""
+    return f"{int(seconds) if seconds == int(seconds) else seconds}s"
 
 
 def _text(value: Any) -> str:
@@ -243,6 +249,16 @@ def _size(least: int, multiple: int = 4096) -> Callable[[Any], int]:
         return count
 
     return read
+
+
+def _duration(value: Any) -> float:
+    try:
+        seconds = parse_duration(_text(value))
+    except UsageError:
+        raise ValueError from None
+    if seconds < 1:
+        raise ValueError
+    return seconds
 
 
 def _parsed_size(text: str) -> int:
@@ -309,6 +325,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "compression_level", _number(1, 19), int, 1, "a number from 1 to 19", "zstd level of what is stored", "agent"
     ),
+    Setting("fence_after", _duration, exact_duration, "30s", "a period of at least 1s, such as 30s or 2min",
+            "how long an open view may take to learn that the image moves; then it is fenced: reading it is an error",
+            "agent"),
     Setting(
         "cluster.version", _number(13, 99), int, None, "a major version from 13", "major version of Postgres", "fixed"
     ),

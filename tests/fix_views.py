@@ -27,6 +27,8 @@ class ShownView:
     options: list[str] = field(default_factory=list)
     allowed: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
+    inherited: int | None = None
+    """A descriptor that the process gets, too."""
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True)
@@ -50,7 +52,10 @@ class ShownView:
     def start(self) -> None:
         """Starts the process and waits until it serves. RuntimeError if it ends."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command(), stdin=subprocess.PIPE, stdout=log, stderr=log)
+            files = () if self.inherited is None else (self.inherited,)
+            self.process = subprocess.Popen(
+                self.command(), stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=files
+            )
         wait_until(self._serves, timeout=60, what="the view")
 
     def _serves(self) -> bool:

@@ -26,6 +26,7 @@ from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.records import Volume
+from pgcdp.recovery.make_way import MakeWay
 from pgcdp.store.layout import Store
 from tests.fix_engine import ROOT, Capture, Direct
 from tests.stage_history import SYSTEM, control_block
@@ -46,12 +47,15 @@ STEPS = {
     "increments built": "pgcdp.intervals.increments:build_increments:after",
     "before publishing": "pgcdp.store.bundle:publish_directory:before",
     "published": "pgcdp.intervals.increments:publish:after",
+    "way made": "pgcdp.recovery.make_way:MakeWay.__call__:after",
     "moving said": "pgcdp.store.image:Image.set_moving:after",
     "some blocks moved": "pgcdp.store.image:Image.write_blocks:after",
     "moved, not said": "pgcdp.store.image:Image.set_at:before",
     "before release": "tests.follower:Follower.release:before",
 }
 """Named steps: the function before or after whose call the child is killed."""
+VIEW_STEPS = {"one view told": "pgcdp.recovery.make_way:exchange:after"}
+"""Those that come only while views are open."""
 
 
 class Follower:
@@ -84,7 +88,8 @@ class Follower:
         settings = StageSettings(SYSTEM, backings, self.spec["mode"], 3)
         synced = self.engine.status().synced_write
         return Stages.open(
-            Store.open(self.path), self.journal, self, settings, synced=synced, released=self.released()
+            Store.open(self.path), self.journal, self, settings,
+            make_way=MakeWay(30.0), synced=synced, released=self.released(),
         )  # fmt: skip
 
     def checkpoint(self) -> None:
@@ -167,7 +172,7 @@ class Killable:
         assert self._process.stdout is not None
         asked = {
             "seed": seed, "turns": turns, "checkpoints": checkpoints, "at_call": at_call,
-            "step": STEPS[step] if step else None, "times": times, "seconds": seconds,
+            "step": {**STEPS, **VIEW_STEPS}[step] if step else None, "times": times, "seconds": seconds,
         }  # fmt: skip
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()

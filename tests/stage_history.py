@@ -17,6 +17,7 @@ from pgcdp.capture.journal import Journal
 from pgcdp.intervals.increments import Mode
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.records import Volume
+from pgcdp.recovery.make_way import MakeWay
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from tests.fix_engine import MIB, Capture, Direct
@@ -56,6 +57,7 @@ class History:
         self.mode: Mode = mode
         self.engine = EngineClient(capture.socket)
         self.checkpoint = 0x1000
+        self.fence_after = 30.0
         self.work = Workload(
             [capture.device("data"), capture.device("wal")], seed=seed, mark=lambda name: self.engine.mark(name)
         )
@@ -75,7 +77,13 @@ class History:
         settings = StageSettings(SYSTEM, backings, self.mode, 3)
         store = Store.open(self.capture.root / "store")
         return Stages.open(
-            store, self.journal, KeepAll(), settings, synced=status.synced_write, released=status.released_write
+            store,
+            self.journal,
+            KeepAll(),
+            settings,
+            make_way=MakeWay(self.fence_after),
+            synced=status.synced_write,
+            released=status.released_write,
         )
 
     def write_checkpoint(self) -> None:

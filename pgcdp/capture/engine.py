@@ -308,12 +308,24 @@ _HELD = 100
 """Number that a descriptor to keep has in the engine."""
 
 
-def end_views(place: Path) -> None:
-    """End the engines that use files below `place`: what a killed process left and what does not end by itself."""
+def end_views(place: Path, timeout: float = 60.0) -> None:
+    """End the engines that have `place` or a file below it open: what a killed process left or does not end by itself.
+
+    Waits for the end of each, at most `timeout` seconds.
+    """
     name = find_engine().name
     for pid, found in volumes.users_of(place):
-        if found == name:
-            proc.end(pid, 60.0)
+        ended = _pidfd(pid) if found == name else None
+        if ended is None:
+            continue
+        try:
+            if volumes.uses(pid, place):  # still: by now the number could be another process's
+                signal.pidfd_send_signal(ended, signal.SIGKILL)
+                select.select([ended], [], [], timeout)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(ended)
 
 
 def run_engine(arguments: Sequence[str], timeout: float | None = None) -> str:

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -321,24 +322,22 @@ def unmount_lazily(mountpoint: Path) -> None:
 
 def users_of(place: Path) -> list[tuple[int, str]]:
     """(pid, name) of processes that have their directory or an open file at `place` or below it."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or int(process.name) == os.getpid():
-            continue
-        links = [process / "cwd", process / "root"]
-        try:
-            links += list((process / "fd").iterdir())
-        except OSError:
-            continue
-        for link in links:
-            try:
-                target = Path(os.readlink(link))
-            except OSError:
-                continue
+    pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()]
+    return sorted((pid, _name_of(Path(f"/proc/{pid}"))) for pid in pids if pid != os.getpid() and uses(pid, place))
+
+
+def uses(pid: int, place: Path) -> bool:
+    """Whether a process has its directory or an open file at `place` or below it."""
+    process = Path(f"/proc/{pid}")
+    links = [process / "cwd", process / "root"]
+    with suppress(OSError):
+        links += list((process / "fd").iterdir())
+    for link in links:
+        with suppress(OSError):
+            target = Path(os.readlink(link))
             if target == place or place in target.parents:
-                found.append((int(process.name), _name_of(process)))
-                break
-    return sorted(found)
+                return True
+    return False
 
 
 def _name_of(process: Path) -> str:

@@ -28,6 +28,8 @@ def render(value: Mapping[str, Any]) -> None:
     lines = [(screen.label(name), screen.value_text(name, value[name])) for name in names]
     if value.get("error"):
         lines.append(("the agent says", str(value["error"])))
+    if (value.get("agent") or {}).get("waiting"):
+        lines.append(("waiting", value["agent"]["waiting"]))
     if value["lag_seconds"] is not None:
         lines.append(("lag", format_duration(value["lag_seconds"])))
     lines.append(("journal", f"{format_size(journal['bytes'])} of {format_size(journal['limit'])}"))

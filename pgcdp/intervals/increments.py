@@ -161,15 +161,17 @@ def close_interval(
     return publish(store, interval, boundary, streams, increments, settings, indexed, owned)
 
 
-def move_image(image: Image, bundle: Bundle, mode: Mode = "optimal") -> None:
+def move_image(image: Image, bundle: Bundle, mode: Mode = "optimal", said: Callable[[], None] = lambda: None) -> None:
     """Bring the image from boundary n-1 to n with interval n, durably; nothing happens if it is there already.
 
     "optimal" writes each block once with its last content, "replay" every write in order; same bytes. Restartable.
+    `said` is called when the image's state says durably that it is moving.
     """
     boundary = bundle.interval.boundary
     if image.state.state == "at" and image.state.boundary == boundary.number:
         return
     image.set_moving(boundary.number)
+    said()
     if mode == "optimal":
         apply_forward(image, bundle)
     else:

@@ -60,17 +60,29 @@ class StageSettings:
 
 Decide = Callable[[Checkpoint], str | None]
 """Whether to end the interval at a checkpoint: the reason, or None."""
+MakeWay = Callable[[Store, Bundle], bool]
+"""Called with readers kept out before the image moves by an interval: True when no open view reads any more what the
+move changes (truth 6), False when that cannot be brought about now."""
 
 
 class Stages:
     """The store's side of one set, from the journal on."""
 
-    def __init__(self, store: Store, journal: Journal, capture: Capture, settings: StageSettings, image: Image) -> None:
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        capture: Capture,
+        settings: StageSettings,
+        image: Image,
+        make_way: MakeWay,
+    ) -> None:
         self.store = store
         self.journal = journal
         self.capture = capture
         self.settings = settings
         self.image = image
+        self.make_way = make_way
         self.published: Callable[[Interval], None] = lambda interval: None  # hears of it before the image moves
         self.file_map: Callable[[], FileMap | None] = lambda: None  # of the mounted filesystems, now
         self._files_before: FileMap | None = None
@@ -86,7 +98,15 @@ class Stages:
 
     @classmethod
     def open(
-        cls, store: Store, journal: Journal, capture: Capture, settings: StageSettings, *, synced: int, released: int
+        cls,
+        store: Store,
+        journal: Journal,
+        capture: Capture,
+        settings: StageSettings,
+        *,
+        make_way: MakeWay,
+        synced: int,
+        released: int,
     ) -> Stages:
         """Take up what the store holds. `synced` and `released` are writes, as the engine's status tells them.
 
@@ -97,7 +117,7 @@ class Stages:
         else:
             _refuse_lost_image(store)
             image = Image.create(store, synced + 1)
-        stages = cls(store, journal, capture, settings, image)
+        stages = cls(store, journal, capture, settings, image, make_way)
         try:
             if image.state.state == "baseline":
                 stages._begin_baseline()
@@ -227,8 +247,8 @@ class Stages:
         """Take writes, at most up to `durable`, into the open interval, ending it where `decide` says so.
 
         It comes back after STEP_BYTES, so that the journal can be freed meanwhile: see `opened.last_write`.
-        Returns the intervals published on the way. While a reader holds the image behind the newest boundary, no
-        interval is ended: the open one grows.
+        Returns the intervals published on the way. While somebody who copies the image holds it behind the newest
+        boundary, no interval is ended: the open one grows.
         """
         published = []
         self.move()
@@ -299,13 +319,21 @@ class Stages:
         return self.journal.directory, self.capture.durable_write()
 
     def move(self, *, wait: bool = False) -> None:
-        """Bring the image to the newest boundary; later, if somebody reads it now and this shall not `wait`."""
+        """Bring the image to the newest boundary; later, if somebody copies it now and this shall not `wait`.
+
+        Open views are told first, each time (truth 6): a kill leaves views that were told of a move that did not begin.
+        """
         while self.behind:
-            with image_to_move(self.store, wait=wait) as alone:
-                if not alone:
+            with image_to_move(self.store, wait=wait) as let_readers_in:
+                if let_readers_in is None:
                     return
-                move_image(self.image, self.behind[0], self.settings.apply)
-            del self.behind[0]
+                moved = self.make_way(self.store, self.behind[0])
+                if moved:
+                    move_image(self.image, self.behind[0], self.settings.apply, let_readers_in)
+            if moved:
+                del self.behind[0]
+            elif not wait:
+                return
 
     def relieve(self) -> None:
         """The journal is filling: make what was taken durable here, so that its segments can be used again."""

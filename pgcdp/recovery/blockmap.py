@@ -122,6 +122,15 @@ def overlay(top: Extents, bottom: Extents) -> Extents:
     return both[np.argsort(np.concatenate([above_begin, kept_begin]), kind="stable")]
 
 
+def moved_on(shown: Extents, backward: NDArray[np.void], source: int) -> Extents:
+    """A map under which the image may move over one more interval; its `backward` increment (array EXTENT) is `source`.
+
+    `shown` is a map over the image as it is; of what it leaves to the image, the increment has all that the move
+    changes. Doing it twice changes nothing.
+    """
+    return overlay(shown, layer(backward, source))
+
+
 def flatten(layers: Sequence[Extents]) -> Extents:
     """One map of all layers, the lowest first. Neighbours are joined in pairs, so that many layers cost n log n."""
     parts = [part for part in layers if len(part)]

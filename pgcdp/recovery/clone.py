@@ -266,7 +266,7 @@ def _open(
     listener: socket.socket | None,
     progress: Report,
 ) -> tuple[Clone, sandbox.Recovery]:
-    _, files = leave_open(source, clone.point, clone.place, progress)
+    files = leave_open(source, clone.point, clone.place, progress)
     client = EngineClient(clone.place / "control")
     settings = source.settings(clone.point)
     try:

@@ -1,21 +1,22 @@
 """A recovery point as volumes that are shown, not copied: the map is made, the engine serves it.
 
-While a view is open the image is held where it is, by this process and by the engine, so that it is let go when the
-last of the two has ended, however it ends. Intervals go on being published meanwhile; they do not change what the map
-names.
+The image is held where it is while a view is opened. From then on it moves under the view: each time the agent first
+gives it a map that does not need what the move changes (`make_way`). A view that does not take it is fenced.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.capture.engine import EngineClient, EngineGone, serving_view, start_view
+from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone, serving_view, start_view
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import write_all
 from pgcdp.intervals.extents import forward_map
@@ -27,8 +28,11 @@ from pgcdp.recovery.mapfile import PATCH, FramesSource, ImageSource, MapSource, 
 from pgcdp.recovery.patch import Patch
 from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import CONTENTS, Bundle
+from pgcdp.store.open_views import Registered, registered
 
 MAP_FILE, PATCH_FILE = "map", "patch"
+FENCED_FILE = "fenced"
+"""Beside the control socket of a view that was fenced: why."""
 
 
 def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
@@ -74,6 +78,35 @@ def _layer(source: Source, step: Step, point: RecoveryPoint, sources: list[MapSo
     return blockmap.layer(extents, len(sources) - 1)
 
 
+def moved_on(view: ViewMap, bundle: Bundle) -> ViewMap | None:
+    """The map that shows the same when the image has moved by one more interval; None: this one needs nothing of it."""
+    found = FramesSource(bundle.path / "backward", CONTENTS["backward"], bundle.number)
+    sources = view.sources if found in view.sources else (*view.sources, found)
+    extents = blockmap.moved_on(view.extents, bundle.backward_map(), sources.index(found))
+    if len(extents) == len(view.extents):  # it only ever gets more
+        return None
+    blockmap.check(extents, [volume.bytes // BLOCK for volume in view.volumes])
+    return replace(view, sources=sources, extents=extents)
+
+
+def exchange(client: EngineClient, before: Path, view: ViewMap, timeout: float | None = None) -> None:
+    """Give an open view another map than that in the file `before`. When this returns, nothing is read by that one.
+
+    A map of another recovery point is made and exchanged while the image is held. Raises what the engine says,
+    EngineBusy when it shows another map by now, PreconditionError when it does not answer in time; which of the two
+    maps it then shows, its status tells.
+    """
+    file = before.with_name(f"{MAP_FILE}-{time.time_ns()}")
+    _write_private(file, encode(view))
+    try:
+        client.request("reload", timeout=timeout, map=os.fspath(file), before=os.fspath(before))
+    except PgcdpError as error:
+        if isinstance(error, EngineBusy) or not isinstance(error, PreconditionError):  # else it may still be taken
+            file.unlink(missing_ok=True)
+        raise
+    before.unlink(missing_ok=True)
+
+
 @contextmanager
 def shown(
     source: Source,
@@ -91,33 +124,38 @@ def shown(
     something was.
     """
     place = place.resolve()
-    with source.held() as descriptor:
-        map_file = _write_map(source, point, place, progress)
-        with serving_view(place, map_file, descriptor, cache) as client:
-            try:
-                yield _files(source, place)
-            except Exception as error:
-                raise_found(client, error)
-                raise
-            if not forgive:
-                raise_found(client, None)
+    with ExitStack() as stack:
+        with _known(source, point, place, progress) as (map_file, known):
+            stack.callback(known.forget)
+            client = stack.enter_context(serving_view(place, map_file, known.descriptor, cache))
+        try:
+            yield _files(source, place)
+        except Exception as error:
+            raise_found(client, error)
+            raise
+        if not forgive:
+            raise_found(client, None)
 
 
 def leave_open(
     source: Source, point: RecoveryPoint, place: Path, progress: Report = silent, *, cache: int | None = None
-) -> tuple[int, list[Path]]:
-    """As `shown`, for good: the engine's process id, and the files. It lives until `end_views` ends it."""
+) -> list[Path]:
+    """As `shown`, for good: it lives until `end_views` ends it."""
     place = place.resolve()
-    with source.held() as descriptor:
-        _, pid = start_view(place, _write_map(source, point, place, progress), descriptor, cache)
-    return pid, _files(source, place)
+    with _known(source, point, place, progress) as (map_file, known):
+        start_view(place, map_file, known.descriptor, cache)
+    return _files(source, place)
 
 
-def _write_map(source: Source, point: RecoveryPoint, place: Path, progress: Report) -> Path:
-    progress(Progress("opening the recovery point"))
-    map_file = place / MAP_FILE
-    _write_private(map_file, encode(make_map(source, point, place)))
-    return map_file
+@contextmanager
+def _known(source: Source, point: RecoveryPoint, place: Path, progress: Report) -> Iterator[tuple[Path, Registered]]:
+    """The map of a view that is known before the image can move again; start its engine inside."""
+    with source.held():
+        progress(Progress("opening the recovery point"))
+        map_file = place / MAP_FILE
+        _write_private(map_file, encode(make_map(source, point, place)))
+        with registered(source.store, place / "control", point.write) as known:
+            yield map_file, known
 
 
 def _files(source: Source, place: Path) -> list[Path]:
@@ -137,6 +175,11 @@ def raise_found(client: EngineClient, error: Exception | None) -> None:
     try:
         status = client.request("status")
     except EngineGone:
+        with suppress(FileNotFoundError):
+            raise PgcdpError(
+                (client.control.parent / FENCED_FILE).read_text(),
+                "run this again; where the machine is too busy for views, raise fence_after in the set's settings",
+            ) from error
         raise PreconditionError(
             "the engine that showed the recovery point was killed", "run this again, and see the kernel's log"
         ) from error

@@ -1,6 +1,8 @@
 """Readers of the image against its movement: a restore that copies the image holds it where it is.
 
-One flock on `image/lock`: shared for those who read, exclusive for the agent while it moves the image.
+One flock on `image/lock`: shared for those who read, exclusive for the agent from before it tells the open views of a
+move until the image's state says "moving". From then on readers know which blocks not to read, so they need not wait
+for the move's end; the next move waits for theirs. A view holds the image only while it is being opened (`open_views`).
 """
 
 from __future__ import annotations
@@ -8,17 +10,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from pgcdp.store.layout import Store
 
 
 @contextmanager
 def image_held(store: Store) -> Iterator[int]:
-    """Hold the image where it is, together with others who read it. Waits for the end of a movement.
+    """Hold the image where it is, together with others who read it; one that is moving gets where it is going.
 
-    Gives the locked descriptor: whoever inherits it holds the image, too. -1 on a read-only filesystem.
+    Waits while a move begins. Gives the locked descriptor: whoever inherits it holds the image, too. -1 on a read-only
+    filesystem.
     """
     with _locked(store, fcntl.LOCK_SH) as descriptor:
         assert descriptor is not None
@@ -26,10 +30,13 @@ def image_held(store: Store) -> Iterator[int]:
 
 
 @contextmanager
-def image_to_move(store: Store, *, wait: bool = False) -> Iterator[bool]:
-    """Keep readers out while the image moves; False when one is there now (never with `wait`)."""
+def image_to_move(store: Store, *, wait: bool = False) -> Iterator[Callable[[], None] | None]:
+    """Keep readers out while a move begins; None when one is there now (never with `wait`).
+
+    Gives what lets them in: call it when the image's state says that it is moving. The lock is then one of theirs.
+    """
     with _locked(store, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)) as descriptor:
-        yield descriptor is not None
+        yield None if descriptor is None else partial(fcntl.flock, descriptor, fcntl.LOCK_SH)
 
 
 @contextmanager

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pgcdp import api
+from pgcdp import api, service
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineClient
+from pgcdp.config import save_config
 from pgcdp.errors import PreconditionError
 from pgcdp.opening import scratch_place
 from pgcdp.postgres.processes import title
@@ -35,13 +37,13 @@ def found(make_set: MakeSet, binaries_of: BindirOf) -> ProtectedSet:
     return made
 
 
-def start_verify(found: ProtectedSet) -> subprocess.Popen[bytes]:
+def start_verify(found: ProtectedSet, said: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """`pgcdp verify` in a process of its own, which stays in its SQL for a minute."""
     held = found.root / "held.sql"
     held.write_text("-- name: held\nselect pg_sleep(60) is not null;\n")
     code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-P", "-c", code, "verify", found.name, "--sql", str(held)]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, cwd="/")
 
 
 def engines(below: Path) -> list[int]:
@@ -92,6 +94,7 @@ def test_a_killed_verify_leaves_nothing(found: ProtectedSet) -> None:
 
 def test_the_image_stays_as_long_as_the_engine_answers(found: ProtectedSet) -> None:
     """The owner is killed while the engine cannot run, so cannot end: what it would show next must still be right."""
+    found.allowed.append("is fenced")  # when its time is over, which it is not here
     below = scratch_place(found.source())
     process = start_verify(found)
     wait_until(lambda: statement_runs(below), timeout=90, what="the statement in the view")
@@ -110,6 +113,30 @@ def test_the_image_stays_as_long_as_the_engine_answers(found: ProtectedSet) -> N
         os.kill(pid, signal.SIGCONT)
     wait_until(lambda: read_state(store).boundary == number, timeout=60, what="the image moves")
     assert_next_command_clears(found, below)
+
+
+def test_a_fenced_verify_says_so_and_the_image_moves(found: ProtectedSet) -> None:
+    """The engine is stopped in the middle of a verification: cutting goes on, and production does not feel it."""
+    save_config(replace(found.config, fence_after=2.0))
+    found.kill_agent()
+    service.start(found.config)
+    found.allowed += ["is fenced", "was fenced"]
+    below = scratch_place(found.source())
+    process = start_verify(found, subprocess.PIPE)
+    wait_until(lambda: statement_runs(below), timeout=90, what="the statement in the view")
+    (pid,) = engines(below)
+    os.kill(pid, signal.SIGSTOP)
+    number = int(api.cut(found.name)["number"])
+    assert "the image waits" in wait_until(lambda: found.status()["agent"]["waiting"], what="it is said")
+    store = found.source().store
+    wait_until(lambda: read_state(store).boundary >= number, timeout=30, what="the image moves")
+    assert engines(below) == []
+    said = process.communicate(timeout=90)[1].decode()
+    assert (process.returncode, "was fenced: in 2 s it did not learn that the image moves" in said) == (1, True), said
+    assert "fence_after" in said
+    assert found.status()["agent"]["waiting"] == ""
+    assert api.verify(found.name, Target("newest"))["ok"]
+    assert_nothing_left(below)
 
 
 def test_a_killed_engine_is_said_and_leaves_nothing(found: ProtectedSet) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pgcdp.capture.engine import EngineBusy
 from pgcdp.errors import DamageError, PgcdpError, UsageError
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, Volume
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, MapSource, ViewMap, encode
@@ -38,14 +39,14 @@ def frames_at(path: Path, content: bytes) -> FramesSource:
     return FramesSource(path, b"PTCH", 0)
 
 
-def map_of(image: Path, *rows: tuple[int, int, FramesSource | None]) -> ViewMap:
-    """One volume of 1 MiB; `rows` are (first block, blocks, frames file from its beginning on or None for zeros)."""
+def map_of(image: Path, *rows: tuple[int, int, FramesSource | None], blocks: int = BLOCKS) -> ViewMap:
+    """One volume; `rows` are (first block, blocks, a frames file from its beginning on, or None for zeros)."""
     sources: list[MapSource] = [ImageSource(image), *(source for *_, source in rows if source is not None)]
     extents = [
         (block, count, 0, EXTENT_ZEROS if source is None else EXTENT_DATA, 0, sources.index(source) if source else 0, 0)
         for block, count, source in rows
     ]
-    volumes = (Volume(0, "data", BLOCKS * BLOCK),)
+    volumes = (Volume(0, "data", blocks * BLOCK),)
     return ViewMap(SET_ID, volumes, (0,), tuple(sources), np.array(extents, dtype=MAP_EXTENT))
 
 
@@ -141,6 +142,28 @@ def test_a_bad_map_is_refused_and_the_old_one_goes_on(show_map: ShowMap, scratch
     status = view.status()
     assert (status["reloads"], status["error_count"]) == (0, 0), "nothing is wrong with what is shown"
     reload(view, good)
+    assert view.stop() == 0
+
+
+def test_a_map_made_from_one_that_is_no_longer_shown_is_refused(show_map: ShowMap, scratch: Path) -> None:
+    """Of two who change the map at the same time, the second would take back what the first did."""
+    image_at(scratch / "data", bytes(BLOCKS * BLOCK))
+    contents = [bytes([n]) * BLOCKS * BLOCK for n in (1, 2)]
+    view = show_map(map_of(scratch / "data"))
+    first = view.status()["map"]
+    assert first == str(view.map_file)
+    paths = []
+    for number, content in enumerate(contents):
+        paths.append(view.root / f"map{number}")
+        source = frames_at(scratch / f"f{number}", content)
+        paths[number].write_bytes(encode(map_of(scratch / "data", (0, BLOCKS, source))))
+    view.client.request("reload", map=str(paths[0]), before=first)
+    with pytest.raises(EngineBusy, match=f"the map {paths[0]} is shown, not {first}"):
+        view.client.request("reload", map=str(paths[1]), before=first)
+    assert read(view) == contents[0]
+    assert view.status()["map"] == str(paths[0])
+    view.client.request("reload", map=str(paths[1]), before=str(paths[0]))
+    assert read(view) == contents[1]
     assert view.stop() == 0
 
 

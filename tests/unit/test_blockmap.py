@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, TargetError
-from pgcdp.intervals.increments import FileTarget, close_interval
+from pgcdp.intervals.increments import FileTarget, Mode, close_interval, move_image
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, RecoveryPoint
 from pgcdp.recovery import blockmap, patch
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, ViewMap, decode, encode
 from pgcdp.recovery.source import Source
-from pgcdp.recovery.view import make_map
+from pgcdp.recovery.view import make_map, moved_on
+from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameReader
 from pgcdp.store.image import Image
 from pgcdp.store.layout import Store
@@ -102,12 +103,22 @@ class Scene:
         make = [random_op, random_op, random_op, wal_op]
         capture(self.world, [self.chooser.choice(make)(self.chooser) for _ in range(count)], self.chooser)
 
-    def leave_moving(self, number: int) -> None:
-        """Interval `number` is published, but the image was on its way to it when the agent was killed."""
+    def publish(self, number: int) -> Bundle:
+        """Interval `number` is published, and the image still where it was."""
         opened = fill(self.world, number, len(self.world.ops))
         image = Image.open(self.world.store, writable=True)
         bundle = close_interval(self.world.store, opened, image, boundary(number, len(self.world.ops)), {})
-        image.set_moving(number)
+        image.close()
+        return bundle
+
+    def leave_moving(self, number: int) -> None:
+        """Interval `number` is published, but the image was on its way to it when the agent was killed."""
+        self.move_in_part(self.publish(number))
+
+    def move_in_part(self, bundle: Bundle) -> None:
+        """The image is on its way, with anything in the blocks that the move changes."""
+        image = Image.open(self.world.store, writable=True)
+        image.set_moving(bundle.number)
         forward = bundle.forward_map()
         with bundle.writes() as writes:
             for extent in forward:
@@ -131,11 +142,13 @@ class Scene:
             apply_op(model, op)
         return [bytes(volume) for volume in model]
 
-    def mapped(self, point: RecoveryPoint) -> ViewMap:
-        (self.place / "patch").unlink(missing_ok=True)
+    def mapped(self, point: RecoveryPoint, place: Path | None = None) -> ViewMap:
+        place = place or self.place
+        place.mkdir(exist_ok=True)
+        (place / "patch").unlink(missing_ok=True)
         source = self.source()
         with source.held():
-            return make_map(source, point, self.place)
+            return make_map(source, point, place)
 
     def assert_view_is_right(self, write: int) -> None:
         point = RecoveryPoint(write, None, 0)
@@ -190,6 +203,46 @@ def test_every_block_of_a_map_is_what_the_last_write_left(
     for write in {*starts, *(scene.chooser.randrange(newest + 1) for _ in range(6))}:
         scene.assert_view_is_right(write)
         scene.assert_blank_is_right(write)
+    shutil.rmtree(place)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**9),
+    sizes=st.lists(st.integers(1, 20), max_size=4),
+    taken=st.integers(0, 10),
+    behind=st.integers(0, 10),
+    more=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    mode=st.sampled_from(["optimal", "replay"]),
+)
+def test_a_map_stays_right_while_the_image_moves_under_it(
+    seed: int,
+    sizes: list[int],
+    taken: int,
+    behind: int,
+    more: list[int],
+    mode: Mode,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Before each move, in the middle of it with anything in the blocks that it changes, and behind it."""
+    place = tmp_path_factory.mktemp("scene")
+    scene = Scene(place, seed, sizes, taken, behind + 1)
+    points = {0, len(scene.world.ops), *(scene.chooser.randrange(len(scene.world.ops) + 1) for _ in range(3))}
+    wanted = {write: scene.at(write) for write in points}
+    views = {write: scene.mapped(RecoveryPoint(write, None, 0), place / str(write)) for write in points}
+    for number, size in enumerate(more, len(sizes) + 1):
+        scene.capture(size)
+        bundle = scene.publish(number)
+        views = {write: moved_on(view, bundle) or view for write, view in views.items()}
+        assert {write: served(view) for write, view in views.items()} == wanted, "the image has not moved yet"
+        scene.move_in_part(bundle)
+        assert {write: served(view) for write, view in views.items()} == wanted, "in the middle of a move"
+        assert [moved_on(view, bundle) for view in views.values()] == [None] * len(views), "told again after a kill"
+        image = Image.open(scene.world.store, writable=True)
+        move_image(image, bundle, mode)
+        image.close()
+        assert {write: served(view) for write, view in views.items()} == wanted, "the image has moved"
+        scene.capture(1)
     shutil.rmtree(place)
 
 

@@ -1,0 +1,110 @@
+"""The views that are open on a store: who must hear of it before the image moves (truth 6).
+
+Each has a file in `image/views/`, which its engine holds locked as long as it lives: the lock is on a descriptor that
+the engine inherits, so it is let go however the engine ends, and nobody else can hold it. A file is made while the
+image is held (`image_lock.image_held`), from before the map is made until the engine serves; it is looked for, and
+cleared away when its engine has ended, by whoever keeps all of these out. So a view is either found here, or is made
+of what the image's state says then.
+
+What the view shows now, only its engine knows: its status names the file of its map, and that names the files of
+intervals that it reads. Retention, when it comes, must not let go of an interval that one of these maps names, nor of
+one that a view will need because the image has yet to move over it: it looks here as a move does, with readers kept
+out meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgcdp.fsio import write_all
+from pgcdp.store.layout import Store
+
+
+@dataclass(frozen=True, slots=True)
+class OpenView:
+    """A view whose engine lives. `file` is locked by it, `control` is its socket, `write` its recovery point."""
+
+    file: Path
+    control: Path
+    write: int
+
+    def is_open(self) -> bool:
+        """Whether its engine still lives."""
+        return _is_locked(self.file)
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """`descriptor` must be inherited by the engine (-1: none). Who ends the view may `forget` it then."""
+
+    descriptor: int = -1
+    file: Path | None = None
+
+    def forget(self) -> None:
+        """The engine has ended."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+@contextmanager
+def registered(store: Store, control: Path, write: int) -> Iterator[Registered]:
+    """Make a view known. Call it while the image is held, and start the engine inside.
+
+    From the end of the context on, the view is known as long as the engine lives. Of a store that cannot be written
+    to nobody moves the image, and nothing is registered.
+    """
+    directory = _directory(store)
+    file = directory / secrets.token_hex(8)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        yield Registered()
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        write_all(fd, json.dumps({"control": os.fspath(control), "write": write}).encode(), 0)
+        yield Registered(fd, file)
+    finally:
+        os.close(fd)
+
+
+def open_views(store: Store) -> list[OpenView]:
+    """The views whose engine lives; files of others go. Call it with readers kept out of the image."""
+    found = []
+    for file in sorted(_directory(store).glob("*")):
+        if _is_locked(file):
+            with suppress(FileNotFoundError):  # it has ended just now
+                content = json.loads(file.read_text())
+                found.append(OpenView(file.resolve(), Path(content["control"]), int(content["write"])))
+        else:
+            file.unlink(missing_ok=True)
+    return found
+
+
+def _directory(store: Store) -> Path:
+    return store.image / "views"
+
+
+def _is_locked(file: Path) -> bool:
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # its owner has ended it
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # those who ask at the same time are not in each other's way
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
