@@ -39,6 +39,7 @@ from pgcdp.postgres.session import Dsn, Session, Settings
 from pgcdp.records import Interval
 from pgcdp.recovery import clone
 from pgcdp.recovery.make_way import MakeWay
+from pgcdp.recovery.merged import merge_due
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
@@ -100,6 +101,9 @@ class Agent:
         self.wake = asyncio.Event()
         self.changed = asyncio.Condition()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="stages")
+        self.merger = ThreadPoolExecutor(1, thread_name_prefix="merging")
+        self.merging: asyncio.Future[None] | None = None
+        self.merged_upto = -1  # the newest interval when it was looked last
         self.files = FileMapper(
             places_of(config.pgdata, {number: volume.mountpoint for number, volume in enumerate(config.volumes)})
         )
@@ -135,6 +139,7 @@ class Agent:
             if self.session is not None:
                 await self.session.close()
             self.worker.shutdown()
+            self.merger.shutdown()
             paths.agent_socket.unlink(missing_ok=True)
             logger.info("agent stopped")
 
@@ -204,10 +209,27 @@ class Agent:
         if self._pressed(status):
             await self._in_worker(stages.relieve)
         self._watch(stages, status)
+        self._merge_soon(stages)
         more = stages.opened is not None and stages.opened.last_write < status.durable_write
         if published or more:
             return 0.0
         return STALLED_TICK_SECONDS if status.state == "stalled" else TICK_SECONDS
+
+    def _merge_soon(self, stages: Stages) -> None:
+        """Old intervals' increments are merged in the background, since nothing waits for it."""
+        number = stages.newest.number if stages.newest is not None else -1
+        if number != self.merged_upto and (self.merging is None or self.merging.done()):
+            self.merged_upto = number
+            self.merging = asyncio.get_running_loop().run_in_executor(self.merger, self._merge, stages.store)
+
+    def _merge(self, store: Store) -> None:
+        try:
+            done = merge_due(store, self.stopping.is_set)
+        except Exception as error:  # they are expendable
+            logger.warning("increments were not merged: %s", getattr(error, "message", None) or repr(error))
+        else:
+            if done:
+                logger.info("%d merged increments were made", done)
 
     async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
         baseline = stages.baseline

@@ -21,13 +21,15 @@ from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import write_all
 from pgcdp.intervals.extents import forward_map
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, EXTENT, RecoveryPoint
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, RecoveryPoint
 from pgcdp.recovery import blockmap
 from pgcdp.recovery.blockmap import Step
 from pgcdp.recovery.mapfile import PATCH, FramesSource, ImageSource, MapSource, ViewMap, encode
+from pgcdp.recovery.merged import backward_layers
 from pgcdp.recovery.patch import Patch
 from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import CONTENTS, Bundle
+from pgcdp.store.layout import Store
 from pgcdp.store.open_views import Registered, registered
 
 MAP_FILE, PATCH_FILE = "map", "patch"
@@ -52,7 +54,9 @@ def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
     steps, tail = source.again(look)
     blank = patch.take_blank(source, point)
     sources: list[MapSource] = [ImageSource(source.store.image / volume.name) for volume in source.store.volumes]
-    layers = [_layer(source, step, point, sources) for step in steps]
+    back = [step.number for step in steps if step.kind == "backward"]
+    layers = _backward(source.store, back[-1], back[0], sources) if back else []
+    layers += [_layer(source, step, point, sources) for step in steps if step.kind != "backward"]
     layers += [blockmap.layer(tail, len(sources)), blockmap.layer(blank, len(sources))]
     if patch.finish():
         sources.append(FramesSource(patch.path, PATCH, 0))
@@ -62,15 +66,26 @@ def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
     return ViewMap(source.store.set_id, volumes, tuple(range(len(volumes))), tuple(sources), extents)
 
 
+def _backward(store: Store, first: int, last: int, sources: list[MapSource]) -> list[NDArray[np.void]]:
+    """The backward increments of intervals `first` to `last`, the lowest layer first."""
+    layers = backward_layers(store, first, last)
+    data = [extents["source"][extents["kind"] == EXTENT_DATA] for extents in layers]
+    needed = np.unique(np.concatenate(data))
+    begin = len(sources)
+    sources += [FramesSource(store.interval(int(n)) / "backward", CONTENTS["backward"], int(n)) for n in needed]
+    renumbered = []
+    for extents in layers:
+        made = extents.copy()
+        of_data = made["kind"] == EXTENT_DATA
+        made["source"][of_data] = begin + np.searchsorted(needed, made["source"][of_data])
+        renumbered.append(made)
+    return renumbered
+
+
 def _layer(source: Source, step: Step, point: RecoveryPoint, sources: list[MapSource]) -> NDArray[np.void]:
     bundle = Bundle.open(source.store, step.number)
-    name = "backward" if step.kind == "backward" else "writes"
-    found = FramesSource(bundle.path / name, CONTENTS[name], step.number)
-    if found not in sources[-1:]:
-        sources.append(found)
-    if step.kind == "backward":
-        extents = bundle.backward_map()
-    elif step.kind == "forward":
+    sources.append(FramesSource(bundle.path / "writes", CONTENTS["writes"], step.number))
+    if step.kind == "forward":
         extents = bundle.forward_map()
     else:
         index = bundle.index()

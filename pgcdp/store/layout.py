@@ -118,6 +118,11 @@ class Store:
         """Directory of one JSON file for each verification, restore and event."""
         return self.path / "history"
 
+    @property
+    def merged(self) -> Path:
+        """Directory of merged increments; it may be missing, and all in it too."""
+        return self.path / "merged"
+
     def incoming(self, number: int) -> Path:
         """Directory of an interval that is not published yet."""
         return self.path / "incoming" / f"{number:010d}"

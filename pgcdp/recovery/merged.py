@@ -1,0 +1,132 @@
+"""Merged increments: the backward increments of 16, 256, 4096, ... intervals as one map each (FORMAT.md 3.9).
+
+A point n intervals back needs n backward increments; with these it reads at most thirty maps for each digit that n has
+to the base of 16. They only say in which interval's increment a block's content is, so nothing is copied, and all of
+them are expendable: what is missing or damaged is made of what lies below it. The agent makes them in the background.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgcdp.errors import DamageError
+from pgcdp.fsio import make_directory, sync_directory
+from pgcdp.records import MAP_EXTENT
+from pgcdp.recovery.blockmap import Extents, flatten, layer
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.frames import FrameReader, FrameWriter
+from pgcdp.store.layout import Store
+
+log = logging.getLogger(__name__)
+
+FANOUT = 16
+CONTENT = b"MRGD"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """Intervals `first` to `last`, which is `first` for a single one."""
+
+    first: int
+    last: int
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.first:010d}-{self.last:010d}"
+
+
+def cover(first: int, last: int, merged: Collection[Span], fanout: int) -> list[Span]:
+    """Pure: spans that together are intervals `first` to `last`, the last ones first; each single or among `merged`."""
+    found = []
+    while last >= first:
+        chosen, size = Span(last, last), fanout
+        while last % size == 0 and last - size + 1 >= first:
+            if Span(last - size + 1, last) in merged:
+                chosen = Span(last - size + 1, last)
+            size *= fanout
+        found.append(chosen)
+        last = chosen.first - 1
+    return found
+
+
+def due(oldest: int, newest: int, merged: Collection[Span], fanout: int) -> Iterator[Span]:
+    """Pure: the spans that should be merged of what is stored and are not, small ones first."""
+    size = fanout
+    while size <= newest:
+        for last in range(size, newest + 1, size):
+            span = Span(last - size + 1, last)
+            if span.first >= oldest and span not in merged:
+                yield span
+        size *= fanout
+
+
+def known(store: Store) -> set[Span]:
+    """The spans that were merged."""
+    names = os.listdir(store.merged) if store.merged.exists() else []
+    found = [re.fullmatch(r"(\d{10})-(\d{10})", name) for name in names]
+    return {Span(int(match[1]), int(match[2])) for match in found if match}
+
+
+def backward_layers(store: Store, first: int, last: int) -> list[Extents]:
+    """The backward increments of intervals `first` to `last` as layers, the lowest first; `source` is the interval.
+
+    Raises what `Bundle` raises.
+    """
+    return _layers(store, first, last, known(store))
+
+
+def _layers(store: Store, first: int, last: int, merged: Collection[Span]) -> list[Extents]:
+    found: list[Extents] = []
+    for span in cover(first, last, merged, FANOUT):
+        if span.first == span.last:
+            found.append(layer(Bundle.open(store, span.last).backward_map(), span.last))
+            continue
+        try:
+            found.append(_read(store, span))
+        except (DamageError, OSError) as error:
+            log.warning("a merged increment is made anew: %s", getattr(error, "message", error))
+            with suppress(OSError):
+                (store.merged / span.file_name).unlink()
+            found += _layers(store, span.first, span.last, set(merged) - {span})
+    return found
+
+
+def _read(store: Store, span: Span) -> Extents:
+    path = store.merged / span.file_name
+    with FrameReader.open(path, CONTENT, store.set_id, span.last) as reader:
+        return np.frombuffer(reader.read_stream(), dtype=MAP_EXTENT)
+
+
+def merge(store: Store, span: Span) -> None:
+    """Merge the backward increments of a span, durably. Needs memory for its map, 32 bytes an extent."""
+    make_directory(store.merged)
+    extents = flatten(_layers(store, span.first, span.last, known(store) - {span}))
+    path = store.merged / span.file_name
+    fresh = path.with_name(f".{path.name}.new")
+    writer = FrameWriter.create(fresh, CONTENT, store.set_id, span.last)
+    try:
+        writer.append(extents.tobytes())
+        writer.finish()
+    finally:
+        writer.close()
+    os.rename(fresh, path)
+    sync_directory(store.merged)
+
+
+def merge_due(store: Store, stop: Callable[[], bool] = lambda: False) -> int:
+    """Merge what is due until it is done or `stop` says so; how many."""
+    numbers = store.interval_numbers()
+    done = 0
+    for span in due(numbers[0], numbers[-1], known(store), FANOUT) if numbers else ():
+        if stop():
+            break
+        merge(store, span)
+        done += 1
+    return done
