@@ -318,6 +318,15 @@ static json_t *not_durable(int rc, const char *command, struct err *e, const cha
     return NULL;
 }
 
+/* Of a mark: 0, or that of a rewind's begin or end; -1: of neither. */
+static int mark_flags(const json_t *rewind)
+{
+    const char *what = rewind ? json_string_value(rewind) : "";
+    if (!what)
+        return -1;
+    return !*what ? 0 : strcmp(what, "begin") == 0 ? FMT_REWIND_BEGIN : strcmp(what, "end") == 0 ? FMT_REWIND_END : -1;
+}
+
 static json_t *handle(void *self, const json_t *request, struct err *e, const char **kind)
 {
     struct capture *c = self;
@@ -337,12 +346,13 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
         return vs_sync(c->set, &write, e) ? NULL : json_pack("{s:I}", "applied_write", (json_int_t)write);
     if (strcmp(cmd, "mark") == 0) {
         const char *name = json_string_value(json_object_get(request, "name"));
-        if (!name || !*name || strlen(name) > 1024) {
+        int flags = mark_flags(json_object_get(request, "rewind"));
+        if (!name || !*name || strlen(name) > 1024 || flags < 0) {
             *kind = "usage";
-            err_set(e, ERR_USAGE, "a mark needs a name of 1 to 1024 bytes");
+            err_set(e, ERR_USAGE, "a mark needs a name of 1 to 1024 bytes, and \"rewind\" is \"begin\" or \"end\"");
             return NULL;
         }
-        int rc = vs_mark(c->set, name, &write);
+        int rc = vs_mark(c->set, name, (uint8_t)flags, &write);
         return rc ? not_durable(rc, "mark", e, kind) : json_pack("{s:I}", "write", (json_int_t)write);
     }
     if (strcmp(cmd, "release") == 0) {

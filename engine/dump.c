@@ -81,6 +81,13 @@ static void format_time(char out[64], uint64_t ns)
     snprintf(out + used, 64 - used, ".%06" PRIu64 "Z", ns % 1000000000u / 1000u);
 }
 
+static const char *kind_name(const struct fmt_record *r)
+{
+    if (r->kind == FMT_MARK && r->flags)
+        return r->flags == FMT_REWIND_BEGIN ? "rewind-begin" : "rewind-end";
+    return KIND_NAME[r->kind];
+}
+
 /* A mark's name; anything that could break a line or a string is escaped as JSON does. */
 static void print_name(const uint8_t *name, uint32_t length)
 {
@@ -98,7 +105,7 @@ static void print_name(const uint8_t *name, uint32_t length)
 
 static void print_text(const struct jr_batch *b, const struct fmt_record *r, const char *time, const uint8_t *data)
 {
-    printf("%" PRIu64 " %s %s", r->number, time, KIND_NAME[r->kind]);
+    printf("%" PRIu64 " %s %s", r->number, time, kind_name(r));
     if (r->kind == FMT_MARK) {
         putchar(' ');
         print_name(data, r->data_length);
@@ -110,7 +117,7 @@ static void print_text(const struct jr_batch *b, const struct fmt_record *r, con
 static void print_json(const struct jr_batch *b, const struct fmt_record *r, const char *time, const uint8_t *data)
 {
     printf("{\"write\":%" PRIu64 ",\"time\":\"%s\",\"wall_ns\":%" PRIu64 ",\"boot_ns\":%" PRIu64 ",\"kind\":\"%s\",", r->number,
-           time, r->wall_ns, r->boot_ns, KIND_NAME[r->kind]);
+           time, r->wall_ns, r->boot_ns, kind_name(r));
     if (r->kind == FMT_MARK) {
         printf("\"name\":");
         print_name(data, r->data_length);

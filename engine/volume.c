@@ -259,9 +259,9 @@ static int wait_durable(struct volume_set *vs, uint64_t write)
     return 0;
 }
 
-int vs_mark(struct volume_set *vs, const char *name, uint64_t *write)
+int vs_mark(struct volume_set *vs, const char *name, uint8_t flags, uint64_t *write)
 {
-    struct fmt_record r = {.kind = FMT_MARK, .volume = FMT_NO_VOLUME, .data_length = (uint32_t)strlen(name)};
+    struct fmt_record r = {.kind = FMT_MARK, .flags = flags, .volume = FMT_NO_VOLUME, .data_length = (uint32_t)strlen(name)};
     HOLD_LOCK(&vs->lock);
     while (vs->parked_first || !take(vs, &r, name, NULL)) {
         int rc = why_not_to_wait(vs);

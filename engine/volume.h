@@ -28,7 +28,7 @@ int vs_start(struct volume_set **out, const struct volume *volumes, unsigned cou
 struct backend vs_backend(struct volume_set *vs);
 
 /* A mark with this name, durable when it returns 0. -EAGAIN while the journal is full (it may become durable later). */
-int vs_mark(struct volume_set *vs, const char *name, uint64_t *write);
+int vs_mark(struct volume_set *vs, const char *name, uint8_t flags, uint64_t *write);
 
 /* Everything taken so far is durable when it returns 0. -EAGAIN while the journal is full. */
 int vs_cut(struct volume_set *vs, uint64_t *durable_write);

@@ -171,7 +171,7 @@ static int take_write(struct index_run *run, const struct fmt_record *r, const u
     if (r->number > run->upto)
         return r->kind == FMT_WRITE && !(r->data_length % FMT_HEADER_BYTES) ? settle_by(run, r, data, e) : 0;
     run->reading.write = r->number;
-    if (r->kind == FMT_MARK && tables_mark(run->tables, r->number, data, r->data_length))
+    if (r->kind == FMT_MARK && !r->flags && tables_mark(run->tables, r->number, data, r->data_length))
         return err_set(e, -EIO, "cannot index mark %" PRIu64, r->number);
     if (r->kind != FMT_WRITE || r->data_length % FMT_HEADER_BYTES)
         return 0;

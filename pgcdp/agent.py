@@ -4,7 +4,8 @@ One asyncio loop asks the engine how far the journal is, decides when to cut, an
 (intervals/stages.py) run in one worker thread, one step at a time. What fails is said in the status and the log, and
 begun again from what is on disk: there is no state that only this process has.
 
-The socket takes a JSON object a line and answers with one: {"cmd":"status"}, {"cmd":"cut"}, {"cmd":"stop"}.
+The socket takes a JSON object a line and answers with one: {"cmd":"status"}, {"cmd":"cut"}, {"cmd":"cut_at_shutdown"},
+{"cmd":"stop"}.
 """
 
 from __future__ import annotations
@@ -206,6 +207,8 @@ class Agent:
         published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.settings)
         if self.asking is None and self.asked_lsn is not None and stages.finder.passed(self.asked_lsn):
             self.asked = self.asked_lsn = None  # cut at, or passed over because a reader held the image: asked anew
+        if any(interval.boundary.reason == "rewind" for interval in published):
+            self.asked = None
         if self._pressed(status):
             await self._in_worker(stages.relieve)
         self._watch(stages, status)
@@ -524,6 +527,8 @@ class Agent:
                 return self.describe()
             case "cut":
                 return await self._cut()
+            case "cut_at_shutdown":
+                return await self._cut_at_shutdown()
             case "stop":
                 self._stop()
                 return {"stopping": True}
@@ -544,6 +549,15 @@ class Agent:
             # A restore read the image, so that nothing could be cut at this one.
             await self._until(lambda: self.stages is not None and not self.stages.behind)
 
+    async def _cut_at_shutdown(self) -> dict[str, Any]:
+        """The next checkpoint becomes a boundary, whoever asks Postgres for it: it is about to be shut down."""
+        if self.stages is None or self.stages.baseline is not None:
+            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        while self.asking is not None:
+            await asyncio.wait({self.asking})
+        self.asked, self.asked_lsn = "rewind", None
+        return {"asked": True}
+
     async def _until(self, happened: Callable[[], bool]) -> None:
         """Wait for a turn after which it has happened. Raises PgcdpError with what went wrong before it did."""
         async with self.changed:
@@ -552,8 +566,11 @@ class Agent:
             raise PgcdpError(f"no boundary was stored: {self.error}", f"look at {self.config.paths.agent_log}")
 
     def _reached(self, checkpoint_lsn: int) -> bool:
-        newest = self.stages.newest if self.stages else None
-        return newest is not None and newest.write > self.gone_back and newest.checkpoint_lsn >= checkpoint_lsn
+        stages = self.stages
+        newest = stages.newest if stages else None
+        if stages is None or newest is None or newest.write <= max(self.gone_back, stages.finder.rewound):
+            return False
+        return newest.checkpoint_lsn >= checkpoint_lsn
 
     def describe(self) -> dict[str, Any]:
         """The agent's part of `pgcdp status`."""

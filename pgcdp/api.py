@@ -36,7 +36,7 @@ from pgcdp.opening import (
 )
 from pgcdp.postgres import role, session
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import Interval, Kind, RecoveryPoint, Target
+from pgcdp.records import REWIND_BEGIN, Interval, Kind, RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import instant
 from pgcdp.recovery import restore as writing
@@ -363,7 +363,7 @@ def show(set_name: str, write: int) -> Json:
 
 
 def _show(set_name: str | None, source: Source, write: int) -> Json:
-    point = source.resolve(Target("write", write))
+    point = source.place(Target("write", write))
     try:
         record = source.record(write)
     except DamageError:
@@ -378,6 +378,8 @@ def _show(set_name: str | None, source: Source, write: int) -> Json:
     holds: Json = {}
     if kind == Kind.MARK:
         holds = {"mark": source.data(write).decode("utf-8", "replace")}
+        if record["flags"]:
+            holds = {"rewind": "begin" if record["flags"] == REWIND_BEGIN else "end", "to": holds["mark"]}
     elif kind == Kind.WRITE:
         holds = _holds(set_name, source, record, point.interval)
     return {

@@ -183,6 +183,23 @@ class Boundary:
     reason: str
 
 
+REWIND_BEGIN, REWIND_END = 1, 2
+"""Flags of the marks between which a rewind in place writes (FORMAT.md 1.3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """A rewind in place: its first begin record and its end record (None: it has not ended), by write number.
+
+    It brought the volumes to what they were at write `to_write`, with WAL blank from `to_lsn` on (None: all is in).
+    """
+
+    begin: int
+    end: int | None
+    to_write: int
+    to_lsn: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A published interval, as its manifest tells it. Writes are `from_write` to `to_write`, both included."""
@@ -197,6 +214,7 @@ class Interval:
     bytes_written: int
     blocks_changed: int
     stored: dict[str, int]
+    rewinds: tuple[Rewind, ...] = ()
 
 
 TargetKind = Literal["write", "boundary", "time", "xid", "lsn", "name", "newest"]

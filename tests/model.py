@@ -163,7 +163,8 @@ def read_batch(segment: Segment, offset: int) -> Batch | None:
         kind, flags, volume, data_length, write, wall_ns, boot_ns, where, count = struct.unpack_from(
             "<BBHIQQQQQ", view, 72 + 48 * i
         )
-        require(write == first_write + i and flags == 0, f"{place}: record {i} is write {write}")
+        require(write == first_write + i, f"{place}: record {i} is write {write}")
+        require(flags <= 2 * (kind == MARK), f"{place}: record {i} has flags {flags}")
         require(kind in (WRITE, ZERO, DISCARD, MARK), f"{place}: record {i} has kind {kind}")
         require(where % BLOCK == 0 and count % BLOCK == 0, f"{place}: write {write} is not of whole blocks")
         if kind == WRITE:
@@ -400,7 +401,7 @@ def read_index(index: Frames, data: bytes) -> list[Write]:
     at = 0
     for entry in struct.iter_unpack("<BBHIQQQQQQQ", index.stream):
         kind, flags, volume, data_length, number, wall_ns, boot_ns, offset, length, position, reserved = entry
-        require(flags == 0 and reserved == 0, f"index of write {number}: reserved")
+        require(flags <= 2 * (kind == MARK) and reserved == 0, f"index of write {number}: reserved")
         require(not writes or number == writes[-1].number + 1, f"index of write {number}: gap")
         require(data_length == 0 or position == at, f"index of write {number}: its data is at {position}, not {at}")
         content = data[at : at + data_length]

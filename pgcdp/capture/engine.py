@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from pgcdp import proc
 from pgcdp.capture import volumes
@@ -126,6 +126,10 @@ class EngineClient:
     def mark(self, name: str) -> int:
         """Put a mark into the write order and return its write number. Raises UsageError for a name over 1024 bytes."""
         return int(self.request("mark", name=name)["write"])
+
+    def rewind_record(self, what: Literal["begin", "end"], name: str) -> int:
+        """Put the begin or end record of a rewind in place into the write order; returns its write number."""
+        return int(self.request("mark", name=name, rewind=what)["write"])
 
     def release(self, write: int) -> None:
         """The store holds all writes up to `write` durably: their segments may be used again."""

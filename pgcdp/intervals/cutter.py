@@ -2,6 +2,9 @@
 
 pg_control is also written for other reasons (recovery's minimum point, a changed state): those repeat the checkpoint
 and are no boundaries. Recognised by system identifier and CRC in the first bytes of a block (postgres/control).
+
+A rewind in place writes back an earlier pg_control, or undoing another one a later one: nothing between its begin and
+its end record is a boundary, and what follows is compared with the checkpoint that was written back.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun
 from pgcdp.postgres.control import Control, find_control_blocks
-from pgcdp.records import BLOCK, Boundary, Kind
+from pgcdp.records import BLOCK, REWIND_BEGIN, Boundary, Kind
 from pgcdp.store.frames import FrameReader
+from pgcdp.store.rewinds import rewind_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,9 @@ class CheckpointFinder:
         self.system_identifier = system_identifier
         self.checkpoint_lsn = checkpoint_lsn
         self.back: tuple[int, int] | None = None
+        self.rewound = -1  # the end record of the newest rewind that was seen
+        self._inside = False
+        self._written_back = 0
 
     def go_back(self, write: int, checkpoint_lsn: int) -> None:
         """Behind `write` this is the newest checkpoint, though a newer one was captured before."""
@@ -60,18 +67,21 @@ class CheckpointFinder:
 
     def scan(self, run: BatchRun) -> list[Checkpoint]:
         """The new checkpoints in a run, in order."""
-        found = []
+        seen: list[tuple[int, Control | None]] = [(int(row), None) for row in rewind_records(run.records)]
         for position, control in find_control_blocks(run.data, self.system_identifier):
-            record = int(np.searchsorted(run.data_offsets, position, side="right")) - 1
-            checkpoint = self._take(run.records[record], control)
-            if checkpoint is not None:
-                found.append(checkpoint)
-        return found
+            seen.append((int(np.searchsorted(run.data_offsets, position, side="right")) - 1, control))
+        seen.sort(key=lambda each: each[0])
+        taken = [self._take(run.records[row], control) for row, control in seen]
+        return [checkpoint for checkpoint in taken if checkpoint is not None]
 
     def scan_stored(self, index: NDArray[np.void], writes: FrameReader) -> list[Checkpoint]:
         """The same for writes that are already in an open interval: what a restart passes over otherwise."""
         found = []
-        for entry in index[(index["kind"] == Kind.WRITE) & (index["data_length"] % BLOCK == 0)]:
+        rewinds = (index["kind"] == Kind.MARK) & (index["flags"] != 0)
+        for entry in index[((index["kind"] == Kind.WRITE) & (index["data_length"] % BLOCK == 0)) | rewinds]:
+            if entry["kind"] == Kind.MARK:
+                self._take(entry, None)
+                continue
             data = np.frombuffer(writes.read(int(entry["position"]), int(entry["data_length"])), dtype=np.uint8)
             for _, control in find_control_blocks(data, self.system_identifier):
                 checkpoint = self._take(entry, control)
@@ -79,7 +89,14 @@ class CheckpointFinder:
                     found.append(checkpoint)
         return found
 
-    def _take(self, record: np.void, control: Control) -> Checkpoint | None:
+    def _take(self, record: np.void, control: Control | None) -> Checkpoint | None:
+        """`control` is None for the begin or end record of a rewind."""
+        if control is None:
+            self._pass(int(record["flags"]), int(record["number"]))
+            return None
+        if self._inside:  # several blocks may look like it: a checkpoint too high is mended by `go_back`
+            self._written_back = max(self._written_back, control.checkpoint_lsn)
+            return None
         if self.back is not None and record["number"] > self.back[0]:
             self.checkpoint_lsn, self.back = min(self.checkpoint_lsn, self.back[1]), None
         # Not newer: written for another reason, or a copy of an older pg_control somewhere on the volume.
@@ -87,3 +104,10 @@ class CheckpointFinder:
             return None
         self.checkpoint_lsn = control.checkpoint_lsn
         return Checkpoint(int(record["number"]), int(record["wall_ns"]), control)
+
+    def _pass(self, flags: int, write: int) -> None:
+        if flags == REWIND_BEGIN:
+            self._inside = True
+        elif self._inside:
+            self._inside, self.rewound = False, write
+            self.checkpoint_lsn, self._written_back = self._written_back or self.checkpoint_lsn, 0

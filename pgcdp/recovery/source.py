@@ -25,7 +25,8 @@ from pgcdp.intervals.extents import spans
 from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forward, apply_run, apply_writes
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Target
+from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Target
+from pgcdp.recovery.branches import refuse_inside
 from pgcdp.recovery.history import Transactions, settings_behind
 from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
@@ -33,6 +34,7 @@ from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
+from pgcdp.store.rewinds import Said, pair, said_in
 
 T = TypeVar("T")
 
@@ -103,10 +105,39 @@ class Source:
         return Listing(base, intervals, intervals[-1].to_write if intervals else base.write, times)
 
     def resolve(self, target: Target) -> RecoveryPoint:
-        """The recovery point of a target; TargetError when there is none.
+        """The recovery point of a target; TargetError when there is none, also inside a rewind in place.
 
         Damage behind the last boundary is raised only to those who want to go there.
         """
+        point = self.place(target)
+        stored = self.intervals()
+        within = [rewind for interval in stored for rewind in interval.rewinds]
+        if not stored or point.write > stored[-1].to_write:
+            within = self.rewinds()
+        refuse_inside(point.write, within)
+        return point
+
+    def rewinds(self) -> list[Rewind]:
+        """All rewinds in place up to the newest write, in order; the last one may not have ended."""
+        return self.again(self._rewinds)
+
+    def _rewinds(self) -> list[Rewind]:
+        intervals = self.intervals()
+        done = intervals[-1].to_write if intervals else self.base().write
+        said: list[Said] = []
+        opened = self.snapshot(done + 1)
+        if opened is not None:
+            with opened.writes as writes:
+                columns = opened.index["position"], opened.index["data_length"]
+                said += said_in(opened.index, lambda row: writes.read(*(int(column[row]) for column in columns)))
+            done = int(opened.index["number"][-1])
+        newest = self._newest(done)
+        for run in self.batches(done, newest) if newest > done else ():
+            said += said_in(run.records, lambda row, run=run: run.data_of(row).tobytes())  # type: ignore[misc]
+        return [rewind for interval in intervals for rewind in interval.rewinds] + pair(said)
+
+    def place(self, target: Target) -> RecoveryPoint:
+        """As `resolve`; a write inside a rewind in place is given, too."""
         if target.kind == "newest" and not target.exclusive:
             return self.window()[1]
         wants_history = target.kind in ("xid", "lsn", "time", "name")

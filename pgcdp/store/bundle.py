@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.fsio import publish_directory, read_json, write_json
-from pgcdp.records import EXTENT, INDEX, Boundary, Interval
+from pgcdp.records import EXTENT, INDEX, Boundary, Interval, Rewind
 from pgcdp.store.frames import FileSummary, FrameReader
 from pgcdp.store.layout import Store, boundary_from
 from pgcdp.store.open_interval import OpenInterval, OpenSnapshot, read_open
+from pgcdp.store.rewinds import pair, said_in
 
 __all__ = ["Bundle", "Increments", "OpenInterval", "OpenSnapshot", "publish", "read_open"]
 
@@ -85,6 +86,9 @@ def publish(
         files[owned.name] = owned
     index = opened.index()
     walls = index["wall_ns"]
+    with opened.reader() as data:
+        places = index["position"], index["data_length"]
+        rewinds = pair(said_in(index, lambda row: data.read(*(int(column[row]) for column in places))))
     write_json(
         place / "manifest.json",
         {
@@ -109,6 +113,7 @@ def publish(
                 "transactions": sum(summary.bytes for summary in (indexed.files if indexed else ())),
             },
             "transactions": indexed.summary if indexed else None,
+            **({"rewinds": [asdict(rewind) for rewind in rewinds]} if rewinds else {}),
             "files": {
                 name: {"bytes": s.bytes, "checksum": s.checksum, "length": s.length} for name, s in files.items()
             },
@@ -155,9 +160,11 @@ class Bundle:
         if manifest.get("set_id") != store.set_id.hex() or manifest.get("number") != number:
             raise DamageError(f"{place} is not that of interval {number} of this set (offset 0)", _still(number))
         try:
-            names = [name for name in Interval.__dataclass_fields__ if name != "boundary"]
+            names = [name for name in Interval.__dataclass_fields__ if name not in ("boundary", "rewinds")]
             interval = Interval(
-                **{name: manifest[name] for name in names}, boundary=boundary_from(manifest["boundary"], place)
+                **{name: manifest[name] for name in names},
+                boundary=boundary_from(manifest["boundary"], place),
+                rewinds=tuple(Rewind(**each) for each in manifest.get("rewinds", ())),
             )
             sizes = {name: int(manifest["files"][name]["bytes"]) for name in (*CONTENTS, "settings.json")}
         except (KeyError, TypeError):

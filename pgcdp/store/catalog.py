@@ -15,7 +15,7 @@ from typing import Any, cast
 import sqlite_utils
 
 from pgcdp.errors import DamageError
-from pgcdp.records import Boundary, Interval
+from pgcdp.records import Boundary, Interval, Rewind
 from pgcdp.store.history import HistoryKind, add_history
 from pgcdp.store.layout import Store
 
@@ -146,7 +146,8 @@ def _entry(row: dict[str, Any]) -> dict[str, Any]:
 
 def _interval(row: dict[str, Any]) -> Interval:
     content = json.loads(row["content"])
-    return Interval(**{**content, "boundary": Boundary(**content["boundary"])})
+    rewinds = tuple(Rewind(**each) for each in content.get("rewinds", ()))
+    return Interval(**{**content, "boundary": Boundary(**content["boundary"]), "rewinds": rewinds})
 
 
 def _damaged(path: Path, error: Exception) -> DamageError:

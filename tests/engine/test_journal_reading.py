@@ -278,8 +278,10 @@ def test_segments_of_two_sets(engine_program: Path, tmp_path: Path) -> None:
         [Item(4, 0, 0, length=BLOCK)],
         [Item(9)],
         [Item(1, 0, 0, block(1), 2 * BLOCK)],
+        [Item(1, 0, 0, block(1), BLOCK, flags=1)],
+        [Item(MARK, 65535, 0, b"7", flags=3)],
     ],
-    ids=["unaligned", "flush", "unknown kind", "data of another length"],
+    ids=["unaligned", "flush", "unknown kind", "data of another length", "rewind that is no mark", "unknown mark"],
 )
 def test_batches_that_contradict_themselves(engine_program: Path, tmp_path: Path, items: list[Item]) -> None:
     maker = JournalMaker(tmp_path / "j")
@@ -287,6 +289,16 @@ def test_batches_that_contradict_themselves(engine_program: Path, tmp_path: Path
     maker.batch(*items)
     maker.batch(mark("behind"))
     both_say_damage(engine_program, tmp_path / "j", "write 3 ")
+
+
+def test_records_of_a_rewind_are_told_from_marks(engine_program: Path, tmp_path: Path) -> None:
+    maker = JournalMaker(tmp_path / "j")
+    maker.segment()
+    maker.batch(mark("before"), Item(MARK, 65535, 0, b"7", flags=1), Item(MARK, 65535, 0, b"7", flags=2))
+    told = run(engine_program, "dump", tmp_path / "j").stdout.splitlines()
+    assert [line.split()[2:4] for line in told] == [
+        ["mark", '"before"'], ["rewind-begin", '"7"'], ["rewind-end", '"7"'],
+    ]  # fmt: skip
 
 
 def test_wrong_usage_and_missing_journal(engine_program: Path, tmp_path: Path) -> None:

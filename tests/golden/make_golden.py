@@ -44,6 +44,7 @@ class Item:
     offset: int = 0
     data: bytes = b""
     length: int = 0
+    flags: int = 0
 
 
 def write(volume: int, offset: int, data: bytes) -> Item:
@@ -100,7 +101,7 @@ class JournalMaker:
             number = self.next_write + i
             length = 0 if item.kind == MARK else item.length
             place = (WALL_NS + number * 1000, BOOT_NS + number * 1000, item.offset, length)
-            records += struct.pack("<BBHIQQQQQ", item.kind, 0, item.volume, len(item.data), number, *place)
+            records += struct.pack("<BBHIQQQQQ", item.kind, item.flags, item.volume, len(item.data), number, *place)
             data += _padded(item.data)
         head = struct.pack(
             "<8sQQQIIQQQQ",
