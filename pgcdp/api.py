@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pgcdp import cloning, doctor, salvaging, service, transactions
+from pgcdp import cloning, doctor, rewinding, salvaging, service, transactions
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -31,6 +31,7 @@ from pgcdp.opening import (
     point_of,
     production_places,
     remember,
+    scratch_of,
     scratch_place,
     source_of,
 )
@@ -145,6 +146,7 @@ def _end_agent(config: Config, progress: Report) -> None:
 def up(set_name: str, progress: Report = silent) -> Json:
     """Attach, mount, start Postgres and the agent."""
     config = load_config(set_name)
+    rewinding.resume(config, scratch_of(config.set_id_bytes), progress)
     attach.up(config, progress, lambda: service.start(config))
     cloned.clear_dead(config.paths.root, config.name)
     with suppress(PgcdpError):  # databases that were made since; pgcdp check says what is missing
@@ -451,6 +453,31 @@ def restore(
     }
     if store is None:
         remember(source, "restore", {**result, "interval": point.interval})
+    return result
+
+
+def rewind(
+    set_name: str, target: Target, *, before: str | None = None, agree: Announce, progress: Report = silent
+) -> Json:
+    """Bring production itself back to the target, in place. `agree` is told what that costs, and raises to stop it."""
+    started = time.monotonic()
+    config = load_config(set_name)
+    source = open_source(set_name, None)
+    point = point_of(source, target, before)
+    resolved = between(source, point)
+    agree(resolved)
+    done = rewinding.rewind(config, point, scratch_place(source), progress)
+    boundary = int(cut(set_name)["number"])
+    proven = verify(set_name, Target("boundary", boundary), progress=progress)
+    result: Json = {
+        **resolved,
+        "to": str(config.pgdata),
+        "bytes": done.written,
+        "undo": done.mark,
+        "verified": proven["ok"],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    remember(source, "restore", {**result, "interval": boundary, "in_place": True})
     return result
 
 

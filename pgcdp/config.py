@@ -152,6 +152,11 @@ class SetPaths:
         """The step that protect or unprotect is at, so that a killed one can be finished or put back."""
         return self.state / "protect.json"
 
+    @property
+    def rewind_state(self) -> Path:
+        """What a rewind in place is at; as long as it is there nothing is mounted or started by anything else."""
+        return self.state / "rewind.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Config:

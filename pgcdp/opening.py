@@ -79,7 +79,12 @@ def between(source: Source, point: RecoveryPoint) -> Json:
 
 def scratch_place(source: Source) -> Path:
     """Where scratch places of a set are."""
-    return Path("/var/tmp") / f"pgcdp-{source.store.set_id.hex()[:12]}"
+    return scratch_of(source.store.set_id)
+
+
+def scratch_of(set_id: bytes) -> Path:
+    """The same, where there is no source yet."""
+    return Path("/var/tmp") / f"pgcdp-{set_id.hex()[:12]}"
 
 
 def production_places(source: Source, set_name: str | None) -> list[Path]:

@@ -93,7 +93,13 @@ def hold(paths: SetPaths) -> fsio.FileLock:
 
 
 def refuse_pending(paths: SetPaths) -> None:
-    """Raises PreconditionError when a killed protect or unprotect waits to be finished."""
+    """Raises PreconditionError when a killed protect, unprotect or rewind waits to be finished."""
+    if paths.rewind_state.exists():
+        raise PreconditionError(
+            f'a rewind in place of "{paths.name}" was interrupted: its volumes may be neither what they were nor what '
+            "they are to be, and are not mounted",
+            f"pgcdp up {paths.name} finishes it",
+        )
     if paths.protect_state.exists():
         doing = fsio.read_json(paths.protect_state)["doing"]
         raise PreconditionError(
@@ -123,13 +129,40 @@ def attach(
         end_postgres(config, progress)
         _unmount_all(config, progress)
         _detach_all(config)
+    for volume, device in zip(config.volumes, attach_devices(config, progress), strict=True):
+        if volumes.mount_at(volume.mountpoint) is None:
+            volumes.mount(device, volume.mountpoint, volume.fs)
+    return client
+
+
+def attach_devices(config: Config, progress: Report = silent) -> list[Path]:
+    """The loop devices of all volumes, in order, attached where they were not; capture runs. Nothing is mounted."""
     progress(Progress("attaching the volumes"))
+    devices = []
     for volume in config.volumes:
         file = config.paths.fuse / volume.name
         device = _loop_of(config, volume) or volumes.attach_loop(file, volumes.WRITE_THROUGH)
         volumes.set_cache_mode(device, volumes.WRITE_THROUGH)  # a restart may find one killed on its way
-        if volumes.mount_at(volume.mountpoint) is None:
-            volumes.mount(device, volume.mountpoint, volume.fs)
+        devices.append(device)
+    return devices
+
+
+def unmount(config: Config, progress: Report = silent) -> None:
+    """Unmount what is mounted of the set, after Postgres was stopped; the loop devices stay."""
+    _unmount_all(config, progress)
+
+
+def start_capture(config: Config, progress: Report = silent, captured: Callable[[], None] = nothing) -> EngineClient:
+    """Have the engine run, with nothing mounted: after a crash leftovers go first. `captured` as for `up`."""
+    client = EngineClient(config.paths.control)
+    if not client.alive():
+        if _anything_left(config):
+            clean_leftovers(config, progress)
+        progress(Progress("starting capture, replaying the journal"))
+        client = spawn_capture(config)
+    captured()
+    end_postgres(config, progress)
+    _unmount_all(config, progress)
     return client
 
 
@@ -225,11 +258,11 @@ def start_cluster(config: Config, progress: Report = silent) -> None:
     if running is not None:
         cluster.wait_ready(config.pgdata, running.pid, facts.log_file)
     else:
-        _drop_stale_locks(config)
+        drop_stale_locks(config)
         cluster.start(facts.command_line, config.pgdata, proc.user_named(facts.owner), facts.log_file)
 
 
-def _drop_stale_locks(config: Config) -> None:
+def drop_stale_locks(config: Config) -> None:
     """Remove postmaster.pid and the socket's lock when their postmaster is dead but not yet collected by init.
 
     Postgres takes such a zombie for alive. Left to Postgres when any process of the cluster is there.

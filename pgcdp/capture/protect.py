@@ -152,6 +152,7 @@ def unprotect(
     with attach.hold(paths):
         if _recover(paths, progress) == "unprotected":
             return
+        attach.refuse_pending(paths)
         was_running, was_attached = attach.cluster_runs(config), attach.is_attached(config)
         attach.attach(config, progress, captured=captured)
         try:

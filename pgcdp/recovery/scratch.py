@@ -60,7 +60,7 @@ def mounted(
     It can be written to; all of that is gone afterwards. `forgive`: as `view.shown`.
     """
     with (
-        _place(below) as scratch,
+        place_below(below) as scratch,
         shown(source, point, scratch, progress, forgive=forgive) as files,
         _mounted(source, scratch, files, volumes.WRITE_THROUGH, progress) as place,
     ):
@@ -70,7 +70,7 @@ def mounted(
 @contextmanager
 def copied(source: Source, point: RecoveryPoint, below: Path, progress: Report = silent) -> Iterator[Path]:
     """The same in files of its own: every byte of it has been read and checked."""
-    with _place(below) as scratch:
+    with place_below(below) as scratch:
         files = [scratch / f"{volume.name}.img" for volume in source.store.volumes]
         write_images(source, point, files, progress)
         with _mounted(source, scratch, files, volumes.WRITE_BACK, progress) as place:
@@ -127,7 +127,7 @@ def _mount(device: Path, where: Path, fs: str) -> None:
 
 
 @contextmanager
-def _place(below: Path) -> Iterator[Path]:
+def place_below(below: Path) -> Iterator[Path]:
     """A new directory below `below`, locked while it is used; what killed processes left there goes first."""
     with alone(below):
         clear_left(below)

@@ -1,0 +1,135 @@
+"""Write a recovery point back to the volumes of its own set: only blocks that differ, through the capture layer.
+
+What can differ from the point lies in two maps: that of the point and that of the moment before the rewind; in every
+other block both are the image's. So the work grows with what was changed in between, not with the volume. Each block
+holds the one content or the other: killed anywhere, writing back begins anew and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgcdp.intervals.extents import spans
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import BLOCK, EXTENT_ZEROS, RecoveryPoint
+from pgcdp.recovery import blockmap
+from pgcdp.recovery.scratch import place_below
+from pgcdp.recovery.source import Source
+from pgcdp.recovery.view import make_map, shown
+
+PIECE_BLOCKS = 256
+ZERO_BLOCKS = 16
+"""Zeros of at least so many blocks are discarded, which is journalled without data."""
+_BLKDISCARD = 0x1277
+
+
+def may_differ(source: Source, point: RecoveryPoint, before: RecoveryPoint, place: Path) -> NDArray[np.void]:
+    """The blocks in which two points can differ: an array MAP_EXTENT, kind zeros where `point` has them.
+
+    Call it `held`; `place` is an empty directory, which gets what the maps need.
+    """
+    maps = []
+    for number, each in enumerate((before, point)):
+        (place / str(number)).mkdir(mode=0o700)
+        maps.append(make_map(source, each, place / str(number)).extents)
+    return blockmap.flatten(maps)
+
+
+def most_bytes(source: Source, point: RecoveryPoint, before: RecoveryPoint, below: Path) -> int:
+    """How many bytes a rewind from `before` to `point` writes at most."""
+    with place_below(below) as place, source.held():
+        extents = may_differ(source, point, before, place)
+    return int(extents["count"][extents["kind"] != EXTENT_ZEROS].sum()) * BLOCK
+
+
+def write_back(
+    source: Source,
+    point: RecoveryPoint,
+    before: RecoveryPoint,
+    devices: Sequence[Path],
+    below: Path,
+    progress: Report = silent,
+) -> int:
+    """Make the volumes at `devices` (in order of their numbers, not mounted) what they were at `point`, durably.
+
+    They hold `before`, or what a killed call of this left. Scratch files lie below `below`. Returns the bytes that
+    were written. Raises DamageError when a byte of the point is not what was stored: the volumes are half-way then.
+    """
+    with ExitStack() as stack:
+        place = stack.enter_context(place_below(below))
+        stack.enter_context(source.held())
+        (place / "maps").mkdir(mode=0o700)
+        extents = may_differ(source, point, before, place / "maps")
+        (place / "view").mkdir(mode=0o700)
+        files = stack.enter_context(shown(source, point, place / "view", progress))
+        total = int(extents["count"].sum()) * BLOCK
+        done = written = 0
+        pairs = []
+        for device, file in zip(devices, files, strict=True):
+            pairs.append((_opened(stack, device, os.O_RDWR | os.O_DIRECT), _opened(stack, file, os.O_RDONLY)))
+        ours, theirs = (stack.enter_context(mmap.mmap(-1, PIECE_BLOCKS * BLOCK)) for _ in range(2))
+        for volume, first, count in spans(extents):
+            for block in range(first, first + count, PIECE_BLOCKS):
+                size = min(PIECE_BLOCKS, first + count - block)
+                written += _bring(*pairs[volume], ours, theirs, block, size)
+                done += size * BLOCK
+                progress(Progress("writing back what differs", done, total))
+        for device_fd, _ in pairs:
+            os.fsync(device_fd)
+    return written
+
+
+def _opened(stack: ExitStack, path: Path, flags: int) -> int:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _bring(device: int, view: int, ours: mmap.mmap, theirs: mmap.mmap, block: int, count: int) -> int:
+    """Make `count` blocks of a device what a view shows there; returns the bytes written."""
+    length, at = count * BLOCK, block * BLOCK
+    with memoryview(ours) as our_bytes, memoryview(theirs) as their_bytes:
+        for fd, memory in ((device, our_bytes), (view, their_bytes)):
+            if os.preadv(fd, [memory[:length]], at) != length:
+                raise OSError(f"{length} bytes at {at} cannot be read whole")
+        now = np.frombuffer(our_bytes[:length], dtype=np.uint64).reshape(count, -1)
+        wanted = np.frombuffer(their_bytes[:length], dtype=np.uint64).reshape(count, -1)
+        differs = (now != wanted).any(axis=1)
+        empty = ~wanted.any(axis=1)
+        written = 0
+        for begin, end, zeros in _runs(differs, empty):
+            if zeros:
+                fcntl.ioctl(device, _BLKDISCARD, struct.pack("<QQ", at + begin * BLOCK, (end - begin) * BLOCK))
+                continue
+            piece = their_bytes[begin * BLOCK : end * BLOCK]
+            if os.pwrite(device, piece, at + begin * BLOCK) != len(piece):
+                raise OSError(f"{len(piece)} bytes at {at + begin * BLOCK} cannot be written whole")
+            written += len(piece)
+        del now, wanted
+    return written
+
+
+def _runs(differs: NDArray[np.bool_], empty: NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
+    """(begin, end, whether it is all zeros) of the runs of blocks to be written; short runs of zeros are data."""
+    kind = np.where(differs, np.where(empty, 2, 1), 0)
+    starts = np.flatnonzero(np.append(True, kind[1:] != kind[:-1]))
+    ends = np.append(starts[1:], len(kind))
+    found: list[tuple[int, int, bool]] = []
+    for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        if not kind[begin]:
+            continue
+        zeros = bool(kind[begin] == 2) and end - begin >= ZERO_BLOCKS
+        if found and not zeros and not found[-1][2] and found[-1][1] == begin:
+            found[-1] = (found[-1][0], end, False)
+        else:
+            found.append((begin, end, zeros))
+    return found

@@ -1,0 +1,285 @@
+"""Rewind production in place: `pgcdp restore --in-place`, and what is left of it after a kill.
+
+The step that it is at lies in the set's state directory, durably, before that step begins:
+
+    stop    a boundary, Postgres stopped at its shutdown checkpoint, which is cut at, unmounted, mark   | put back
+    write   begin record, the blocks that differ, end record; nothing is mounted                        | finished, or
+    start   mounted, started once by itself for a timeline of its own                                   | gone back
+    run     started as the user has it                                                                  | finished
+
+What a kill leaves in `stop` is put back: nothing has changed. In `write` and `start` it is finished by `up`, or another
+rewind takes its place, such as the one back to where it began.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgcdp import fsio, log, proc, service
+from pgcdp.capture import attach
+from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.journal import Journal
+from pgcdp.config import Config, SetPaths
+from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.postgres import cluster, timelines
+from pgcdp.postgres.control import Control, State
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery.rewind import most_bytes, write_back
+from pgcdp.recovery.source import Source
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.layout import Store
+from pgcdp.store.rewinds import point_name
+
+_log = log.get(__name__)
+
+CUT_SECONDS = 600.0
+"""How long the boundary at the shutdown checkpoint may take to be stored."""
+SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A rewind under way. `before`: the mark in front of it, 0 before it was set."""
+
+    step: str
+    point: RecoveryPoint
+    mark: str
+    before: int = 0
+    written: int = 0
+
+    def save(self, paths: SetPaths) -> None:
+        """Make it the set's state, durably."""
+        fsio.write_json(paths.rewind_state, asdict(self))
+
+
+def pending(paths: SetPaths) -> Pending | None:
+    """The rewind that a kill or an error has left. Raises DamageError when its file is not whole."""
+    try:
+        content = fsio.read_json(paths.rewind_state)
+    except FileNotFoundError:
+        return None
+    known = {name: content[name] for name in Pending.__dataclass_fields__}
+    return Pending(**{**known, "point": RecoveryPoint(**known["point"])})
+
+
+def source_of(config: Config) -> Source:
+    """Store and journal, up to what is durable now."""
+    journal = Journal(config.journal, config.set_id_bytes)
+    durable = EngineClient(config.paths.control).durable_write()
+    store = Store.open(config.store, config.set_id_bytes)
+    return Source(store, journal, durable, time.time_ns(), config.pgdata)
+
+
+def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report = silent) -> Pending:
+    """Bring production to `point`, which the caller has shown and asked about. Returns what was done.
+
+    Scratch files lie below `below`. Raises PreconditionError, with production as it was, when it cannot begin.
+    """
+    paths = config.paths
+    with attach.hold(paths):
+        left = pending(paths)
+        if left is not None and left.step in ("write", "start"):
+            _log.warning("the rewind to write %d is given up for one to write %d", left.point.write, point.write)
+            return _finish(config, _begin_anew(config, left, point, progress), below, progress)
+        if left is not None:
+            _put_back(config, progress) if left.step == "stop" else _finish(config, left, below, progress)
+        attach.refuse_pending(paths)
+        attach.attach(config, progress, captured=lambda: service.start(config))
+        service.start(config)
+        attach.start_cluster(config, progress)
+        _refuse(config, point, below, progress)
+        name = time.strftime("before-rewind-%Y%m%d%H%M%S", time.gmtime())
+        doing = Pending("stop", point, name)
+        doing.save(paths)
+        try:
+            before = _stop(config, name, progress)
+        except BaseException:
+            _put_back(config, progress)
+            raise
+        doing = replace(doing, step="write", before=before)
+        doing.save(paths)
+        return _finish(config, doing, below, progress)
+
+
+def resume(config: Config, below: Path, progress: Report = silent) -> Pending | None:
+    """What `up` does first: finish what a kill has left, or put it back when nothing has changed.
+
+    None: there was none, or it was put back. Raises what the rewind does; nothing is mounted then.
+    """
+    left = pending(config.paths)
+    if left is None:
+        return None
+    with attach.hold(config.paths):
+        left = pending(config.paths)
+        if left is None:
+            return None
+        if left.step == "stop":
+            _put_back(config, progress)
+            return None
+        progress(Progress(f"finishing the rewind to write {left.point.write}"))
+        return _finish(config, left, below, progress)
+
+
+def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
+    """Raises PreconditionError for what would stop it on its way; nothing is changed before."""
+    progress(Progress("checking"))
+    control = cluster.read_control(config.pgdata)
+    if control.wal_level == 0:
+        raise PreconditionError(
+            "wal_level is minimal: Postgres cannot come up on a new timeline with it",
+            "ALTER SYSTEM SET wal_level = replica; and restart Postgres",
+        )
+    state = service.ask(config.paths, "status")
+    if state["phase"] != "following" or state["error"]:
+        raise PreconditionError(
+            f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {config.name}"
+        )
+    source = source_of(config)
+    need = most_bytes(source, point, source.resolve(Target("newest")), below) + SPARE_BYTES
+    for place, factor, what in ((config.store, 2, "the store"), (below.parent, 0, "scratch files")):
+        have = fsio.free_space(place)
+        if have < factor * need:
+            raise PreconditionError(
+                f"{what} at {place} has {have} bytes free, the rewind may need {factor * need}",
+                "free space there; what is written back is captured like all else",
+            )
+
+
+def _stop(config: Config, name: str, progress: Report) -> int:
+    """A boundary, Postgres stopped with its shutdown checkpoint as another one, unmounted; gives the mark's write."""
+    progress(Progress("cutting"))
+    service.ask(config.paths, "cut", timeout=None)  # so that the next one is small, and no reader of the image in its way
+    service.ask(config.paths, "cut_at_shutdown")
+    attach.stop_cluster(config, progress)
+    control = cluster.read_control(config.pgdata)
+    if control.state != State.SHUT_DOWN:
+        raise PreconditionError(
+            f"the cluster at {config.pgdata} is a standby", "rewind its primary, or promote it first"
+        )
+    _wait_boundary(config, control.checkpoint_lsn, progress)
+    timelines.keep(config.pgdata / "pg_wal", config.store / "timelines")
+    attach.unmount(config, progress)
+    return EngineClient(config.paths.control).mark(name)
+
+
+def _wait_boundary(config: Config, checkpoint_lsn: int, progress: Report) -> None:
+    progress(Progress("storing the last writes"))
+    deadline = time.monotonic() + CUT_SECONDS
+    store = Store.open(config.store, config.set_id_bytes)
+    while True:
+        state = service.ask(config.paths, "status")
+        number = max(store.interval_numbers(), default=0)
+        if number and Bundle.open(store, number).interval.boundary.checkpoint_lsn == checkpoint_lsn:
+            return
+        if state["error"] or time.monotonic() > deadline:
+            raise PreconditionError(
+                f"no boundary was cut at the shutdown of Postgres: {state['error'] or 'a reader may hold the image'}",
+                f"see {config.paths.agent_log}; end what reads the store, then run this again",
+            )
+        time.sleep(0.05)
+
+
+def _put_back(config: Config, progress: Report) -> None:
+    """Nothing has changed yet: production goes on."""
+    progress(Progress("putting everything back"))
+    attach.attach(config, progress, captured=lambda: service.start(config))
+    attach.start_cluster(config, progress)
+    _forget(config.paths)
+
+
+def _forget(paths: SetPaths) -> None:
+    paths.rewind_state.unlink()
+    fsio.sync_directory(paths.state)
+
+
+def _begin_anew(config: Config, left: Pending, point: RecoveryPoint, progress: Report) -> Pending:
+    """Another point in place of the one that a killed rewind was on its way to."""
+    made = replace(left, step="write", point=point, written=0)
+    made.save(config.paths)
+    return made
+
+
+def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pending:
+    """From whatever a kill has left of `write` or `start` to a cluster that runs."""
+    if doing.step == "write":
+        client = attach.start_capture(config, progress, captured=lambda: service.start(config))
+        devices = attach.attach_devices(config, progress)
+        source = source_of(config)
+        name = point_name(doing.point.write, doing.point.lsn)
+        client.rewind_record("begin", name)
+        before = source.place(Target("write", doing.before))
+        written = write_back(source, doing.point, before, devices, below, progress)
+        client.rewind_record("end", name)
+        doing = replace(doing, step="start", written=written)
+        doing.save(config.paths)
+    attach.attach(config, progress, captured=lambda: service.start(config))
+    service.start(config)
+    if doing.step == "start":
+        _open_timeline(config, progress)
+        doing = replace(doing, step="run")
+        doing.save(config.paths)
+    attach.start_cluster(config, progress)
+    _forget(config.paths)
+    return doing
+
+
+def _open_timeline(config: Config, progress: Report) -> None:
+    """Start Postgres once by itself, so that it comes up on a timeline never used before; done when it has."""
+    pgdata, facts = config.pgdata, config.cluster
+    place, pg_wal, user = config.store / "timelines", config.pgdata / "pg_wal", proc.user_named(config.cluster.owner)
+    if cluster.find_postmaster(pgdata) is not None:  # what a kill has left of that start
+        with suppress(PreconditionError):  # in the midst of recovery it does not end cleanly
+            cluster.stop(pgdata, attach.STOP_SECONDS)
+    control = cluster.read_control(pgdata)
+    used = timelines.known(place)
+    if control.timeline not in (1, *used) and control.state == State.SHUT_DOWN:
+        _switched(config, control.timeline, control.wal_segment_size)
+        return
+    progress(Progress("starting Postgres on a new timeline"))
+    attach.drop_stale_locks(config)
+    (pgdata / "standby.signal").unlink(missing_ok=True)
+    timelines.put(place, pg_wal, user)
+    timelines.ask_recovery(pgdata, user)
+    with timelines.private_socket(pgdata, user) as sockets:
+        own = {**timelines.FIRST_START, "unix_socket_directories": str(sockets)}
+        options = [word for name, value in own.items() for word in ("-c", f"{name}={value}")]
+        cluster.start([*facts.command_line, *options], pgdata, user, facts.log_file, attach.STOP_SECONDS)
+        control = _wait_promoted(config)
+        cluster.stop(pgdata, attach.STOP_SECONDS)
+    if control.timeline in (1, *used):
+        raise PgcdpError(
+            f"Postgres came up on timeline {control.timeline}, which was used before", f"look at {facts.log_file}"
+        )
+    _switched(config, control.timeline, control.wal_segment_size)
+
+
+def _wait_promoted(config: Config) -> Control:
+    """Until recovery has ended with its checkpoint; Postgres says that it is ready for standbys' sake before that."""
+    deadline = time.monotonic() + attach.STOP_SECONDS
+    while True:
+        running = cluster.find_postmaster(config.pgdata)
+        control = cluster.read_control(config.pgdata)
+        if control.state == State.IN_PRODUCTION:
+            return control
+        if running is None or time.monotonic() > deadline:
+            said = cluster.last_words(config.cluster.log_file)
+            raise PreconditionError(
+                f"Postgres did not come up on {config.pgdata}, as it was at the recovery point: {said}",
+                f"see {config.cluster.log_file}; pgcdp up {config.name} tries again, and "
+                f"pgcdp restore {config.name} --in-place --target-name MARK goes back: pgcdp info lists the marks",
+            )
+        time.sleep(0.05)
+
+
+def _switched(config: Config, timeline: int, segment_bytes: int) -> None:
+    pg_wal, user = config.pgdata / "pg_wal", proc.user_named(config.cluster.owner)
+    words = [*config.cluster.command_line, "-C", "archive_mode"]
+    archives = proc.run(words, user=user, env=cluster.environment()).stdout.strip() != "off"
+    timelines.switched(pg_wal, timeline, segment_bytes, archives, user)
+    timelines.keep(pg_wal, config.store / "timelines")
+
