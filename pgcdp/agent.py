@@ -90,6 +90,7 @@ class Agent:
         self.asked: str | None = None
         self.asking: asyncio.Task[int] | None = None
         self.asked_lsn: int | None = None
+        self.rewound = -1  # the end of the newest rewind in place that was seen
         self.gone_back = -1  # the write behind which the WAL lies before where it was
         self.learning: asyncio.Task[int] | None = None
         self.ask_again_at = 0.0
@@ -209,6 +210,9 @@ class Agent:
             self.asked = self.asked_lsn = None  # cut at, or passed over because a reader held the image: asked anew
         if any(interval.boundary.reason == "rewind" for interval in published):
             self.asked = None
+        if stages.finder.rewound > self.rewound:  # settings and catalogs are those of then
+            self.rewound = stages.finder.rewound
+            self.settings_at = self.looked_at = -SETTINGS_SECONDS
         if self._pressed(status):
             await self._in_worker(stages.relieve)
         self._watch(stages, status)

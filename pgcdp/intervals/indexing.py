@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +22,9 @@ from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import NOTES, SEGMENT_BYTES, Cluster, Readout, SlowError, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, index_transactions
 from pgcdp.postgres.relations import Look
-from pgcdp.postgres.wal import Note, is_checkpoint, of_database, pack_notes, read_notes
-from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary
-from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, IndexFiles
+from pgcdp.postgres.wal import Manager, Note, is_checkpoint, of_database, opens_timeline, pack_notes, read_notes
+from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary, Rewind
+from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, Bundle, IndexFiles, rewinds_of
 from pgcdp.store.files import write_files
 from pgcdp.store.frames import FileSummary
 from pgcdp.store.layout import Store
@@ -37,8 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where reading an interval's WAL begins: with what the one before left, or behind its boundary's checkpoint."""
+    """Where reading an interval's WAL begins: with what the one before left, or behind its boundary's checkpoint.
 
+    After a rewind in place it begins behind that, on the timeline which that has opened.
+    """
+
+    store: Store
     cluster: Cluster
     boundary: Boundary
     state: Path | None
@@ -53,17 +57,59 @@ class Start:
         with suppress(FileNotFoundError):
             notes = read_notes((place / CATALOG_NOTES).read_bytes())
         return cls(
+            store,
             cluster_of(store, system_identifier, settings),
             boundary,
             state if state.exists() else None,
             Past(newest_look(store, boundary.number), notes),
         )
 
-    def read(self, intervals: list[Path], **more: Any) -> Readout:
-        """Read the WAL behind the boundary: as `readout.read_wal`."""
+    def read(self, intervals: list[Path], rewinds: Sequence[Rewind] = (), **more: Any) -> Readout:
+        """Read the WAL behind the boundary: as `readout.read_wal`. `rewinds`: those behind the boundary."""
+        if rewinds:
+            return self._read_around(intervals, rewinds, **more)
         start_lsn = 0 if self.state else self.boundary.checkpoint_lsn
         behind = self.boundary.write  # the journal may begin before it, and lack what lies between
         return read_wal(self.cluster, intervals, start_lsn=start_lsn, behind=behind, state=self.state, **more)
+
+
+    def _read_around(
+        self, intervals: list[Path], rewinds: Sequence[Rewind], *, upto: int | None = None, **more: Any
+    ) -> Readout:
+        """The marks before the first rewind, then what lies behind the last one.
+
+        Postgres was shut down at the boundary, and before that rewind nobody started it. What is between two rewinds is
+        of a cluster that nobody could reach. Behind the last one the new timeline's first segment begins with a copy of
+        the old one's: what is new begins with the checkpoint that opens it.
+        """
+        first, last = rewinds[0].begin - 1, rewinds[-1].end
+        head = self.read(
+            intervals, **{**more, "save_state": None, "settle_upto": None}, upto=first if upto is None else min(first, upto)
+        )
+        if len(head.ends):
+            raise PreconditionError(
+                f"transactions ended between boundary {self.boundary.number} and the rewind at write {first + 1}"
+            )
+        if last is None or (upto is not None and upto <= last):
+            return head
+        found = read_wal(self.cluster, intervals, behind=last, upto=upto, **{**more, "save_state": None})
+        begin = next((note.lsn for note in found.notes if opens_timeline(note)), None)
+        if begin is None:
+            return replace(head, notes=[*head.notes, *(note for note in found.notes if note.rmid == Manager.MARK)])
+        found = read_wal(self.cluster, intervals, start_lsn=begin, behind=last, upto=upto, **more)
+        return replace(found, notes=[*head.notes, *found.notes])
+
+    def past_of(self, rewinds: Sequence[Rewind]) -> Past:
+        """What is known of the catalogs behind the boundary; after a rewind, as they were where it went to."""
+        if not rewinds or rewinds[-1].end is None:
+            return self.past
+        numbers = [number for number in self.store.interval_numbers() if number <= self.boundary.number]
+        holds = [
+            number
+            for number in reversed(numbers)
+            if Bundle.open(self.store, number).interval.from_write <= rewinds[-1].to_write
+        ]
+        return Past(newest_look(self.store, holds[0]) if holds else None, [])
 
 
 def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -> Cluster:
@@ -142,13 +188,16 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
     place = opened.path
     state = place / WAL_STATE
     state.unlink(missing_ok=True)
+    rewinds = rewinds_of(opened)
     # Beside the interval, not in it: what a killed agent leaves must not be published.
-    readout = start.read([place], save_state=state, upto=boundary.write, tables=place.with_suffix(".wal"), **more)
+    tables = place.with_suffix(".wal")
+    readout = start.read([place], rewinds, save_state=state, upto=boundary.write, tables=tables, **more)
+    past = start.past_of(rewinds)
     _check_followed(readout, start, boundary)
-    indexed = index_transactions(readout, start.past, read_look(place), boundary.next_xid)
+    indexed = index_transactions(readout, past, read_look(place), boundary.next_xid)
     write_json(place / EVENTS, {"events": indexed.events, "tables": indexed.tables})
     pending = {note.lsn for note in indexed.pending}
-    notes = (*start.past.notes, *readout.notes)
+    notes = (*past.notes, *readout.notes)
     recent = [note for note in notes if note.lsn >= boundary.redo_lsn or note.lsn in pending]
     if readout.left_out:
         log.warning(

@@ -320,6 +320,14 @@ def timeline_of(note: Note) -> int | None:
     return int(struct.unpack_from("<I", parse(note).main, 8)[0])
 
 
+def opens_timeline(note: Note) -> bool:
+    """Whether it is the checkpoint with which recovery ended on a timeline of its own (CheckPoint: PrevTimeLineID)."""
+    if not is_checkpoint(note):
+        return False
+    timeline, before = struct.unpack_from("<II", parse(note).main, 8)
+    return bool(timeline != before)
+
+
 def message(note: Note) -> tuple[bool, str] | None:
     """(transactional, text) of a logical message of pgcdp (xl_logical_message), if it is one."""
     if note.rmid != Manager.LOGICALMSG:

@@ -25,14 +25,21 @@ from pgcdp.store.transactions import read_look, read_transactions, read_wal
 
 
 class Transactions:
-    """The transactions of a store, and of `journal` up to write `upto` where there is one.
+    """The transactions of a store, and of `journal` up to write `upto` where there is one; `rewinds()`: those in place.
 
     What lies behind the last boundary is read once, when it is first asked for. Raises DamageError, or
     PreconditionError when the writes went on from journal to store meanwhile: make it anew then.
     """
 
-    def __init__(self, store: Store, journal: Path | None = None, upto: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        journal: Path | None = None,
+        upto: int | None = None,
+        rewinds: Callable[[], list[Rewind]] = list,
+    ) -> None:
         self.store = store
+        self.rewinds = cache(rewinds)
         self.journal = journal
         self.upto = upto
         self.bundles = {number: Bundle.open(store, number) for number in store.interval_numbers()}
@@ -103,8 +110,9 @@ class Transactions:
         intervals = [opened] if (opened / "index").exists() else []
         if not intervals and self.journal is None:
             return index_transactions(read_nothing(), start.past, None, boundary.next_xid)
-        readout = start.read(intervals, journal=self.journal, upto=self.upto)
-        return index_transactions(readout, start.past, read_look(opened), boundary.next_xid)
+        rewinds = [rewind for rewind in self.rewinds() if rewind.begin > boundary.write]
+        readout = start.read(intervals, rewinds, journal=self.journal, upto=self.upto)
+        return index_transactions(readout, start.past_of(rewinds), read_look(opened), boundary.next_xid)
 
 
 def settings_behind(store: Store, last: int) -> dict[str, Any]:

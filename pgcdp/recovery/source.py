@@ -161,7 +161,7 @@ class Source:
     def transactions(self, upto: int | None = None) -> Transactions:
         """The transactions up to a write (None: the newest one); call what reads them `again`."""
         journal = self.journal.directory if self.journal is not None else None
-        return Transactions(self.store, journal, self.durable_write if upto is None else upto)
+        return Transactions(self.store, journal, self.durable_write if upto is None else upto, self._rewinds)
 
     def _with_history(self, listing: Listing, tail: bool) -> Listing:
         history = self.transactions(listing.newest_write).history()

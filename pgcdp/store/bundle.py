@@ -86,9 +86,7 @@ def publish(
         files[owned.name] = owned
     index = opened.index()
     walls = index["wall_ns"]
-    with opened.reader() as data:
-        places = index["position"], index["data_length"]
-        rewinds = pair(said_in(index, lambda row: data.read(*(int(column[row]) for column in places))))
+    rewinds = rewinds_of(opened)
     write_json(
         place / "manifest.json",
         {
@@ -129,6 +127,14 @@ def publish(
     (place / "boundary.json").unlink(missing_ok=True)
     publish_directory(place, store.interval(opened.number))
     return Bundle.open(store, opened.number)
+
+
+def rewinds_of(opened: OpenInterval) -> list[Rewind]:
+    """Rewinds in place that an interval holds before it is published."""
+    index = opened.index()
+    places = index["position"], index["data_length"]
+    with opened.reader() as data:
+        return pair(said_in(index, lambda row: data.read(*(int(column[row]) for column in places))))
 
 
 class Bundle:
