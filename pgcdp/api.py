@@ -36,6 +36,7 @@ from pgcdp.opening import (
     source_of,
 )
 from pgcdp.postgres import role, session
+from pgcdp.postgres.followers import followers
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import REWIND_BEGIN, Interval, Kind, RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
@@ -464,20 +465,25 @@ def rewind(
     config = load_config(set_name)
     source = open_source(set_name, None)
     point = point_of(source, target, before)
-    resolved = between(source, point)
+    resolved = {**between(source, point), "lost": transactions.lost_json(source, point), "followers": []}
+    with suppress(PreconditionError), session.connect(session.Dsn.of(config)) as connection:  # it may be down
+        resolved["followers"] = followers(connection)
     agree(resolved)
     done = rewinding.rewind(config, point, scratch_place(source), progress)
-    boundary = int(cut(set_name)["number"])
-    proven = verify(set_name, Target("boundary", boundary), progress=progress)
+    boundary = cut(set_name)
+    proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress)
     result: Json = {
         **resolved,
+        "set": set_name,
         "to": str(config.pgdata),
         "bytes": done.written,
         "undo": done.mark,
+        "boundary": boundary["number"],
+        "timeline": boundary["timeline"],
         "verified": proven["ok"],
         "seconds": round(time.monotonic() - started, 3),
     }
-    remember(source, "restore", {**result, "interval": boundary, "in_place": True})
+    remember(source, "restore", {**result, "interval": boundary["number"], "in_place": True})
     return result
 
 

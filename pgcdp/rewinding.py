@@ -32,7 +32,7 @@ from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery.rewind import most_bytes, write_back
 from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.layout import Store
+from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.rewinds import point_name
 
 _log = log.get(__name__)
@@ -153,7 +153,9 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
 def _stop(config: Config, name: str, progress: Report) -> int:
     """A boundary, Postgres stopped with its shutdown checkpoint as another one, unmounted; gives the mark's write."""
     progress(Progress("cutting"))
-    service.ask(config.paths, "cut", timeout=None)  # so that the next one is small, and no reader of the image in its way
+    service.ask(
+        config.paths, "cut", timeout=None
+    )  # so that the next one is small, and no reader of the image in its way
     service.ask(config.paths, "cut_at_shutdown")
     attach.stop_cluster(config, progress)
     control = cluster.read_control(config.pgdata)
@@ -162,7 +164,7 @@ def _stop(config: Config, name: str, progress: Report) -> int:
             f"the cluster at {config.pgdata} is a standby", "rewind its primary, or promote it first"
         )
     _wait_boundary(config, control.checkpoint_lsn, progress)
-    timelines.keep(config.pgdata / "pg_wal", config.store / "timelines")
+    timelines.keep(config.pgdata / "pg_wal", config.store / TIMELINES)
     attach.unmount(config, progress)
     return EngineClient(config.paths.control).mark(name)
 
@@ -231,7 +233,7 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
 def _open_timeline(config: Config, progress: Report) -> None:
     """Start Postgres once by itself, so that it comes up on a timeline never used before; done when it has."""
     pgdata, facts = config.pgdata, config.cluster
-    place, pg_wal, user = config.store / "timelines", config.pgdata / "pg_wal", proc.user_named(config.cluster.owner)
+    place, pg_wal, user = config.store / TIMELINES, config.pgdata / "pg_wal", proc.user_named(config.cluster.owner)
     if cluster.find_postmaster(pgdata) is not None:  # what a kill has left of that start
         with suppress(PreconditionError):  # in the midst of recovery it does not end cleanly
             cluster.stop(pgdata, attach.STOP_SECONDS)
@@ -281,5 +283,4 @@ def _switched(config: Config, timeline: int, segment_bytes: int) -> None:
     words = [*config.cluster.command_line, "-C", "archive_mode"]
     archives = proc.run(words, user=user, env=cluster.environment()).stdout.strip() != "off"
     timelines.switched(pg_wal, timeline, segment_bytes, archives, user)
-    timelines.keep(pg_wal, config.store / "timelines")
-
+    timelines.keep(pg_wal, config.store / TIMELINES)

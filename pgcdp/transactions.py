@@ -15,9 +15,10 @@ from pgcdp import logged
 from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import deeds_of
 from pgcdp.records import RecoveryPoint, Target
-from pgcdp.recovery import search
+from pgcdp.recovery import losses, search
+from pgcdp.recovery.branches import beyond, branch_at, current_branch
 from pgcdp.recovery.history import Transactions
-from pgcdp.recovery.instant import STATUS, around
+from pgcdp.recovery.instant import STATUS, Around, around
 from pgcdp.recovery.nearest import split_name
 from pgcdp.recovery.search import Known, Wanted
 from pgcdp.recovery.source import Source
@@ -162,7 +163,7 @@ def around_json(source: Source, point: RecoveryPoint) -> Json:
     """
 
     def look() -> Json:
-        found = around(point.write, point.lsn, source.transactions().history(), point.until_lsn)
+        found = _around(source.transactions(), point)
         return {
             "last_in": _side(found.last_in),
             "first_out": _side(found.first_out),
@@ -170,6 +171,31 @@ def around_json(source: Source, point: RecoveryPoint) -> Json:
             "also_out": [_side(end) for end in found.also_out],
             **({"unknown": f"{_intervals(found.unknown)} not indexed"} if found.unknown else {}),
         }
+
+    return source.again(look)
+
+
+def _around(transactions: Transactions, point: RecoveryPoint) -> Around:
+    """On both sides of a point; when it lies on a branch that was left, what the current one has instead is out."""
+    rewinds = transactions.rewinds()
+    here = branch_at(point.write, point.lsn, rewinds)
+    left = beyond(here, current_branch(rewinds))
+    if not left:
+        return around(point.write, point.lsn, transactions.history(), point.until_lsn)
+    inside = around(point.write, point.lsn, transactions.on(here).history())
+    outside = around(0, None, transactions.on(beyond(current_branch(rewinds), here)).history())
+    return Around(inside.last_in, outside.first_out, outside.out, [], sorted({*inside.unknown, *outside.unknown}))
+
+
+def lost_json(source: Source, point: RecoveryPoint) -> Json:
+    """What going back to a point takes from production: {"transactions", "oldest", "newest", "tables"}."""
+
+    def look() -> Json:
+        transactions = source.transactions()
+        rewinds = transactions.rewinds()
+        here = branch_at(point.write, point.lsn, rewinds)
+        lost = losses.count(transactions.on(beyond(current_branch(rewinds), here)))
+        return {**lost, "oldest": _side(lost["oldest"]), "newest": _side(lost["newest"])}
 
     return source.again(look)
 

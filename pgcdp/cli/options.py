@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pgcdp import config, units
-from pgcdp.errors import PgcdpError, UsageError
+from pgcdp.errors import PgcdpError, PreconditionError, UsageError
 
 if TYPE_CHECKING:
     from pgcdp.records import Target
@@ -105,6 +105,12 @@ def store_option(function: F) -> F:
 def target_options(function: F) -> F:
     """The target, and --exclusive and --before; put them together with `pick_target`, given all keyword arguments."""
     for option in (
+        click.option(
+            "--branch",
+            type=click.IntRange(1),
+            metavar="TIMELINE",
+            help="An xid, LSN or time on the branch of this timeline, which a rewind in place has left.",
+        ),
         click.option("--exclusive", is_flag=True, help="Just before the target, without it."),
         click.option(
             "--before",
@@ -169,6 +175,11 @@ def pick_target(given: Mapping[str, Any]) -> tuple[Target, str | None]:
         words = " and ".join("--" + name.replace("_", "-") for name in names)
         raise UsageError(f"{words} cannot be given together", "give one target")
     exclusive = bool(given["exclusive"])
+    branch = int(given.get("branch") or 0)
+    if branch and names not in (["target_xid"], ["target_lsn"], ["target_time"]):
+        raise UsageError(
+            "--branch needs --target-xid, --target-lsn or --target-time", "other targets are on one branch"
+        )
     if not names:
         if exclusive:
             raise UsageError("--exclusive needs a target", "--target-xid N --exclusive is just before transaction N")
@@ -178,7 +189,15 @@ def pick_target(given: Mapping[str, Any]) -> tuple[Target, str | None]:
         return Target("newest"), str(value)
     if name == "target_name":
         return Target("name", name=str(value), exclusive=exclusive), None
-    return Target(_TARGETS[name], value, exclusive=exclusive), None
+    return Target(_TARGETS[name], value, exclusive=exclusive, branch=branch), None
+
+
+def agree(question: str, yes: bool, output: str) -> None:
+    """As `confirm`, for what is known only after looking: PreconditionError where nobody can answer."""
+    try:
+        confirm(question, yes, output)
+    except UsageError as error:
+        raise PreconditionError(error.message, error.hint) from None
 
 
 def confirm(question: str, yes: bool, output: str) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pgcdp.cli import options, screen
-from pgcdp.errors import UsageError
+from pgcdp.errors import UsageError, VerificationFailed
 from pgcdp.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from pgcdp.records import Target
 
 
 @click.command(
@@ -21,6 +24,8 @@ from pgcdp.units import format_duration, format_size
         'pgcdp restore main --target-time "2026-11-22 14:03:00" --to-directory /srv/restored',
         "pgcdp restore main --target-write 48213 --to-image /srv/restored.img",
         "pgcdp restore --store /backup/main --target-boundary 12 --to-directory /srv/restored",
+        'pgcdp restore main --before "DELETE FROM orders" --in-place',
+        "pgcdp restore main --target-name before-rewind-20261122140300 --in-place --yes",
     )
 )
 @options.set_argument()
@@ -37,12 +42,16 @@ from pgcdp.units import format_duration, format_size
     metavar="DIR",
     help="Make a data directory that Postgres can be started on.",
 )
+@click.option("--in-place", is_flag=True, help="Rewind the running cluster itself; that can be undone.")
+@options.yes_option
 @options.store_option
 @options.output_option
 def command(
     set_name: str | None,
     to_image: Path | None,
     to_directory: Path | None,
+    in_place: bool,
+    yes: bool,
     store: Path | None,
     output: str,
     **given: Any,
@@ -52,14 +61,22 @@ def command(
     Without a target it is the newest write. What the target resolved to is printed before anything is done: the last
     transaction that is in, and the first one that is not. What is there already is never overwritten; a restore that
     was killed can be run again.
+
+    With --in-place production itself goes back: Postgres is stopped, only the blocks that differ are written back, and
+    it comes up on a new timeline. What will be lost is shown and asked about first. All of it is captured, so it can be
+    undone: a mark before-rewind-... is set in front of it. After a kill, pgcdp up finishes it.
     """
     from pgcdp import api
 
     target, before = options.pick_target(given)
-    if (to_image is None) == (to_directory is None):
+    if (to_image is not None) + (to_directory is not None) + in_place != 1:
         raise UsageError(
-            "give --to-image or --to-directory, and only one of them", "--to-directory DIR makes a startable cluster"
+            "give --to-image, --to-directory or --in-place, and only one of them",
+            "--to-directory DIR makes a startable cluster",
         )
+    if in_place:
+        _rewind(set_name, store, target, before, yes, output)
+        return
     name = options.pick_set_or_store(set_name, store)
     with screen.progress(output) as progress:
         value = api.restore(
@@ -73,6 +90,57 @@ def command(
             progress=progress,
         )
     screen.result(value, output, _render)
+
+
+def _rewind(
+    set_name: str | None, store: Path | None, target: Target, before: str | None, yes: bool, output: str
+) -> None:
+    from pgcdp import api
+
+    if store is not None:
+        raise UsageError("a store alone has no production to rewind", "name the set instead of --store")
+    if target.kind == "newest" and before is None:
+        raise UsageError("a rewind needs a target", "pgcdp log and pgcdp info show what there is")
+    name = options.pick_set(set_name)
+
+    def agree(resolved: Mapping[str, Any]) -> None:
+        if output == "text":
+            announce(resolved)
+            _show_cost(resolved)
+        options.agree(f"the cluster of {name} will be stopped and rewound in place", yes, output)
+
+    with screen.progress(output) as progress:
+        value = api.rewind(name, target, before=before, agree=agree, progress=progress)
+    screen.result(value, output, _render_rewind)
+    if not value["verified"]:
+        raise VerificationFailed(
+            f"production runs at the recovery point, but boundary {value['boundary']} behind it failed its verification",
+            f"pgcdp verify {name} --target-boundary {value['boundary']} tells what; undo: {_undo(value)}",
+        )
+
+
+def _show_cost(resolved: Mapping[str, Any]) -> None:
+    """What a rewind takes away, and who has to follow it by hand."""
+    for each in resolved["lost"]["tables"]:
+        counts = ", ".join(f"{each[what]} {what}" for what in ("inserted", "updated", "deleted") if each[what])
+        screen.note(f"lost in {each['database']}: {each['schema']}.{each['name']}: {counts or 'changed'}")
+    lost = resolved["lost"]
+    if lost["transactions"]:
+        screen.note(
+            f"lost: {lost['transactions']} transactions, committed {lost['oldest']['time']} to {lost['newest']['time']}"
+        )
+    for each in resolved["followers"]:
+        screen.note(f"{each['kind']} {each['name']} has to be made anew: {each['command']}")
+
+
+def _undo(value: Mapping[str, Any]) -> str:
+    return f"pgcdp restore {value['set']} --in-place --target-name {value['undo']}"
+
+
+def _render_rewind(value: Mapping[str, Any]) -> None:
+    size, seconds = format_size(value["bytes"]), format_duration(value["seconds"])
+    screen.text(f"rewound {value['to']}: {size} written back in {seconds}, now on timeline {value['timeline']}")
+    screen.text(f"to undo: {_undo(value)}")
 
 
 def announce(resolved: Mapping[str, Any]) -> None:

@@ -72,7 +72,6 @@ class Start:
         behind = self.boundary.write  # the journal may begin before it, and lack what lies between
         return read_wal(self.cluster, intervals, start_lsn=start_lsn, behind=behind, state=self.state, **more)
 
-
     def _read_around(
         self, intervals: list[Path], rewinds: Sequence[Rewind], *, upto: int | None = None, **more: Any
     ) -> Readout:
@@ -84,7 +83,9 @@ class Start:
         """
         first, last = rewinds[0].begin - 1, rewinds[-1].end
         head = self.read(
-            intervals, **{**more, "save_state": None, "settle_upto": None}, upto=first if upto is None else min(first, upto)
+            intervals,
+            **{**more, "save_state": None, "settle_upto": None},
+            upto=first if upto is None else min(first, upto),
         )
         if len(head.ends):
             raise PreconditionError(

@@ -15,6 +15,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
 from pgcdp.records import Rewind
@@ -22,17 +26,15 @@ from pgcdp.records import Rewind
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Writes `first` to `last` of a branch, both included; of the WAL in `last` only what lies before `until_lsn`."""
+    """Writes `first` to `last` of a branch, both included.
+
+    Of the WAL in `last` only what lies before `until_lsn`, of that in `first` only what does not lie before `from_lsn`.
+    """
 
     first: int
     last: int
     until_lsn: int | None = None
-
-    def holds(self, write: int, lsn: int) -> bool:
-        """Whether a record of WAL at `lsn` that became whole with `write` lies here."""
-        if not self.first <= write <= self.last:
-            return False
-        return write < self.last or self.until_lsn is None or lsn < self.until_lsn
+    from_lsn: int | None = None
 
 
 def branch_at(write: int, lsn: int | None, rewinds: Sequence[Rewind]) -> list[Stretch]:
@@ -52,9 +54,49 @@ def current_branch(rewinds: Sequence[Rewind]) -> list[Stretch]:
     return branch_at(unended, None, rewinds)
 
 
-def on_branch(write: int, lsn: int, branch: Sequence[Stretch]) -> bool:
-    """Whether a record of WAL lies on a branch."""
-    return any(stretch.holds(write, lsn) for stretch in branch)
+def beyond(branch: Sequence[Stretch], other: Sequence[Stretch]) -> list[Stretch]:
+    """What of a branch is not on another one."""
+    for number, stretch in enumerate(branch):
+        rest = list(branch[number + 1 :])
+        if number >= len(other) or other[number].first != stretch.first:
+            return [stretch, *rest]
+        ours, theirs = _end(stretch), _end(other[number])
+        if ours == theirs:
+            continue
+        if ours < theirs:
+            return rest
+        last, lsn = other[number].last, other[number].until_lsn
+        return [Stretch(last + (lsn is None), stretch.last, stretch.until_lsn, lsn), *rest]
+    return []
+
+
+def _end(stretch: Stretch) -> tuple[int, float]:
+    return stretch.last, float("inf") if stretch.until_lsn is None else stretch.until_lsn
+
+
+def on_branch(write: NDArray[Any], lsn: NDArray[Any], branch: Sequence[Stretch]) -> NDArray[np.bool_]:
+    """Which records of WAL, at `lsn` and whole with `write`, lie on a branch."""
+    found = np.zeros(len(write), dtype=np.bool_)
+    for each in branch:
+        here = (write >= each.first) & (write <= each.last)
+        if each.until_lsn is not None:
+            here &= (write < each.last) | (lsn < each.until_lsn)
+        if each.from_lsn is not None:
+            here &= (write > each.first) | (lsn >= each.from_lsn)
+        found |= here
+    return found
+
+
+def share(first: int, last: int, branch: Sequence[Stretch]) -> bool | None:
+    """Whether writes `first` to `last` lie on a branch; None: some of them, or some of their WAL."""
+    if not any(each.first <= last and first <= each.last for each in branch):
+        return False
+    whole = any(
+        (each.first < first or (each.first == first and each.from_lsn is None))
+        and (last < each.last or (last == each.last and each.until_lsn is None))
+        for each in branch
+    )
+    return True if whole else None
 
 
 def refuse_inside(write: int, rewinds: Sequence[Rewind]) -> None:

@@ -45,11 +45,10 @@ class Ends:
     def _lsn(self) -> NDArray[Any]:
         return self._first(self._every_lsn)
 
-    def with_xid(self, xid: int) -> np.void | None:
-        """The newest transaction with this xid (64 bits), found in the parts of the index that can hold it."""
+    def with_xid(self, xid: int) -> NDArray[np.void]:
+        """Those with this xid (64 bits), a row for each table touched; only what can hold it is read."""
         table = self._read(_COLUMNS, {"xid": [(xid, xid)]})
-        rows = np.flatnonzero(table.column("xid").to_numpy() == xid)
-        return _structured(table.slice(int(rows[-1]), 1))[0] if len(rows) else None
+        return _structured(table.take(pa.array(np.flatnonzero(table.column("xid").to_numpy() == xid))))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
 from pgcdp.intervals.transactions import Indexed, index_transactions
 from pgcdp.postgres.relations import Look
+from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
 from pgcdp.recovery.ends import Ends
 from pgcdp.recovery.instant import Commits, History
 from pgcdp.store.bundle import Bundle
@@ -40,6 +42,7 @@ class Transactions:
     ) -> None:
         self.store = store
         self.rewinds = cache(rewinds)
+        self._asked: list[Stretch] | None = None
         self.journal = journal
         self.upto = upto
         self.bundles = {number: Bundle.open(store, number) for number in store.interval_numbers()}
@@ -47,24 +50,60 @@ class Transactions:
         self.tail = cache(self._tail)
         self.events = cache(lambda number: read_events(self.bundles[number].path))
 
+    def on(self, branch: list[Stretch]) -> Transactions:
+        """The same, but only what lies on this branch (without: on the current one)."""
+        found = Transactions(self.store, self.journal, self.upto, self.rewinds)
+        found.tail = self.tail
+        found._asked = branch
+        return found
+
+    def everywhere(self) -> Transactions:
+        """The same on all branches: what bears a name, or is a write, is told apart by that."""
+        return self.on([Stretch(0, sys.maxsize)])
+
+    @property
+    def branch(self) -> list[Stretch]:
+        """The branch whose transactions these are."""
+        return current_branch(self.rewinds()) if self._asked is None else self._asked
+
+    def _share(self, number: int | None) -> bool | None:
+        """Whether an interval lies on the branch; None: in part."""
+        if number is not None:
+            interval = self.bundles[number].interval
+            return share(interval.from_write, interval.to_write, self.branch)
+        last = max(self.bundles, default=0)
+        return share(self.bundles[last].interval.to_write + 1 if last else 0, sys.maxsize, self.branch)
+
     @property
     def numbers(self) -> list[int | None]:
         """Intervals whose transactions are known, in order; None: what lies behind the last boundary."""
-        return [*(number for number, bundle in self.bundles.items() if bundle.transactions is not None), None]
+        known = [*(number for number, bundle in self.bundles.items() if bundle.transactions is not None), None]
+        return [number for number in known if self._share(number) is not False]
 
     def history(self) -> History:
         """What targets are resolved with."""
         unknown = {
-            number: bundle.interval.to_time_ns for number, bundle in self.bundles.items() if bundle.transactions is None
+            number: bundle.interval.to_time_ns
+            for number, bundle in self.bundles.items()
+            if bundle.transactions is None and self._share(number) is not False
         }
         return History(self.numbers, self.commits, self.summary, unknown)
 
     def summary(self, number: int | None) -> Mapping[str, Any] | None:
-        """What an interval's manifest says of its transactions."""
-        return None if number is None else self.bundles[number].transactions
+        """What an interval's manifest says of its transactions; None when it has to be looked into."""
+        return None if number is None or not self._share(number) else self.bundles[number].transactions
 
     def table(self, number: int | None, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
         """The transaction index of an interval (columns of store.transactions.SCHEMA), or the parts `within`."""
+        if self._share(number):
+            return self._whole_table(number, columns, within)
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "write", "lsn"]))
+        table = self._whole_table(number, wanted, within)
+        here = on_branch(table.column("write").to_numpy(), table.column("lsn").to_numpy(), self.branch)
+        table = table.filter(pa.array(here))
+        return table if columns is None else table.select(list(columns))
+
+    def _whole_table(self, number: int | None, columns: Sequence[str] | None, within: Ranges | None = None) -> pa.Table:
         if number is None:
             table = self.tail().table
             return table if columns is None else table.select(list(columns))
@@ -79,10 +118,12 @@ class Transactions:
 
     def happened(self, number: int | None) -> list[dict[str, Any]]:
         """The events of an interval (FORMAT.md 3.7)."""
-        if number is None:
-            return self.tail().events
-        found: list[dict[str, Any]] = self.events(number)["events"]
-        return found
+        found: list[dict[str, Any]] = self.tail().events if number is None else self.events(number)["events"]
+        if self._share(number):
+            return found
+        lsns = np.array([event["lsn"] or 0 for event in found], dtype=np.uint64)
+        here = on_branch(np.array([event["write"] for event in found], dtype=np.uint64), lsns, self.branch)
+        return [event for event, shown in zip(found, here.tolist(), strict=True) if shown]
 
     def looks(self) -> Iterator[Look]:
         """All looks at the catalogs, newest first."""
@@ -95,9 +136,12 @@ class Transactions:
         return self.tail().look or next(self.looks(), None)
 
     def _commits(self, number: int | None) -> Commits:
+        def wal() -> NDArray[np.void]:
+            rows = self.tail().wal if number is None else read_wal(self.bundles[number].path)
+            return rows if self._share(number) else rows[on_branch(rows["write"], rows["from_lsn"], self.branch)]
+
         ends = Ends(partial(self.table, number))
         tops = cache(partial(_tops, ends, partial(self.table, number, ["subxids"])))
-        wal = partial(read_wal, self.bundles[number].path) if number is not None else lambda: self.tail().wal
         return Commits(ends, tops, self.happened(number), wal)
 
     def _tail(self) -> Indexed:

@@ -160,29 +160,35 @@ def _events_of(end: np.void, number: int | None, history: History) -> Iterator[M
         yield from history.commits(each).events
 
 
-def _find_xid(xid: int, history: History) -> tuple[int | None, np.void] | None:
-    """The interval where a transaction ended, and its end."""
-    for number in reversed(history.numbers):
+def _find_xid(xid: int, history: History, behind: int | None = None) -> tuple[int | None, np.void] | None:
+    """The interval where a transaction ended, and its end: the newest one, or the first one not before write `behind`.
+
+    After a rewind in place an xid comes again, on another branch.
+    """
+    for number in history.numbers if behind is not None else reversed(history.numbers):
         said = history.summary(number)
         if not _may_hold(xid, said):
             continue
         commits = history.commits(number)
-        end = _with_xid(xid, commits.ends, said)
+        end = _with_xid(xid, commits.ends, said, behind)
         top = commits.tops().get(xid & 0xFFFFFFFF) if end is None else None
         if top is not None:
-            end = _with_xid(top, commits.ends, said)
+            end = _with_xid(top, commits.ends, said, behind)
         if end is not None:
             return number, end
     return None
 
 
-def _with_xid(xid: int, ends: NDArray[np.void] | Ends, said: Mapping[str, Any] | None) -> np.void | None:
-    """The newest of them with an xid of 64 bits, or with the low 32."""
+def _with_xid(
+    xid: int, ends: NDArray[np.void] | Ends, said: Mapping[str, Any] | None, behind: int | None
+) -> np.void | None:
+    """The newest of them with an xid of 64 bits, or with the low 32; or the first one not before write `behind`."""
     if isinstance(ends, Ends) and said is not None:
-        return ends.with_xid(_whole(xid, said))
+        ends = ends.with_xid(_whole(xid, said))
     xids = ends["xid"]
     rows = np.flatnonzero((xids & np.uint64(0xFFFFFFFF)) == xid if xid < 1 << 32 else xids == xid)
-    return ends[rows[-1]] if len(rows) else None
+    rows = rows[-1:] if behind is None else rows[ends["write"][rows] >= behind][:1]
+    return ends[rows[0]] if len(rows) else None
 
 
 def pends(xid: int, history: History) -> bool:
@@ -373,7 +379,7 @@ def marks(history: History) -> list[_Named]:
             if not event.get("xid"):
                 found.append(_Named(int(event["write"]), event))
                 continue
-            ended = _find_xid(int(event["xid"]), history)
+            ended = _find_xid(int(event["xid"]), history, event["write"])
             if ended is not None and ended[1]["status"] in (COMMITTED, COMMITTED_PREPARED):
                 found.append(_Named(int(ended[1]["write"]), event, ended[1]))
     return sorted(found, key=lambda each: (each.write, each.event["lsn"] or 0), reverse=True)

@@ -26,15 +26,16 @@ from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forwar
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Target
-from pgcdp.recovery.branches import refuse_inside
+from pgcdp.recovery.branches import Stretch, branch_at, current_branch, refuse_inside
 from pgcdp.recovery.history import Transactions, settings_behind
 from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
 from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
-from pgcdp.store.layout import Store
+from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
 from pgcdp.store.rewinds import Said, pair, said_in
+from pgcdp.units import format_lsn
 
 T = TypeVar("T")
 
@@ -123,6 +124,8 @@ class Source:
 
     def _rewinds(self) -> list[Rewind]:
         intervals = self.intervals()
+        if not (self.store.path / TIMELINES).is_dir():  # made before the first one begins
+            return []
         done = intervals[-1].to_write if intervals else self.base().write
         said: list[Said] = []
         opened = self.snapshot(done + 1)
@@ -140,18 +143,20 @@ class Source:
         """As `resolve`; a write inside a rewind in place is given, too."""
         if target.kind == "newest" and not target.exclusive:
             return self.window()[1]
-        wants_history = target.kind in ("xid", "lsn", "time", "name")
 
         def attempt() -> RecoveryPoint:
-            listing = self.listing()
-            return resolve(target, self._with_history(listing, True) if wants_history else listing)
+            return resolve(target, self._with_history(target, self.listing(), True))
 
         try:
             return self.again(attempt)
+        except TargetError:
+            if not target.branch and target.kind in ("xid", "lsn"):
+                self._refuse_other_branches(target)
+            raise
         except DamageError as damage:
             published = self.published()
             try:
-                point = resolve(target, self._with_history(published, False) if wants_history else published)
+                point = resolve(target, self._with_history(target, published, False))
             except TargetError:
                 raise damage from None
             if target.kind == "time" and point.write == published.newest_write:
@@ -163,8 +168,45 @@ class Source:
         journal = self.journal.directory if self.journal is not None else None
         return Transactions(self.store, journal, self.durable_write if upto is None else upto, self._rewinds)
 
-    def _with_history(self, listing: Listing, tail: bool) -> Listing:
-        history = self.transactions(listing.newest_write).history()
+    def _refuse_other_branches(self, target: Target) -> None:
+        """Raises TargetError when what is not on the current branch is on others, which can be chosen."""
+        found = []
+        for branch in self.branches():
+            with suppress(TargetError):
+                self.place(replace(target, branch=branch))
+                found.append(branch)
+        if found:
+            what = f"transaction {target.value}" if target.kind == "xid" else f"LSN {format_lsn(target.value)}"
+            named = ", ".join(map(str, found))
+            raise TargetError(
+                f"{what} is not on the current branch; it is on timeline {named}, which a rewind has left",
+                f"choose it with --branch {found[-1]}",
+            )
+
+    def branches(self) -> list[int]:
+        """Timelines of boundaries, in the order in which they came up; each names the branch that it lies on."""
+        return list(dict.fromkeys([self.base().timeline, *(each.boundary.timeline for each in self.intervals())]))
+
+    def branch(self, timeline: int) -> list[Stretch]:
+        """The whole branch of a timeline. Raises TargetError when there is none."""
+        rewinds = self.rewinds()
+        boundaries = [self.base(), *(each.boundary for each in self.intervals())]
+        there = [each.write for each in boundaries if each.timeline == timeline]
+        if not there:
+            known = ", ".join(map(str, self.branches()))
+            raise TargetError(f"there is no branch with timeline {timeline}", f"--branch takes {known}")
+        left = [rewind.begin - 1 for rewind in rewinds if rewind.begin > there[-1]]
+        return branch_at(left[0], None, rewinds) if left else current_branch(rewinds)
+
+    def _with_history(self, target: Target, listing: Listing, tail: bool) -> Listing:
+        if target.kind not in ("xid", "lsn", "time", "name"):
+            return listing
+        transactions = self.transactions(listing.newest_write)
+        if target.kind == "name":
+            transactions = transactions.everywhere()
+        elif target.branch:
+            transactions = transactions.on(self.branch(target.branch))
+        history = transactions.history()
         if not tail:
             history = replace(history, numbers=[number for number in history.numbers if number is not None])
         return replace(listing, history=history)

@@ -13,6 +13,8 @@ from pgcdp.fsio import FileLock, make_directory, read_json, write_json
 from pgcdp.records import Boundary, Volume
 
 FORMAT = 1
+TIMELINES = "timelines"
+"""Directory of the history files of all timelines, and of what was archived; made by the first rewind in place."""
 DIRECTORIES = ("image", "incoming", "intervals", "history")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from pgcdp import api
 from pgcdp.errors import TargetError
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
-from tests.fix_postgres import BindirOf
-from tests.fix_sets import MakeSet, ProtectedSet
+from pgcdp.postgres.cluster import Binaries
+from tests.fix_postgres import BindirOf, postgres_user
+from tests.fix_sets import MakeSet, ProtectedSet, first_difference
+from tests.waiting import wait_until
 
 
 def agreed(resolved: dict[str, Any]) -> None:
@@ -34,6 +38,93 @@ def ledger(found: ProtectedSet) -> list[int]:
 
 def timeline(found: ProtectedSet) -> int:
     return cluster.read_control(found.pgdata).timeline
+
+
+REFUSING = "if test -f {0}/%f; then echo %f >> {0}/refused; exit 1; fi; cp %p {0}/.%f && mv {0}/.%f {0}/%f"
+"""An archive_command that never overwrites, and notes what it refused."""
+
+
+def wait_archived(found: ProtectedSet, archive: Path) -> None:
+    """Close a segment and wait until it is in the archive."""
+    found.sql("select pg_logical_emit_message(false, 'test', 'something to close')")
+    name = str(found.sql("select pg_walfile_name(pg_switch_wal())")[0][0])
+    wait_until(lambda: (archive / name).exists(), timeout=60, what=f"{name} in the archive")
+
+
+def test_ledger_timelines_and_archive_through_rewind_undo_elsewhere_undo(
+    make_set: MakeSet, pg_binaries: Binaries
+) -> None:
+    found = make_set(pg_binaries, protect=False)
+    archive = found.root / "archive"
+    archive.mkdir()
+    os.chown(archive, postgres_user().uid, postgres_user().gid)
+    found.protect(
+        size=512 << 20, journal_limit=2 << 30,
+        settings={"archive_mode": "on", "archive_command": REFUSING.format(archive), "max_wal_size": "64MB"},
+    )  # fmt: skip
+    found.sql("create table ledger (n int primary key)")
+    points: dict[int, int] = {}
+    for last in range(100, 600, 100):
+        found.sql(f"insert into ledger select generate_series({last - 99}, {last})")
+        points[last] = found.durable()
+        wait_archived(found, archive)
+        if last in (200, 400):
+            api.cut(found.name)
+    seen = [timeline(found)]
+
+    def check(last: int) -> None:
+        assert ledger(found) == list(range(1, last + 1))
+        assert timeline(found) > max(seen)
+        seen.append(timeline(found))
+        wait_archived(found, archive)
+        assert not (archive / "refused").exists(), (archive / "refused").read_text()
+        assert (archive / f"{seen[-1]:08X}.history").exists()
+
+    first = rewind(found, Target("write", points[200]))
+    check(200)
+    found.sql("insert into ledger select generate_series(201, 250)")
+    second = undo(found, first)
+    check(500)
+    third = rewind(found, Target("write", points[300]))
+    check(300)
+    undo(found, third)
+    check(500)
+    undo(found, second)
+    check(250)
+    found.amcheck()
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_the_volume_is_the_target_byte_for_byte(make_set: MakeSet, binaries_of: BindirOf, fs: str) -> None:
+    """At the end record the writes leave what `restore --to-image` makes of the target, in every block."""
+    found = make_set(binaries_of(15), fs=fs, size=352 << 20, settings={"max_wal_size": "64MB"})
+    found.pgbench("-i", "-s", "2", "-q")
+    xids = []
+    points: list[Target] = []
+    for number in range(3):
+        found.pgbench("-c", "4", "-t", "100", "-n")
+        xids.append(int(found.sql("insert into pgbench_history values (1) returning pg_current_xact_id()::text")[0][0]))
+        found.pgbench("-c", "4", "-t", "100", "-n")
+        points.append(Target("write", found.durable()))
+        if number < 2:
+            points.append(Target("boundary", int(api.cut(found.name)["number"])))
+    for target in (points[1], points[0], Target("xid", xids[1], exclusive=True), points[-1]):
+        point = found.source().resolve(target)
+        (wanted,) = found.restored(target)
+        rewind(found, target)
+        done = found.source().rewinds()[-1]
+        assert (done.to_write, done.to_lsn) == (point.write, point.lsn)
+        assert done.end is not None
+        (image,) = found.restored(Target("write", done.end))
+        assert first_difference(image, wanted) is None
+        found.amcheck()
+        found.pgbench("-c", "2", "-t", "50", "-n")
+        undo_to = found.source().resolve(Target("write", done.begin - 1))
+        assert undo_to.write == done.begin - 1
+        rewind(found, Target("write", done.begin - 1))
+        for each in (wanted, image):
+            each.unlink()
 
 
 def test_rewind_and_undo(make_set: MakeSet, binaries_of: BindirOf) -> None:

@@ -60,7 +60,9 @@ def test_boundaries(tmp_path: Path, what: str, stored: bool) -> None:
     assert [checkpoint.write for checkpoint in found] == expected
     ends = [number for number, item in enumerate(items, 1) if item is END]
     assert finder.rewound == ends[-1]
-    assert np.all(np.diff([checkpoint.control.checkpoint_lsn for checkpoint in found if checkpoint.write > ends[-1]]) > 0)
+    assert np.all(
+        np.diff([checkpoint.control.checkpoint_lsn for checkpoint in found if checkpoint.write > ends[-1]]) > 0
+    )
 
 
 class _Stream:

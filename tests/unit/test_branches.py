@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pgcdp.errors import DamageError, TargetError
 from pgcdp.records import REWIND_BEGIN, REWIND_END, Rewind
-from pgcdp.recovery.branches import branch_at, current_branch, on_branch, refuse_inside
+from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, on_branch, refuse_inside, share
 from pgcdp.store.rewinds import pair, point_name
+
+
+def on(write: int, lsn: int, branch: list[Stretch]) -> bool:
+    return bool(on_branch(np.array([write]), np.array([lsn]), branch)[0])
+
+
+def members(upto: int, branch: list[Stretch]) -> set[int]:
+    writes = np.arange(1, upto + 1)
+    return set(writes[on_branch(writes, np.ones(upto), branch)].tolist())
 
 
 @given(seed=st.integers(0, 10**6))
@@ -35,19 +45,22 @@ def test_a_branch_is_what_a_copy_of_the_volume_would_have_seen(seed: int) -> Non
     for point, expected in made_of.items():
         branch = branch_at(point, None, rewinds)
         ends = {rewind.end for rewind in rewinds}
-        found = {each for each in range(1, write + 1) if on_branch(each, 1, branch)} - ends
+        found = members(write, branch) - ends
         assert found == expected, (point, rewinds)
+        for other, others in made_of.items():
+            apart = beyond(branch, branch_at(other, None, rewinds))
+            assert members(write, apart) - ends == expected - others
 
 
 def test_of_the_write_that_was_cut_only_what_lies_before_the_lsn_stays() -> None:
     branch = current_branch([Rewind(80, 95, 50, 1000)])
-    assert [on_branch(50, lsn, branch) for lsn in (999, 1000, 1001)] == [True, False, False]
-    assert [on_branch(write, 2000, branch) for write in (49, 51, 79, 94, 95, 96)] == [True, *[False] * 3, True, True]
+    assert [on(50, lsn, branch) for lsn in (999, 1000, 1001)] == [True, False, False]
+    assert [on(write, 2000, branch) for write in (49, 51, 79, 94, 95, 96)] == [True, *[False] * 3, True, True]
 
 
 def test_while_a_rewind_has_not_ended_the_branch_is_the_one_it_left() -> None:
     branch = current_branch([Rewind(80, None, 50)])
-    assert [on_branch(write, 1, branch) for write in (50, 79, 80, 81)] == [True, True, False, False]
+    assert [on(write, 1, branch) for write in (50, 79, 80, 81)] == [True, True, False, False]
 
 
 def test_points_inside_are_refused_with_the_nearest() -> None:
@@ -71,3 +84,17 @@ def test_a_rewind_begun_again_after_a_kill_is_one() -> None:
     for wrong in ([(REWIND_END, 95, first)], [(REWIND_BEGIN, 80, "yesterday")]):
         with pytest.raises(DamageError):
             pair(wrong)
+
+
+def test_what_lies_beyond_a_point_between_two_commits_of_one_write() -> None:
+    current = current_branch([])
+    apart = beyond(current, branch_at(50, 1000, []))
+    assert [on(50, lsn, apart) for lsn in (999, 1000)] == [False, True]
+    assert [on(write, 1, apart) for write in (49, 51)] == [False, True]
+    assert beyond(branch_at(50, 1000, []), current) == []
+
+
+def test_how_much_of_an_interval_lies_on_a_branch() -> None:
+    branch = current_branch([Rewind(80, 95, 50, 1000)])
+    shares = {(1, 49): True, (1, 50): None, (1, 51): None, (51, 79): False, (79, 100): None, (95, 100): True}
+    assert {bounds: share(*bounds, branch) for bounds in shares} == shares

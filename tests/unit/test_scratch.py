@@ -18,7 +18,10 @@ def test_a_directory_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
     below = tmp_path / "place"
     below.mkdir(mode=0o711)
     os.chown(below, 65534, 65534)
-    with pytest.raises(PreconditionError, match=f"{below} belongs to user id 65534, not to 0"), scratch.place_below(below):
+    with (
+        pytest.raises(PreconditionError, match=f"{below} belongs to user id 65534, not to 0"),
+        scratch.place_below(below),
+    ):
         pass
     os.chown(below, 0, 0)
     for mode in (0o777, 0o1777, 0o720):
