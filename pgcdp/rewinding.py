@@ -17,7 +17,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pgcdp import fsio, log, proc, service
 from pgcdp.capture import attach

@@ -114,7 +114,7 @@ def _rewind(
     screen.result(value, output, _render_rewind)
     if not value["verified"]:
         raise VerificationFailed(
-            f"production runs at the recovery point, but boundary {value['boundary']} behind it failed its verification",
+            f"production runs at the recovery point, but boundary {value['boundary']} behind it was not verified",
             f"pgcdp verify {name} --target-boundary {value['boundary']} tells what; undo: {_undo(value)}",
         )
 

@@ -156,7 +156,7 @@ def private_socket(pgdata: Path, user: User) -> Iterator[Path]:
 
 
 def switched(pg_wal: Path, timeline: int, segment_bytes: int, archives: bool, user: User) -> None:
-    """After the start that made `timeline`: no part of the old one is left to be archived, and the new one's history is.
+    """After the start that made `timeline`: no part of the old one is left to be archived, the new one's history is.
 
     The segment in which the old timeline was left has its beginning in the new one's first segment; under its own name
     the archive has the rest of it already, or gets it when that timeline is gone back to.

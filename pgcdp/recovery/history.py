@@ -8,7 +8,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pgcdp.errors import DamageError
 from pgcdp.fsio import read_json
@@ -16,6 +18,7 @@ from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
 from pgcdp.intervals.transactions import Indexed, index_transactions
 from pgcdp.postgres.relations import Look
+from pgcdp.records import Rewind
 from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
 from pgcdp.recovery.ends import Ends
 from pgcdp.recovery.instant import Commits, History

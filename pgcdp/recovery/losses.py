@@ -37,8 +37,8 @@ def count(transactions: Transactions) -> dict[str, Any]:
     tables: list[dict[str, Any]] = []
     if parts:
         sums = pa.concat_tables(parts).group_by(list(_NAMES)).aggregate([(name, "sum") for name in _COUNTS])
-        rows = [{key.removesuffix("_sum"): value for key, value in row.items()} for row in sums.to_pylist()]
+        told = [{key.removesuffix("_sum"): value for key, value in row.items()} for row in sums.to_pylist()]
         tables = sorted(
-            (row for row in rows if row["name"] is not None), key=lambda row: -sum(row[name] for name in _COUNTS)
+            (row for row in told if row["name"] is not None), key=lambda row: -sum(row[name] for name in _COUNTS)
         )
     return {"transactions": number_of, "oldest": oldest, "newest": newest, "tables": tables}

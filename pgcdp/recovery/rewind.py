@@ -103,10 +103,8 @@ def _bring(device: int, view: int, ours: mmap.mmap, theirs: mmap.mmap, block: in
                 raise OSError(f"{length} bytes at {at} cannot be read whole")
         now = np.frombuffer(our_bytes[:length], dtype=np.uint64).reshape(count, -1)
         wanted = np.frombuffer(their_bytes[:length], dtype=np.uint64).reshape(count, -1)
-        differs = (now != wanted).any(axis=1)
-        empty = ~wanted.any(axis=1)
         written = 0
-        for begin, end, zeros in _runs(differs, empty):
+        for begin, end, zeros in _runs(np.any(now != wanted, axis=1), np.logical_not(np.any(wanted, axis=1))):
             if zeros:
                 fcntl.ioctl(device, _BLKDISCARD, struct.pack("<QQ", at + begin * BLOCK, (end - begin) * BLOCK))
                 continue

@@ -11,8 +11,8 @@ import pytest
 from pgcdp import api
 from pgcdp.errors import TargetError
 from pgcdp.postgres import cluster
-from pgcdp.records import Target
 from pgcdp.postgres.cluster import Binaries
+from pgcdp.records import Target
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet, first_difference
 from tests.waiting import wait_until
@@ -146,3 +146,51 @@ def test_rewind_and_undo(make_set: MakeSet, binaries_of: BindirOf) -> None:
     assert timeline(found) == 4
     with pytest.raises(TargetError, match="inside a rewind in place"):
         found.source().resolve(Target("write", found.source().rewinds()[0].begin))
+
+
+def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """The same xids come again behind a rewind; those that it left are found when they are asked for."""
+    found = make_set(binaries_of(15), size=384 << 20)
+
+    def commit(word: str) -> int:
+        with found.connect() as session, session.transaction():
+            session.execute("insert into words values (%s)", (word,))
+            row = session.execute("select pg_current_xact_id()::text::bigint").fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def words() -> list[str]:
+        return [row[0] for row in found.sql("select word from words order by word")]
+
+    def listed() -> list[int]:
+        told = api.log(found.name, table="words", operation="insert", limit=None)["transactions"]
+        return [each["xid"] for each in told]
+
+    found.sql("create table words (word text)")
+    first = commit("kept")
+    api.cut(found.name)
+    left = [commit("left 1"), commit("left 2"), commit("left 3")]
+    told = rewind(found, Target("xid", first))
+    assert (told["lost"]["transactions"], told["out"], told["first_out"]["xid"]) == (3, 3, left[0])
+    assert [(each["name"], each["inserted"]) for each in told["lost"]["tables"]] == [("words", 3)]
+    assert words() == ["kept"]
+    assert listed() == [first]
+    again = commit("new 1")
+    while again < left[1]:
+        again = commit("new 2")
+    assert again == left[1], "the same xid on another branch"
+    assert listed()[0] == again
+    assert found.source().resolve(Target("xid", again)).write > found.source().rewinds()[0].end
+    with pytest.raises(TargetError, match=f"transaction {left[2]} is not on the current branch") as caught:
+        found.source().resolve(Target("xid", left[2]))
+    assert "--branch 1" in str(caught.value.hint)
+    with pytest.raises(TargetError, match="no branch with timeline 9"):
+        found.source().resolve(Target("xid", left[2], branch=9))
+    back = rewind(found, Target("xid", left[1], branch=1))
+    assert words() == ["kept", "left 1", "left 2"]
+    assert back["last_in"]["xid"] == left[1]
+    assert back["lost"]["transactions"] >= 2
+    assert listed() == [left[1], left[0], first]
+    undo(found, told)
+    assert words() == ["kept", "left 1", "left 2", "left 3"]
+    assert listed() == [left[2], left[1], left[0], first]

@@ -1,4 +1,4 @@
-"""Where boundaries are when production is rewound in place: never inside, and behind it from what was written back on."""
+"""Where boundaries are when production is rewound in place: never inside, and behind it by what was written back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 
 import google_crc32c
-import numpy as np
 import pytest
 
 from pgcdp.capture.journal import Journal
@@ -58,11 +57,7 @@ def test_boundaries(tmp_path: Path, what: str, stored: bool) -> None:
         else:
             found += finder.scan(run)
     assert [checkpoint.write for checkpoint in found] == expected
-    ends = [number for number, item in enumerate(items, 1) if item is END]
-    assert finder.rewound == ends[-1]
-    assert np.all(
-        np.diff([checkpoint.control.checkpoint_lsn for checkpoint in found if checkpoint.write > ends[-1]]) > 0
-    )
+    assert finder.rewound == max(number for number, item in enumerate(items, 1) if item is END)
 
 
 class _Stream:
