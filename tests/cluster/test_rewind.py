@@ -180,7 +180,9 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
         again = commit("new 2")
     assert again == left[1], "the same xid on another branch"
     assert listed()[0] == again
-    assert found.source().resolve(Target("xid", again)).write > found.source().rewinds()[0].end
+    end = found.source().rewinds()[0].end
+    assert end is not None
+    assert found.source().resolve(Target("xid", again)).write > end
     with pytest.raises(TargetError, match=f"transaction {left[2]} is not on the current branch") as caught:
         found.source().resolve(Target("xid", left[2]))
     assert "--branch 1" in str(caught.value.hint)

@@ -1,0 +1,138 @@
+"""kill -9 of the command, the agent and the engine at random moments of a rewind in place: it is finished or put back.
+
+After each: `up` leaves production at the target or where it was, with every row of the one or the other and no other;
+nothing is mounted by anything else meanwhile; and from there it can be rewound again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from pgcdp import api, rewinding
+from pgcdp.capture import attach, volumes
+from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.postgres import cluster
+from pgcdp.records import Target
+from pgcdp.service import AgentGone
+from tests.crash.test_kill_set import ALLOWED
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet, ProtectedSet
+from tests.results import keep_result
+from tests.waiting import pass_time, wait_until
+
+ROWS = {"before": 3000, "behind": 6000}
+STEPS = ("stop", "write", "start", "run")
+
+
+def start_rewind(found: ProtectedSet, target: Target) -> subprocess.Popen[bytes]:
+    code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = ["restore", found.name, f"--target-{target.kind}", target.name or str(target.value), "--in-place", "--yes"]
+    log = (found.root / "command.log").open("ab")
+    with log:
+        return subprocess.Popen([sys.executable, "-P", "-c", code, *words], stdout=log, stderr=log, cwd="/")
+
+
+def step_of(found: ProtectedSet) -> str | None:
+    left = rewinding.pending(found.config.paths)
+    return None if left is None else left.step
+
+
+def kill(found: ProtectedSet, command: subprocess.Popen[bytes], victims: tuple[str, ...]) -> None:
+    pids = []
+    if "agent" in victims:
+        with suppress(AgentGone):
+            pids.append(found.agent_pid())
+    if "engine" in victims:
+        with suppress(PgcdpError):
+            pids.append(found.engine.status().pid)
+    if "command" in victims:
+        command.send_signal(signal.SIGKILL)
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        attach.kill_and_wait(pid)
+
+
+def rows(found: ProtectedSet) -> int:
+    """How many rows there are; all of them whole, in table and index."""
+    ((count, total),) = found.sql("select count(*), sum(length(filler)) from ledger")
+    assert total == 1000 * count
+    ((indexed,),) = found.sql("select count(*) from (select n from ledger where n > 0 order by n) found")
+    assert indexed == count
+    return int(count)
+
+
+def kill_round(found: ProtectedSet, chooser: random.Random, target: Target, goal: int) -> dict[str, Any]:
+    """One rewind to where there are `goal` rows, killed; then `up`, and again until it is there."""
+    here = rows(found)
+    step = chooser.choice(STEPS)
+    victims = chooser.choice([("command",), ("command", "agent"), ("command", "agent", "engine"), ("engine",)])
+    timeline = cluster.read_control(found.pgdata).timeline
+    command = start_rewind(found, target)
+    try:
+        wait_until(lambda: step_of(found) == step or command.poll() is not None, timeout=120, what=f"step {step}")
+        pass_time(chooser.random() * chooser.choice([0.01, 0.1, 0.4]))
+        kill(found, command, victims)
+        command.wait(timeout=300)
+    finally:
+        if command.poll() is None:
+            command.kill()
+            command.wait()
+    left = step_of(found)
+    if left is not None:
+        with pytest.raises(PreconditionError, match="a rewind in place"):
+            attach.up(found.config)
+    if left == "write":
+        assert all(volumes.mount_at(volume.mountpoint) is None for volume in found.config.volumes)
+        assert cluster.find_postmaster(found.pgdata) is None
+    found.up()
+    found.wait_following()
+    assert step_of(found) is None
+    assert rows(found) == (here if left == "stop" else goal) or left is None
+    if rows(found) != goal:
+        api.rewind(found.name, target, agree=lambda resolved: None)
+    assert rows(found) == goal
+    assert cluster.read_control(found.pgdata).timeline > timeline
+    found.amcheck()
+    return {"step": step, "killed": list(victims), "left": left}
+
+
+def rounds(found: ProtectedSet, count: int, seed: int) -> list[dict[str, Any]]:
+    chooser = random.Random(seed)
+    found.sql("create table ledger (n int primary key, filler text)")
+    targets = {}
+    for last in sorted(ROWS.values()):
+        found.sql(
+            f"insert into ledger select n, repeat(chr(97 + n % 26), 1000) from generate_series({last - 2999}, {last}) n"
+        )
+        found.sql(f"update ledger set filler = reverse(filler) where n > {last - 3000}")
+        targets[last] = Target("write", found.durable())
+        api.cut(found.name)
+    goals = list(ROWS.values())
+    return [kill_round(found, chooser, targets[goal], goal) for goal in [goals[n % 2] for n in range(count)]]
+
+
+def make(make_set: MakeSet, binaries_of: BindirOf, fs: str = "ext4") -> ProtectedSet:
+    return make_set(binaries_of(15), fs=fs, size=384 << 20, allowed=[*ALLOWED, r"the agent"])
+
+
+def test_three_kills_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    assert len(rounds(make(make_set, binaries_of), 3, seed=11)) == 3
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_twenty_kills_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf, fs: str) -> None:
+    told = rounds(make(make_set, binaries_of, fs), 20, seed=12)
+    keep_result(f"kill-rewind-{fs}", told)
+    assert {each["left"] for each in told} >= {"stop", "write", "start"}
