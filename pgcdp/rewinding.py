@@ -242,8 +242,8 @@ def _open_timeline(config: Config, progress: Report) -> None:
         _switched(config, control.timeline, control.wal_segment_size)
         return
     progress(Progress("starting Postgres on a new timeline"))
-    attach.drop_stale_locks(config)
-    (pgdata / "standby.signal").unlink(missing_ok=True)
+    for path in (pgdata / "postmaster.pid", pgdata / "standby.signal", *pgdata.glob(".s.PGSQL.*")):
+        path.unlink(missing_ok=True)  # of a postmaster that ran at the point, or was killed in its start
     timelines.put(place, pg_wal, user)
     timelines.ask_recovery(pgdata, user)
     with timelines.private_socket(pgdata, user) as sockets:

@@ -258,21 +258,29 @@ def start_cluster(config: Config, progress: Report = silent) -> None:
     if running is not None:
         cluster.wait_ready(config.pgdata, running.pid, facts.log_file)
     else:
-        drop_stale_locks(config)
+        _drop_stale_locks(config)
         cluster.start(facts.command_line, config.pgdata, proc.user_named(facts.owner), facts.log_file)
 
 
-def drop_stale_locks(config: Config) -> None:
-    """Remove postmaster.pid and the socket's lock when their postmaster is dead but not yet collected by init.
+def _drop_stale_locks(config: Config) -> None:
+    """Remove what keeps Postgres from starting though no process of the cluster is there.
 
-    Postgres takes such a zombie for alive. Left to Postgres when any process of the cluster is there.
+    postmaster.pid and the socket's lock when their postmaster is dead but not yet collected by init: Postgres takes such
+    a zombie for alive. Either of them when it is empty, as a kill between making and writing it leaves it.
     """
+    if cluster.find_processes(config.pgdata):
+        return
+    socket = Path(config.cluster.socket_directory) / f".s.PGSQL.{config.cluster.port}.lock"
+    for lock in (config.pgdata / "postmaster.pid", socket):
+        with contextlib.suppress(OSError):
+            if lock.stat().st_size == 0:
+                lock.unlink()
     try:
         lines = (config.pgdata / "postmaster.pid").read_text().splitlines()
         pid = int(lines[0])
     except (OSError, ValueError, IndexError):
         return
-    if proc.exists(pid) or cluster.find_processes(config.pgdata):
+    if proc.exists(pid):
         return
     if len(lines) > 4 and lines[4]:
         lock = Path(lines[4]) / f".s.PGSQL.{lines[3]}.lock"
