@@ -233,7 +233,7 @@ def status(set_name: str) -> Json:
         "dsn": service_dsn(config),
         "state": engine.state if engine else "stopped",
         "phase": agent.get("phase", "stopped"),
-        "error": agent.get("error") or damage,
+        "error": agent.get("error") or damage or _interrupted(config),
         "baseline": agent.get("baseline"),
         "engine": engine.raw if engine else None,
         "agent": agent or None,
@@ -258,6 +258,11 @@ def status(set_name: str) -> Json:
             for volume in config.volumes
         ],
     }
+
+
+def _interrupted(config: Config) -> str | None:
+    left = rewinding.pending(config.paths)
+    return None if left is None else f"a rewind in place to write {left.point.write} is not finished"
 
 
 def _last(opened: Json | None) -> int:
@@ -465,7 +470,7 @@ def rewind(
     config = load_config(set_name)
     source = open_source(set_name, None)
     point = point_of(source, target, before)
-    resolved = {**between(source, point), "lost": transactions.lost_json(source, point), "followers": []}
+    resolved = {**between(source, point), "lost": _lost(source, point), "followers": []}
     with suppress(PreconditionError), session.connect(session.Dsn.of(config)) as connection:  # it may be down
         resolved["followers"] = followers(connection)
     agree(resolved)
@@ -485,6 +490,13 @@ def rewind(
     }
     remember(source, "restore", {**result, "interval": boundary["number"], "in_place": True})
     return result
+
+
+def _lost(source: Source, point: RecoveryPoint) -> Json:
+    try:
+        return transactions.lost_json(source, point)
+    except (DamageError, PreconditionError) as error:  # the point itself may be right
+        return {"transactions": None, "oldest": None, "newest": None, "tables": [], "unknown": error.message}
 
 
 def verify(

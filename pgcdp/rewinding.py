@@ -13,8 +13,10 @@ rewind takes its place, such as the one back to where it began.
 
 from __future__ import annotations
 
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,6 +40,7 @@ _log = log.get(__name__)
 
 CUT_SECONDS = 600.0
 """How long the boundary at the shutdown checkpoint may take to be stored."""
+AGENT_SECONDS = 1.0
 SPARE_BYTES = 64 << 20
 
 
@@ -140,13 +143,12 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         )
     source = source_of(config)
     need = most_bytes(source, point, source.resolve(Target("newest")), below) + SPARE_BYTES
-    for place, factor, what in ((config.store, 2, "the store"), (below.parent, 0, "scratch files")):
-        have = fsio.free_space(place)
-        if have < factor * need:
-            raise PreconditionError(
-                f"{what} at {place} has {have} bytes free, the rewind may need {factor * need}",
-                "free space there; what is written back is captured like all else",
-            )
+    have = fsio.free_space(config.store)
+    if have < 2 * need:  # what is written, and the backward increment of the same blocks
+        raise PreconditionError(
+            f"the store at {config.store} has {have} bytes free, the rewind may need {2 * need}",
+            "free space there; what is written back is captured like all else",
+        )
 
 
 def _stop(config: Config, name: str, progress: Report) -> int:
@@ -214,14 +216,21 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
         name = point_name(doing.point.write, doing.point.lsn)
         client.rewind_record("begin", name)
         before = source.place(Target("write", doing.before))
-        written = write_back(source, doing.point, before, devices, below, progress)
+        with _agent_kept(config):
+            try:
+                written = write_back(source, doing.point, before, devices, below, progress)
+            except OSError as error:
+                raise PgcdpError(
+                    f"writing back to {', '.join(map(str, devices))} failed: {error.strerror or error}",
+                    f"look at {config.paths.engine_log}; pgcdp up {config.name} goes on with it",
+                ) from error
         client.rewind_record("end", name)
         doing = replace(doing, step="start", written=written)
         doing.save(config.paths)
     attach.attach(config, progress, captured=lambda: service.start(config))
     service.start(config)
     if doing.step == "start":
-        _open_timeline(config, progress)
+        _open_timeline(config, doing, progress)
         doing = replace(doing, step="run")
         doing.save(config.paths)
     attach.start_cluster(config, progress)
@@ -229,7 +238,26 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
     return doing
 
 
-def _open_timeline(config: Config, progress: Report) -> None:
+@contextmanager
+def _agent_kept(config: Config) -> Iterator[None]:
+    """An agent runs inside: without one, what is written waits for room in the journal without end."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(AGENT_SECONDS):
+            with suppress(PgcdpError):
+                service.start(config)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
+
+
+def _open_timeline(config: Config, doing: Pending, progress: Report) -> None:
     """Start Postgres once by itself, so that it comes up on a timeline never used before; done when it has."""
     pgdata, facts = config.pgdata, config.cluster
     place, pg_wal, user = config.store / TIMELINES, config.pgdata / "pg_wal", proc.user_named(config.cluster.owner)
@@ -249,8 +277,11 @@ def _open_timeline(config: Config, progress: Report) -> None:
     with timelines.private_socket(pgdata, user) as sockets:
         own = {**timelines.FIRST_START, "unix_socket_directories": str(sockets)}
         options = [word for name, value in own.items() for word in ("-c", f"{name}={value}")]
-        cluster.start([*facts.command_line, *options], pgdata, user, facts.log_file, attach.STOP_SECONDS)
-        control = _wait_promoted(config)
+        try:
+            cluster.start([*facts.command_line, *options], pgdata, user, facts.log_file, attach.STOP_SECONDS)
+        except PreconditionError as error:
+            raise _not_up(config, doing, error.message) from None
+        control = _wait_promoted(config, doing)
         cluster.stop(pgdata, attach.STOP_SECONDS)
     if control.timeline in (1, *used):
         raise PgcdpError(
@@ -259,7 +290,7 @@ def _open_timeline(config: Config, progress: Report) -> None:
     _switched(config, control.timeline, control.wal_segment_size)
 
 
-def _wait_promoted(config: Config) -> Control:
+def _wait_promoted(config: Config, doing: Pending) -> Control:
     """Until recovery has ended with its checkpoint; Postgres says that it is ready for standbys' sake before that."""
     deadline = time.monotonic() + attach.STOP_SECONDS
     while True:
@@ -268,13 +299,16 @@ def _wait_promoted(config: Config) -> Control:
         if control.state == State.IN_PRODUCTION:
             return control
         if running is None or time.monotonic() > deadline:
-            said = cluster.last_words(config.cluster.log_file)
-            raise PreconditionError(
-                f"Postgres did not come up on {config.pgdata}, as it was at the recovery point: {said}",
-                f"see {config.cluster.log_file}; pgcdp up {config.name} tries again, and "
-                f"pgcdp restore {config.name} --in-place --target-name MARK goes back: pgcdp info lists the marks",
-            )
+            raise _not_up(config, doing, cluster.last_words(config.cluster.log_file))
         time.sleep(0.05)
+
+
+def _not_up(config: Config, doing: Pending, said: str) -> PreconditionError:
+    return PreconditionError(
+        f"Postgres did not come up as it was at the recovery point: {said}",
+        f"see {config.cluster.log_file}; pgcdp up {config.name} tries again, "
+        f"pgcdp restore {config.name} --in-place --target-name {doing.mark} goes back",
+    )
 
 
 def _switched(config: Config, timeline: int, segment_bytes: int) -> None:

@@ -265,8 +265,8 @@ def start_cluster(config: Config, progress: Report = silent) -> None:
 def _drop_stale_locks(config: Config) -> None:
     """Remove what keeps Postgres from starting though no process of the cluster is there.
 
-    postmaster.pid and the socket's lock when their postmaster is dead but not yet collected by init: Postgres takes such
-    a zombie for alive. Either of them when it is empty, as a kill between making and writing it leaves it.
+    postmaster.pid and the socket's lock when their postmaster is dead but not yet collected by init: Postgres takes
+    such a zombie for alive. Either of them when it is empty, as a kill between making and writing it leaves it.
     """
     if cluster.find_processes(config.pgdata):
         return

@@ -129,6 +129,8 @@ def _show_cost(resolved: Mapping[str, Any]) -> None:
         screen.note(
             f"lost: {lost['transactions']} transactions, committed {lost['oldest']['time']} to {lost['newest']['time']}"
         )
+    if "unknown" in lost:
+        screen.note(f"what else will be lost is not known: {lost['unknown']}")
     for each in resolved["followers"]:
         screen.note(f"{each['kind']} {each['name']} has to be made anew: {each['command']}")
 

@@ -16,8 +16,11 @@ _COUNTS = ("inserted", "updated", "deleted")
 
 
 def count(transactions: Transactions) -> dict[str, Any]:
-    """{"transactions", "oldest", "newest", "tables"}: how many committed, the first and the last (a row of
-    TRANSACTION, or None), and for each table the sums of its rows, largest first."""
+    """{"transactions", "oldest", "newest", "tables"}, and "unknown" when there may be others.
+
+    How many committed, the first and the last of them (a row of TRANSACTION, or None), and for each table the sums of
+    its rows, largest first.
+    """
     number_of, oldest, newest = 0, None, None
     parts = []
     for number in transactions.numbers:
@@ -41,4 +44,11 @@ def count(transactions: Transactions) -> dict[str, Any]:
         tables = sorted(
             (row for row in told if row["name"] is not None), key=lambda row: -sum(row[name] for name in _COUNTS)
         )
-    return {"transactions": number_of, "oldest": oldest, "newest": newest, "tables": tables}
+    unknown = ", ".join(map(str, transactions.history().unknown))
+    return {
+        "transactions": number_of,
+        "oldest": oldest,
+        "newest": newest,
+        "tables": tables,
+        **({"unknown": f"the transactions of interval {unknown} are not indexed"} if unknown else {}),
+    }

@@ -11,9 +11,11 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,9 @@ from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import make_map, shown
 
 PIECE_BLOCKS = 256
+GAP_BLOCKS = 16
+"""Blocks that cannot differ, but are read with their neighbours."""
+AT_A_TIME = 16
 ZERO_BLOCKS = 16
 """Zeros of at least so many blocks are discarded, which is journalled without data."""
 _BLKDISCARD = 0x1277
@@ -71,20 +76,54 @@ def write_back(
         extents = may_differ(source, point, before, place / "maps")
         (place / "view").mkdir(mode=0o700)
         files = stack.enter_context(shown(source, point, place / "view", progress))
-        total = int(extents["count"].sum()) * BLOCK
-        done = written = 0
         pairs = []
         for device, file in zip(devices, files, strict=True):
             pairs.append((_opened(stack, device, os.O_RDWR | os.O_DIRECT), _opened(stack, file, os.O_RDONLY)))
-        ours, theirs = (stack.enter_context(mmap.mmap(-1, PIECE_BLOCKS * BLOCK)) for _ in range(2))
-        for volume, first, count in spans(extents):
-            for block in range(first, first + count, PIECE_BLOCKS):
-                size = min(PIECE_BLOCKS, first + count - block)
-                written += _bring(*pairs[volume], ours, theirs, block, size)
-                done += size * BLOCK
-                progress(Progress("writing back what differs", done, total))
+        written = _bring_all(pairs, pieces(spans(extents)), progress)
         for device_fd, _ in pairs:
             os.fsync(device_fd)
+    return written
+
+
+def pieces(found: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Spans (volume, first block, blocks) as pieces that are read at once: near ones together, long ones in parts."""
+    made: list[tuple[int, int, int]] = []
+    for volume, first, count in found:
+        if made:
+            last_volume, begin, size = made[-1]
+            if volume == last_volume and first - (begin + size) <= GAP_BLOCKS and first + count - begin <= PIECE_BLOCKS:
+                made[-1] = volume, begin, first + count - begin
+                continue
+        made += [
+            (volume, block, min(PIECE_BLOCKS, first + count - block))
+            for block in range(first, first + count, PIECE_BLOCKS)
+        ]
+    return made
+
+
+def _bring_all(pairs: Sequence[tuple[int, int]], todo: list[tuple[int, int, int]], progress: Report) -> int:
+    """All pieces, several at a time: each write waits for a sync of the journal, and one sync can serve many."""
+    total, done, written = sum(count for _, _, count in todo) * BLOCK, 0, 0
+    with ExitStack() as stack:
+        memory: SimpleQueue[tuple[mmap.mmap, mmap.mmap]] = SimpleQueue()
+        for _ in range(AT_A_TIME):
+            ours, theirs = (stack.enter_context(mmap.mmap(-1, PIECE_BLOCKS * BLOCK)) for _ in range(2))
+            memory.put((ours, theirs))
+
+        def bring(piece: tuple[int, int, int]) -> tuple[int, int]:
+            volume, block, count = piece
+            buffers = memory.get()
+            try:
+                return count * BLOCK, _bring(*pairs[volume], *buffers, block, count)
+            finally:
+                memory.put(buffers)
+
+        pool = stack.enter_context(ThreadPoolExecutor(AT_A_TIME))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for length, bytes_written in pool.map(bring, todo):
+            done += length
+            written += bytes_written
+            progress(Progress("writing back what differs", done, total))
     return written
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pgcdp import api
-from pgcdp.errors import TargetError
+from pgcdp.errors import PreconditionError, TargetError
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
@@ -196,3 +199,83 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     undo(found, told)
     assert words() == ["kept", "left 1", "left 2", "left 3"]
     assert listed() == [left[2], left[1], left[0], first]
+
+
+def test_what_it_costs_is_shown_and_asked(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings={"wal_level": "logical"})
+    found.sql("create table ledger (n int primary key)")
+    point = found.durable()
+    found.sql("insert into ledger select generate_series(1, 7)")
+    found.sql("select pg_create_logical_replication_slot('feed', 'test_decoding')")
+    words = ["restore", found.name, "--target-write", str(point), "--in-place"]
+
+    def run(*more: str) -> tuple[int, str, str]:
+        code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-P", "-c", code, *words, *more]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd="/", check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    newest = found.durable()
+    code, _, said = run()
+    assert code == 6
+    assert "--yes" in said
+    assert "lost in postgres: public.ledger: 7 inserted" in said
+    assert "lost: 1 transactions" in said
+    assert "logical slot feed has to be made anew: in postgres: SELECT pg_drop_replication_slot('feed')" in said
+    assert ledger(found) == list(range(1, 8)), "nothing was done"
+    assert found.durable() - newest < 20
+    code, told, said = run("--yes")
+    assert code == 0, said
+    assert ledger(found) == []
+    undo_line = told.splitlines()[-1]
+    assert undo_line.startswith(f"to undo: pgcdp restore {found.name} --in-place --target-name before-rewind-")
+    words = [*undo_line.removeprefix("to undo: pgcdp ").split()]
+    assert run("--yes")[0] == 0
+    assert ledger(found) == list(range(1, 8))
+
+
+def test_a_target_on_which_postgres_does_not_start_can_be_left_again(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(
+        binaries_of(15), size=384 << 20, allowed=[r"configuration file .* contains errors", r"syntax error"]
+    )
+    found.sql("create table ledger (n int primary key)")
+    settings = found.pgdata / "postgresql.conf"
+    right = settings.read_bytes()
+    with settings.open("ab") as file:
+        file.write(bytes(64))  # as lines that were appended without a sync, in the image of a crash
+        os.fsync(file.fileno())
+    point = found.durable()
+    settings.write_bytes(right)
+    found.sql("insert into ledger select generate_series(1, 7)")
+    with pytest.raises(PreconditionError, match="did not come up as it was at the recovery point") as caught:
+        rewind(found, Target("write", point))
+    (mark,) = re.findall(r"--target-name (before-rewind-\d+)", str(caught.value.hint))
+    assert "a rewind in place" in api.status(found.name)["error"]
+    with pytest.raises(PreconditionError, match="did not come up"):
+        found.up()
+    for refused in (api.down, api.unprotect):
+        with pytest.raises(PreconditionError, match="a rewind in place"):
+            refused(found.name)
+    rewind(found, Target("name", name=mark))
+    assert ledger(found) == list(range(1, 8))
+    assert api.status(found.name)["error"] is None
+
+
+def test_without_room_in_the_store_nothing_is_begun(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), protect=False)
+    found.store.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(found.store)], check=True)
+    try:
+        found.protect(size=384 << 20, settings={}, journal_limit=2 << 30)
+        point = found.source().base().write
+        found.sql("create table ledger as select n, repeat('x', 1000) from generate_series(1, 60000) n")
+        found.sql("checkpoint")
+        with pytest.raises(PreconditionError, match="the rewind may need") as caught:
+            rewind(found, Target("write", point))
+        assert str(found.store) in caught.value.message
+        assert found.sql("select count(*) from ledger") == [(60000,)]
+        assert not found.config.paths.rewind_state.exists()
+        assert found.source().rewinds() == []
+        api.down(found.name)
+    finally:
+        subprocess.run(["umount", "--lazy", str(found.store)], check=True)
