@@ -35,6 +35,7 @@ from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.indexing import newest_look
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.postgres.catalogs import look
+from pgcdp.postgres.control import State
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Session, Settings
 from pgcdp.records import Interval
@@ -64,6 +65,8 @@ FILES_SHARE = 0.05
 """Part of the time that may go into asking them."""
 CLONES_SECONDS = 5.0
 """How often it looks for clones whose time is over."""
+SHUTDOWN_SECONDS = 600.0
+"""How long a shutdown of Postgres that was announced is waited for."""
 PRESSURE = 0.5
 """Share of the journal's limit from which on segments are freed before their interval ends."""
 
@@ -91,6 +94,7 @@ class Agent:
         self.asking: asyncio.Task[int] | None = None
         self.asked_lsn: int | None = None
         self.rewound = -1  # the end of the newest rewind in place that was seen
+        self.shutdown_until = 0.0
         self.gone_back = -1  # the write behind which the WAL lies before where it was
         self.learning: asyncio.Task[int] | None = None
         self.ask_again_at = 0.0
@@ -208,8 +212,6 @@ class Agent:
         published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.settings)
         if self.asking is None and self.asked_lsn is not None and stages.finder.passed(self.asked_lsn):
             self.asked = self.asked_lsn = None  # cut at, or passed over because a reader held the image: asked anew
-        if any(interval.boundary.reason == "rewind" for interval in published):
-            self.asked = None
         if stages.finder.rewound > self.rewound:  # settings and catalogs are those of then
             self.rewound = stages.finder.rewound
             self.settings_at = self.looked_at = -SETTINGS_SECONDS
@@ -356,6 +358,9 @@ class Agent:
 
     def _decide(self, checkpoint: Checkpoint) -> str | None:
         """Called by the worker for each checkpoint in the stream."""
+        if checkpoint.control.state == State.SHUT_DOWN and time.monotonic() < self.shutdown_until:
+            self.shutdown_until = 0.0
+            return "rewind"
         if self.asked is not None:
             return self.asked
         decision = policy.decide(self.policy, self._progress(seen=True))
@@ -381,7 +386,7 @@ class Agent:
         before, then = self.rate_seen
         self.rate = policy.smooth_rate(self.rate, max(0, written - then), now - before)
         self.rate_seen = (now, written)
-        if stages.opened is None or self.asked is not None or now < self.ask_again_at:
+        if stages.opened is None or self.asked is not None or now < max(self.ask_again_at, self.shutdown_until):
             return
         if stages.behind:  # a reader holds the image: no checkpoint could be cut at, and each costs Postgres
             return
@@ -554,13 +559,13 @@ class Agent:
             await self._until(lambda: self.stages is not None and not self.stages.behind)
 
     async def _cut_at_shutdown(self) -> dict[str, Any]:
-        """The next checkpoint becomes a boundary, whoever asks Postgres for it: it is about to be shut down."""
+        """Postgres is about to be shut down: that checkpoint becomes a boundary, and none is asked for until then."""
         if self.stages is None or self.stages.baseline is not None:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        self.shutdown_until = time.monotonic() + SHUTDOWN_SECONDS
         while self.asking is not None:
             await asyncio.wait({self.asking})
-        self.asked, self.asked_lsn = "rewind", None
-        return {"asked": True}
+        return {"waiting": True}
 
     async def _until(self, happened: Callable[[], bool]) -> None:
         """Wait for a turn after which it has happened. Raises PgcdpError with what went wrong before it did."""

@@ -474,7 +474,7 @@ def rewind(
     with suppress(PreconditionError), session.connect(session.Dsn.of(config)) as connection:  # it may be down
         resolved["followers"] = followers(connection)
     agree(resolved)
-    done = rewinding.rewind(config, point, scratch_place(source), progress)
+    done, down = rewinding.rewind(config, point, scratch_place(source), progress)
     boundary = cut(set_name)
     proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress)
     result: Json = {
@@ -486,6 +486,7 @@ def rewind(
         "boundary": boundary["number"],
         "timeline": boundary["timeline"],
         "verified": proven["ok"],
+        "down_seconds": round(down, 3),
         "seconds": round(time.monotonic() - started, 3),
     }
     remember(source, "restore", {**result, "interval": boundary["number"], "in_place": True})

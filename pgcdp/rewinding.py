@@ -2,7 +2,7 @@
 
 The step that it is at lies in the set's state directory, durably, before that step begins:
 
-    stop    a boundary, Postgres stopped at its shutdown checkpoint, which is cut at, unmounted, mark   | put back
+    stop    Postgres stopped at its shutdown checkpoint, which is cut at, unmounted, mark               | put back
     write   begin record, the blocks that differ, end record; nothing is mounted                        | finished, or
     start   mounted, started once by itself for a timeline of its own                                   | gone back
     run     started as the user has it                                                                  | finished
@@ -77,17 +77,19 @@ def source_of(config: Config) -> Source:
     return Source(store, journal, durable, time.time_ns(), config.pgdata)
 
 
-def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report = silent) -> Pending:
-    """Bring production to `point`, which the caller has shown and asked about. Returns what was done.
+def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report = silent) -> tuple[Pending, float]:
+    """Bring production to `point`, which the caller has shown and asked about.
 
-    Scratch files lie below `below`. Raises PreconditionError, with production as it was, when it cannot begin.
+    Returns what was done, and for how many seconds production was down. Scratch files lie below `below`. Raises
+    PreconditionError, with production as it was, when it cannot begin.
     """
     paths = config.paths
     with attach.hold(paths):
         left = pending(paths)
         if left is not None and left.step in ("write", "start"):
             _log.warning("the rewind to write %d is given up for one to write %d", left.point.write, point.write)
-            return _finish(config, _begin_anew(config, left, point, progress), below, progress)
+            begun = time.monotonic()
+            return _finish(config, _begin_anew(config, left, point), below, progress), time.monotonic() - begun
         if left is not None:
             _put_back(config, progress) if left.step == "stop" else _finish(config, left, below, progress)
         attach.refuse_pending(paths)
@@ -95,6 +97,9 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
         service.start(config)
         attach.start_cluster(config, progress)
         _refuse(config, point, below, progress)
+        progress(Progress("cutting"))  # so that the next boundary is near, and no reader of the image is in its way
+        service.ask(config.paths, "cut", timeout=None)
+        begun = time.monotonic()
         name = time.strftime("before-rewind-%Y%m%d%H%M%S", time.gmtime())
         doing = Pending("stop", point, name)
         doing.save(paths)
@@ -105,7 +110,7 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
             raise
         doing = replace(doing, step="write", before=before)
         doing.save(paths)
-        return _finish(config, doing, below, progress)
+        return _finish(config, doing, below, progress), time.monotonic() - begun
 
 
 def resume(config: Config, below: Path, progress: Report = silent) -> Pending | None:
@@ -152,11 +157,7 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
 
 
 def _stop(config: Config, name: str, progress: Report) -> int:
-    """A boundary, Postgres stopped with its shutdown checkpoint as another one, unmounted; gives the mark's write."""
-    progress(Progress("cutting"))
-    service.ask(
-        config.paths, "cut", timeout=None
-    )  # so that the next one is small, and no reader of the image in its way
+    """Postgres stopped with its shutdown checkpoint as a boundary, unmounted; gives the mark's write."""
     service.ask(config.paths, "cut_at_shutdown")
     attach.stop_cluster(config, progress)
     control = cluster.read_control(config.pgdata)
@@ -200,7 +201,7 @@ def _forget(paths: SetPaths) -> None:
     fsio.sync_directory(paths.state)
 
 
-def _begin_anew(config: Config, left: Pending, point: RecoveryPoint, progress: Report) -> Pending:
+def _begin_anew(config: Config, left: Pending, point: RecoveryPoint) -> Pending:
     """Another point in place of the one that a killed rewind was on its way to."""
     made = replace(left, step="write", point=point, written=0)
     made.save(config.paths)

@@ -140,8 +140,8 @@ def _undo(value: Mapping[str, Any]) -> str:
 
 
 def _render_rewind(value: Mapping[str, Any]) -> None:
-    size, seconds = format_size(value["bytes"]), format_duration(value["seconds"])
-    screen.text(f"rewound {value['to']}: {size} written back in {seconds}, now on timeline {value['timeline']}")
+    size, down = format_size(value["bytes"]), format_duration(value["down_seconds"])
+    screen.text(f"rewound {value['to']}: {size} written back, down for {down}, now on timeline {value['timeline']}")
     screen.text(f"to undo: {_undo(value)}")
 
 
