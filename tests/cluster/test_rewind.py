@@ -242,7 +242,8 @@ def test_a_target_on_which_postgres_does_not_start_can_be_left_again(make_set: M
     settings = found.pgdata / "postgresql.conf"
     right = settings.read_bytes()
     with settings.open("ab") as file:
-        file.write(bytes(64))  # as lines that were appended without a sync, in the image of a crash
+        file.write(b"shared_buffers = half of it\n")
+        file.flush()
         os.fsync(file.fileno())
     point = found.durable()
     settings.write_bytes(right)
