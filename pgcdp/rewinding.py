@@ -29,7 +29,7 @@ from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import RecoveryPoint, Target
+from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.rewind import most_bytes, write_back
 from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import Bundle
@@ -46,12 +46,11 @@ SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A rewind under way. `before`: the mark in front of it, 0 before it was set."""
+    """A rewind under way. `mark`: the name in front of it; `written`: bytes, once that is done."""
 
     step: str
     point: RecoveryPoint
     mark: str
-    before: int = 0
     written: int = 0
 
     def save(self, paths: SetPaths) -> None:
@@ -104,11 +103,11 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
         doing = Pending("stop", point, name)
         doing.save(paths)
         try:
-            before = _stop(config, name, progress)
+            _stop(config, name, progress)
         except BaseException:
             _put_back(config, progress)
             raise
-        doing = replace(doing, step="write", before=before)
+        doing = replace(doing, step="write")
         doing.save(paths)
         return _finish(config, doing, below, progress), time.monotonic() - begun
 
@@ -147,7 +146,7 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
             f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {config.name}"
         )
     source = source_of(config)
-    need = most_bytes(source, point, source.resolve(Target("newest")), below) + SPARE_BYTES
+    need = most_bytes(source, point, below) + SPARE_BYTES
     have = fsio.free_space(config.store)
     if have < 2 * need:  # what is written, and the backward increment of the same blocks
         raise PreconditionError(
@@ -156,8 +155,8 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         )
 
 
-def _stop(config: Config, name: str, progress: Report) -> int:
-    """Postgres stopped with its shutdown checkpoint as a boundary, unmounted; gives the mark's write."""
+def _stop(config: Config, name: str, progress: Report) -> None:
+    """Postgres stopped with its shutdown checkpoint as a boundary, unmounted, the mark set."""
     service.ask(config.paths, "cut_at_shutdown")
     attach.stop_cluster(config, progress)
     control = cluster.read_control(config.pgdata)
@@ -168,7 +167,7 @@ def _stop(config: Config, name: str, progress: Report) -> int:
     _wait_boundary(config, control.checkpoint_lsn, progress)
     timelines.keep(config.pgdata / "pg_wal", config.store / TIMELINES)
     attach.unmount(config, progress)
-    return EngineClient(config.paths.control).mark(name)
+    EngineClient(config.paths.control).mark(name)
 
 
 def _wait_boundary(config: Config, checkpoint_lsn: int, progress: Report) -> None:
@@ -213,13 +212,12 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
     if doing.step == "write":
         client = attach.start_capture(config, progress, captured=lambda: service.start(config))
         devices = attach.attach_devices(config, progress)
-        source = source_of(config)
         name = point_name(doing.point.write, doing.point.lsn)
         client.rewind_record("begin", name)
-        before = source.place(Target("write", doing.before))
+        source = source_of(config)
         with _agent_kept(config):
             try:
-                written = write_back(source, doing.point, before, devices, below, progress)
+                written = write_back(source, doing.point, devices, below, progress)
             except OSError as error:
                 raise PgcdpError(
                     f"writing back to {', '.join(map(str, devices))} failed: {error.strerror or error}",

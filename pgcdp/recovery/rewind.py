@@ -1,8 +1,8 @@
 """Write a recovery point back to the volumes of its own set: only blocks that differ, through the capture layer.
 
-What can differ from the point lies in two maps: that of the point and that of the moment before the rewind; in every
-other block both are the image's. So the work grows with what was changed in between, not with the volume. Each block
-holds the one content or the other: killed anywhere, writing back begins anew and ends with the same bytes.
+What can differ from the point lies in two maps: that of the point and that of the newest write, which is what the
+volumes hold; in every other block both are the image's. So the work grows with what was changed in between, not with
+the volume. Killed anywhere, writing back begins anew, with what it wrote among what was changed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,13 +20,15 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.intervals.extents import spans
+from pgcdp.intervals.extents import forward_map, spans
+from pgcdp.intervals.increments import run_index
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, EXTENT_ZEROS, RecoveryPoint
+from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, RecoveryPoint
 from pgcdp.recovery import blockmap
 from pgcdp.recovery.scratch import place_below
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import make_map, shown
+from pgcdp.store.bundle import Bundle
 
 PIECE_BLOCKS = 256
 GAP_BLOCKS = 16
@@ -37,43 +39,61 @@ ZERO_BLOCKS = 16
 _BLKDISCARD = 0x1277
 
 
-def may_differ(source: Source, point: RecoveryPoint, before: RecoveryPoint, place: Path) -> NDArray[np.void]:
-    """The blocks in which two points can differ: an array MAP_EXTENT, kind zeros where `point` has them.
+def may_differ(source: Source, point: RecoveryPoint, place: Path) -> NDArray[np.void]:
+    """The blocks in which a point can differ from what the volumes hold now: an array MAP_EXTENT.
 
-    Call it `held`; `place` is an empty directory, which gets what the maps need.
+    Its kind is zeros where the point has them. Call it `held`; `place` is an empty directory, which gets what it needs.
     """
-    maps = []
-    for number, each in enumerate((before, point)):
-        (place / str(number)).mkdir(mode=0o700)
-        maps.append(make_map(source, each, place / str(number)).extents)
-    return blockmap.flatten(maps)
+    now = source.again(lambda: _changed(source))
+    return blockmap.flatten([now, make_map(source, point, place).extents])
 
 
-def most_bytes(source: Source, point: RecoveryPoint, before: RecoveryPoint, below: Path) -> int:
-    """How many bytes a rewind from `before` to `point` writes at most."""
+def _changed(source: Source) -> NDArray[np.void]:
+    """The blocks in which the newest write's state can differ from the image; sources and kinds mean nothing."""
+    state, upto = source.image_state(), source.newest()
+    steps, reached = blockmap.plan(state.boundary, state.write, state.to, source.intervals(), upto)
+    layers = []
+    for step in steps:  # the newest is in no interval's midst: no step is a part of one's writes
+        bundle = Bundle.open(source.store, step.number)
+        layers.append(bundle.backward_map() if step.kind == "backward" else bundle.forward_map())
+    if reached < upto:
+        layers.append(forward_map(np.concatenate(list(_tail(source, reached, upto)))))
+    found = blockmap.flatten([blockmap.layer(layer, 0) for layer in layers])
+    found["kind"] = EXTENT_DATA  # zeros now: what is written there may be data
+    return found
+
+
+def _tail(source: Source, done: int, upto: int) -> Iterator[NDArray[np.void]]:
+    """Arrays INDEX of the writes behind `done`, which are in no published interval."""
+    opened = source.snapshot(done + 1)
+    if opened is not None:
+        opened.writes.close()
+        yield opened.index[opened.index["number"] <= upto]
+        done = int(opened.index["number"][-1])
+    for run in source.batches(done, upto) if done < upto else ():
+        yield run_index(run)
+
+
+def most_bytes(source: Source, point: RecoveryPoint, below: Path) -> int:
+    """How many bytes a rewind to `point` writes at most."""
     with place_below(below) as place, source.held():
-        extents = may_differ(source, point, before, place)
+        extents = may_differ(source, point, place)
     return int(extents["count"][extents["kind"] != EXTENT_ZEROS].sum()) * BLOCK
 
 
 def write_back(
-    source: Source,
-    point: RecoveryPoint,
-    before: RecoveryPoint,
-    devices: Sequence[Path],
-    below: Path,
-    progress: Report = silent,
+    source: Source, point: RecoveryPoint, devices: Sequence[Path], below: Path, progress: Report = silent
 ) -> int:
     """Make the volumes at `devices` (in order of their numbers, not mounted) what they were at `point`, durably.
 
-    They hold `before`, or what a killed call of this left. Scratch files lie below `below`. Returns the bytes that
-    were written. Raises DamageError when a byte of the point is not what was stored: the volumes are half-way then.
+    Nobody else writes to them; `source` reaches to the newest write. Scratch files lie below `below`. Returns the bytes
+    that were written. Raises DamageError when a byte of the point is not what was stored: they are half-way then.
     """
     with ExitStack() as stack:
         place = stack.enter_context(place_below(below))
         stack.enter_context(source.held())
         (place / "maps").mkdir(mode=0o700)
-        extents = may_differ(source, point, before, place / "maps")
+        extents = may_differ(source, point, place / "maps")
         (place / "view").mkdir(mode=0o700)
         files = stack.enter_context(shown(source, point, place / "view", progress))
         pairs = []

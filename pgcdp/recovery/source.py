@@ -221,6 +221,11 @@ class Source:
             last = RecoveryPoint(listing.newest_write, None, wall_ns)
         return first, last
 
+    def newest(self) -> int:
+        """The newest write, also inside a rewind in place."""
+        intervals = self.intervals()
+        return self._newest(intervals[-1].to_write if intervals else self.base().write)
+
     def _newest(self, stored: int) -> int:
         """The newest restorable write. The journal is read only behind what its applied mark says was durable."""
         if self.durable_write is not None:

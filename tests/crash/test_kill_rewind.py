@@ -24,7 +24,7 @@ from pgcdp.records import Target
 from pgcdp.service import AgentGone
 from tests.crash.test_kill_set import ALLOWED
 from tests.fix_postgres import BindirOf
-from tests.fix_sets import MakeSet, ProtectedSet
+from tests.fix_sets import MakeSet, ProtectedSet, first_difference
 from tests.results import keep_result
 from tests.waiting import pass_time, wait_until
 
@@ -106,8 +106,8 @@ def kill_round(found: ProtectedSet, chooser: random.Random, target: Target, goal
     return {"step": step, "killed": list(victims), "left": left}
 
 
-def rounds(found: ProtectedSet, count: int, seed: int) -> list[dict[str, Any]]:
-    chooser = random.Random(seed)
+def make_targets(found: ProtectedSet) -> dict[int, Target]:
+    """A target for each number of rows."""
     found.sql("create table ledger (n int primary key, filler text)")
     targets = {}
     for last in sorted(ROWS.values()):
@@ -117,6 +117,12 @@ def rounds(found: ProtectedSet, count: int, seed: int) -> list[dict[str, Any]]:
         found.sql(f"update ledger set filler = reverse(filler) where n > {last - 3000}")
         targets[last] = Target("write", found.durable())
         api.cut(found.name)
+    return targets
+
+
+def rounds(found: ProtectedSet, count: int, seed: int) -> list[dict[str, Any]]:
+    chooser = random.Random(seed)
+    targets = make_targets(found)
     goals = list(ROWS.values())
     return [kill_round(found, chooser, targets[goal], goal) for goal in [goals[n % 2] for n in range(count)]]
 
@@ -127,6 +133,38 @@ def make(make_set: MakeSet, binaries_of: BindirOf, fs: str = "ext4") -> Protecte
 
 def test_three_kills_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf) -> None:
     assert len(rounds(make(make_set, binaries_of), 3, seed=11)) == 3
+
+
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_another_point_takes_the_place_of_one_that_was_half_written(
+    make_set: MakeSet, binaries_of: BindirOf, fs: str
+) -> None:
+    """What the killed one wrote must go where neither the new point nor the moment before it differ from the image."""
+    found = make(make_set, binaries_of, fs)
+    targets = make_targets(found)
+    found.sql("truncate ledger")
+    found.sql("insert into ledger select n, repeat('z', 1000) from generate_series(1, 5000) n")
+    newest = Target("write", found.durable())
+    api.cut(found.name)
+    half_written = 0
+    for first, then, goal in ((targets[3000], newest, 5000), (targets[6000], targets[3000], 3000)):
+        command = start_rewind(found, first)
+        wait_until(lambda: step_of(found) == "write", timeout=120, what="the step write")
+        begun = found.durable()
+        wait_until(lambda: found.durable() > begun + 20 or step_of(found) != "write", timeout=60, what="writes of it")  # noqa: B023
+        kill(found, command, ("command",))
+        command.wait()
+        half_written += step_of(found) == "write"
+        api.rewind(found.name, then, agree=lambda resolved: None)
+        assert rows(found) == goal
+        done = found.source().rewinds()[-1]
+        assert done.end is not None
+        (image,) = found.restored(Target("write", done.end))
+        (wanted,) = found.restored(then)
+        assert first_difference(image, wanted) is None
+        for each in (image, wanted):
+            each.unlink()
+    assert half_written
 
 
 @pytest.mark.soak
