@@ -41,7 +41,7 @@ def test_an_engine_that_does_not_end_keeps_no_interval_from_the_store(
     tables = world.store.path / "incoming" / "0000000001.wal"
     tables.mkdir()
     (tables / "ends").write_bytes(b"of a killed agent")
-    start = Start(Cluster(1), boundary(0, 0), state, Past())
+    start = Start(world.store, Cluster(1), boundary(0, 0), state, Past())
     indexed: list[IndexFiles | None] = []
     with caplog.at_level(logging.INFO):
         thread = threading.Thread(target=lambda: indexed.append(index_interval(opened, boundary(1, 10), lambda: start)))
