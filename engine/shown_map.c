@@ -127,7 +127,8 @@ static int find_files(struct taken_map *t, const struct taken_map *before, struc
 
 static int check_like(const struct block_map *m, const struct block_map *before, struct err *e)
 {
-    bool same = m->volume_count == before->volume_count && memcmp(m->set_id, before->set_id, sizeof ((struct fmt_map *)0)->set_id) == 0;
+    const size_t id_bytes = sizeof ((const struct fmt_map *)m->bytes)->set_id;
+    bool same = m->volume_count == before->volume_count && memcmp(m->set_id, before->set_id, id_bytes) == 0;
     for (uint32_t i = 0; same && i < m->volume_count; i++) {
         const struct block_map_volume *a = &m->volumes[i], *b = &before->volumes[i];
         same = strcmp(a->name, b->name) == 0 && a->bytes == b->bytes &&

@@ -22,6 +22,7 @@ from pgcdp.errors import PgcdpError
 from pgcdp.recovery.mapfile import decode
 from pgcdp.recovery.view import FENCED_FILE, exchange, moved_on
 from pgcdp.store.bundle import Bundle
+from pgcdp.store.image import read_state
 from pgcdp.store.layout import Store
 from pgcdp.store.open_views import OpenView, open_views
 
@@ -53,7 +54,7 @@ class MakeWay:
         self._settle(views, bundle)
         fresh = [view for view in views if view.file not in self._asked and view.file not in self._killed]
         for view in fresh:
-            self._asked[view.file] = _Question(view, bundle, self.fence_after)
+            self._asked[view.file] = _Question(view, store, bundle, self.fence_after)
         until = time.monotonic() + MOMENT_SECONDS
         for question in self._asked.values():
             question.answered.wait(max(until - time.monotonic(), 0))
@@ -103,10 +104,11 @@ class MakeWay:
 class _Question:
     """A view is asked, for at most `seconds`, to take the map under which the image may move by an interval."""
 
-    def __init__(self, view: OpenView, bundle: Bundle, seconds: float) -> None:
+    def __init__(self, view: OpenView, store: Store, bundle: Bundle, seconds: float) -> None:
         self.answered = threading.Event()
         self.why: str | None = "it was not asked"
         self._view = view
+        self._store = store
         self._bundle = bundle
         self._until = time.monotonic() + seconds
         threading.Thread(target=self._run, name="view", daemon=True).start()
@@ -139,7 +141,11 @@ class _Question:
     def _give_map(self) -> None:
         client = EngineClient(self._view.control, timeout=self._left())
         file = Path(client.request("status")["map"])
-        following = moved_on(decode(file.read_bytes(), file), self._bundle)
+        shown = decode(file.read_bytes(), file)
+        # Asked by an agent that has begun anew since, and the image has moved: the map may be made for it as it is now.
+        if read_state(self._store).boundary >= self._bundle.number:
+            return
+        following = moved_on(shown, self._bundle)
         if following is not None:
             exchange(client, file, following, self._left())
 

@@ -245,6 +245,17 @@ def test_a_view_whose_map_is_damaged_is_fenced(history: Callable[[int, Mode], Hi
         view.__exit__(None, None, None)
 
 
+def test_a_question_that_comes_too_late_changes_nothing(history: Callable[[int, Mode], History], scratch: Path) -> None:
+    """The image has moved since it was asked, and the view was made for the image as it is now."""
+    found = history(35, "optimal")
+    source = source_of(found)
+    newest = found.store.interval_numbers()[-1]
+    with watched(source, source.resolve(Target("boundary", newest)), scratch / "view") as view:
+        assert MakeWay(10.0)(found.store, Bundle.open(found.store, newest))
+        view.assert_unchanged()
+        assert view.status()["reloads"] == 0
+
+
 def reads_its_image(pid: int) -> bool:
     """Whether a thread waits for the answer of a FUSE server, which its image comes from."""
     return any("request_wait_answer" in (task / "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
