@@ -110,6 +110,7 @@ class Agent:
         self.merger = ThreadPoolExecutor(1, thread_name_prefix="merging")
         self.merging: asyncio.Future[None] | None = None
         self.merged_upto = -1  # the newest interval when it was looked last
+        self.not_merged = ""
         self.files = FileMapper(
             places_of(config.pgdata, {number: volume.mountpoint for number, volume in enumerate(config.volumes)})
         )
@@ -235,8 +236,12 @@ class Agent:
         try:
             done = merge_due(store, self.stopping.is_set)
         except Exception as error:  # they are expendable
-            logger.warning("increments were not merged: %s", getattr(error, "message", None) or repr(error))
+            problem = getattr(error, "message", None) or repr(error)
+            if problem != self.not_merged:
+                logger.warning("increments were not merged: %s", problem)
+            self.not_merged = problem
         else:
+            self.not_merged = ""
             if done:
                 logger.info("%d merged increments were made", done)
 
@@ -277,6 +282,7 @@ class Agent:
 
     def _open_stages(self, status: EngineStatus) -> None:
         config = self.config
+        self.waiting = ""
         if (config.store / "store.json").exists():
             store = Store.open(config.store, config.set_id_bytes)
         elif status.released_write:

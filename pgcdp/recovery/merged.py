@@ -121,12 +121,20 @@ def merge(store: Store, span: Span) -> None:
 
 
 def merge_due(store: Store, stop: Callable[[], bool] = lambda: False) -> int:
-    """Merge what is due until it is done or `stop` says so; how many."""
+    """Merge what is due until it is done or `stop` says so; how many.
+
+    Raises DamageError for what could not be merged, after all the rest.
+    """
     numbers = store.interval_numbers()
-    done = 0
+    done, damages = 0, []
     for span in due(numbers[0], numbers[-1], known(store), FANOUT) if numbers else ():
         if stop():
             break
-        merge(store, span)
-        done += 1
+        try:
+            merge(store, span)
+            done += 1
+        except DamageError as damage:
+            damages.append(damage)
+    if damages:
+        raise damages[0]
     return done

@@ -19,6 +19,7 @@ from pgcdp.opening import scratch_place
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import BLOCK, RecoveryPoint, Target
 from pgcdp.recovery import restore
+from pgcdp.recovery.merged import Span, known
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import shown
@@ -118,6 +119,8 @@ def test_twenty_points_under_load(make_set: MakeSet, binaries_of: BindirOf, fs: 
     result = load.stop()
     assert not result.failures
     source = found.source()
+    assert len(source.intervals()) >= 16
+    wait_until(lambda: Span(1, 16) in known(source.store), what="increments merged by the agent")
     last = result.acks[-1].xid
     found.sql("checkpoint")
     for exclusive in (False, True):

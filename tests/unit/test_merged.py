@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgcdp.errors import DamageError
 from pgcdp.records import EXTENT_DATA, RecoveryPoint
 from pgcdp.recovery import merged
 from pgcdp.recovery.blockmap import flatten
@@ -99,6 +100,15 @@ def test_a_point_far_back_is_opened_without_the_maps_between(scene: Scene) -> No
     assert served(view) == scene.at(48)
     needed = set(np.unique(view.extents["source"][view.extents["kind"] == EXTENT_DATA]).tolist())
     assert needed <= set(range(len(view.sources)))
+
+
+def test_what_cannot_be_merged_does_not_keep_the_others(scene: Scene) -> None:
+    store = scene.world.store
+    path = store.interval(3) / "backward.map"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DamageError, match=str(path)):
+        merge_due(store)
+    assert known(store) == {Span(17, 32)}
 
 
 def test_a_damaged_one_costs_nothing_but_time(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
