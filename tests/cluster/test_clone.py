@@ -24,6 +24,7 @@ from pgcdp.proc import end
 from pgcdp.records import Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery.clone import Access
+from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
@@ -134,6 +135,30 @@ def test_a_step_back_and_onward_is_the_same_as_a_clone_there(orders: ProtectedSe
     with pytest.raises(UsageError, match="leads nowhere"):
         api.step(made["name"], 0)
     assert ask(made["dsn"], "select count(*) from orders") == [(5,)], "a step that cannot be changes nothing"
+    api.destroy(made["name"])
+
+
+def test_a_clone_lives_on_while_intervals_are_cut_under_it(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Production changes every page of the table each time; the clone reads them from where the moves have put them."""
+    found = make_set(binaries_of(15), size=448 << 20, settings=SETTINGS)
+    found.sql("create table t as select n as id, 0 as round, repeat('x', 500) as pad from generate_series(1, 20000) n")
+    api.cut(found.name)
+    made = api.clone(found.name, Target("newest"))
+    control = EngineClient(scratch_place(found.source()) / f"clone-{made['name']}" / "control")
+    everything = "select count(*), sum(id), sum(round), sum(length(pad)) from t"
+    wanted = ask(made["dsn"], everything)
+    for number in range(1, 7):
+        found.sql(f"update t set round = {number}")
+        boundary = int(api.cut(found.name)["number"])
+        wait_until(lambda at=boundary: read_state(found.source().store).boundary == at, what="the image moves")  # type: ignore[misc]
+        assert ask(made["dsn"], everything) == wanted
+        assert ask(made["dsn"], f"update t set pad = repeat('y', 500) where id = {number} returning round") == [(0,)]
+    assert ask(found.dsn(), "select min(round) from t") == [(6,)]
+    status = control.request("status")
+    assert (status["reloads"], status["error_count"]) == (6, 0)
+    assert ask(made["dsn"], "select count(*) from t where pad like 'y%'") == [(6,)]
+    stepped = api.step(made["name"], -1)
+    assert ask(stepped["dsn"], everything) == wanted
     api.destroy(made["name"])
 
 
