@@ -30,14 +30,15 @@ DEFAULT_PATH = ("public",)
 """The search path of a cluster that sets none, without "$user"."""
 
 
-def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, **wanted: Any) -> Json:
+def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, branch: int = 0, **wanted: Any) -> Json:
     """Transactions, newest first: {"transactions", "total", "unknown", "note"}; `limit` None: all.
 
-    `behind_lsn`: only those that ended behind it. `wanted`: as `_wanted`.
+    `behind_lsn`: only those that ended behind it. `branch`: the timeline of another branch than the current one.
+    `wanted`: as `_wanted`.
     """
 
     def look() -> Json:
-        transactions = source.transactions()
+        transactions = source.transactions(branch=branch)
         meant = replace(_wanted(source, transactions, **wanted), behind_lsn=behind_lsn)
         return _told(transactions, search.listing(transactions, meant, limit))
 
@@ -72,7 +73,7 @@ def _wanted(
 
 def find(
     source: Source, sql: str, *, newest: bool = False, database: str | None = None, limit: int = 20,
-    statements: bool = True, done: bool = False,
+    statements: bool = True, done: bool = False, branch: int = 0,
 ) -> Json:  # fmt: skip
     """Transactions that did what a statement does, largest share of a table first: as `log`.
 
@@ -81,7 +82,7 @@ def find(
     deeds = deeds_of(sql)
 
     def look() -> Json:
-        transactions = source.transactions()
+        transactions = source.transactions(branch=branch)
         found = search.find(
             transactions, deeds, _search_path(source), limit, newest=newest, database=database, done=done
         )

@@ -104,6 +104,13 @@ CLONES: Shape = {"name": str, "set": Maybe(str), "store": str, "state": re.compi
 STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "transactions_in": [END],
                "transactions_out": [END], "transactions": int}  # fmt: skip
 
+LOST: Shape = {"database": str, "schema": str, "name": str, "inserted": int, "updated": int, "deleted": int}
+IN_PLACE: Shape = {
+    **RESTORE, "set": str, "undo": str, "boundary": int, "timeline": int, "verified": bool, "down_seconds": float,
+    "lost": {"transactions": Maybe(int), "oldest": Maybe(END), "newest": Maybe(END), "tables": [LOST]},
+    "followers": [{"kind": str, "name": str, "where": str, "command": str}],
+}  # fmt: skip
+
 
 def fits(value: Any, shape: Any, where: str = "") -> list[str]:
     """Where `value` is not of that shape. More keys than named are allowed."""
@@ -353,6 +360,22 @@ def test_set_name_in_use_and_cluster_protected_twice_exit_6(protected: Protected
     assert "main" in protected.json("protect", "second", *pgdata, *words, code=6)["error"]["message"]
 
 
+def test_restore_in_place(protected: Protected) -> None:
+    protected.json("mark", "here")
+    target = ["restore", "--target-name", "here", "--in-place"]
+    assert protected.json(*target, code=6)["error"]["hint"] == "add --yes, or run it on a terminal to be asked"
+    value = protected.json(*target, "--yes")
+    assert fits(value, IN_PLACE) == []
+    assert value["verified"] is True
+    (mark,) = [each["write"] for each in protected.json("info")["marks"] if each["name"] == value["undo"]]
+    inside = ["restore", "--target-write", str(mark + 1), "--to-image", str(protected.directory / "nothing")]
+    assert "no recovery point is there" in protected.json(*inside, code=3)["error"]["message"]
+    assert protected.json("show", str(mark + 1))["holds"]["what"] == "rewind"
+    undone = protected.json("restore", "--target-name", value["undo"], "--in-place", "--yes")
+    assert fits(undone, IN_PLACE) == []
+    assert undone["timeline"] == value["timeline"] + 1
+
+
 def test_down_and_up(protected: Protected) -> None:
     value = protected.json("down")
     assert fits(value, STATUS) == []
@@ -366,7 +389,7 @@ def test_down_and_up(protected: Protected) -> None:
 def test_documented_keys_are_the_pinned_ones() -> None:
     text = (ROOT / "docs" / "json.md").read_text("utf-8")
     documented = set(re.findall(r'"(\w+)"', text))
-    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, TRANSACTION, TABLE, CLONE, CLONES, STEP):
+    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, IN_PLACE, TRANSACTION, TABLE, CLONE, CLONES, STEP):
         keys = set(shape)
         for inner in shape.values():
             keys |= set(inner) if isinstance(inner, Mapping) else set()

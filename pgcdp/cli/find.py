@@ -24,7 +24,13 @@ from pgcdp.cli import log, options, screen
 @options.store_option
 @options.output_option
 def command(
-    words: tuple[str, ...], newest: bool, database: str | None, limit: int, store: Path | None, output: str
+    words: tuple[str, ...],
+    newest: bool,
+    database: str | None,
+    limit: int,
+    branch: int,
+    store: Path | None,
+    output: str,
 ) -> None:
     """The transactions that did what a statement does, largest share of the table first.
 
@@ -40,8 +46,8 @@ def command(
         sql, name = options.last_word(words, "SQL"), None
     else:
         name, sql = options.split_set(words, "SQL")
-    value = api.find(name, sql, store, newest=newest, database=database, limit=limit)
-    where = "" if store is None else f" --store {store}"
+    value = api.find(name, sql, store, newest=newest, database=database, limit=limit, branch=branch)
+    where = ("" if store is None else f" --store {store}") + (f" --branch {branch}" if branch else "")
     screen.result(value, output, lambda told: _render(told, where))
 
 

@@ -44,6 +44,7 @@ def command(
     follow: bool,
     database: str | None,
     limit: int,
+    branch: int,
     store: Path | None,
     output: str,
 ) -> None:
@@ -56,7 +57,7 @@ def command(
 
     wanted: dict[str, Any] = {
         "table": table, "operation": operation, "xid": xid, "since_ns": since, "until_ns": until,
-        "database": database, "limit": limit,
+        "database": database, "limit": limit, "branch": branch,
     }  # fmt: skip
     name = options.pick_set_or_store(set_name, store)
     if not follow:

@@ -78,8 +78,15 @@ def output_option(function: F) -> F:
 
 
 def search_options(function: F) -> F:
-    """--limit and --database, for commands that list transactions."""
+    """--limit, --database and --branch, for commands that list transactions."""
     for option in (
+        click.option(
+            "--branch",
+            type=click.IntRange(1),
+            default=0,
+            metavar="TIMELINE",
+            help="Those on the branch of this timeline, which a rewind in place has left.",
+        ),
         click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many to show."),
         click.option("--database", metavar="D", help="Only tables of this database."),
     ):

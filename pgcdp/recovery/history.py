@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,9 @@ class Transactions:
 
     def on(self, branch: list[Stretch]) -> Transactions:
         """The same, but only what lies on this branch (without: on the current one)."""
-        found = Transactions(self.store, self.journal, self.upto, self.rewinds)
-        found.tail = self.tail
+        found = copy(self)  # with what was read already
         found._asked = branch
+        found.commits = cache(found._commits)
         return found
 
     def everywhere(self) -> Transactions:

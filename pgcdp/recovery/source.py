@@ -163,10 +163,14 @@ class Source:
                 raise
             return point
 
-    def transactions(self, upto: int | None = None) -> Transactions:
-        """The transactions up to a write (None: the newest one); call what reads them `again`."""
+    def transactions(self, upto: int | None = None, branch: int = 0) -> Transactions:
+        """The transactions up to a write (None: the newest one); call what reads them `again`.
+
+        Those of the current branch, or of that of timeline `branch`. Raises TargetError when there is none.
+        """
         journal = self.journal.directory if self.journal is not None else None
-        return Transactions(self.store, journal, self.durable_write if upto is None else upto, self._rewinds)
+        found = Transactions(self.store, journal, self.durable_write if upto is None else upto, self._rewinds)
+        return found.on(self.branch(branch)) if branch else found
 
     def _refuse_other_branches(self, target: Target) -> None:
         """Raises TargetError when what is not on the current branch is on others, which can be chosen."""
@@ -201,11 +205,9 @@ class Source:
     def _with_history(self, target: Target, listing: Listing, tail: bool) -> Listing:
         if target.kind not in ("xid", "lsn", "time", "name"):
             return listing
-        transactions = self.transactions(listing.newest_write)
+        transactions = self.transactions(listing.newest_write, target.branch)
         if target.kind == "name":
             transactions = transactions.everywhere()
-        elif target.branch:
-            transactions = transactions.on(self.branch(target.branch))
         history = transactions.history()
         if not tail:
             history = replace(history, numbers=[number for number in history.numbers if number is not None])

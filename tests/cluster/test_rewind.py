@@ -189,6 +189,9 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     with pytest.raises(TargetError, match=f"transaction {left[2]} is not on the current branch") as caught:
         found.source().resolve(Target("xid", left[2]))
     assert "--branch 1" in str(caught.value.hint)
+    there = api.log(found.name, table="words", operation="insert", branch=1)["transactions"]
+    assert [each["xid"] for each in there] == [*reversed(left), first]
+    assert len(api.find(found.name, "insert into words values ('x')", branch=1)["transactions"]) == 4
     with pytest.raises(TargetError, match="no branch with timeline 9"):
         found.source().resolve(Target("xid", left[2], branch=9))
     back = rewind(found, Target("xid", left[1], branch=1))
