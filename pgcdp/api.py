@@ -185,7 +185,7 @@ def marks(source: Source) -> list[Json]:
     """Marks and restore points, newest first: {"name", "kind", "write", "lsn"}."""
 
     def look() -> list[Json]:
-        found = instant.marks(source.transactions().history())
+        found = instant.marks(source.transactions().everywhere().history())
         return [
             {
                 "name": each.event["name"],

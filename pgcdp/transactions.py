@@ -224,7 +224,7 @@ def wal_in(source: Source, write: int, interval: int | None) -> Json:
     """What WAL a write completed: {"wal": {"from_lsn", "to_lsn"}, "transactions": [...]}, empty when none."""
 
     def look() -> Json:
-        history = source.transactions().history()
+        history = source.transactions().everywhere().history()
         if interval in history.unknown:
             return {}
         commits = history.commits(interval)

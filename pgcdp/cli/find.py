@@ -28,7 +28,7 @@ def command(
     newest: bool,
     database: str | None,
     limit: int,
-    branch: int,
+    branch: int | None,
     store: Path | None,
     output: str,
 ) -> None:
@@ -46,7 +46,7 @@ def command(
         sql, name = options.last_word(words, "SQL"), None
     else:
         name, sql = options.split_set(words, "SQL")
-    value = api.find(name, sql, store, newest=newest, database=database, limit=limit, branch=branch)
+    value = api.find(name, sql, store, newest=newest, database=database, limit=limit, branch=branch or 0)
     where = ("" if store is None else f" --store {store}") + (f" --branch {branch}" if branch else "")
     screen.result(value, output, lambda told: _render(told, where))
 

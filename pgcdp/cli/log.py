@@ -44,7 +44,7 @@ def command(
     follow: bool,
     database: str | None,
     limit: int,
-    branch: int,
+    branch: int | None,
     store: Path | None,
     output: str,
 ) -> None:
@@ -57,7 +57,7 @@ def command(
 
     wanted: dict[str, Any] = {
         "table": table, "operation": operation, "xid": xid, "since_ns": since, "until_ns": until,
-        "database": database, "limit": limit, "branch": branch,
+        "database": database, "limit": limit, "branch": branch or 0,
     }  # fmt: skip
     name = options.pick_set_or_store(set_name, store)
     if not follow:

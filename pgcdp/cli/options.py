@@ -83,7 +83,6 @@ def search_options(function: F) -> F:
         click.option(
             "--branch",
             type=click.IntRange(1),
-            default=0,
             metavar="TIMELINE",
             help="Those on the branch of this timeline, which a rewind in place has left.",
         ),
