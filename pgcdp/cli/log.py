@@ -96,8 +96,6 @@ def render(value: Mapping[str, Any]) -> None:
 
 def candidates(failure: TargetError) -> list[str]:
     """The lines of what an error names to choose from."""
-    if not failure.candidates:
-        return []
     lines = screen.aligned(COLUMNS, [row for told in failure.candidates for row in _rows(told)])
     return [*lines, f"and {failure.more} more, which pgcdp find lists"] if failure.more > 0 else lines
 
