@@ -98,7 +98,7 @@ class Start:
         if begin is None:
             return replace(head, notes=[*head.notes, *(note for note in found.notes if note.rmid == Manager.MARK)])
         found = read_wal(self.cluster, intervals, start_lsn=begin, behind=last, upto=upto, **more)
-        return replace(found, notes=[*head.notes, *found.notes])
+        return replace(found, notes=[*head.notes, *found.notes], left_out=head.left_out + found.left_out)
 
     def past_of(self, rewinds: Sequence[Rewind]) -> Past:
         """What is known of the catalogs behind the boundary; after a rewind, as they were where it went to."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +135,9 @@ def rewinds_of(opened: OpenInterval) -> list[Rewind]:
     """Rewinds in place that an interval holds before it is published."""
     index = opened.index()
     places = index["position"], index["data_length"]
-    with opened.reader() as data:
-        return pair(said_in(index, lambda row: data.read(*(int(column[row]) for column in places))))
+    with ExitStack() as stack:
+        data = cache(lambda: stack.enter_context(opened.reader()))  # hardly any interval has one
+        return pair(said_in(index, lambda row: data().read(*(int(column[row]) for column in places))))
 
 
 class Bundle:
