@@ -43,6 +43,10 @@ class Side:
         command = [str(BIN / "psql"), "-h", str(self.root), "-p", str(self.port), "-qAtc", statement, "postgres"]
         return run(command, "postgres").strip()
 
+    def configure_more(self, lines: str) -> None:
+        """Further settings, before it is made."""
+        self._settings += lines
+
     def configure(self) -> None:
         """Append the settings of the measurement and start anew with them."""
         with (self.pgdata / "postgresql.conf").open("a") as conf:

@@ -1,4 +1,4 @@
-"""All of pgcdp on a throw-away cluster: load, a bad DELETE, more load, and restores around it that are proven right.
+"""All of pgcdp on a throw-away cluster: load, a bad DELETE, more load, and ways back around it that are proven right.
 
 Everything lies in one fresh directory below /var/tmp: the cluster, the store, and what is otherwise below /
 (PGCDP_ROOT). Afterwards, also after an error or Ctrl-C, nothing of it is left, unless it is to be kept.
@@ -118,6 +118,8 @@ def run(*, keep: bool, progress: Report) -> dict[str, Any]:
             _protect(demo)
             points = _make_the_mistake(demo)
             _prove(demo, points)
+            _step_through(demo)
+            _rewind_and_undo(demo, points)
             captured = _captured()
         finally:
             _end_load(demo)
@@ -258,16 +260,7 @@ def _bring_back(demo: _Demo, points: _Points) -> None:
         finally:
             cluster.stop(place)
         told["detail"] = f"{paid} paid orders are in it, the first {row}"
-    demo.restores.append(
-        {
-            "name": "exactly before the mistake, in a directory",
-            "paid_orders": paid,
-            "recovery_point": value["recovery_point"],
-            "ok": paid == PAID,
-            "seconds": value["seconds"],
-            "checks": [],
-        }
-    )
+    _remember(demo, "exactly before the mistake, in a directory", value, paid, PAID)
     with demo.step("putting the rows back into the live table: salvage --diff --apply") as told:
         target = Target("xid", points.xid, exclusive=True)
         value = api.salvage(SET, target, Wanted(("orders",)), diff=True, agree=lambda difference: None)
@@ -277,12 +270,59 @@ def _bring_back(demo: _Demo, points: _Points) -> None:
             f"{table['put_back']['inserted']} rows put back, {table['difference']['added']} newer ones kept, "
             f"{paid} paid orders in production"
         )
+    whole = table["put_back"] == {"inserted": PAID, "updated": 0}
+    _remember(demo, "the rows of the mistake, back in production", value, paid, PAID if whole else -1)
+
+
+def _step_through(demo: _Demo) -> None:
+    """A clone opens in place, whatever the size; one commit onward, the rows are gone from it."""
+    name = "before-mistake"
+    with demo.step(f'a clone just before it: pgcdp clone --before "{BAD_STATEMENT}"') as told:
+        made = api.clone(SET, Target("newest"), before=BAD_STATEMENT, name=name)
+        paid = _paid_in(made["dsn"])
+        told["detail"] = f"a running Postgres after {made['seconds']:.1f} s, with {paid} paid orders"
+    _remember(demo, "a clone just before the mistake", made, paid, PAID)
+    with demo.step(f"one commit onward: pgcdp step {name} 1 --commit") as told:
+        stepped = api.step(name, 1, commits=True)
+        paid = _paid_in(stepped["dsn"])
+        xids = ", ".join(str(each["xid"]) for each in stepped["transactions_in"])
+        told["detail"] = f"{stepped['writes_passed']} writes, transaction {xids} came in, {paid} paid orders are left"
+    _remember(demo, "the same clone, one commit onward", stepped, paid, 0)
+    api.destroy(name)
+
+
+def _rewind_and_undo(demo: _Demo, points: _Points) -> None:
+    """Production itself goes back, and forth again: nothing is lost by it."""
+    new = demo.orders("new")
+    with demo.step("rewinding production itself to just before it: restore --in-place") as told:
+        value = api.rewind(SET, Target("xid", points.xid, exclusive=True), agree=lambda resolved: None)
+        paid = demo.orders("paid")
+        told["detail"] = (
+            f"{value['bytes'] >> 20} MiB written back, down for {value['down_seconds']:.1f} s, {paid} paid and "
+            f"{demo.orders('new')} new orders"
+        )
+    _remember(demo, "production, rewound to just before the mistake", value, paid, PAID)
+    with demo.step(f"undoing that: restore --in-place --target-name {value['undo']}") as told:
+        undone = api.rewind(SET, Target("name", name=value["undo"]), agree=lambda resolved: None)
+        again = demo.orders("new")
+        told["detail"] = f"{demo.orders('paid')} paid and {again} new orders, as before"
+    _remember(demo, "production, as before the rewind", undone, demo.orders("paid"), PAID if again == new else -1)
+
+
+def _paid_in(dsn: str) -> int:
+    with session.connect_to(dsn) as connection:
+        rows = session.query(connection, "SELECT count(*) FROM orders WHERE status = 'paid'").rows
+    return int(rows[0][0]) if rows else -1
+
+
+def _remember(demo: _Demo, name: str, value: dict[str, Any], paid: int, expected: int) -> None:
+    ok = paid == expected and value.get("verified", True)
     demo.restores.append(
         {
-            "name": "the rows of the mistake, back in production",
+            "name": name,
             "paid_orders": paid,
             "recovery_point": value["recovery_point"],
-            "ok": paid == PAID and table["put_back"] == {"inserted": PAID, "updated": 0},
+            "ok": ok,
             "seconds": value["seconds"],
             "checks": [],
         }
@@ -384,6 +424,9 @@ def _remove(demo: _Demo) -> None:
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
     try:
+        with suppress(PgcdpError):
+            for each in api.clones()["clones"]:
+                api.destroy(each["name"])
         if SET in config.list_sets():
             settings = config.load_config(SET)
             try:

@@ -77,13 +77,20 @@ def test_demo_proves_its_restores_and_leaves_nothing(private_tmp: PrivateTmp) ->
         (True, 0),
         (True, 1000),
         (True, 1000),
+        (True, 1000),
+        (True, 0),
+        (True, 1000),
+        (True, 1000),
     ]
     assert value["captured"]["writes"] > 1000
     assert value["captured"]["intervals"] >= 2
     private_tmp.assert_empty()
 
 
-@pytest.mark.parametrize("step", ["making a cluster", "protecting it", "load:", "verifying exactly"])
+@pytest.mark.parametrize(
+    "step",
+    ["making a cluster", "protecting it", "load:", "verifying exactly", "one commit onward", "rewinding production"],
+)
 def test_interrupted_demo_leaves_nothing(private_tmp: PrivateTmp, step: str) -> None:
     process = private_tmp.start('exec "$@" demo')
     assert process.stderr is not None

@@ -20,8 +20,9 @@ def command(keep: bool, output: str) -> int:
     """All of it on a throw-away cluster, in about a minute.
 
     Makes a cluster in a directory of its own below /var/tmp, protects it, loads it, deletes rows by mistake, goes on
-    loading, and then restores to a boundary and to single writes before and after the mistake, starting Postgres on
-    each to prove it. Leaves nothing behind.
+    loading. Then it finds the mistake, proves points around it by starting Postgres on them, restores, puts the rows
+    back, opens a clone and steps it through the mistake, rewinds the cluster in place and undoes that. Leaves nothing
+    behind.
     """
     from pgcdp import demo
 

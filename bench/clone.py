@@ -1,0 +1,224 @@
+"""From the command to the first answered query: a clone, beside a restore with pgbackrest to the same moment.
+
+Each database is filled with what does not compress, in a volume as large as it needs, and works (8 clients, default
+checkpoint settings) while clones of it are made. Before each, the page cache is dropped. What Postgres itself needs to
+start and to replay is told apart: it is little at a boundary that pgcdp cut, else the WAL since the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.clusters import BIN, Protected
+from bench.machine import description, run
+from bench.rewind import BULK, ROWS_PER_GB
+
+ROUNDS = 5
+BACK = 40
+"""How many intervals before the newest one lies a point that is far back."""
+PGBACKREST = """[global]
+repo1-path={root}/repo
+log-path={root}/log
+lock-path={root}/lock
+spool-path={root}/spool
+start-fast=y
+compress-type=zst
+process-max=2
+log-level-console=off
+log-level-file=off
+[bench]
+pg1-path={pgdata}
+pg1-socket-path={root}
+pg1-port={port}
+"""
+
+
+def drop_caches() -> None:
+    """Nothing of the store is in memory."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def clone_at(side: Protected, *target: str) -> dict[str, float]:
+    """One clone: seconds to the first answer, and of them those of Postgres's own start and replay."""
+    drop_caches()
+    began = time.monotonic()
+    made = side.pgcdp("clone", "bench", *target)
+    run([str(BIN / "psql"), "-qAtc", "select count(*) from pgbench_branches", made["dsn"]], "root")
+    took = time.monotonic() - began
+    side.pgcdp("destroy", made["name"])
+    return {"seconds": took, "recovery_seconds": made["recovery"]["seconds"]}
+
+
+def median_of(measure: Callable[[], dict[str, float]], rounds: int) -> dict[str, float]:
+    """The medians of several rounds."""
+    found = [measure() for _ in range(rounds)]
+    return {key: round(statistics.median(each[key] for each in found), 3) for key in found[0]}
+
+
+def working(side: Protected, stack: ExitStack) -> None:
+    """8 clients until the end of the stack."""
+    command = [str(BIN / "pgbench"), "-h", str(side.root), "-p", str(side.port), "-n", "-c", "8", "-T", "36000"]
+    load = subprocess.Popen(
+        [*command, "postgres"], user="postgres", cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    stack.callback(load.wait)
+    stack.callback(load.terminate)
+
+
+def clones(side: Protected, rounds: int, back: int) -> dict[str, Any]:
+    """All kinds of points, under load."""
+    found: dict[str, Any] = {}
+    chooser = random.Random(1)
+    with ExitStack() as stack:
+        working(side, stack)
+        for _ in range(back + 1):
+            side.pgcdp("cut", "bench")
+        side.sql("select pg_sleep(30)")
+
+        def newest() -> dict[str, float]:
+            number = side.pgcdp("cut", "bench")["number"]
+            return clone_at(side, "--target-boundary", str(number))
+
+        def middle() -> dict[str, float]:
+            last = side.pgcdp("info", "bench")["intervals"][-1]
+            return clone_at(side, "--target-write", str(chooser.randrange(last["from_write"], last["to_write"])))
+
+        found["boundary"] = median_of(newest, rounds)
+        number = side.pgcdp("info", "bench")["intervals"][-1]["number"] - back
+        found[f"boundary_{back}_back"] = median_of(lambda: clone_at(side, "--target-boundary", str(number)), rounds)
+        found["mid_interval"] = median_of(middle, rounds)
+        found["newest_write"] = median_of(lambda: clone_at(side), rounds)
+    return found
+
+
+class PgBackRest:
+    """A repository on the same disk, with a full backup of the protected cluster and its WAL."""
+
+    def __init__(self, side: Protected) -> None:
+        self.side = side
+        self.place = side.root / "pgbackrest"
+        for name in ("", "repo", "log", "lock", "spool"):
+            (self.place / name).mkdir(mode=0o700)
+            shutil.chown(self.place / name, "postgres", "postgres")
+        self.config = self.place / "pgbackrest.conf"
+        text = PGBACKREST.format(root=self.place, pgdata=side.pgdata, port=side.port)
+        self.config.write_text(text.replace(f"pg1-socket-path={self.place}", f"pg1-socket-path={side.root}"))
+        self.config.chmod(0o644)
+
+    def run(self, *words: str) -> None:
+        """One of its commands, as the cluster's owner."""
+        run(["pgbackrest", f"--config={self.config}", "--stanza=bench", *words], "postgres")
+
+    def back_up(self) -> None:
+        """From now on WAL is archived, and there is a full backup."""
+        push = f"pgbackrest --config={self.config} --stanza=bench archive-push %p"
+        self.side.sql(f"alter system set archive_command = '{push}'")
+        self.side.sql("select pg_reload_conf()")
+        self.run("stanza-create")
+        self.run("backup", "--type=full")
+
+    def restore(self, moment: str, place: Path, *more: str) -> float:
+        """Seconds until the first answer at that moment."""
+        drop_caches()
+        began = time.monotonic()
+        self.run(
+            "restore", f"--pg1-path={place}", "--type=time", f"--target={moment}", "--target-action=promote", *more
+        )
+        sockets = place.parent
+        options = f"-c port=5799 -c unix_socket_directories={sockets} -c archive_mode=off -c listen_addresses="
+        run(
+            [str(BIN / "pg_ctl"), "-w", "-t", "3600", "-D", str(place), "-l", "/dev/null", "-o", options, "start"],
+            "postgres",
+        )
+        psql = [str(BIN / "psql"), "-h", str(sockets), "-p", "5799", "-qAtc"]
+        run([*psql, "select count(*) from pgbench_branches", "postgres"], "postgres")
+        took = time.monotonic() - began
+        run([str(BIN / "pg_ctl"), "-w", "-D", str(place), "-m", "immediate", "stop"], "postgres")
+        return round(took, 3)
+
+
+def beside(side: Protected, peer: PgBackRest) -> dict[str, float]:
+    """pgbackrest to a moment just behind a boundary: into an empty directory, and as a delta over that."""
+    side.pgcdp("cut", "bench")
+    moment = side.sql("select clock_timestamp()")
+    side.pgbench("-n", "-c", "8", "-t", "200")
+    side.sql("select pg_switch_wal()")
+    place = peer.place / "restored"
+    place.mkdir(mode=0o700)
+    shutil.chown(place, "postgres", "postgres")
+    full = peer.restore(moment, place)
+    return {"full": full, "delta": peer.restore(moment, place, "--delta")}
+
+
+def measure(gb: float, rounds: int, back: int, pgbackrest: bool, root: Path) -> dict[str, Any]:
+    """One size, on a cluster made for it."""
+    options = {"shared_buffers": "512MB", "checkpoint_timeout": "5min"}
+    side = Protected(root, f"protected{gb:g}", 5714, options)
+    try:
+        side.configure_more("archive_mode = on\narchive_command = '/bin/true'\nmax_wal_size = 1GB\n")
+        side.create(int((gb * 1.3 + 3) * (1 << 30)), "ext4", "2G")
+        for statement in BULK.format(rows=int(ROWS_PER_GB * gb)).split(";\n"):
+            side.sql(statement)
+        side.pgbench("-i", "-q", "-s", "20")
+        side.pgcdp("cut", "bench")
+        found: dict[str, Any] = {}
+        if pgbackrest:
+            peer = PgBackRest(side)
+            peer.back_up()
+            found["pgbackrest"] = beside(side, peer)
+        return {**clones(side, rounds, back), **found}
+    finally:
+        side.destroy()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="script/bench clone", description=__doc__.splitlines()[0])
+    parser.add_argument("--gb", default="1,4,16", help="sizes of the database")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often each point is opened")
+    parser.add_argument("--back", type=int, default=BACK, help="intervals between the far point and the newest")
+    parser.add_argument("--no-pgbackrest", action="store_true", help="without the other side")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    sizes: dict[str, Any] = {}
+    for gb in map(float, arguments.gb.split(",")):
+        root = Path(tempfile.mkdtemp(prefix="pgcdp-bench-", dir="/var/tmp"))
+        root.chmod(0o755)
+        shutil.chown(root, "postgres", "postgres")
+        try:
+            sizes[f"{gb:g}"] = measure(gb, arguments.rounds, arguments.back, not arguments.no_pgbackrest, root)
+        finally:
+            mounts = ["findmnt", "-rn", "-o", "TARGET", "--submounts", str(root)]
+            if not subprocess.run(mounts, capture_output=True, check=False).stdout:
+                shutil.rmtree(root)
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": description(),
+        "boundary_seconds": {gb: found["boundary"]["seconds"] for gb, found in sizes.items()},
+        "mid_interval": {gb: found["mid_interval"] for gb, found in sizes.items()},
+        "pgbackrest": {gb: found.get("pgbackrest") for gb, found in sizes.items()},
+        "by_gb": sizes,
+    }
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:24} {value}")
+
+
+if __name__ == "__main__":
+    main()
