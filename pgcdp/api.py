@@ -463,9 +463,18 @@ def restore(
 
 
 def rewind(
-    set_name: str, target: Target, *, before: str | None = None, agree: Announce, progress: Report = silent
+    set_name: str,
+    target: Target,
+    *,
+    before: str | None = None,
+    agree: Announce,
+    prove: bool = True,
+    progress: Report = silent,
 ) -> Json:
-    """Bring production itself back to the target, in place. `agree` is told what that costs, and raises to stop it."""
+    """Bring production itself back to the target, in place. `agree` is told what that costs, and raises to stop it.
+
+    With `prove` the boundary behind it is verified at the end ("verified"; else `null`).
+    """
     started = time.monotonic()
     config = load_config(set_name)
     source = open_source(set_name, None)
@@ -476,7 +485,7 @@ def rewind(
     agree(resolved)
     done, down = rewinding.rewind(config, point, scratch_place(source), progress)
     boundary = cut(set_name)
-    proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress)
+    proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress) if prove else {"ok": None}
     result: Json = {
         **resolved,
         "set": set_name,

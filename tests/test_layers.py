@@ -44,6 +44,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.api": 7,
     "pgcdp.demo": 7,
     "pgcdp.cli.*": 8,
+    "pgcdp.pytest_plugin": 8,
     "pgcdp.__main__": 8,
 }
 """Floor of each room; "x.*" is a folder, itself included."""
