@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pgcdp import cloning, doctor, rewinding, salvaging, service, transactions
+from pgcdp import cloning, doctor, rewinding, salvaging, service, transactions, verifying
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -27,7 +27,6 @@ from pgcdp.opening import (
     binaries_of,
     engine_status,
     open_source,
-    point_json,
     point_of,
     production_places,
     remember,
@@ -42,10 +41,8 @@ from pgcdp.records import REWIND_BEGIN, Interval, Kind, RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import instant
 from pgcdp.recovery import restore as writing
-from pgcdp.recovery import verify as proving
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
 from pgcdp.recovery.salvage import Wanted
-from pgcdp.recovery.scratch import mounted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.bundle import Bundle
@@ -520,34 +517,34 @@ def verify(
     progress: Report = silent,
 ) -> Json:
     """Start Postgres on the recovery point in a sandbox and run all checks."""
-    started = time.monotonic()
     source = open_source(set_name, store)
     point = point_of(source, target, before)
     if announce is not None:
         announce(between(source, point))
-    settings = source.settings(point)
-    binaries = binaries_of(source, set_name)
-    with mounted(source, point, scratch_place(source), progress) as pgdata:
-        progress(Progress("starting postgres on it"))
-        checks = proving.verify_directory(
-            pgdata,
-            settings,
-            parent=pgdata.parent,
-            sql=sql_file,
-            checks=proving.own_checks(),
-            binaries=binaries,
-            hide=production_places(source, set_name),
-            report=lambda check: progress(Progress(f"{check.name}: {'ok' if check.ok else 'FAILED'}")),
-        )
-    result: Json = {
-        "recovery_point": point_json(point),
-        "ok": all(check.ok for check in checks),
-        "seconds": round(time.monotonic() - started, 3),
-        "checks": [asdict(replace(check, seconds=round(check.seconds, 3))) for check in checks],
-    }
-    if store is None:
-        remember(source, "verification", {**result, "interval": point.interval})
+    result = verifying.prove(source, set_name, point, sql_file, progress)
     return {"ok": result["ok"], "results": [result]}
+
+
+def verify_sample(
+    set_name: str | None,
+    count: int,
+    *,
+    sql_file: Path | None = None,
+    store: Path | None = None,
+    progress: Report = silent,
+) -> Json:
+    """The same for `count` writes chosen at random."""
+    source = open_source(set_name, store)
+    results = []
+    for point in verifying.at_random(source, count):
+        progress(Progress(f"write {point.write}"))
+        results.append(verifying.prove(open_source(set_name, store), set_name, point, sql_file, progress))
+    return {"ok": all(result["ok"] for result in results), "results": results}
+
+
+def verify_boundaries(set_name: str, *, sql_file: Path | None = None, progress: Report = silent) -> Iterator[Json]:
+    """The newest boundary, then each one as it is cut, without end: elements of "results"."""
+    return verifying.each_boundary(set_name, sql_file, progress)
 
 
 def clone(set_name: str | None, target: Target, **how: Any) -> Json:

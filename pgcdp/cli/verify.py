@@ -10,7 +10,7 @@ import click
 
 from pgcdp.cli import options, screen
 from pgcdp.cli.restore import announce, point
-from pgcdp.errors import VerificationFailed
+from pgcdp.errors import UsageError, VerificationFailed
 from pgcdp.units import format_duration
 
 
@@ -18,6 +18,8 @@ from pgcdp.units import format_duration
     epilog=options.examples(
         "pgcdp verify",
         "pgcdp verify main --target-boundary 12 --sql /etc/pgcdp/assertions.sql",
+        "pgcdp verify --sample 10",
+        "pgcdp verify --every-boundary",
         "pgcdp verify --store /backup/main --target-write 48213 --output json",
     )
 )
@@ -30,11 +32,19 @@ from pgcdp.units import format_duration
     metavar="FILE",
     help="Assertions of your own: a query passes when it returns no row, or a single true.",
 )
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="N writes chosen at random, instead of a target.")
+@click.option(
+    "--every-boundary",
+    is_flag=True,
+    help="The newest boundary, then each one as it is cut, until Ctrl-C, giving way to all other work.",
+)
 @options.store_option
 @options.output_option
 def command(
     set_name: str | None,
     sql_file: Path | None,
+    sample: int | None,
+    every_boundary: bool,
     store: Path | None,
     output: str,
     **given: Any,
@@ -43,12 +53,25 @@ def command(
 
     It is opened in place, not copied, and Postgres started on it: crash recovery, page checksums where the cluster has
     them, pg_amcheck on every index, and your own assertions. Nothing outside the scratch place is touched. Without a
-    target it is the newest write. Exit code 4 when a check fails.
+    target it is the newest write. Exit code 4 when a check fails. With --every-boundary and --output json, one object a
+    line; pgcdp info shows which intervals were proven.
     """
     from pgcdp import api
 
     target, before = options.pick_target(given)
     name = options.pick_set_or_store(set_name, store)
+    several = (target.kind != "newest" or before is not None) + (sample is not None) + every_boundary
+    if several > 1:
+        raise UsageError("give one target, --sample or --every-boundary", "without any it is the newest write")
+    if every_boundary:
+        if name is None:
+            raise UsageError("--every-boundary needs a set: nothing is cut in a store alone", "name the set")
+        return _each(name, sql_file, output)
+    if sample is not None:
+        with screen.progress(output) as progress:
+            value = api.verify_sample(name, sample, sql_file=sql_file, store=store, progress=progress)
+        screen.result(value, output, _render)
+        return 0 if value["ok"] else VerificationFailed.exit_code
     with screen.progress(output) as progress:
         value = api.verify(
             name,
@@ -61,6 +84,18 @@ def command(
         )
     screen.result(value, output, _render)
     return 0 if value["ok"] else VerificationFailed.exit_code
+
+
+def _each(name: str, sql_file: Path | None, output: str) -> int:
+    """Until it is interrupted, or a boundary is not right."""
+    from pgcdp import api
+
+    with screen.progress(output) as progress:
+        for result in api.verify_boundaries(name, sql_file=sql_file, progress=progress):
+            screen.result(result, output, lambda value: _render({"results": [value]}))
+            if not result["ok"]:
+                return VerificationFailed.exit_code
+    return 0
 
 
 def _render(value: Mapping[str, Any]) -> None:

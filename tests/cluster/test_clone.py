@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcdp import api
+from pgcdp import api, service
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineClient
 from pgcdp.errors import PreconditionError, TargetError, UsageError
@@ -207,13 +207,11 @@ def test_productions_own_rules_hold_at_the_port(make_set: MakeSet, binaries_of: 
     wait_until(
         lambda: found.sql("select count(*) from pg_hba_file_rules where error is null") == [(3,)], what="the rules"
     )
-    wait_until(lambda: "hba" in found.source().newest_settings(), what="settings")
-
-    def kept() -> bool:
-        api.cut(found.name)
-        return len(found.source().newest_settings()["hba"]) == 2
-
-    wait_until(kept, timeout=120, interval=1.0, what="the agent has seen the rules")
+    service.stop(found.config)  # the next agent asks for the settings at once
+    api.up(found.name)
+    found.wait_following()
+    api.cut(found.name)
+    wait_until(lambda: len(found.source().newest_settings()["hba"]) == 2, what="the agent has seen the rules")
     made = api.clone(found.name, Target("newest"), access=Access(port=0))
     dsn = made["dsn"].replace("user=postgres", "user=app")
     with pytest.raises(psycopg.OperationalError, match="password"):

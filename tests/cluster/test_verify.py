@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pgcdp import api
 from pgcdp.errors import UsageError
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Check
 from pgcdp.recovery import sandbox, verify
 from tests.fix_postgres import BindirOf, Live, MakeCluster
+from tests.fix_sets import MakeSet
 
 CHECKS = sorted((Path(__file__).resolve().parents[2] / "sql" / "checks").glob("*.sql"))
 
@@ -181,3 +186,30 @@ def test_a_recovery_that_fails_is_a_failed_check(pg15: Binaries, make_cluster: M
     (check,) = verify.verify_directory(copy, live.settings(), parent=place)
     assert (check.name, check.ok) == ("recovery", False)
     assert "pg_xact" in check.detail
+
+
+def test_writes_at_random_and_each_boundary_are_proven(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings={"autovacuum": "off"})
+    with found.connect() as session:
+        session.execute("create table t as select n as id from generate_series(1, 1000) n")
+        api.cut(found.name)
+        session.execute("insert into t select n from generate_series(1, 1000) n")
+    told = api.verify_sample(found.name, 3)
+    assert told["ok"]
+    writes = [each["recovery_point"]["write"] for each in told["results"]]
+    assert len(set(writes)) == 3
+    assert writes == sorted(writes)
+    command = [sys.executable, "-P", "-m", "pgcdp", "verify", "--every-boundary", "--output", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+    assert process.stdout is not None
+    try:
+        boundaries = [json.loads(process.stdout.readline())["recovery_point"]["boundary"]]
+        for _ in range(2):
+            api.cut(found.name)
+        boundaries += [json.loads(process.stdout.readline())["recovery_point"]["boundary"] for _ in range(2)]
+    finally:
+        process.terminate()
+        assert process.wait(60) == 143
+        process.stdout.close()
+    assert boundaries == [1, 2, 3]
+    assert all(each["verified"]["ok"] for each in api.info(found.name)["intervals"])

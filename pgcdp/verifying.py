@@ -1,0 +1,92 @@
+"""Prove recovery points: one, some at random, or each boundary as it is cut."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pgcdp.background import give_way
+from pgcdp.errors import TargetError
+from pgcdp.opening import binaries_of, open_source, point_json, production_places, remember, scratch_place
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery import verify as proving
+from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.source import Source
+
+Json = dict[str, Any]
+
+LOOK_SECONDS = 1.0
+"""How often a new boundary is looked for."""
+
+
+def prove(
+    source: Source,
+    set_name: str | None,
+    point: RecoveryPoint,
+    sql_file: Path | None = None,
+    progress: Report = silent,
+) -> Json:
+    """Start Postgres on the point in a sandbox and run all checks: an element of "results" of `verify`.
+
+    It is remembered with the set's store, unless the source is a store alone.
+    """
+    started = time.monotonic()
+    settings = source.settings(point)
+    binaries = binaries_of(source, set_name)
+    with mounted(source, point, scratch_place(source), progress) as pgdata:
+        progress(Progress("starting postgres on it"))
+        checks = proving.verify_directory(
+            pgdata,
+            settings,
+            parent=pgdata.parent,
+            sql=sql_file,
+            checks=proving.own_checks(),
+            binaries=binaries,
+            hide=production_places(source, set_name),
+            report=lambda check: progress(Progress(f"{check.name}: {'ok' if check.ok else 'FAILED'}")),
+        )
+    result: Json = {
+        "recovery_point": point_json(point),
+        "ok": all(check.ok for check in checks),
+        "seconds": round(time.monotonic() - started, 3),
+        "checks": [asdict(replace(check, seconds=round(check.seconds, 3))) for check in checks],
+    }
+    if set_name is not None:
+        remember(source, "verification", {**result, "interval": point.interval})
+    return result
+
+
+def at_random(source: Source, count: int) -> list[RecoveryPoint]:
+    """`count` writes of the recovery window, in order. Those inside of a rewind in place are no points."""
+    first, last = source.window()
+    chosen: dict[int, RecoveryPoint] = {}
+    wanted = min(count, last.write - first.write + 1)
+    for _ in range(100 * wanted):
+        write = random.randint(first.write, last.write)
+        try:
+            chosen[write] = source.resolve(Target("write", write))
+        except TargetError:
+            continue
+        if len(chosen) == wanted:
+            break
+    return [chosen[write] for write in sorted(chosen)]
+
+
+def each_boundary(set_name: str, sql_file: Path | None = None, progress: Report = silent) -> Iterator[Json]:
+    """Prove the newest boundary, then each that is cut from now on, without end and giving way to all other work."""
+    give_way()
+    done = max(open_source(set_name, None).store.interval_numbers(), default=0) - 1
+    while True:
+        source = open_source(set_name, None)
+        behind = [number for number in source.store.interval_numbers() if number > done]
+        if not behind:
+            time.sleep(LOOK_SECONDS)
+        for number in behind:
+            source = open_source(set_name, None)
+            yield prove(source, set_name, source.resolve(Target("boundary", number)), sql_file, progress)
+            done = number
