@@ -39,9 +39,13 @@ def _render(value: Mapping[str, Any]) -> None:
         ["step", "took", ""], [[step["name"], format_duration(step["seconds"]), step["detail"]] for step in steps]
     )
     screen.text()
-    for restore in value["restores"]:
-        verdict = "proven" if restore["ok"] else "FAILED"
-        screen.text(f"{verdict}: {point(restore)}: {restore['paid_orders']} paid orders")
+    screen.table(
+        ["proven", "", "paid orders", "recovery point"],
+        [
+            ["ok" if each["ok"] else "FAILED", each["name"], str(each["paid_orders"]), point(each)]
+            for each in value["restores"]
+        ],
+    )
     captured = value["captured"]
     screen.text()
     screen.text(
