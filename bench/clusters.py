@@ -116,7 +116,7 @@ class Protected(Side):
         """Run pgcdp; its JSON."""
         environment = {**os.environ, "PGCDP_ROOT": str(self.root / "state")}
         done = subprocess.run(
-            [sys.executable, "-m", "pgcdp", *words, "--output", "json"],
+            [sys.executable, "-P", "-m", "pgcdp", *words, "--output", "json"],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:

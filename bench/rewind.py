@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ def measure(gb: float, seconds: int, root: Path) -> dict[str, Any]:
     options = {"shared_buffers": "512MB", "checkpoint_timeout": "5min"}
     side = Protected(root, f"protected{gb:g}", 5713, options)
     try:
-        side.create(int((gb * 1.3 + 4) * (1 << 30)), "ext4", "2G")
+        side.create(math.ceil(gb * 1.3 + 4) << 30, "ext4", "2G")
         for statement in BULK.format(rows=int(ROWS_PER_GB * gb)).split(";\n"):
             side.sql(statement)
         side.pgbench("-i", "-q", "-s", "20")

@@ -15,6 +15,9 @@ from pgcdp.units import format_duration, format_size
 if TYPE_CHECKING:
     from pgcdp.records import Target
 
+TABLES = 20
+"""How many tables are named when what a rewind takes away is shown, those with the most rows first."""
+
 
 @click.command(
     epilog=options.examples(
@@ -55,7 +58,7 @@ def command(
     store: Path | None,
     output: str,
     **given: Any,
-) -> None:
+) -> int:
     """Restore the cluster as it was at any captured write, or between any two commits.
 
     Without a target it is the newest write. What the target resolved to is printed before anything is done: the last
@@ -75,8 +78,7 @@ def command(
             "--to-directory DIR makes a startable cluster",
         )
     if in_place:
-        _rewind(set_name, store, target, before, yes, output)
-        return
+        return _rewind(set_name, store, target, before, yes, output)
     name = options.pick_set_or_store(set_name, store)
     with screen.progress(output) as progress:
         value = api.restore(
@@ -90,11 +92,13 @@ def command(
             progress=progress,
         )
     screen.result(value, output, _render)
+    return 0
 
 
 def _rewind(
     set_name: str | None, store: Path | None, target: Target, before: str | None, yes: bool, output: str
-) -> None:
+) -> int:
+    """`--in-place`; the exit code."""
     from pgcdp import api
 
     if store is not None:
@@ -112,19 +116,17 @@ def _rewind(
     with screen.progress(output) as progress:
         value = api.rewind(name, target, before=before, agree=agree, progress=progress)
     screen.result(value, output, _render_rewind)
-    if not value["verified"]:
-        raise VerificationFailed(
-            f"production runs at the recovery point, but boundary {value['boundary']} behind it was not verified",
-            f"pgcdp verify {name} --target-boundary {value['boundary']} tells what; undo: {_undo(value)}",
-        )
+    return 0 if value["verified"] else VerificationFailed.exit_code
 
 
 def _show_cost(resolved: Mapping[str, Any]) -> None:
     """What a rewind takes away, and who has to follow it by hand."""
-    for each in resolved["lost"]["tables"]:
+    lost = resolved["lost"]
+    for each in lost["tables"][:TABLES]:
         counts = ", ".join(f"{each[what]} {what}" for what in ("inserted", "updated", "deleted") if each[what])
         screen.note(f"lost in {each['database']}: {each['schema']}.{each['name']}: {counts or 'changed'}")
-    lost = resolved["lost"]
+    if len(lost["tables"]) > TABLES:
+        screen.note(f"lost in {len(lost['tables']) - TABLES} more tables: --output json has all")
     if lost["transactions"]:
         screen.note(
             f"lost: {lost['transactions']} transactions, committed {lost['oldest']['time']} to {lost['newest']['time']}"
@@ -135,14 +137,14 @@ def _show_cost(resolved: Mapping[str, Any]) -> None:
         screen.note(f"{each['kind']} {each['name']} has to be made anew: {each['command']}")
 
 
-def _undo(value: Mapping[str, Any]) -> str:
-    return f"pgcdp restore {value['set']} --in-place --target-name {value['undo']}"
-
-
 def _render_rewind(value: Mapping[str, Any]) -> None:
     size, down = format_size(value["bytes"]), format_duration(value["down_seconds"])
     screen.text(f"rewound {value['to']}: {size} written back, down for {down}, now on timeline {value['timeline']}")
-    screen.text(f"to undo: {_undo(value)}")
+    if not value["verified"]:
+        number = value["boundary"]
+        words = f"pgcdp verify {value['set']} --target-boundary {number}"
+        screen.text(f"boundary {number} behind it FAILED its checks: {words} tells which")
+    screen.text(f"to undo: pgcdp restore {value['set']} --in-place --target-name {value['undo']}")
 
 
 def announce(resolved: Mapping[str, Any]) -> None:
