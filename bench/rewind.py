@@ -51,6 +51,8 @@ def measure(gb: float, seconds: int, root: Path) -> dict[str, Any]:
         for statement in BULK.format(rows=int(ROWS_PER_GB * gb)).split(";\n"):
             side.sql(statement)
         side.pgbench("-i", "-q", "-s", "20")
+        side.sql("vacuum (freeze, analyze) bulk")  # else autovacuum writes all of it anew within the minute
+        side.sql("checkpoint")
         side.pgcdp("cut", "bench")
         side.pgcdp("mark", "bench", "before-the-minute")
         side.pgbench("-n", "-c", "8", "-R", str(RATE), "-T", str(seconds))
