@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -204,6 +205,33 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     assert listed() == [left[2], left[1], left[0], first]
 
 
+def run(*words: str) -> tuple[int, str, str]:
+    """`pgcdp` with these words, without a terminal: exit code, output, errors."""
+    code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-P", "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd="/", check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_point_that_fails_its_checks_is_said_and_runs_all_the_same(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """An index over a function that has changed since it was built: amcheck finds rows that are not in it."""
+    found = make_set(binaries_of(15), size=384 << 20)
+    found.sql("create table ledger (n int primary key)")
+    found.sql("insert into ledger select generate_series(1, 7)")
+    found.sql("create function turned(int) returns int immutable language sql as 'select $1'")
+    found.sql("create index on ledger (turned(n))")
+    found.sql("create or replace function turned(int) returns int immutable language sql as 'select -$1'")
+    point = found.durable()
+    found.sql("insert into ledger select generate_series(8, 9)")
+    code, told, said = run(
+        "restore", found.name, "--target-write", str(point), "--in-place", "--yes", "--output", "json"
+    )
+    assert code == 4, said
+    assert json.loads(told)["verified"] is False
+    assert ledger(found) == list(range(1, 8))
+    assert not found.config.paths.rewind_state.exists()
+
+
 def test_what_it_costs_is_shown_and_asked(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15), size=384 << 20, settings={"wal_level": "logical"})
     found.sql("create table ledger (n int primary key)")
@@ -211,15 +239,8 @@ def test_what_it_costs_is_shown_and_asked(make_set: MakeSet, binaries_of: Bindir
     found.sql("insert into ledger select generate_series(1, 7)")
     found.sql("select pg_create_logical_replication_slot('feed', 'test_decoding')")
     words = ["restore", found.name, "--target-write", str(point), "--in-place"]
-
-    def run(*more: str) -> tuple[int, str, str]:
-        code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-P", "-c", code, *words, *more]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd="/", check=False)
-        return done.returncode, done.stdout, done.stderr
-
     newest = found.durable()
-    code, _, said = run()
+    code, _, said = run(*words)
     assert code == 6
     assert "--yes" in said
     assert "lost in postgres: public.ledger: 7 inserted" in said
@@ -227,13 +248,12 @@ def test_what_it_costs_is_shown_and_asked(make_set: MakeSet, binaries_of: Bindir
     assert "logical slot feed has to be made anew: in postgres: SELECT pg_drop_replication_slot('feed')" in said
     assert ledger(found) == list(range(1, 8)), "nothing was done"
     assert found.durable() - newest < 20
-    code, told, said = run("--yes")
+    code, told, said = run(*words, "--yes")
     assert code == 0, said
     assert ledger(found) == []
     undo_line = told.splitlines()[-1]
     assert undo_line.startswith(f"to undo: pgcdp restore {found.name} --in-place --target-name before-rewind-")
-    words = [*undo_line.removeprefix("to undo: pgcdp ").split()]
-    assert run("--yes")[0] == 0
+    assert run(*undo_line.removeprefix("to undo: pgcdp ").split(), "--yes")[0] == 0
     assert ledger(found) == list(range(1, 8))
 
 
