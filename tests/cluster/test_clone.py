@@ -271,3 +271,48 @@ def no_clone_stays(own_root: Any) -> Iterator[None]:
     left = cloned.find_all(Path(os.environ.get("PGCDP_ROOT", "/")))
     for each in left:
         cloned.destroy(each.place)
+
+
+def many(found: ProtectedSet, count: int) -> dict[str, Any]:
+    """`count` clones at as many commits at once: each right, each written to without touching another or the store."""
+    with found.connect() as session:
+        session.execute("create table steps (n int)")
+        for number in range(count):
+            session.execute(f"insert into steps values ({number})".encode())
+            if number % 3 == 0:
+                api.cut(found.name)
+    commits = [
+        each["xid"] for each in api.log(found.name, table="steps", operation="insert", limit=count)["transactions"]
+    ]
+    stored = {file: file.stat().st_mtime_ns for file in found.store.glob("intervals/**/*") if file.is_file()}
+    made = [api.clone(found.name, Target("xid", xid)) for xid in reversed(commits)]
+    for number, each in enumerate(made):
+        assert ask(each["dsn"], "select array_agg(n order by n) from steps") == [(list(range(number + 1)),)]
+        assert ask(each["dsn"], f"delete from steps where n < {number} returning 1") == [(1,)] * number
+    for number, each in enumerate(made):
+        assert ask(each["dsn"], "select array_agg(n) from steps") == [([number],)]
+    assert found.sql("select count(*) from steps") == [(count,)]
+    listed = api.clones()["clones"]
+    for each in made:
+        api.destroy(each["name"])
+    assert {file: file.stat().st_mtime_ns for file in stored} == stored
+    memory = [each["memory_bytes"] for each in listed]
+    return {
+        "clones": count,
+        "memory_mib_each": round(sum(memory) / count / (1 << 20), 1),
+        "open_seconds": [each["seconds"] for each in made],
+    }
+
+
+def test_clones_side_by_side_at_different_points(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    assert many(found, 4)["memory_mib_each"] > 1
+
+
+@pytest.mark.soak
+def test_twenty_clones_side_by_side(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    told = many(found, 20)
+    results = os.environ.get("PGCDP_RESULTS")
+    if results:
+        (Path(results) / "twenty-clones.json").write_text(json.dumps(told, indent=1) + "\n")
