@@ -21,6 +21,9 @@ from pgcdp.capture.filemap import FileMapper, places_of
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.intervals.policy import parse_policy
+from pgcdp.looking import info as info
+from pgcdp.looking import interval_json, marks
+from pgcdp.looking import status as status
 from pgcdp.opening import (
     Announce,
     between,
@@ -32,24 +35,21 @@ from pgcdp.opening import (
     remember,
     scratch_of,
     scratch_place,
-    source_of,
 )
 from pgcdp.postgres import role, session
 from pgcdp.postgres.followers import followers
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import REWIND_BEGIN, Interval, Kind, RecoveryPoint, Target
+from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
-from pgcdp.recovery import instant
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
 from pgcdp.store.rebuild import rebuild as rebuild_catalog
-from pgcdp.units import format_lsn, format_time, parse_lsn
+from pgcdp.units import format_time, parse_lsn
 
 Json = dict[str, Any]
 
@@ -178,155 +178,7 @@ def mark(set_name: str, name: str) -> Json:
     return {"set": set_name, "name": name, "write": client.mark(name), "earlier": earlier}
 
 
-def marks(source: Source) -> list[Json]:
-    """Marks and restore points, newest first: {"name", "kind", "write", "lsn"}."""
-
-    def look() -> list[Json]:
-        found = instant.marks(source.transactions().everywhere().history())
-        return [
-            {
-                "name": each.event["name"],
-                "kind": each.event["kind"],
-                "write": each.write,
-                "lsn": None if each.event["lsn"] is None else format_lsn(each.event["lsn"]),
-            }
-            for each in found
-        ]
-
-    return source.again(look)
-
-
 # --- looking
-
-
-def status(set_name: str) -> Json:
-    """The state of a set."""
-    config = load_config(set_name)
-    engine = engine_status(config)
-    try:
-        agent: Json = service.ask(config.paths, "status")
-    except service.AgentGone:
-        agent = {}
-    stored, opened, damage = None, None, None
-    intervals: list[Interval] = []
-    try:
-        source = source_of(config, engine)
-    except PreconditionError as error:
-        if engine is None or engine.released_write:  # else the agent is about to make it
-            damage = error.message
-    else:
-        with suppress(PreconditionError, TargetError):
-            try:
-                points = source.window()
-            except DamageError as error:
-                damage, points = error.message, window(source.published())
-            opened = window_json(*points)
-            intervals = source.intervals()
-            stored = intervals[-1] if intervals else None
-    stored_write = stored.to_write if stored else (opened["from_write"] if opened else 0)
-    behind = stored.to_time_ns if stored else None
-    return {
-        "set": set_name,
-        "dsn": service_dsn(config),
-        "state": engine.state if engine else "stopped",
-        "phase": agent.get("phase", "stopped"),
-        "error": agent.get("error") or damage or _interrupted(config),
-        "baseline": agent.get("baseline"),
-        "engine": engine.raw if engine else None,
-        "agent": agent or None,
-        "last_write": engine.last_write if engine else _last(opened),
-        "durable_write": engine.durable_write if engine else _last(opened),
-        "stored_write": stored_write,
-        "intervals": len(intervals),
-        "lag_seconds": None if behind is None else max(0.0, (time.time_ns() - behind) / 1e9),
-        "journal": {
-            "bytes": engine.journal_bytes if engine else journal_bytes(config),
-            "limit": config.journal_limit,
-        },
-        "recovery_window": opened or {"from_time": None, "to_time": None, "from_write": None, "to_write": None},
-        "volumes": [
-            {
-                "name": volume.name,
-                "device": next((str(d) for d in volumes.loops_over(config.paths.fuse / volume.name)), None),
-                "backing": str(volume.backing),
-                "mountpoint": str(volume.mountpoint),
-                "bytes": volume.bytes,
-            }
-            for volume in config.volumes
-        ],
-    }
-
-
-def _interrupted(config: Config) -> str | None:
-    left = rewinding.pending(config.paths)
-    return None if left is None else f"a rewind in place to write {left.point.write} is not finished"
-
-
-def _last(opened: Json | None) -> int:
-    return int(opened["to_write"]) if opened else 0
-
-
-def service_dsn(config: Config) -> str:
-    """How a client on this machine reaches the protected cluster."""
-    return f"host={config.cluster.socket_directory} port={config.cluster.port} dbname=postgres"
-
-
-def journal_bytes(config: Config) -> int:
-    """Bytes of the journal's segments on disk."""
-    return sum(file.stat().st_size for file in config.journal.glob("*.seg"))
-
-
-def info(set_name: str | None, store: Path | None = None) -> Json:
-    """Intervals, sizes, recovery window, what was verified."""
-    source = open_source(set_name, store)
-    first, last = window(source.listing())
-    catalog = Catalog.open(source.store)
-    try:
-        rows = [interval_json(each, catalog.last_verification(each.number)) for each in source.intervals()]
-    finally:
-        catalog.close()
-    known: list[Json] | None = None
-    with suppress(DamageError, PreconditionError):  # intervals can be listed all the same
-        known = marks(source)
-    return {
-        "set": source.store.set_name,
-        "recovery_window": window_json(first, last),
-        "intervals": rows,
-        "marks": known,
-    }
-
-
-def interval_json(interval: Interval, verified: Json | None) -> Json:
-    """One interval of `info`."""
-    boundary = interval.boundary
-    return {
-        "number": interval.number,
-        "from_write": interval.from_write,
-        "to_write": interval.to_write,
-        "from_time": format_time(interval.from_time_ns),
-        "to_time": format_time(interval.to_time_ns),
-        "reason": boundary.reason,
-        "checkpoint_lsn": format_lsn(boundary.checkpoint_lsn),
-        "redo_lsn": format_lsn(boundary.redo_lsn),
-        "timeline": boundary.timeline,
-        "next_xid": boundary.next_xid,
-        "writes": interval.writes,
-        "bytes_written": interval.bytes_written,
-        "blocks_changed": interval.blocks_changed,
-        "stored": interval.stored,
-        "restorable_by_write": True,
-        "verified": verified,
-    }
-
-
-def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:
-    """A recovery window."""
-    return {
-        "from_time": format_time(first.time_ns),
-        "to_time": format_time(last.time_ns),
-        "from_write": first.write,
-        "to_write": last.write,
-    }
 
 
 def log(set_name: str | None, store: Path | None = None, **wanted: Any) -> Json:

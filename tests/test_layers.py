@@ -38,6 +38,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.opening": 7,
     "pgcdp.cloning": 7,
     "pgcdp.verifying": 7,
+    "pgcdp.looking": 7,
     "pgcdp.transactions": 7,
     "pgcdp.salvaging": 7,
     "pgcdp.rewinding": 7,
