@@ -56,6 +56,10 @@ _FOLLOWED = re.compile(
 )
 
 
+_GONE = re.compile(r'could not (?:open|stat file or) directory "([^"]+)": No such file or directory')
+_LEFT_BEHIND = re.compile(r'some useless files may be left behind in old database directory "([^"]+)"')
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """What crash recovery did: `from_lsn` and `to_lsn` are None when Postgres found that none was needed."""
@@ -338,8 +342,18 @@ def read_recovery(log: str, seconds: float) -> Recovery:
         seconds,
         parse_lsn(begin[1]) if begin else None,
         parse_lsn(end[1]) if end else None,
-        tuple(line.partition("] ")[2] for line in bad),
+        tuple(line.partition("] ")[2] for line in bad if not _repeats_a_drop(line, bad)),
     )
+
+
+def _repeats_a_drop(line: str, lines: Sequence[str]) -> bool:
+    """Whether a warning says no more than that DROP DATABASE was replayed where its directory was gone already.
+
+    A crash leaves that: the directory is removed behind the record, and recovery begins before both.
+    """
+    gone = {match[1] for each in lines if (match := _GONE.search(each)) is not None}
+    match = _GONE.search(line) or _LEFT_BEHIND.search(line)
+    return match is not None and match[1] in gone
 
 
 def _symbolic_links(directory: Path) -> list[Path]:

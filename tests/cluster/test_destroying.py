@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from pgcdp import api
@@ -9,6 +10,7 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
 from pgcdp.recovery import verify
 from pgcdp.units import parse_lsn
+from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet
 from tests.waiting import wait_until
 
@@ -144,3 +146,17 @@ def test_a_database_that_was_moved_is_whole_on_both_sides(make_set: MakeSet, pg_
                 assert all(check.ok for check in verify.verify_sandbox(box))
     assert seen[0] == "pg_default"
     assert seen[-1] == "other"
+
+
+def test_a_drop_of_a_database_that_is_replayed_is_no_failure(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Its directory is gone on the volume already when recovery comes to the record."""
+    found = make_set(binaries_of(15), size=384 << 20, settings={"autovacuum": "off"})
+    found.sql("create database gone")
+    api.cut(found.name)
+    found.sql("drop database gone")
+    os.sync()
+    found.durable()
+    source = found.source()
+    with found.running_at(Target("newest")) as box:
+        assert "useless files" in box.log_file.read_text()
+    assert found.verify(source.window()[1].write)["ok"]
