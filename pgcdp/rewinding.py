@@ -165,7 +165,7 @@ def _stop(config: Config, name: str, progress: Report) -> None:
             f"the cluster at {config.pgdata} is a standby", "rewind its primary, or promote it first"
         )
     _wait_boundary(config, control.checkpoint_lsn, progress)
-    timelines.keep(config.pgdata / "pg_wal", config.store / TIMELINES)
+    timelines.keep(config.pgdata / "pg_wal", config.store / TIMELINES, _archives(config))
     attach.unmount(config, progress)
     EngineClient(config.paths.control).mark(name)
 
@@ -311,8 +311,13 @@ def _not_up(config: Config, doing: Pending, said: str) -> PreconditionError:
 
 
 def _switched(config: Config, timeline: int, segment_bytes: int) -> None:
-    pg_wal, user = config.pgdata / "pg_wal", proc.user_named(config.cluster.owner)
+    pg_wal, archives = config.pgdata / "pg_wal", _archives(config)
+    timelines.switched(pg_wal, timeline, segment_bytes, archives, proc.user_named(config.cluster.owner))
+    timelines.keep(pg_wal, config.store / TIMELINES, archives)
+
+
+def _archives(config: Config) -> bool:
+    """Whether the stopped cluster's configuration has an archive."""
     words = [*config.cluster.command_line, "-C", "archive_mode"]
-    archives = proc.run(words, user=user, env=cluster.environment()).stdout.strip() != "off"
-    timelines.switched(pg_wal, timeline, segment_bytes, archives, user)
-    timelines.keep(pg_wal, config.store / TIMELINES)
+    done = proc.run(words, user=proc.user_named(config.cluster.owner), env=cluster.environment())
+    return done.stdout.strip() != "off"

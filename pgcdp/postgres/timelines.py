@@ -77,10 +77,11 @@ def known(directory: Path) -> list[int]:
     return [int(path.name[:8], 16) for path in histories(directory)]
 
 
-def keep(pg_wal: Path, place: Path) -> None:
+def keep(pg_wal: Path, place: Path, archives: bool) -> None:
     """Note in `place` all history files of a cluster and what it has archived, in addition to what was noted before.
 
-    The cluster must be stopped, so that no archiver is at work.
+    The cluster must be stopped, so that no archiver is at work. `archives`: whether its archive_mode is on. An idle
+    cluster that archives may have no `.done` left at all: what is gone from pg_wal was archived.
     """
     place.mkdir(mode=0o700, exist_ok=True)
     sync_directory(place.parent)
@@ -90,14 +91,13 @@ def keep(pg_wal: Path, place: Path) -> None:
     noted = archived(place)
     status = pg_wal / "archive_status"
     names = sorted(os.listdir(status)) if status.is_dir() else []
-    if not names and not noted.upto:
-        return
     done = [name.removesuffix(".done") for name in names if name.endswith(".done")]
     noted.histories |= {name for name in done if _HISTORY.fullmatch(name)}
     _raise(noted.upto, max, filter(_SEGMENT.fullmatch, done))
-    oldest: dict[str, str] = {}
-    _raise(oldest, min, filter(_SEGMENT.fullmatch, os.listdir(pg_wal)))
-    _raise(noted.before, max, oldest.values())
+    if archives:
+        oldest: dict[str, str] = {}
+        _raise(oldest, min, filter(_SEGMENT.fullmatch, os.listdir(pg_wal)))
+        _raise(noted.before, max, oldest.values())
     write_json(
         place / _NOTED, {"upto": noted.upto, "before": noted.before, "histories": sorted(noted.histories)}
     )  # fmt: skip

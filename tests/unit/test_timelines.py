@@ -57,15 +57,24 @@ def kept(tmp_path: Path) -> Path:
 def test_what_was_archived_since_is_not_archived_again(tmp_path: Path, kept: Path) -> None:
     """Segments 3 to 7 were archived; of 3 and 4 the archiver's notes are gone, since they were recycled."""
     now = Cluster(tmp_path / "now").has({seg(1, 5): "done", seg(1, 6): "done", seg(1, 7): "done", seg(1, 8): ""})
-    timelines.keep(now.pg_wal, kept)
+    timelines.keep(now.pg_wal, kept, True)
     then = Cluster(tmp_path / "then").has({seg(1, 2): "done", seg(1, 3): "ready", seg(1, 4): "", seg(1, 5): ""})
     timelines.put(kept, then.pg_wal, ME)
     assert then.told() == {seg(1, n): "done" for n in range(2, 6)}
 
 
+def test_an_idle_archiver_has_no_notes_left(tmp_path: Path, kept: Path) -> None:
+    """What was recycled was archived, though nothing is left that says so."""
+    now = Cluster(tmp_path / "now").has({seg(1, 8): "", seg(1, 9): ""})
+    timelines.keep(now.pg_wal, kept, True)
+    then = Cluster(tmp_path / "then").has({seg(1, 6): "ready", seg(1, 7): "", seg(1, 8): ""})
+    timelines.put(kept, then.pg_wal, ME)
+    assert then.told() == {seg(1, 6): "done", seg(1, 7): "done", seg(1, 8): ""}
+
+
 def test_what_was_never_archived_still_is_to_be(tmp_path: Path, kept: Path) -> None:
     now = Cluster(tmp_path / "now").has({seg(1, 3): "done", seg(1, 4): "ready", seg(1, 5): "ready", seg(1, 6): ""})
-    timelines.keep(now.pg_wal, kept)
+    timelines.keep(now.pg_wal, kept, True)
     then = Cluster(tmp_path / "then").has({seg(1, 3): "ready", seg(1, 4): "ready", seg(1, 5): ""})
     timelines.put(kept, then.pg_wal, ME)
     assert then.told() == {seg(1, 3): "done", seg(1, 4): "ready", seg(1, 5): ""}
@@ -73,7 +82,7 @@ def test_what_was_never_archived_still_is_to_be(tmp_path: Path, kept: Path) -> N
 
 def test_a_lower_name_on_another_timeline_was_not_archived_by_that(tmp_path: Path, kept: Path) -> None:
     now = Cluster(tmp_path / "now").has({seg(2, 9): "done", seg(2, 10): ""}, ["00000002.history"])
-    timelines.keep(now.pg_wal, kept)
+    timelines.keep(now.pg_wal, kept, True)
     then = Cluster(tmp_path / "then").has({seg(1, 4): "ready", seg(2, 5): "ready"})
     timelines.put(kept, then.pg_wal, ME)
     assert then.told() == {seg(1, 4): "ready", seg(2, 5): "done", "00000002.history": ""}
@@ -81,17 +90,17 @@ def test_a_lower_name_on_another_timeline_was_not_archived_by_that(tmp_path: Pat
 
 def test_notes_of_an_earlier_rewind_stay(tmp_path: Path, kept: Path) -> None:
     """After going back, pg_wal is of then: it must not lower what is known of the archive."""
-    timelines.keep(Cluster(tmp_path / "a").has({seg(1, 7): "done", seg(1, 8): ""}).pg_wal, kept)
-    timelines.keep(Cluster(tmp_path / "b").has({seg(1, 2): "done", seg(2, 3): ""}).pg_wal, kept)
-    then = Cluster(tmp_path / "then").has({seg(1, 6): "ready", seg(1, 7): "ready", seg(1, 8): "ready"})
+    timelines.keep(Cluster(tmp_path / "a").has({seg(1, 7): "done", seg(5, 9): ""}).pg_wal, kept, True)
+    timelines.keep(Cluster(tmp_path / "b").has({seg(1, 2): "done", seg(5, 3): ""}).pg_wal, kept, True)
+    then = Cluster(tmp_path / "then").has({seg(1, 6): "ready", seg(1, 7): "ready", seg(1, 8): "ready", seg(5, 8): ""})
     timelines.put(kept, then.pg_wal, ME)
-    assert then.told() == {seg(1, 6): "done", seg(1, 7): "done", seg(1, 8): "ready"}
+    assert then.told() == {seg(1, 6): "done", seg(1, 7): "done", seg(1, 8): "ready", seg(5, 8): "done"}
 
 
 def test_all_histories_come_first_and_each_is_archived_once(tmp_path: Path, kept: Path) -> None:
     now = Cluster(tmp_path / "now").has({seg(3, 9): ""}, ["00000002.history", "00000003.history"])
     (now.pg_wal / "archive_status" / "00000002.history.done").touch()
-    timelines.keep(now.pg_wal, kept)
+    timelines.keep(now.pg_wal, kept, True)
     assert timelines.known(kept) == [2, 3]
     then = Cluster(tmp_path / "then").has({seg(1, 5): ""})
     timelines.put(kept, then.pg_wal, ME)
@@ -112,7 +121,7 @@ def test_the_segment_in_which_the_old_timeline_was_left_is_no_longer_there(tmp_p
 
 
 def test_without_an_archive_nothing_is_noted(tmp_path: Path, kept: Path) -> None:
-    timelines.keep(Cluster(tmp_path / "now").has({seg(1, 5): ""}, ["00000002.history"]).pg_wal, kept)
+    timelines.keep(Cluster(tmp_path / "now").has({seg(1, 5): ""}, ["00000002.history"]).pg_wal, kept, False)
     then = Cluster(tmp_path / "then").has({seg(1, 3): ""})
     timelines.put(kept, then.pg_wal, ME)
     assert then.told() == {seg(1, 3): "", "00000002.history": ""}
