@@ -286,7 +286,9 @@ def _step_through(demo: _Demo) -> None:
         stepped = api.step(name, 1, commits=True)
         paid = _paid_in(stepped["dsn"])
         xids = ", ".join(str(each["xid"]) for each in stepped["transactions_in"])
-        told["detail"] = f"{stepped['writes_passed']} writes, transaction {xids} came in, {paid} paid orders are left"
+        told["detail"] = (
+            f"writes passed: {stepped['writes_passed']}; transaction {xids} came in, {paid} paid orders are left"
+        )
     _remember(demo, "the same clone, one commit onward", stepped, paid, 0)
     api.destroy(name)
 

@@ -161,7 +161,12 @@ def announce(resolved: Mapping[str, Any]) -> None:
     for each in resolved["also_out"]:
         screen.note(f"out too, though it committed before the target: {_side(each)}")
     if resolved["out"]:
-        screen.note(f"committed behind this point, and not in it: {resolved['out']} transactions")
+        screen.note(f"committed behind this point, and not in it: {counted(resolved['out'], 'transaction')}")
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 write", "2 writes"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _side(side: Mapping[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pgcdp.cli import clone, options, screen
-from pgcdp.cli.restore import announce
+from pgcdp.cli.restore import announce, counted
 from pgcdp.errors import UsageError
 
 
@@ -46,7 +46,7 @@ def _render(value: Mapping[str, Any]) -> None:
         screen.table(["write", "time", "kind", "volume", "holds"], rows)
     more = value["writes_passed"] - len(rows)
     if more > 0:
-        screen.text(f"and {more} more writes")
+        screen.text(f"and {counted(more, 'more write')}")
     for key, word in (("transactions_in", "came in"), ("transactions_out", "went out")):
         for each in value[key]:
             screen.text(f"transaction {each['xid']} {word}: committed {each['time']}")
