@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pgcdp import transactions
 from pgcdp.config import root_directory
 from pgcdp.errors import TargetError, UsageError
@@ -25,6 +27,7 @@ from pgcdp.progress import Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import stepping
+from pgcdp.recovery.branches import branch_at
 from pgcdp.recovery.clone import Access, Clone
 from pgcdp.recovery.sandbox import Recovery
 from pgcdp.recovery.source import Source
@@ -117,7 +120,7 @@ def step(
     point = source.resolve(target)
     first, last = sorted((found.point, point), key=lambda each: (each.write, each.lsn is None, each.lsn or 0))
     passed = range(first.write + (first.lsn is None), last.write + 1)
-    told, total = source.again(lambda: stepping.between(first, last, source.transactions().history(), SHOWN))
+    told, total = source.again(lambda: _between(source, first, last))
     onward = point == last
     moved, recovery = cloned.move(
         source, replace(found, point=point), binaries_of(source, found.set_name),
@@ -156,7 +159,11 @@ def _free_name(root: Path, set_name: str) -> str:
 
 def _target(source: Source, point: RecoveryPoint, count: int, commits: bool) -> Target:
     if commits:
-        return stepping.by_commits(point, count, source.transactions().history())
+        here = source.resolve(Target("write", point.write))  # it may have been stored since, in an interval by now
+        boundary = here.boundary if point.lsn is None else None
+        branch = source.branch_of(point)
+        history = source.transactions(branch=branch).history()
+        return stepping.by_commits(replace(point, interval=here.interval, boundary=boundary), count, history, branch)
     target = stepping.by_writes(point, count)
     first, last = window(source.listing())
     if not first.write <= (target.value or 0) <= last.write:
@@ -166,6 +173,12 @@ def _target(source: Source, point: RecoveryPoint, count: int, commits: bool) -> 
             f"at most {last.write - point.write} onward, or {point.write - first.write} back",
         )
     return target
+
+
+def _between(source: Source, first: RecoveryPoint, last: RecoveryPoint) -> tuple[list[np.void], int]:
+    """The first transactions that lie between two points, on the branch of the later one, and how many do."""
+    branch = branch_at(last.write, last.lsn, source.rewinds())
+    return stepping.between(first, last, source.transactions().on(branch).history(), SHOWN)
 
 
 def _listed(each: Clone) -> Json:

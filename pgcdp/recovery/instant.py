@@ -228,7 +228,7 @@ def at_lsn(lsn: int, exclusive: bool, history: History) -> Instant:
             seen = number if number is not None and len(wal) else seen
             continue
         if lsn < int(wal["from_lsn"][0]):
-            _refuse_gap(history.gap(seen, number), f"LSN {format_lsn(lsn)} may lie")
+            refuse_gap(history.gap(seen, number), f"LSN {format_lsn(lsn)} may lie")
             if number == history.numbers[0]:
                 break  # before all that was seen
         write = int(wal["durable"][np.argmax(reached)])
@@ -253,11 +253,11 @@ def _record_at(lsn: int, number: int | None, history: History) -> np.void | None
         if not len(wal) or int(wal["to_lsn"][-1]) < begin + RECORD_HEADER:  # no room for a record
             continue
         if number is not None and int(wal["from_lsn"][0]) > begin:
-            _refuse_gap(history.gap(number, each), f"what follows LSN {format_lsn(lsn)} may lie")
+            refuse_gap(history.gap(number, each), f"what follows LSN {format_lsn(lsn)} may lie")
         close = len(behind) and _is_first_behind(begin, int(behind["lsn"][0]))
         return behind[0] if close else None
     if number is not None:
-        _refuse_gap(history.gap(number, None), f"what follows LSN {format_lsn(lsn)} may lie")
+        refuse_gap(history.gap(number, None), f"what follows LSN {format_lsn(lsn)} may lie")
     return None
 
 
@@ -269,7 +269,8 @@ def _is_first_behind(lsn: int, record: int) -> bool:
     return between < RECORD_HEADER
 
 
-def _refuse_gap(gap: Sequence[int], what: str) -> None:
+def refuse_gap(gap: Sequence[int], what: str) -> None:
+    """Raises TargetError when there are intervals that may hold what is looked for and were not indexed."""
     if gap:
         raise TargetError(
             f"{what} in interval {', '.join(map(str, gap))}, whose transactions are not indexed",
@@ -308,12 +309,12 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
         if first is None:
             if not len(later):
                 continue
-            _refuse_gap([each for each in unseen if number is None or each < number], "that time may lie")
+            refuse_gap([each for each in unseen if number is None or each < number], "that time may lie")
             first = number, ends[later[0]]
             behind = ends[later[0] + 1 :]
         earlier += list(behind[behind["time_us"] <= last])
     if first is None:
-        _refuse_gap(unseen, "that time may lie")
+        refuse_gap(unseen, "that time may lie")
         return None
     if earlier:
         raise TargetError(_ambiguous(time_ns, first[1], earlier), _ambiguous_hint(first[1], earlier))

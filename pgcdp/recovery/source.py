@@ -26,7 +26,7 @@ from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forwar
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Target
-from pgcdp.recovery.branches import Stretch, branch_at, current_branch, refuse_inside
+from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
 from pgcdp.recovery.history import Transactions, settings_behind
 from pgcdp.recovery.target import Listing, resolve, window
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
@@ -201,6 +201,20 @@ class Source:
             raise TargetError(f"there is no branch with timeline {timeline}", f"--branch takes {known}")
         left = [rewind.begin - 1 for rewind in rewinds if rewind.begin > there[-1]]
         return branch_at(left[0], None, rewinds) if left else current_branch(rewinds)
+
+    def branch_of(self, point: RecoveryPoint) -> int:
+        """The timeline of the newest branch that a point lies on, 0 for the current one. TargetError for none."""
+        rewinds = self.rewinds()
+        here = branch_at(point.write, point.lsn, rewinds)
+        if not beyond(here, current_branch(rewinds)):
+            return 0
+        for timeline in reversed(self.branches()):
+            if not beyond(here, self.branch(timeline)):
+                return timeline
+        raise TargetError(
+            f"write {point.write} lies on a branch that a rewind left before its first boundary",
+            "its transactions cannot be chosen, its writes can: leave --commit out",
+        )
 
     def _with_history(self, target: Target, listing: Listing, tail: bool) -> Listing:
         if target.kind not in ("xid", "lsn", "time", "name"):

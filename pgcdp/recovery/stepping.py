@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
 from pgcdp.records import RecoveryPoint, Target
-from pgcdp.recovery.instant import History, is_committed
+from pgcdp.recovery.instant import History, is_committed, refuse_gap
 
 
 def by_writes(point: RecoveryPoint, count: int) -> Target:
@@ -21,28 +22,51 @@ def by_writes(point: RecoveryPoint, count: int) -> Target:
     return Target("write", point.write + count - inside)
 
 
-def by_commits(point: RecoveryPoint, count: int, history: History) -> Target:
-    """With the next `count` commits in order of WAL, or without the last `-count`. Raises TargetError."""
-    numbers = history.numbers if count > 0 else list(reversed(history.numbers))
+def by_commits(point: RecoveryPoint, count: int, history: History, branch: int = 0) -> Target:
+    """With the next `count` commits in order of WAL, or without the last `-count`.
+
+    `history` is that of the branch of timeline `branch` (0: the current one), on which the point lies. Raises
+    TargetError, also when commits between may be in an interval that could not be indexed.
+    """
+    onward = count > 0
     left = abs(count)
-    for number in numbers:
+    for number in history.numbers if onward else reversed(history.numbers):
         said = history.summary(number)
-        if said is not None and (not said["count"] or (count > 0 and said["max_write"] < point.write)):
+        if said is not None and (not said["count"] or _is_passed(said, point, onward)):
             continue
         ends = history.commits(number).ends
         within = _within(ends["write"], ends["lsn"], point)
-        rows = np.flatnonzero(is_committed(ends) & (~within if count > 0 else within))
+        rows = np.flatnonzero(is_committed(ends) & (~within if onward else within))
         if len(rows) >= left:
-            end = ends[rows[left - 1] if count > 0 else rows[-left]]
-            return Target("xid", int(end["xid"]), exclusive=count < 0)
+            refuse_gap(_gap(point, number, history, onward), "the commits to step over may lie")
+            end = ends[rows[left - 1] if onward else rows[-left]]
+            return Target("xid", int(end["xid"]), exclusive=not onward, branch=branch)
         left -= len(rows)
+    refuse_gap(_gap(point, None if onward else 0, history, onward), "the commits to step over may lie")
     there = abs(count) - left
-    if count > 0:
+    if not there:
+        raise TargetError(
+            "no commit follows this point" if onward else "no commit that can be undone lies before this point",
+            "pgcdp log lists transactions, newest first",
+        )
+    if onward:
         raise TargetError(f"only {there} commits follow this point", f"step {there} --commit goes to the last one")
     raise TargetError(
         f"only {there} commits that can be undone lie before this point",
         f"step -{there} --commit goes to the first one",
     )
+
+
+def _is_passed(said: Mapping[str, Any], point: RecoveryPoint, onward: bool) -> bool:
+    """Whether all that ended in an interval lies on the other side of a point."""
+    return bool(said["max_write"] < point.write if onward else said["min_write"] > point.write)
+
+
+def _gap(point: RecoveryPoint, number: int | None, history: History, onward: bool) -> list[int]:
+    """The intervals between a point, its own included, and another interval that could not be indexed."""
+    if onward:
+        return [] if point.interval is None else history.gap(point.interval - (point.boundary is None), number)
+    return [] if number is None else history.gap(number, None if point.interval is None else point.interval + 1)
 
 
 def between(begin: RecoveryPoint, end: RecoveryPoint, history: History, limit: int) -> tuple[list[np.void], int]:
