@@ -21,6 +21,8 @@ Read = Callable[[Sequence[str], Ranges | None], pa.Table]
 class Ends:
     """Like an array TRANSACTION in order of LSN, each transaction once: `ends["xid"]`, `ends[3]`, `ends[rows]`.
 
+    Of several branches: in the order in which they were written.
+
     What is asked for is read when it is, by `read`. Raises DamageError then.
     """
 
@@ -45,6 +47,11 @@ class Ends:
     def _lsn(self) -> NDArray[Any]:
         return self._first(self._every_lsn)
 
+    @cached_property
+    def _rising(self) -> bool:
+        """Whether a row can be found by its LSN: not where a rewind in place has several branches in one interval."""
+        return bool((self._lsn[1:] > self._lsn[:-1]).all())
+
     def with_xid(self, xid: int) -> NDArray[np.void]:
         """Those with this xid (64 bits), a row for each table touched; only what can hold it is read."""
         table = self._read(_COLUMNS, {"xid": [(xid, xid)]})
@@ -67,6 +74,8 @@ class Ends:
         wanted = self._lsn[key]
         if not len(wanted):
             return np.empty(0, dtype=TRANSACTION)
+        if not self._rising:
+            return _structured(self._read(_COLUMNS, None).take(pa.array(self.rows[key])))
         table = self._read(_COLUMNS, {"lsn": [(int(wanted.min()), int(wanted.max()))]})
         return _structured(table.take(pa.array(np.searchsorted(table.column("lsn").to_numpy(), wanted))))
 
