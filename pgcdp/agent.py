@@ -154,7 +154,10 @@ class Agent:
         """Destroy those whose time is over."""
         while True:
             await asyncio.sleep(CLONES_SECONDS)
-            await asyncio.to_thread(clone.expire, self.config.paths.root, self.config.name)
+            try:
+                await asyncio.to_thread(clone.expire, self.config.paths.root, self.config.name)
+            except Exception as error:  # the next time is soon; the agent has more to do than this
+                logger.warning("cannot look for clones whose time is over: %r", error)
 
     def _stop(self) -> None:
         self.stopping.set()

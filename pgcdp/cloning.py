@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from pgcdp import transactions
 from pgcdp.config import root_directory
-from pgcdp.errors import TargetError, UsageError
+from pgcdp.errors import PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
     Announce,
     between,
@@ -28,7 +29,7 @@ from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import stepping
 from pgcdp.recovery.branches import branch_at
-from pgcdp.recovery.clone import Access, Clone
+from pgcdp.recovery.clone import Access, Clone, NameTaken
 from pgcdp.recovery.sandbox import Recovery
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -66,8 +67,9 @@ def clone(
     if announce is not None:
         announce(resolved)
     now = time.time_ns()
+    below = scratch_place(source)
     wanted = Clone(
-        place=scratch_place(source) / f"clone-{name or _free_name(root, source.store.set_name)}",
+        place=below / f"clone-{name or _free_name(root, below, source.store.set_name)}",
         root=root,
         set_name=set_name,
         store=source.store.path,
@@ -79,9 +81,15 @@ def clone(
     )
     if any(each.name == wanted.name and each.place != wanted.place for each in cloned.find_all(root)):
         raise UsageError(f"another set has a clone {wanted.name}", "choose another --name")
-    made, recovery = cloned.create(
-        source, wanted, binaries_of(source, set_name), production_places(source, set_name), progress
-    )
+    binaries, hide = binaries_of(source, set_name), production_places(source, set_name)
+    while True:
+        try:
+            made, recovery = cloned.create(source, wanted, binaries, hide, progress)
+            break
+        except NameTaken:
+            if name is not None:
+                raise
+            wanted = replace(wanted, place=below / f"clone-{_free_name(root, below, source.store.set_name)}")
     return {"name": made.name, "dsn": made.dsn, **_last(resolved), **resolved, **_took(started, recovery)}
 
 
@@ -89,7 +97,11 @@ def clones() -> Json:
     """All clones: {"clones": [...]}, oldest first."""
     root = root_directory()
     cloned.expire(root)
-    return {"clones": [_listed(each) for each in cloned.find_all(root)]}
+    listed = []
+    for each in cloned.find_all(root):
+        with suppress(FileNotFoundError):  # another command has just destroyed it
+            listed.append(_listed(each))
+    return {"clones": listed}
 
 
 def destroy(name: str) -> Json:
@@ -115,7 +127,7 @@ def step(
     if count == 0:
         raise UsageError("a step of 0 leads nowhere", "give the number of writes or commits, negative to go back")
     found = find(name)
-    source = open_source(found.set_name, None if found.set_name else found.store)
+    source = _source_of(found)
     target = source.again(lambda: _target(source, found.point, count, commits))
     point = source.resolve(target)
     first, last = sorted((found.point, point), key=lambda each: (each.write, each.lsn is None, each.lsn or 0))
@@ -123,7 +135,7 @@ def step(
     told, total = source.again(lambda: _between(source, first, last))
     onward = point == last
     moved, recovery = cloned.move(
-        source, replace(found, point=point), binaries_of(source, found.set_name),
+        source, found, point, binaries_of(source, found.set_name),
         production_places(source, found.set_name), progress,
     )  # fmt: skip
     resolved = between(source, point)
@@ -152,8 +164,10 @@ def find(name: str) -> Clone:
     raise TargetError(f"there is no clone {name}", f"there are: {names}" if names else "pgcdp clone makes one")
 
 
-def _free_name(root: Path, set_name: str) -> str:
+def _free_name(root: Path, below: Path, set_name: str) -> str:
+    """One that no clone has, nor one that was made of the same store with another root of pgcdp's state."""
     taken = {each.name for each in cloned.find_all(root)}
+    taken |= {place.name.removeprefix("clone-") for place in below.glob("clone-*")}
     return next(name for number in range(1, len(taken) + 2) if (name := f"{set_name}-{number}") not in taken)
 
 
@@ -173,6 +187,17 @@ def _target(source: Source, point: RecoveryPoint, count: int, commits: bool) -> 
             f"at most {last.write - point.write} onward, or {point.write - first.write} back",
         )
     return target
+
+
+def _source_of(found: Clone) -> Source:
+    """What a clone was opened from. Raises PreconditionError when a set of that name has another store by now."""
+    source = open_source(found.set_name, None if found.set_name else found.store)
+    if scratch_place(source) != found.place.parent:
+        raise PreconditionError(
+            f"{source.store.path} is not the store that clone {found.name} was opened from, {found.store}",
+            f"pgcdp clone --store {found.store} opens another clone of that",
+        )
+    return source
 
 
 def _between(source: Source, first: RecoveryPoint, last: RecoveryPoint) -> tuple[list[np.void], int]:

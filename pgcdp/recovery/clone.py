@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +36,12 @@ PLACES = Path("/var/tmp")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,29}")
 _RECORD = "clone.json"
 _LOOPBACK = "127.0.0.1"
+_GLANCE_SECONDS = 1.0
+"""So long another command may hold a clone that only looks whether somebody works on it."""
+
+
+class NameTaken(PreconditionError):
+    """There is a clone of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +91,15 @@ class Clone:
 
     @classmethod
     def load(cls, place: Path) -> Clone:
-        """Read clone.json. Raises DamageError or FileNotFoundError."""
+        """Read clone.json. Raises DamageError, also when another version of pgcdp wrote it, or FileNotFoundError."""
         said = read_json(place / _RECORD)
+        try:
+            return cls._of(place, said)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamageError(f"{place / _RECORD} is not understood: {error!r}") from None
+
+    @classmethod
+    def _of(cls, place: Path, said: dict[str, Any]) -> Clone:
         return cls(
             place=place,
             root=Path(said["root"]),
@@ -144,16 +157,15 @@ def create(
 ) -> tuple[Clone, sandbox.Recovery]:
     """Open `clone.point` at `clone.place`, which must not exist. Nothing is left of it when that fails.
 
-    Raises PreconditionError for a name or a port that is taken, DamageError for stored bytes that are wrong.
+    Raises NameTaken, PreconditionError for a port that is taken, DamageError for stored bytes that are wrong.
     """
     with _listening(clone.access.port) as listener:
         with scratch.alone(clone.place.parent):
+            _remove_unfinished(clone.place.parent)
             try:
                 clone.place.mkdir(mode=0o700)
             except FileExistsError:
-                raise PreconditionError(
-                    f"a clone {clone.name} exists already", f"choose another --name, or: pgcdp destroy {clone.name}"
-                ) from None
+                raise _taken(clone) from None
             locked = scratch.lock(clone.place)
         try:
             clone.place.chmod(0o711)  # Postgres's user passes through to the mount
@@ -162,21 +174,34 @@ def create(
         except BaseException:
             with suppress(PgcdpError):
                 _remove(clone.place)
+                _remove_if_empty(clone.place.parent)
             raise
         finally:
             os.close(locked)
 
 
 def move(
-    source: Source, clone: Clone, binaries: Binaries, hide: Sequence[Path] = (), progress: Report = silent
+    source: Source,
+    clone: Clone,
+    point: RecoveryPoint,
+    binaries: Binaries,
+    hide: Sequence[Path] = (),
+    progress: Report = silent,
 ) -> tuple[Clone, sandbox.Recovery]:
-    """Close a clone and open it again at `clone.point`, under its name and port. What was written to it is gone."""
+    """Close a clone and open it again at `point`, under its name and port. What was written to it is gone.
+
+    Raises PreconditionError, with nothing changed, when it is not as `clone` says any more.
+    """
     with _locked(clone.place):
+        if Clone.load(clone.place) != clone:
+            raise PreconditionError(
+                f"clone {clone.name} was moved by another command meanwhile", "run this again; it goes on from there"
+            )
         take_down(clone.place)
         for left in clone.place.iterdir():
             if left.name != _RECORD:
                 _delete(left)
-        fresh = replace(clone, dsn="", processes=(), outside=(), boot_id=boot_id()).save()
+        fresh = replace(clone, point=point, dsn="", processes=(), outside=(), boot_id=boot_id()).save()
         try:
             with _listening(clone.access.port) as listener:
                 return _open(source, fresh, binaries, hide, listener, progress)
@@ -186,19 +211,23 @@ def move(
             raise
 
 
-def destroy(place: Path) -> None:
-    """End a clone and remove all of it. Raises PreconditionError while another command works on it."""
+def destroy(place: Path, only: Callable[[Clone], bool] | None = None) -> None:
+    """End a clone and remove all of it; with `only`, if that holds for it when nobody else works on it.
+
+    Raises PreconditionError while another command works on it.
+    """
     with _locked(place):
+        if only is not None and not only(Clone.load(place)):
+            return
         _remove(place)
-    with suppress(OSError):
-        place.parent.rmdir()
+    _remove_if_empty(place.parent)
 
 
 def take_down(place: Path) -> None:
     """End everything that runs for a clone, in the order in which it stands on one another; its files stay."""
     clone = Clone.load(place)
     sandbox.end_at_once(clone.pgdata)
-    for pid, start in clone.processes:
+    for pid, start in clone.processes if clone.boot_id == boot_id() else ():
         if proc.start_time(pid) == start:
             proc.end(pid)
     for directory in clone.outside:
@@ -207,14 +236,24 @@ def take_down(place: Path) -> None:
 
 
 def state(clone: Clone) -> str:
-    """ "running"; "opening" while a command works on it; "stopped" without Postgres; "dead" without its view."""
+    """ "running"; "opening" while a command works on it; "stopped" without Postgres; "dead" without its view.
+
+    One that was never opened to the end is "dead", too. Raises FileNotFoundError when it is gone by now.
+    """
     fd = scratch.lock(clone.place)
     if fd < 0:
         return "opening"
     os.close(fd)
-    if clone.boot_id != boot_id() or not EngineClient(clone.place / "control").alive():
+    if clone.boot_id != boot_id() or not clone.dsn or not _view_lives(clone):
         return "dead"
     return "running" if cluster.find_postmaster(clone.pgdata) is not None else "stopped"
+
+
+def _view_lives(clone: Clone) -> bool:
+    try:
+        return EngineClient(clone.place / "control").alive()
+    except PreconditionError:  # too busy to answer in time
+        return True
 
 
 def written_bytes(clone: Clone) -> int:
@@ -240,19 +279,26 @@ def memory_bytes(clone: Clone) -> int:
 
 def expire(root: Path, set_name: str | None = None) -> None:
     """Destroy the clones whose time is over; what is worked on now waits for the next time."""
-    now = time.time_ns()
+
+    def is_over(clone: Clone) -> bool:
+        return clone.expires_ns is not None and clone.expires_ns <= time.time_ns()
+
     for each in find_all(root):
-        if each.expires_ns is not None and each.expires_ns <= now and set_name in (None, each.set_name):
+        if is_over(each) and set_name in (None, each.set_name):
             with suppress(PgcdpError, OSError):
-                destroy(each.place)
+                destroy(each.place, is_over)
 
 
 def clear_dead(root: Path, set_name: str) -> None:
-    """Remove what a crash of the machine left of clones of a set."""
+    """Remove what a crash of the machine left of clones of a set; those of this boot stay, whatever their state."""
+
+    def is_left(clone: Clone) -> bool:
+        return clone.boot_id != boot_id()
+
     for each in find_all(root):
-        if each.set_name == set_name and state(each) == "dead":
+        if each.set_name == set_name and is_left(each):
             with suppress(PgcdpError, OSError):
-                destroy(each.place)
+                destroy(each.place, is_left)
 
 
 # --- opening
@@ -346,18 +392,56 @@ def _forward(listener: socket.socket, box: sandbox.Sandbox) -> int:
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
     name = place.name.removeprefix("clone-")
+    gone = PreconditionError(f"there is no clone {name} any more", "pgcdp clones lists them")
+    deadline = time.monotonic() + _GLANCE_SECONDS
     try:
-        fd = scratch.lock(place)
+        while (fd := scratch.lock(place)) < 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
     except FileNotFoundError:
-        raise PreconditionError(f"there is no clone {name} any more", "pgcdp clones lists them") from None
+        raise gone from None
     if fd < 0:
         raise PreconditionError(
             f"another command is working on clone {name}", "wait for it, then run this again; pgcdp clones lists them"
         )
     try:
+        if not scratch.is_still(place, fd):  # removed, and maybe made anew, before it was locked
+            raise gone
         yield
     finally:
         os.close(fd)
+
+
+def _taken(clone: Clone) -> NameTaken:
+    with suppress(PgcdpError, OSError):
+        root = Clone.load(clone.place).root
+        if root != clone.root:
+            return NameTaken(
+                f"a clone {clone.name} of this store exists already, made with PGCDP_ROOT={root}",
+                "choose another --name, or destroy it there",
+            )
+    return NameTaken(
+        f"a clone {clone.name} exists already", f"choose another --name, or: pgcdp destroy {clone.name}"
+    )
+
+
+def _remove_unfinished(parent: Path) -> None:
+    """Remove what was killed before it could write clone.json: no list shows it. The caller is `alone` there."""
+    for place in parent.glob("clone-*"):
+        if not place.is_dir() or place.is_symlink() or (place / _RECORD).exists():
+            continue
+        fd = scratch.lock(place)
+        if fd < 0:  # it is being made
+            continue
+        try:
+            _remove(place)
+        finally:
+            os.close(fd)
+
+
+def _remove_if_empty(parent: Path) -> None:
+    """Not while somebody is about to make something in it."""
+    with suppress(OSError, PreconditionError), scratch.alone(parent):
+        parent.rmdir()
 
 
 def _remove(place: Path) -> None:

@@ -167,7 +167,7 @@ def alone(below: Path) -> Iterator[None]:
             continue  # another process was the last to leave
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if _is_still(below, fd):
+            if is_still(below, fd):
                 yield
                 return
         finally:
@@ -187,8 +187,8 @@ def _refuse_foreign(below: Path) -> None:
     raise PreconditionError(f"{below} {what}", f"see what it is and remove it: ls -ld {below}")
 
 
-def _is_still(below: Path, fd: int) -> bool:
-    """Whether the directory was not removed (and made anew) while its lock was waited for."""
+def is_still(below: Path, fd: int) -> bool:
+    """Whether a directory was not removed (and made anew) while its lock was waited for."""
     try:
         return os.path.samestat(below.lstat(), os.fstat(fd))
     except FileNotFoundError:

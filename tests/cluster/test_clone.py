@@ -235,7 +235,7 @@ def test_what_a_crash_of_the_machine_leaves_is_cleared_by_up(make_set: MakeSet, 
     write_json(place / "clone.json", {**said, "boot_id": "another"})  # as after a reboot
     assert [each["state"] for each in api.clones()["clones"]] == ["dead"]
     api.up(found.name)
-    assert traces(place) == []
+    wait_until(lambda: traces(place) == [], what="its forwarder ends with its Postgres")
     for pid, start in record.processes:
         assert not any(pid == each for each, _ in volumes.users_of(Path("/proc"))), start
     again = api.clone(found.name, Target("newest"), name=made["name"])
