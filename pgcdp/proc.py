@@ -218,7 +218,8 @@ def _identity(user: User | None) -> dict[str, Any]:
 
 
 def _open_log(path: Path, user: User | None) -> int:
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY
+    # A user who owns the directory could have put a link there, and would be given what that leads to.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW
     try:
         try:
             return os.open(path, flags)

@@ -61,7 +61,7 @@ class Cluster:
 
         return api.rewind(SET, Target("name", name=name), agree=lambda resolved: None, prove=False)
 
-    def clone(self, name: str | None = None, **how: Any) -> dict[str, Any]:
+    def clone(self, name: str | None = None, /, **how: Any) -> dict[str, Any]:
         """A running Postgres at a mark (None: as the cluster is now), as `pgcdp clone` tells it ("dsn", "name", ...).
 
         Destroy it with `destroy`. `how` are further arguments of `pgcdp.cloning.clone`.
@@ -141,16 +141,19 @@ def pgcdp_rewind(pgcdp_cluster: Cluster) -> Callable[[str], dict[str, Any]]:
 @pytest.fixture
 def pgcdp_clone(pgcdp_cluster: Cluster) -> Iterator[Callable[..., dict[str, Any]]]:
     """`pgcdp_clone(name)` opens a running Postgres at a mark; it is gone after the test."""
+    from pgcdp.errors import TargetError
+
     made: list[str] = []
 
-    def open_clone(name: str | None = None, **how: Any) -> dict[str, Any]:
+    def open_clone(name: str | None = None, /, **how: Any) -> dict[str, Any]:
         told = pgcdp_cluster.clone(name, **how)
         made.append(told["name"])
         return told
 
     yield open_clone
     for name in made:
-        pgcdp_cluster.destroy(name)
+        with suppress(TargetError):  # the test itself has destroyed it
+            pgcdp_cluster.destroy(name)
 
 
 def _executables(config: pytest.Config) -> Binaries:

@@ -269,8 +269,8 @@ def _make_scratch(parent: Path, user: User, name: str | None) -> tuple[Path, Pat
         sockets = Path(tempfile.mkdtemp(prefix="pgcdp-", dir="/tmp"))
     else:
         sockets.mkdir(mode=0o700)
-    for directory in (scratch, sockets):
-        os.chown(directory, user.uid, user.gid)
+    for directory in (sockets, scratch):  # once the outer one is the user's, the inner name may lead anywhere
+        os.chown(directory, user.uid, user.gid, follow_symlinks=False)
     return scratch, sockets
 
 

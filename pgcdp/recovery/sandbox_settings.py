@@ -156,7 +156,8 @@ def hba_lines(settings: Mapping[str, Any] | None, trust: bool) -> list[str]:
     """Lines of pg_hba.conf for connections over TCP, which all come from 127.0.0.1.
 
     Production's own rules, as the interval's settings tell them; what another method than a password would decide is
-    refused, since nobody outside can be asked. Where they are not known: passwords. With `trust`: anybody.
+    refused, since nobody outside can be asked. So is trust over SSL or GSSAPI, which may have asked for a certificate
+    or a ticket. Where they are not known: passwords. With `trust`: anybody.
     """
     if trust:
         return ["host all all 127.0.0.1/32 trust"]
@@ -164,9 +165,10 @@ def hba_lines(settings: Mapping[str, Any] | None, trust: bool) -> list[str]:
     if rules is None:
         return ["host all all 127.0.0.1/32 scram-sha-256"]
     lines = []
-    for _, databases, users, address, netmask, method in rules:
+    for kind, databases, users, address, netmask, method in rules:
         names = [",".join(map(_hba_name, group)) for group in (databases, users)]
-        shown = method if method in _HBA_METHODS else "reject"
+        asks = method in _HBA_METHODS and not (method == "trust" and kind in ("hostssl", "hostgssenc"))
+        shown = method if asks else "reject"
         lines.append(" ".join(["host", *names, address, *([netmask] if netmask else []), shown]))
     return lines
 
