@@ -14,7 +14,9 @@ removes files there. So the program gets
 - an IPC namespace, so that no shared memory is left and no key collides;
 - a network namespace with a loopback of its own only: what the image's triggers, subscriptions and foreign servers
   try to reach cannot be reached;
-- the user's identity, and no way to gain another.
+- the user's identity, and no way to gain another;
+- where the kernel has Landlock's scopes (6.12): no signal to, and no look into, any process but its own. Production runs
+  as the same user, and /proc/PID/root of one of its processes would lead around all of the walls above.
 
 The process id stays the same throughout. Needs CAP_SYS_ADMIN and Linux 5.12 (mount_setattr).
 """
@@ -37,6 +39,10 @@ SYS_MOUNT_SETATTR = 442  # the same number on all architectures
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY = 1
 PR_SET_NO_NEW_PRIVS = 38
+SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_RESTRICT_SELF = 444, 446
+LANDLOCK_VERSION = 1  # a flag: tell the version
+LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET, LANDLOCK_SCOPE_SIGNAL = 1, 2
+LANDLOCK_HAS_SCOPES = 6
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/dev", "/sys")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,6 +66,7 @@ def main(argv: list[str]) -> None:
     os.setresgid(order["gid"], order["gid"], order["gid"])
     os.setresuid(order["uid"], order["uid"], order["uid"])
     _call("prctl", _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    _keep_from_others()
     os.umask(0o077)
     os.chdir("/")
     os.execv(program[0], program)
@@ -143,6 +150,19 @@ def _socket_directories() -> list[str]:
             if path and path[0].startswith(b"/") and os.path.basename(path[0]).startswith(b".s.PGSQL."):
                 found.append(os.fsdecode(os.path.dirname(path[0])))
     return found
+
+
+def _keep_from_others() -> None:
+    """No signals to processes outside of this one and its children, nor their /proc/PID/root, cwd, fd, mem."""
+    create = ctypes.c_long(SYS_LANDLOCK_CREATE_RULESET)
+    if _libc.syscall(create, None, ctypes.c_size_t(0), ctypes.c_uint32(LANDLOCK_VERSION)) < LANDLOCK_HAS_SCOPES:
+        return
+    wanted = struct.pack("=QQQ", 0, 0, LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET | LANDLOCK_SCOPE_SIGNAL)
+    rules = _libc.syscall(create, ctypes.c_char_p(wanted), ctypes.c_size_t(len(wanted)), ctypes.c_uint32(0))
+    _call("landlock_create_ruleset", min(rules, 0))
+    restrict = ctypes.c_long(SYS_LANDLOCK_RESTRICT_SELF)
+    _call("landlock_restrict_self", _libc.syscall(restrict, ctypes.c_int(rules), ctypes.c_uint32(0)))
+    os.close(rules)
 
 
 def _loopback_up() -> None:

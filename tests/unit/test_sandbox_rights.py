@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 from pgcdp import proc
 from pgcdp.errors import PreconditionError
 from pgcdp.proc import User
-from pgcdp.recovery import sandbox
+from pgcdp.recovery import isolate, sandbox
 from pgcdp.recovery.sandbox_settings import hba_lines
 
 LOOPBACK = ["127.0.0.1", "255.255.255.255"]
@@ -66,3 +70,29 @@ def test_no_log_is_written_through_a_link(tmp_path: Path) -> None:
         log.unlink()
     assert precious.read_text() == "as it was\n"
     assert not (tmp_path / "missing").exists()
+
+
+def has_scopes() -> bool:
+    words = [ctypes.c_long(isolate.SYS_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1)]
+    return ctypes.CDLL(None).syscall(*words) >= isolate.LANDLOCK_HAS_SCOPES
+
+
+@pytest.mark.skipif(not has_scopes(), reason="Landlock of this kernel has no scopes")
+def test_another_process_of_the_same_user_is_no_way_out(tmp_path: Path) -> None:
+    """Production runs as that user: /proc/PID/root is its world, and a signal would end it."""
+    other = subprocess.Popen(["/bin/sleep", "60"], user=65534, group=65534, extra_groups=[])
+    try:
+        order = {"keep": [str(tmp_path)], "hide": [], "uid": 65534, "gid": 65534, "groups": []}
+        tries = f"""
+            ls -d /proc/{other.pid}/root/ && echo saw
+            ls -d /proc/{other.pid}/cwd/ && echo saw
+            kill {other.pid} && echo killed
+            sleep 60 & kill $! && echo own
+        """
+        words = [sys.executable, "-I", isolate.__file__, json.dumps(order), "/bin/sh", "-c", tries]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.stdout.split() == ["own"], done.stdout + done.stderr
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
