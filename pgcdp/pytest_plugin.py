@@ -83,6 +83,7 @@ class Cluster:
 def pgcdp_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A protected cluster for the whole session: `dsn()`, `mark(name)`, `rewind(name)`, `clone(name)`."""
     from pgcdp import api
+    from pgcdp.capture import volumes
     from pgcdp.errors import PgcdpError
     from pgcdp.proc import user_named
     from pgcdp.units import parse_size
@@ -129,7 +130,8 @@ def pgcdp_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
             del os.environ["PGCDP_ROOT"]
         else:
             os.environ["PGCDP_ROOT"] = before
-    shutil.rmtree(directory)
+        if not volumes.mounts_below(directory):  # else it would be emptied, not removed
+            shutil.rmtree(directory)
 
 
 @pytest.fixture

@@ -62,7 +62,10 @@ def prove(
 
 
 def at_random(source: Source, count: int) -> list[RecoveryPoint]:
-    """`count` writes of the recovery window, in order. Those inside of a rewind in place are no points."""
+    """`count` writes of the recovery window, in order. Those inside of a rewind in place are no points.
+
+    Raises TargetError when there is none.
+    """
     first, last = source.window()
     chosen: dict[int, RecoveryPoint] = {}
     wanted = min(count, last.write - first.write + 1)
@@ -74,6 +77,8 @@ def at_random(source: Source, count: int) -> list[RecoveryPoint]:
             continue
         if len(chosen) == wanted:
             break
+    if not chosen:
+        raise TargetError("no write that was tried is a recovery point", "pgcdp info lists the boundaries")
     return [chosen[write] for write in sorted(chosen)]
 
 

@@ -236,7 +236,7 @@ def take_down(place: Path) -> None:
 
 
 def state(clone: Clone) -> str:
-    """ "running"; "opening" while a command works on it; "stopped" without Postgres; "dead" without its view.
+    """ "running"; "opening" while a command works on it; "stopped" without Postgres or port; "dead" without its view.
 
     One that was never opened to the end is "dead", too. Raises FileNotFoundError when it is gone by now.
     """
@@ -246,7 +246,8 @@ def state(clone: Clone) -> str:
     os.close(fd)
     if clone.boot_id != boot_id() or not clone.dsn or not _view_lives(clone):
         return "dead"
-    return "running" if cluster.find_postmaster(clone.pgdata) is not None else "stopped"
+    own = all(proc.start_time(pid) == start for pid, start in clone.processes)
+    return "running" if own and cluster.find_postmaster(clone.pgdata) is not None else "stopped"
 
 
 def _view_lives(clone: Clone) -> bool:
@@ -419,9 +420,7 @@ def _taken(clone: Clone) -> NameTaken:
                 f"a clone {clone.name} of this store exists already, made with PGCDP_ROOT={root}",
                 "choose another --name, or destroy it there",
             )
-    return NameTaken(
-        f"a clone {clone.name} exists already", f"choose another --name, or: pgcdp destroy {clone.name}"
-    )
+    return NameTaken(f"a clone {clone.name} exists already", f"choose another --name, or: pgcdp destroy {clone.name}")
 
 
 def _remove_unfinished(parent: Path) -> None:

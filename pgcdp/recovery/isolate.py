@@ -15,8 +15,8 @@ removes files there. So the program gets
 - a network namespace with a loopback of its own only: what the image's triggers, subscriptions and foreign servers
   try to reach cannot be reached;
 - the user's identity, and no way to gain another;
-- where the kernel has Landlock's scopes (6.12): no signal to, and no look into, any process but its own. Production runs
-  as the same user, and /proc/PID/root of one of its processes would lead around all of the walls above.
+- where the kernel has Landlock's scopes (6.12): no signal to, and no look into, any process but its own. Production
+  runs as the same user, and /proc/PID/root of one of its processes would lead around all of the walls above.
 
 The process id stays the same throughout. Needs CAP_SYS_ADMIN and Linux 5.12 (mount_setattr).
 """

@@ -210,6 +210,7 @@ def clear_left(below: Path) -> None:
 
 def clear(scratch: Path) -> None:
     """From the top down: Postgres, filesystems, loop devices, the engine that served their files, its FUSE mount."""
+    scratch = Path(os.path.realpath(scratch))  # as the kernel shows mounts and files
     found = list(reversed(volumes.mounts_below(scratch)))
     doors = [mount for mount in found if mount.fstype.startswith("fuse")]
     for mount in found:

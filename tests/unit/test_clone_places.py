@@ -1,4 +1,4 @@
-"""The directories of clones: nobody removes one that somebody works on, one made anew, or one of this boot by mistake."""
+"""The directories of clones: none is removed that somebody works on, that was made anew, or that is of this boot."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_no_log_is_written_through_a_link(tmp_path: Path) -> None:
 
 def has_scopes() -> bool:
     words = [ctypes.c_long(isolate.SYS_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1)]
-    return ctypes.CDLL(None).syscall(*words) >= isolate.LANDLOCK_HAS_SCOPES
+    return int(ctypes.CDLL(None).syscall(*words)) >= isolate.LANDLOCK_HAS_SCOPES
 
 
 @pytest.mark.skipif(not has_scopes(), reason="Landlock of this kernel has no scopes")
