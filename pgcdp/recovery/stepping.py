@@ -50,9 +50,10 @@ def by_commits(point: RecoveryPoint, count: int, history: History, branch: int =
             "pgcdp log lists transactions, newest first",
         )
     if onward:
-        raise TargetError(f"only {there} commits follow this point", f"step {there} --commit goes to the last one")
+        follow = "commit follows" if there == 1 else "commits follow"
+        raise TargetError(f"only {there} {follow} this point", f"step {there} --commit goes to the last one")
     raise TargetError(
-        f"only {there} commits that can be undone lie before this point",
+        f"this point can go back over no more than {there} commit{'s' * (there > 1)}",
         f"step -{there} --commit goes to the first one",
     )
 

@@ -61,7 +61,7 @@ def test_each_commit_is_one_step() -> None:
 
 def test_too_many_steps_say_how_many_there_are() -> None:
     history = history_of(CHAPTERS)
-    with pytest.raises(TargetError, match="only 1 commits follow this point"):
+    with pytest.raises(TargetError, match="only 1 commit follows this point"):
         by_commits(RecoveryPoint(41, None, 0, lsn=600), 2, history)
     with pytest.raises(TargetError, match="no commit follows this point"):
         by_commits(RecoveryPoint(50, None, 0), 1, history)
