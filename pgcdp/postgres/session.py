@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Awaitable, Generator, Iterator
+from collections.abc import Awaitable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,8 @@ select has_table_privilege('pg_catalog.pg_hba_file_rules', 'select')
   and has_function_privilege('pg_catalog.pg_hba_file_rules()', 'execute')
 """
 _HBA_SQL = """
-select type, database, user_name, address, netmask, auth_method from pg_hba_file_rules
-where error is null and type like 'host%'
+select type, database, user_name, address, netmask, auth_method, error from pg_hba_file_rules
+where error is not null or type like 'host%'
 """
 
 
@@ -144,14 +144,14 @@ def settings(connection: Connection) -> Settings:
     `settings`: rows of pg_settings that are not default, and those that recovery compares; `superuser`: name of the
     bootstrap role; `databases`; `tablespaces`: [oid, name, location]. `server_version_num` and `data_directory`.
     `hba`: rules for TCP as pg_hba_file_rules has them, [type, databases, users, address, netmask, method]; None when
-    this role may not see them.
+    this role may not see them, or the file has an error: another one is in force then.
     """
     cursor = connection.cursor(row_factory=psycopg.rows.dict_row)
     rows = cursor.execute(_SETTINGS_SQL).fetchall()
     superuser = connection.execute(_SUPERUSER_SQL).fetchone()
     spaces = [list(row) for row in connection.execute(_TABLESPACES_SQL).fetchall()]
     known = connection.execute(_HBA_KNOWN_SQL).fetchone()
-    hba = [list(row) for row in connection.execute(_HBA_SQL).fetchall()] if known and known[0] else None
+    hba = _rules(connection.execute(_HBA_SQL).fetchall()) if known and known[0] else None
     return _assemble(rows, superuser[0] if superuser else "postgres", databases(connection), spaces, hba)
 
 
@@ -215,7 +215,7 @@ class Session:
         superuser = await self._ask(self._connection.fetchval(_SUPERUSER_SQL))
         spaces = await self._ask(self._connection.fetch(_TABLESPACES_SQL))
         known = await self._ask(self._connection.fetchval(_HBA_KNOWN_SQL))
-        hba = [list(row) for row in await self._ask(self._connection.fetch(_HBA_SQL))] if known else None
+        hba = _rules(await self._ask(self._connection.fetch(_HBA_SQL))) if known else None
         return _assemble(rows, superuser or "postgres", await self.databases(), [list(row) for row in spaces], hba)
 
     async def databases(self) -> list[Database]:
@@ -293,6 +293,16 @@ def _set_thread_euid(uid: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syscall(ctypes.c_long(number), ctypes.c_int(-1), ctypes.c_int(uid), ctypes.c_int(-1)) != 0:
         raise OSError(ctypes.get_errno(), "cannot change the effective user of this thread")
+
+
+def _rules(rows: Iterable[Sequence[Any]]) -> list[list[Any]] | None:
+    found = []
+    for *rule, error in rows:
+        if error is None:
+            found.append(rule)
+        elif "SSL is disabled" not in error:
+            return None
+    return found
 
 
 def _assemble(
