@@ -60,8 +60,8 @@ def test_a_minute_of_fuzzing_finds_nothing(target: Path, tmp_path: Path) -> None
     seconds = int(os.environ.get("PGCDP_FUZZ_SECONDS", SECONDS))
     words = [str(target), f"-max_total_time={seconds}", "-max_len=130000", "-timeout=10", "-rss_limit_mb=1024"]
     words += [f"-artifact_prefix={tmp_path}/", str(found), str(seeds(target, tmp_path / "seeds"))]
-    # Of what was freed, the sanitizer keeps 256 MB by default, in pieces: a fast machine came to the limit of memory with
-    # 36 MB in use.
+    # Of what was freed, the sanitizer keeps 256 MB by default, in pieces: a fast machine came to the limit of memory
+    # with 36 MB in use.
     environment = {**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=32"}
     done = subprocess.run(words, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
