@@ -8,13 +8,11 @@ start and to replay is told apart: it is little at a boundary that pgcdp cut, el
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.clusters import BIN, Protected
+from bench.clusters import BIN, Protected, fresh_root, tell
 from bench.machine import description, run
 from bench.rewind import BULK, ROWS_PER_GB
 
@@ -196,15 +194,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes: dict[str, Any] = {}
     for gb in map(float, arguments.gb.split(",")):
-        root = Path(tempfile.mkdtemp(prefix="pgcdp-bench-", dir="/var/tmp"))
-        root.chmod(0o755)
-        shutil.chown(root, "postgres", "postgres")
-        try:
+        with fresh_root() as root:
             sizes[f"{gb:g}"] = measure(gb, arguments.rounds, arguments.back, not arguments.no_pgbackrest, root)
-        finally:
-            mounts = ["findmnt", "-rn", "-o", "TARGET", "--submounts", str(root)]
-            if not subprocess.run(mounts, capture_output=True, check=False).stdout:
-                shutil.rmtree(root)
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": description(),
@@ -213,11 +204,7 @@ def main() -> None:
         "pgbackrest": {gb: found.get("pgbackrest") for gb, found in sizes.items()},
         "by_gb": sizes,
     }
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:24} {value}")
+    tell(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,29 @@ listen_addresses = ''
 unix_socket_directories = '{sockets}'
 port = {port}
 """
+
+
+@contextmanager
+def fresh_root() -> Iterator[Path]:
+    """A directory for the clusters of one measurement; it goes afterwards, unless something in it is still mounted."""
+    root = Path(tempfile.mkdtemp(prefix="pgcdp-bench-", dir="/var/tmp"))
+    root.chmod(0o755)
+    shutil.chown(root, "postgres", "postgres")
+    try:
+        yield root
+    finally:
+        mounts = ["findmnt", "-rn", "-o", "TARGET", "--submounts", str(root)]
+        if not subprocess.run(mounts, capture_output=True, check=False).stdout:
+            shutil.rmtree(root)
+
+
+def tell(result: Mapping[str, Any], as_json: bool) -> None:
+    """Print what was measured."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        print(f"{key:24} {value}")
 
 
 class Side:

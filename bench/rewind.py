@@ -8,16 +8,12 @@ proves the new boundary at its end and so grows with the database.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shutil
-import subprocess
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.clusters import Protected
+from bench.clusters import Protected, fresh_root, tell
 from bench.machine import description
 
 ROWS_PER_GB = 1_000_000
@@ -73,15 +69,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes: dict[str, Any] = {}
     for gb in map(float, arguments.gb.split(",")):
-        root = Path(tempfile.mkdtemp(prefix="pgcdp-bench-", dir="/var/tmp"))
-        root.chmod(0o755)
-        shutil.chown(root, "postgres", "postgres")
-        try:
+        with fresh_root() as root:
             sizes[f"{gb:g}"] = measure(gb, arguments.seconds, root)
-        finally:
-            mounts = ["findmnt", "-rn", "-o", "TARGET", "--submounts", str(root)]
-            if not subprocess.run(mounts, capture_output=True, check=False).stdout:
-                shutil.rmtree(root)
     downs = [size["rewind"]["down_seconds"] for size in sizes.values()]
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -89,11 +78,7 @@ def main() -> None:
         "by_gb": sizes,
         "slowest_over_fastest": round(max(downs) / min(downs), 2),
     }
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:24} {value}")
+    tell(result, arguments.json)
 
 
 if __name__ == "__main__":

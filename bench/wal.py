@@ -9,18 +9,13 @@ included.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import shutil
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from bench.clusters import Protected
+from bench.clusters import Protected, fresh_root, tell
 from bench.machine import description
 from pgcdp.intervals.indexing import Start
 from pgcdp.store.bundle import Bundle
@@ -109,22 +104,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a shorter run of the same, for a first look")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="pgcdp-bench-", dir="/var/tmp"))
-    root.chmod(0o755)
-    shutil.chown(root, "postgres", "postgres")
-    side = Protected(root, "protected", 5712, {"shared_buffers": "512MB", "checkpoint_timeout": "1h"})
-    try:
-        side.create(8 << 30, "ext4", "4G")
-        result = measure(side, arguments.quick)
-    finally:
-        side.destroy()
-        if not subprocess.run(["findmnt", "-rn", "-o", "TARGET", "--submounts", str(root)], capture_output=True).stdout:
-            shutil.rmtree(root)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:24} {value}")
+    with fresh_root() as root:
+        side = Protected(root, "protected", 5712, {"shared_buffers": "512MB", "checkpoint_timeout": "1h"})
+        try:
+            side.create(8 << 30, "ext4", "4G")
+            result = measure(side, arguments.quick)
+        finally:
+            side.destroy()
+    tell(result, arguments.json)
 
 
 if __name__ == "__main__":

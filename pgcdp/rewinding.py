@@ -23,15 +23,14 @@ from pathlib import Path
 from pgcdp import fsio, log, proc, service
 from pgcdp.capture import attach
 from pgcdp.capture.engine import EngineClient
-from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, SetPaths
 from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.opening import source_of
 from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.rewind import most_bytes, write_back
-from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.rewinds import point_name
@@ -66,14 +65,6 @@ def pending(paths: SetPaths) -> Pending | None:
         return None
     known = {name: content[name] for name in Pending.__dataclass_fields__}
     return Pending(**{**known, "point": RecoveryPoint(**known["point"])})
-
-
-def source_of(config: Config) -> Source:
-    """Store and journal, up to what is durable now."""
-    journal = Journal(config.journal, config.set_id_bytes)
-    durable = EngineClient(config.paths.control).durable_write()
-    store = Store.open(config.store, config.set_id_bytes)
-    return Source(store, journal, durable, time.time_ns(), config.pgdata)
 
 
 def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report = silent) -> tuple[Pending, float]:
@@ -145,7 +136,7 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         raise PreconditionError(
             f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {config.name}"
         )
-    source = source_of(config)
+    source = source_of(config, EngineClient(config.paths.control).status())
     need = most_bytes(source, point, below) + SPARE_BYTES
     have = fsio.free_space(config.store)
     if have < 2 * need:  # what is written, and the backward increment of the same blocks
@@ -214,7 +205,7 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
         devices = attach.attach_devices(config, progress)
         name = point_name(doing.point.write, doing.point.lsn)
         client.rewind_record("begin", name)
-        source = source_of(config)
+        source = source_of(config, EngineClient(config.paths.control).status())
         with _agent_kept(config):
             try:
                 written = write_back(source, doing.point, devices, below, progress)

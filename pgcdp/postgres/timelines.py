@@ -23,6 +23,7 @@ from pathlib import Path
 from pgcdp.errors import DamageError
 from pgcdp.fsio import read_json, sync_directory, write_atomic, write_json
 from pgcdp.proc import User
+from pgcdp.units import parse_lsn
 
 _HISTORY = re.compile(r"([0-9A-F]{8})\.history")
 _SEGMENT = re.compile(r"[0-9A-F]{24}")
@@ -179,8 +180,7 @@ def switched(pg_wal: Path, timeline: int, segment_bytes: int, archives: bool, us
 def _parent(history: str) -> tuple[int, int]:
     """(timeline, LSN) where a timeline left its parent: the last line of its history."""
     lines = [line.split() for line in history.splitlines() if line.strip() and not line.startswith("#")]
-    high, low = lines[-1][1].split("/")
-    return int(lines[-1][0]), int(high, 16) << 32 | int(low, 16)
+    return int(lines[-1][0]), parse_lsn(lines[-1][1])
 
 
 def _write(path: Path, content: bytes, user: User) -> None:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED
 from pgcdp.recovery.history import Transactions
+from pgcdp.recovery.instant import is_committed
 
 _NAMES = ("database", "schema", "name")
 _COUNTS = ("inserted", "updated", "deleted")
@@ -25,7 +26,7 @@ def count(transactions: Transactions) -> dict[str, Any]:
     parts = []
     for number in transactions.numbers:
         ends = transactions.commits(number).ends
-        rows = np.flatnonzero(np.isin(ends["status"], (COMMITTED, COMMITTED_PREPARED)))
+        rows = np.flatnonzero(is_committed(ends))
         if not len(rows):
             continue
         number_of += len(rows)
