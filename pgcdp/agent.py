@@ -239,7 +239,7 @@ class Agent:
         try:
             done = merge_due(store, self.stopping.is_set)
         except Exception as error:  # they are expendable
-            problem = getattr(error, "message", None) or repr(error)
+            problem = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
             if problem != self.not_merged:
                 logger.warning("increments were not merged: %s", problem)
             self.not_merged = problem

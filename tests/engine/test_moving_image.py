@@ -23,8 +23,9 @@ from pgcdp.errors import PgcdpError
 from pgcdp.intervals.increments import Mode
 from pgcdp.records import BLOCK, RecoveryPoint, Target
 from pgcdp.recovery.make_way import MakeWay
+from pgcdp.recovery.mapfile import ViewMap, decode
 from pgcdp.recovery.source import Source
-from pgcdp.recovery.view import shown
+from pgcdp.recovery.view import moved_on, shown
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import read_state
 from pgcdp.store.image_lock import image_held, image_to_move
@@ -80,6 +81,10 @@ class Watched:
 
     def status(self) -> dict[str, object]:
         return EngineClient(self.place / "control").request("status")
+
+    def map(self) -> ViewMap:
+        file = Path(str(self.status()["map"]))
+        return decode(file.read_bytes(), file)
 
     def assert_unchanged(self) -> None:
         """Every byte, beside what the thread reads."""
@@ -149,19 +154,24 @@ def test_views_do_not_change_while_the_image_moves(
         for number, write in enumerate(points):
             point = source.resolve(Target("write", write))
             views.append(stack.enter_context(watched(source, point, scratch / f"view{number}", number)))
+        reloads = [0] * len(views)
         for _ in range(8):
             begun = [view.reads for view in views]
             boundary = found.stages.image.state.boundary
+            maps = [view.map() for view in views]
             found.run(1, 200)
             assert found.stages.image.state.boundary == boundary + 1, "open views do not stop the image"
+            bundle = Bundle.open(found.store, boundary + 1)
+            for number, shown_map in enumerate(maps):  # on a fast machine few blocks are left that a view has of it
+                reloads[number] += moved_on(shown_map, bundle) is not None
             assert all(view.wrong == [] for view in views), [view.wrong for view in views]
             for view, before in zip(views, begun, strict=True):
                 view.wait_reads(before + 4)
-        for view in views:
+        for view, times in zip(views, reloads, strict=True):
             view.assert_unchanged()
             status = view.status()
             assert status["error_count"] == 0
-            assert status["reloads"] == 8
+            assert status["reloads"] == times > 0
         assert len(list((found.store.image / "views").iterdir())) == 4
         again = source_of(found)
         for write, view in zip(points, views, strict=True):
