@@ -38,7 +38,6 @@ from pgcdp.postgres.catalogs import look
 from pgcdp.postgres.control import State
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Session, Settings
-from pgcdp.records import Interval
 from pgcdp.recovery import clone
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.recovery.merged import merge_due
@@ -323,10 +322,10 @@ class Agent:
         """What was published just before a kill may be missing in the catalog."""
         if store.baseline is not None:
             catalog.put_baseline(store.baseline)
-        known = {interval.number for interval in catalog.intervals()}
+        known = catalog.intervals()
         for number in store.interval_numbers():
             if number not in known:
-                catalog.put_interval(Bundle.open(store, number).interval)
+                catalog.put_interval(Bundle.open(store, number))
 
     def _leave_room(self) -> None:
         """What was taken is made durable and given free: the next agent goes on from there, and what is written between
@@ -359,9 +358,9 @@ class Agent:
             return None
         return self.files.soon(FILES_SECONDS, FILES_SHARE)
 
-    def _remember(self, interval: Interval) -> None:
+    def _remember(self, bundle: Bundle) -> None:
         assert self.catalog is not None
-        self.catalog.put_interval(interval)
+        self.catalog.put_interval(bundle)
 
     # --- when to cut
 

@@ -83,7 +83,7 @@ class Stages:
         self.settings = settings
         self.image = image
         self.make_way = make_way
-        self.published: Callable[[Interval], None] = lambda interval: None  # hears of it before the image moves
+        self.published: Callable[[Bundle], None] = lambda bundle: None  # hears of it before the image moves
         self.file_map: Callable[[], FileMap | None] = lambda: None  # of the mounted filesystems, now
         self._files_before: FileMap | None = None
         self.newest: Boundary | None = None
@@ -303,7 +303,7 @@ class Stages:
             (self._files_before, files) if files else None,
         )  # fmt: skip
         self._files_before = files
-        self.published(bundle.interval)
+        self.published(bundle)
         self.behind.append(bundle)
         self.move()
         self._go_on_from(boundary)

@@ -27,6 +27,7 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import SETTINGS
 from pgcdp.store.parquet import Ranges
+from pgcdp.store.published import published
 from pgcdp.store.transactions import read_look, read_transactions, read_wal
 
 
@@ -49,10 +50,10 @@ class Transactions:
         self._asked: list[Stretch] | None = None
         self.journal = journal
         self.upto = upto
-        self.bundles = {number: Bundle.open(store, number) for number in store.interval_numbers()}
+        self.intervals = published(store)
         self.commits = cache(self._commits)
         self.tail = cache(self._tail)
-        self.events = cache(lambda number: read_events(self.bundles[number].path))
+        self.events = cache(lambda number: read_events(self.intervals[number].path))
 
     def on(self, branch: list[Stretch]) -> Transactions:
         """The same, but only what lies on this branch (without: on the current one)."""
@@ -73,29 +74,29 @@ class Transactions:
     def _share(self, number: int | None) -> bool | None:
         """Whether an interval lies on the branch; None: in part."""
         if number is not None:
-            interval = self.bundles[number].interval
+            interval = self.intervals[number].interval
             return share(interval.from_write, interval.to_write, self.branch)
-        last = max(self.bundles, default=0)
-        return share(self.bundles[last].interval.to_write + 1 if last else 0, sys.maxsize, self.branch)
+        last = max(self.intervals, default=0)
+        return share(self.intervals[last].interval.to_write + 1 if last else 0, sys.maxsize, self.branch)
 
     @property
     def numbers(self) -> list[int | None]:
         """Intervals whose transactions are known, in order; None: what lies behind the last boundary."""
-        known = [*(number for number, bundle in self.bundles.items() if bundle.transactions is not None), None]
+        known = [*(number for number, each in self.intervals.items() if each.transactions is not None), None]
         return [number for number in known if self._share(number) is not False]
 
     def history(self) -> History:
         """What targets are resolved with."""
         unknown = {
-            number: bundle.interval.to_time_ns
-            for number, bundle in self.bundles.items()
-            if bundle.transactions is None and self._share(number) is not False
+            number: each.interval.to_time_ns
+            for number, each in self.intervals.items()
+            if each.transactions is None and self._share(number) is not False
         }
         return History(self.numbers, self.commits, self.summary, unknown)
 
     def summary(self, number: int | None) -> Mapping[str, Any] | None:
         """What an interval's manifest says of its transactions; None when it has to be looked into."""
-        return None if number is None or not self._share(number) else self.bundles[number].transactions
+        return None if number is None or not self._share(number) else self.intervals[number].transactions
 
     def table(self, number: int | None, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
         """The transaction index of an interval (columns of store.transactions.SCHEMA), or the parts `within`."""
@@ -111,7 +112,7 @@ class Transactions:
         if number is None:
             table = self.tail().table
             return table if columns is None else table.select(list(columns))
-        return read_transactions(self.bundles[number].path, columns, within)
+        return read_transactions(self.intervals[number].path, columns, within)
 
     def tables(self, number: int | None) -> list[dict[str, Any]]:
         """The tables that were touched in an interval, and by what (FORMAT.md 3.7)."""
@@ -141,7 +142,7 @@ class Transactions:
 
     def _commits(self, number: int | None) -> Commits:
         def wal() -> NDArray[np.void]:
-            rows = self.tail().wal if number is None else read_wal(self.bundles[number].path)
+            rows = self.tail().wal if number is None else read_wal(self.intervals[number].path)
             return rows if self._share(number) else rows[on_branch(rows["write"], rows["from_lsn"], self.branch)]
 
         ends = Ends(partial(self.table, number))
@@ -149,8 +150,8 @@ class Transactions:
         return Commits(ends, tops, self.happened(number), wal)
 
     def _tail(self) -> Indexed:
-        last = max(self.bundles, default=0)
-        boundary = self.bundles[last].interval.boundary if last else self.store.baseline
+        last = max(self.intervals, default=0)
+        boundary = self.intervals[last].interval.boundary if last else self.store.baseline
         assert boundary is not None
         settings = settings_behind(self.store, last)
         start = Start.of(self.store, boundary, settings, int(self.store.extra["cluster"]["system_identifier"]))

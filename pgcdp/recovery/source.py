@@ -34,6 +34,7 @@ from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
+from pgcdp.store.published import published
 from pgcdp.store.rewinds import Said, pair, said_in
 from pgcdp.units import format_lsn
 
@@ -68,10 +69,9 @@ class Source:
 
     def intervals(self) -> list[Interval]:
         """Published intervals, in order."""
-        for number in self.store.interval_numbers():
-            if number not in self._intervals:
-                self._intervals[number] = Bundle.open(self.store, number).interval
-        return [self._intervals[number] for number in sorted(self._intervals)]
+        new = published(self.store, self._intervals)
+        self._intervals |= {number: each.interval for number, each in new.items()}
+        return list(self._intervals.values())
 
     def base(self) -> Boundary:
         """The oldest boundary. Raises TargetError while there is none."""

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import sqlite_utils
+import xxhash
 
 from pgcdp.errors import DamageError
 from pgcdp.records import Boundary, Interval, Rewind
+from pgcdp.store.bundle import Bundle
 from pgcdp.store.history import HistoryKind, add_history
 from pgcdp.store.layout import Store
 
 FILE_NAME = "catalog.db"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+Transactions = dict[str, Any] | None
+"""As `Bundle.transactions`."""
 
 
 class Catalog:
@@ -51,19 +56,20 @@ class Catalog:
         return cls(store, store.path / FILE_NAME)
 
     def _prepare(self) -> None:
+        version = self._db.conn.execute("PRAGMA user_version").fetchone()[0]
+        if version and version < SCHEMA_VERSION:  # the agent, or a rebuild, fills it again
+            self._db.table("intervals").drop(ignore=True)
         self._db.table("boundaries").create(
             {"number": int, "write": int, "time_ns": int, "content": str}, pk="number", if_not_exists=True
         )
         self._db.table("intervals").create(
-            {"number": int, "from_write": int, "to_write": int, "to_time_ns": int, "content": str},
-            pk="number",
-            if_not_exists=True,
+            {"number": int, "to_time_ns": int, "content": str, "checksum": str}, pk="number", if_not_exists=True
         )
         self._db.table("history").create(
             {"name": str, "kind": str, "time_ns": int, "interval": int, "content": str}, pk="name", if_not_exists=True
         )
         self._db.table("history").create_index(["kind", "time_ns"], if_not_exists=True)
-        if not self._db.conn.execute("PRAGMA user_version").fetchone()[0]:
+        if version < SCHEMA_VERSION:
             self._db.conn.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _rows(self, sql: str, values: tuple[object, ...] = ()) -> list[dict[str, Any]]:
@@ -89,11 +95,13 @@ class Catalog:
         rows = self._rows("select content from boundaries where number = 0")
         return Boundary(**json.loads(rows[0]["content"])) if rows else None
 
-    def put_interval(self, interval: Interval) -> None:
+    def put_interval(self, bundle: Bundle) -> None:
         """Mirror a published interval and its boundary; harmless when done twice."""
-        row = {name: getattr(interval, name) for name in ("number", "from_write", "to_write", "to_time_ns")}
+        interval = bundle.interval
+        content = json.dumps({"interval": asdict(interval), "transactions": bundle.transactions})
+        row = {"number": interval.number, "to_time_ns": interval.to_time_ns, "content": content}
         self.put_baseline(interval.boundary)
-        self._put("intervals", {**row, "content": json.dumps(asdict(interval))})
+        self._put("intervals", {**row, "checksum": _checksum(content)})
 
     def remove_interval(self, number: int) -> None:
         """Forget an interval that was expired. Its boundary stays known."""
@@ -103,14 +111,10 @@ class Catalog:
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from None
 
-    def intervals(self) -> list[Interval]:
-        """All intervals in order of number."""
-        return [_interval(row) for row in self._rows("select content from intervals order by number")]
-
-    def interval(self, number: int) -> Interval | None:
-        """One interval, or None."""
-        rows = self._rows("select content from intervals where number = ?", (number,))
-        return _interval(rows[0]) if rows else None
+    def intervals(self) -> dict[int, tuple[Interval, Transactions]]:
+        """By number, in order: what each manifest says. A row that is not as it was written is left out."""
+        rows = self._rows("select number, content, checksum from intervals order by number")
+        return {row["number"]: _interval(row) for row in rows if _checksum(row["content"]) == row["checksum"]}
 
     def remember(self, kind: HistoryKind, time_ns: int, content: dict[str, Any]) -> None:
         """Add to the history: its file first, durably, then the row. Content may name an "interval"."""
@@ -144,10 +148,16 @@ def _entry(row: dict[str, Any]) -> dict[str, Any]:
     return {**cast("dict[str, Any]", json.loads(row["content"])), "time_ns": row["time_ns"]}
 
 
-def _interval(row: dict[str, Any]) -> Interval:
+def _checksum(content: str) -> str:
+    return xxhash.xxh3_64_hexdigest(content.encode())
+
+
+def _interval(row: dict[str, Any]) -> tuple[Interval, Transactions]:
     content = json.loads(row["content"])
-    rewinds = tuple(Rewind(**each) for each in content.get("rewinds", ()))
-    return Interval(**{**content, "boundary": Boundary(**content["boundary"]), "rewinds": rewinds})
+    interval = content["interval"]
+    rewinds = tuple(Rewind(**each) for each in interval["rewinds"])
+    found = Interval(**{**interval, "boundary": Boundary(**interval["boundary"]), "rewinds": rewinds})
+    return found, content["transactions"]
 
 
 def _damaged(path: Path, error: Exception) -> DamageError:

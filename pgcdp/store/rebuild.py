@@ -27,7 +27,7 @@ def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
             catalog.put_baseline(store.baseline)
         for number in store.interval_numbers():
             try:
-                catalog.put_interval(Bundle.open(store, number).interval)
+                catalog.put_interval(Bundle.open(store, number))
             except DamageError as damage:
                 damages.append(damage)
         for name in history_names(store):

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import pytest
 
 from pgcdp.errors import BugError, DamageError, PreconditionError, TargetError
 from pgcdp.intervals.increments import close_interval, move_image
-from pgcdp.records import BLOCK, INDEX, RECORD, Boundary, Volume
+from pgcdp.records import BLOCK, INDEX, RECORD, Boundary, Interval, Volume
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.image import Image, ImageState, block_sums, read_state
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
+from pgcdp.store.published import published
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.scrub import check_store
 
@@ -278,14 +280,14 @@ def test_catalog_is_rebuilt_from_the_store_alone(tmp_path: Path) -> None:
     catalog = Catalog.open(store)
     catalog.put_baseline(boundary(0))
     for number in store.interval_numbers():
-        catalog.put_interval(Bundle.open(store, number).interval)
+        catalog.put_interval(Bundle.open(store, number))
     for ok in (True, False):
         catalog.remember("verification", 77, {"interval": 2, "ok": ok})
     catalog.remember("restore", 78, {"write": 5})
     before = (catalog.intervals(), catalog.baseline(), catalog.history("verification"), catalog.history("restore"))
     assert catalog.last_verification(2) == {"interval": 2, "ok": False, "time_ns": 77}
     assert catalog.last_verification(1) is None
-    assert catalog.interval(2) == Bundle.open(store, 2).interval
+    assert catalog.intervals()[2][0] == Bundle.open(store, 2).interval
     catalog.close()
     raw = (store.path / "catalog.db").read_bytes()
     for damage in (None, b"not a database" * 1000, raw[:100] + b"\xff" * 5000):
@@ -301,7 +303,7 @@ def test_catalog_is_rebuilt_from_the_store_alone(tmp_path: Path) -> None:
     flip(store.interval(2) / "manifest.json", 30)
     again, damages = rebuild(store)
     assert [str(store.interval(2)) in damage.message for damage in damages] == [True]
-    assert [interval.number for interval in again.intervals()] == [1, 3]
+    assert list(again.intervals()) == [1, 3]
     again.close()
 
 
@@ -370,3 +372,45 @@ def test_open_interval_refuses_a_gap(tmp_path: Path) -> None:
     assert opened.index()["number"].tolist() == list(range(11, 17))
     assert opened.index().dtype == INDEX
     opened.close()
+
+
+def test_a_catalog_that_lies_is_not_believed(tmp_path: Path) -> None:
+    """A flipped digit in a row, a missing row, a catalog of before, none at all: the manifests say the truth."""
+    store = make_store(tmp_path)
+    truth = {number: Bundle.open(store, number).interval for number in store.interval_numbers()}
+    rebuild(store)[0].close()
+
+    def listed() -> dict[int, Interval]:
+        return {number: each.interval for number, each in published(store).items()}
+
+    def change(statement: str) -> None:
+        with sqlite3.connect(store.path / "catalog.db") as connection:
+            assert connection.execute(statement).rowcount
+        connection.close()
+
+    change("update intervals set checksum = checksum")
+    assert listed() == truth
+    change("""update intervals set content = replace(content, '"to_write": ', '"to_write": 9') where number = 1""")
+    assert listed() == truth
+    change("delete from intervals where number = 2")
+    assert listed() == truth
+    with sqlite3.connect(store.path / "catalog.db") as connection:
+        connection.executescript(
+            "drop table intervals; create table intervals (number, content); pragma user_version = 1"
+        )
+    connection.close()
+    assert listed() == truth
+    (store.path / "catalog.db").write_bytes(b"not a database" * 1000)
+    assert listed() == truth
+    (store.path / "catalog.db").unlink()
+    assert listed() == truth
+
+
+def test_listing_intervals_does_not_read_what_the_catalog_has(tmp_path: Path) -> None:
+    """A point behind a damaged interval can be listed and opened: only who needs the damaged file is refused."""
+    store = make_store(tmp_path)
+    rebuild(store)[0].close()
+    (store.interval(1) / "manifest.json").write_text("{}")
+    assert list(published(store)) == store.interval_numbers()
+    with pytest.raises(DamageError):
+        Bundle.open(store, 1)

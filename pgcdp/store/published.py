@@ -1,0 +1,55 @@
+"""The published intervals as their manifests say, without reading ten thousand files: the catalog mirrors them.
+
+What is in the catalog is not looked at here; whoever opens the `Bundle` compares it with the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgcdp.errors import DamageError
+from pgcdp.records import Interval
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import FILE_NAME, Catalog
+from pgcdp.store.layout import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A published interval; `path` is its directory, `transactions` what `Bundle.transactions` says."""
+
+    interval: Interval
+    path: Path
+    transactions: dict[str, Any] | None
+
+
+def published(store: Store, but: Collection[int] = ()) -> dict[int, Published]:
+    """By number, in order, without those in `but`. Raises what `Bundle.open` does for what the catalog lacks."""
+    numbers = [number for number in store.interval_numbers() if number not in but]
+    mirrored = _mirrored(store) if len(numbers) > 1 else {}
+    found = {}
+    for number in numbers:
+        if number in mirrored:
+            found[number] = Published(mirrored[number][0], store.interval(number), mirrored[number][1])
+        else:
+            bundle = Bundle.open(store, number)
+            found[number] = Published(bundle.interval, bundle.path, bundle.transactions)
+    return found
+
+
+def _mirrored(store: Store) -> dict[int, tuple[Interval, dict[str, Any] | None]]:
+    """What the catalog has; nothing when there is none or it cannot be read: the manifests say the same."""
+    if not os.path.exists(store.path / FILE_NAME):
+        return {}
+    with suppress(DamageError):
+        catalog = Catalog.open(store)
+        try:
+            return catalog.intervals()
+        finally:
+            catalog.close()
+    return {}
