@@ -2,27 +2,28 @@
 
 Each database is filled with what does not compress, in a volume as large as it needs, and works (8 clients, default
 checkpoint settings) while clones of it are made. Before each, the page cache is dropped. What Postgres itself needs to
-start and to replay is told apart: it is little at a boundary that pgcdp cut, else the WAL since the one before.
+start and to replay is told apart: it is little at a boundary that pgcdp cut; at a checkpoint that Postgres spread it is
+the WAL since that one's redo point, inside an interval the WAL since the boundary before.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.clusters import BIN, Protected, fresh_root, tell
 from bench.machine import description, run
-from bench.rewind import BULK, ROWS_PER_GB
 
 ROUNDS = 5
 BACK = 40
@@ -81,26 +82,54 @@ def clones(side: Protected, rounds: int, back: int) -> dict[str, Any]:
     """All kinds of points, under load."""
     found: dict[str, Any] = {}
     chooser = random.Random(1)
-    with ExitStack() as stack:
-        working(side, stack)
-        for _ in range(back + 1):
-            side.pgcdp("cut", "bench")
-        side.sql("select pg_sleep(30)")
 
-        def newest() -> dict[str, float]:
-            number = side.pgcdp("cut", "bench")["number"]
-            return clone_at(side, "--target-boundary", str(number))
+    def newest() -> dict[str, float]:
+        return clone_at(side, "--target-boundary", str(side.pgcdp("cut", "bench")["number"]))
 
-        def middle() -> dict[str, float]:
-            last = side.pgcdp("info", "bench")["intervals"][-1]
-            return clone_at(side, "--target-write", str(chooser.randrange(last["from_write"], last["to_write"])))
+    def middle() -> dict[str, float]:
+        last = intervals(side)[-1]
+        return clone_at(side, "--target-write", str(chooser.randrange(last["from_write"], last["to_write"])))
 
-        found["boundary"] = median_of(newest, rounds)
-        number = side.pgcdp("info", "bench")["intervals"][-1]["number"] - back
-        found[f"boundary_{back}_back"] = median_of(lambda: clone_at(side, "--target-boundary", str(number)), rounds)
+    for _ in range(back):
+        side.pgcdp("cut", "bench")
+    found["boundary"] = median_of(newest, rounds)
+    last = intervals(side)[-1]["number"]
+    with spread_checkpoint(side):
+        found[f"boundary_{back}_back"] = median_of(
+            lambda: clone_at(side, "--target-boundary", str(last - back)), rounds
+        )
         found["mid_interval"] = median_of(middle, rounds)
         found["newest_write"] = median_of(lambda: clone_at(side), rounds)
+    spread = await_spread(side, last)
+    found["boundary_spread"] = median_of(lambda: clone_at(side, "--target-boundary", str(spread)), rounds)
     return found
+
+
+def intervals(side: Protected) -> list[dict[str, Any]]:
+    """As pgcdp info lists them."""
+    listed: list[dict[str, Any]] = side.pgcdp("info", "bench")["intervals"]
+    return listed
+
+
+@contextmanager
+def spread_checkpoint(side: Protected) -> Iterator[None]:
+    """Postgres completes a checkpoint meanwhile that it spreads over its time, as it does with those of its own."""
+    command = [*side.psql(), "-c", "select pg_backup_start('spread', false)"]
+    with subprocess.Popen(command, user="postgres", cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
+        yield
+        if p.wait():
+            raise RuntimeError("no checkpoint was made")
+
+
+def await_spread(side: Protected, known: int) -> int:
+    """The boundary behind `known` that was cut at a checkpoint which pgcdp had not asked for."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for interval in intervals(side):
+            if interval["number"] > known and interval["reason"] == "checkpoint":
+                return int(interval["number"])
+        time.sleep(1)
+    raise RuntimeError("the checkpoint that Postgres spread was not made a boundary")
 
 
 class PgBackRest:
@@ -116,6 +145,14 @@ class PgBackRest:
         text = PGBACKREST.format(root=self.place, pgdata=side.pgdata, port=side.port)
         self.config.write_text(text.replace(f"pg1-socket-path={self.place}", f"pg1-socket-path={side.root}"))
         self.config.chmod(0o644)
+
+    def __enter__(self) -> PgBackRest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.side.sql("alter system reset archive_command")
+        self.side.sql("select pg_reload_conf()")
+        shutil.rmtree(self.place)
 
     def run(self, *words: str) -> None:
         """One of its commands, as the cluster's owner."""
@@ -149,36 +186,47 @@ class PgBackRest:
         return round(took, 3)
 
 
-def beside(side: Protected, peer: PgBackRest) -> dict[str, float]:
-    """pgbackrest to a moment just behind a boundary: into an empty directory, and as a delta over that."""
+def beside(side: Protected, peer: PgBackRest) -> dict[str, Any]:
+    """Both to one moment just behind a boundary; pgbackrest into an empty directory, and as a delta over that."""
     side.pgcdp("cut", "bench")
     moment = side.sql("select clock_timestamp()")
-    side.pgbench("-n", "-c", "8", "-t", "200")
+    side.pgbench("-n", "-c", "1", "-t", "100")
     side.sql("select pg_switch_wal()")
     place = peer.place / "restored"
     place.mkdir(mode=0o700)
     shutil.chown(place, "postgres", "postgres")
     full = peer.restore(moment, place)
-    return {"full": full, "delta": peer.restore(moment, place, "--delta")}
+    delta = peer.restore(moment, place, "--delta")
+    return {"full": full, "delta": delta, "clone": clone_at(side, "--target-time", moment)["seconds"]}
 
 
-def measure(gb: float, rounds: int, back: int, pgbackrest: bool, root: Path) -> dict[str, Any]:
+def many_tables(side: Protected, count: int) -> None:
+    """So many tables more, a file each."""
+    for first in range(0, count, 1000):  # a transaction holds a lock for each
+        make = "execute format('create table many_%s (id int primary key)', n)"
+        side.sql(f"do $$ begin for n in {first + 1}..{min(first + 1000, count)} loop {make}; end loop; end $$")
+
+
+def measure(gb: float, asked: argparse.Namespace, root: Path) -> dict[str, Any]:
     """One size, on a cluster made for it."""
     options = {"shared_buffers": "512MB", "checkpoint_timeout": "5min"}
     side = Protected(root, f"protected{gb:g}", 5714, options)
+    found: dict[str, Any] = {}
     try:
         side.configure_more("archive_mode = on\narchive_command = '/bin/true'\nmax_wal_size = 1GB\n")
-        side.create(int((gb * 1.3 + 3) * (1 << 30)), "ext4", "2G")
-        for statement in BULK.format(rows=int(ROWS_PER_GB * gb)).split(";\n"):
-            side.sql(statement)
+        side.create(math.ceil(gb * 1.1 + 3) << 30, "ext4", "2G", gb, "--cut", "checkpoint")
         side.pgbench("-i", "-q", "-s", "20")
-        side.pgcdp("cut", "bench")
-        found: dict[str, Any] = {}
-        if pgbackrest:
-            peer = PgBackRest(side)
-            peer.back_up()
-            found["pgbackrest"] = beside(side, peer)
-        return {**clones(side, rounds, back), **found}
+        many_tables(side, asked.tables)
+        for _ in range(asked.intervals):
+            side.sql("insert into pgbench_history (tid) values (0)")
+            side.pgcdp("cut", "bench")
+        with ExitStack() as stack:
+            working(side, stack)
+            if not asked.no_pgbackrest:
+                with PgBackRest(side) as peer:
+                    peer.back_up()
+                    found["pgbackrest"] = beside(side, peer)
+            return {**clones(side, asked.rounds, asked.back), **found}
     finally:
         side.destroy()
 
@@ -189,16 +237,20 @@ def main() -> None:
     parser.add_argument("--gb", default="1,4,16", help="sizes of the database")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often each point is opened")
     parser.add_argument("--back", type=int, default=BACK, help="intervals between the far point and the newest")
+    parser.add_argument("--tables", type=int, default=0, help="tables beside those that are measured")
+    parser.add_argument("--intervals", type=int, default=0, help="intervals that are in the store before it begins")
     parser.add_argument("--no-pgbackrest", action="store_true", help="without the other side")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     sizes: dict[str, Any] = {}
     for gb in map(float, arguments.gb.split(",")):
         with fresh_root() as root:
-            sizes[f"{gb:g}"] = measure(gb, arguments.rounds, arguments.back, not arguments.no_pgbackrest, root)
+            sizes[f"{gb:g}"] = measure(gb, arguments, root)
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": description(),
+        "tables": arguments.tables,
+        "intervals": arguments.intervals,
         "boundary_seconds": {gb: found["boundary"]["seconds"] for gb, found in sizes.items()},
         "mid_interval": {gb: found["mid_interval"] for gb, found in sizes.items()},
         "pgbackrest": {gb: found.get("pgbackrest") for gb, found in sizes.items()},

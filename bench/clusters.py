@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.bulk import fill
 from bench.machine import attach, cpu_seconds, peak_rss_mib, run
 
 BIN = Path("/usr/lib/postgresql/15/bin")
@@ -66,8 +67,11 @@ class Side:
 
     def sql(self, statement: str) -> str:
         """Run one statement."""
-        command = [str(BIN / "psql"), "-h", str(self.root), "-p", str(self.port), "-qAtc", statement, "postgres"]
-        return run(command, "postgres").strip()
+        return run([*self.psql(), "-c", statement], "postgres").strip()
+
+    def psql(self) -> list[str]:
+        """The command that runs it on this cluster, as its owner."""
+        return [str(BIN / "psql"), "-h", str(self.root), "-p", str(self.port), "-qAt", "postgres"]
 
     def configure_more(self, lines: str) -> None:
         """Further settings, before it is made."""
@@ -126,15 +130,17 @@ class Plain(Side):
 class Protected(Side):
     """The same behind pgcdp, with its agent cutting, storing and moving the image."""
 
-    def create(self, size: int, fs: str, journal_limit: str) -> None:
-        """Make the cluster and protect it."""
+    def create(self, size: int, fs: str, journal_limit: str, gb: float = 0, *words: str) -> None:
+        """Make the cluster, with `gb` times 10^9 bytes that do not compress, and protect it; `words` for pgcdp."""
         run(["install", "-d", "-o", "postgres", "-m", "700", str(self.pgdata)])
         run([str(BIN / "initdb"), "-D", str(self.pgdata), "-A", "trust"], "postgres")
         self.configure()
         self.control("start", "-l", "/dev/null")
+        if gb:
+            fill(self, gb)
         self.pgcdp(
             "protect", "bench", "--pgdata", str(self.pgdata), "--store", str(self.root / "store"), "--size", str(size),
-            "--fs", fs, "--journal-limit", journal_limit, "--yes",
+            "--fs", fs, "--journal-limit", journal_limit, "--yes", *words,
         )  # fmt: skip
         self.device = self.status()["volumes"][0]["device"]
 
@@ -166,5 +172,8 @@ class Protected(Side):
         }
 
     def destroy(self) -> None:
-        """Take the set down; the directory goes with the root."""
-        self.pgcdp("down", "bench")
+        """Take the set down, or what was to become one; the directory goes with the root."""
+        if self.device:
+            self.pgcdp("down", "bench")
+        elif (self.pgdata / "postmaster.pid").exists():
+            self.control("stop", "-m", "immediate")
