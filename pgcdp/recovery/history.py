@@ -27,12 +27,13 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import SETTINGS
 from pgcdp.store.parquet import Ranges
-from pgcdp.store.published import published
+from pgcdp.store.published import Published
 from pgcdp.store.transactions import read_look, read_transactions, read_wal
 
 
 class Transactions:
-    """The transactions of a store, and of `journal` up to write `upto` where there is one; `rewinds()`: those in place.
+    """The transactions of a store, whose `intervals` are by number and in order, and of `journal` up to write `upto`
+    where there is one; `rewinds()`: those in place.
 
     What lies behind the last boundary is read once, when it is first asked for. Raises DamageError, or
     PreconditionError when the writes went on from journal to store meanwhile: make it anew then.
@@ -41,6 +42,7 @@ class Transactions:
     def __init__(
         self,
         store: Store,
+        intervals: Mapping[int, Published],
         journal: Path | None = None,
         upto: int | None = None,
         rewinds: Callable[[], list[Rewind]] = list,
@@ -50,7 +52,7 @@ class Transactions:
         self._asked: list[Stretch] | None = None
         self.journal = journal
         self.upto = upto
-        self.intervals = published(store)
+        self.intervals = intervals
         self.commits = cache(self._commits)
         self.tail = cache(self._tail)
         self.events = cache(lambda number: read_events(self.intervals[number].path))

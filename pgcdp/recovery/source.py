@@ -34,7 +34,7 @@ from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
-from pgcdp.store.published import published
+from pgcdp.store.published import Published, published
 from pgcdp.store.rewinds import Said, pair, said_in
 from pgcdp.units import format_lsn
 
@@ -65,13 +65,16 @@ class Source:
         self.durable_write = durable_write
         self.now_ns = now_ns
         self.pgdata = pgdata
-        self._intervals: dict[int, Interval] = {}
+        self._published: dict[int, Published] = {}
 
     def intervals(self) -> list[Interval]:
         """Published intervals, in order."""
-        new = published(self.store, self._intervals)
-        self._intervals |= {number: each.interval for number, each in new.items()}
-        return list(self._intervals.values())
+        return [each.interval for each in self._listed().values()]
+
+    def _listed(self) -> dict[int, Published]:
+        """The published intervals by number, in order; none is read twice."""
+        self._published |= published(self.store, self._published)
+        return self._published
 
     def base(self) -> Boundary:
         """The oldest boundary. Raises TargetError while there is none."""
@@ -169,7 +172,8 @@ class Source:
         Those of the current branch, or of that of timeline `branch`. Raises TargetError when there is none.
         """
         journal = self.journal.directory if self.journal is not None else None
-        found = Transactions(self.store, journal, self.durable_write if upto is None else upto, self._rewinds)
+        upto = self.durable_write if upto is None else upto
+        found = Transactions(self.store, dict(self._listed()), journal, upto, self._rewinds)
         return found.on(self.branch(branch)) if branch else found
 
     def _refuse_other_branches(self, target: Target) -> None:

@@ -14,6 +14,9 @@ from pgcdp.cli.log import COLUMNS
 from pgcdp.errors import TargetError
 from pgcdp.fsio import read_json, write_json
 from pgcdp.records import Target
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import Catalog
+from pgcdp.store.layout import Store
 from pgcdp.units import parse_lsn, parse_time
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
@@ -312,6 +315,10 @@ def forget_index(found: ProtectedSet, number: int) -> None:
     manifest = read_json(place / "manifest.json")
     manifest.pop("checksum", None)
     write_json(place / "manifest.json", {**manifest, "transactions": None})
+    store = Store.open(found.store)
+    catalog = Catalog.open(store)  # a manifest never changes, so the mirror would be believed
+    catalog.put_interval(Bundle.open(store, number))
+    catalog.close()
 
 
 def test_what_looks_like_a_truncate_is_none(make_set: MakeSet, binaries_of: BindirOf) -> None:
