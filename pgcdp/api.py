@@ -333,6 +333,7 @@ def rewind(
         resolved["followers"] = followers(connection)
     agree(resolved)
     done, down = rewinding.rewind(config, point, scratch_place(source), progress)
+    progress(Progress("cutting the boundary behind it"))
     boundary = cut(set_name)
     proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress) if prove else {"ok": None}
     result: Json = {

@@ -48,7 +48,7 @@ def prove(
             checks=proving.own_checks(),
             binaries=binaries,
             hide=production_places(source, set_name),
-            report=lambda check: progress(Progress(f"{check.name}: {'ok' if check.ok else 'FAILED'}")),
+            report=lambda name: progress(Progress(name)),
         )
     result: Json = {
         "recovery_point": point_json(point),

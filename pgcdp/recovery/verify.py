@@ -30,7 +30,7 @@ where a.amname = 'btree' and i.indisvalid and i.indisready
   and (c.relpersistence = 'p' or c.relpersistence = 'u') and c.relkind = 'i'
 """
 
-Report = Callable[[Check], None]
+Report = Callable[[str], None]
 
 
 def own_checks() -> list[Path]:
@@ -51,13 +51,14 @@ def verify_directory(
     binaries: Binaries | None = None,
     jobs: int = 2,
     owns_data: bool = False,
-    report: Report = lambda check: None,
+    report: Report = lambda name: None,
 ) -> list[Check]:
     """Start `pgdata` (a private copy or a mounted scratch image) in a sandbox, run all checks, destroy the sandbox.
 
     `sql` is the user's file of assertions, `checks` are pgcdp's own (files of sql/checks); `database` is where
-    statements run that do not say. The other arguments are those of `sandbox.start`. `report` hears each check as it
-    ends. A recovery that fails is a failed check, not an error; raises PreconditionError when it could not be tried.
+    statements run that do not say. The other arguments are those of `sandbox.start`. `report` hears the name of
+    each check behind recovery as it begins. A recovery that fails is a failed check, not an error; raises
+    PreconditionError when it could not be tried.
     """
     wanted = [] if sql is None else assertions.load(sql)
     own = [assertion for path in checks for assertion in assertions.load(path)]
@@ -67,15 +68,9 @@ def verify_directory(
             pgdata, settings, parent=parent, binaries=binaries, links=links, hide=hide, owns_data=owns_data
         )
     except VerificationFailed as failed:
-        check = Check("recovery", False, time.monotonic() - started, failed.message)
-        report(check)
-        return [check]
-    done = []
+        return [Check("recovery", False, time.monotonic() - started, failed.message)]
     with found:
-        for check in verify_sandbox(found, own, wanted, database=database, jobs=jobs):
-            report(check)
-            done.append(check)
-    return done
+        return list(verify_sandbox(found, own, wanted, database=database, jobs=jobs, report=report))
 
 
 def verify_sandbox(
@@ -85,17 +80,21 @@ def verify_sandbox(
     *,
     database: str | None = None,
     jobs: int = 2,
+    report: Report = lambda name: None,
 ) -> Iterator[Check]:
-    """All checks on a running sandbox, one after another; it is stopped at the end."""
+    """All checks on a running sandbox, one after another; it is stopped at the end. `report`: as `verify_directory`."""
     yield recovery(box)
+    report("amcheck")
     yield amcheck(box, jobs)
-    for assertion in own:
-        yield assert_sql(box, assertion, database, "check")
-    for assertion in wanted:
-        yield assert_sql(box, assertion, database, "sql")
+    for prefix, assertion in [*(("check", each) for each in own), *(("sql", each) for each in wanted)]:
+        name = f"{prefix}: {assertion.name}"
+        report(name)
+        yield assert_sql(box, name, assertion, database)
+    report("shutdown")
     stopped = shutdown(box)
     yield stopped
     if stopped.ok:
+        report("checksums")
         yield page_checksums(box)
 
 
@@ -158,10 +157,9 @@ def amcheck_by_sql(box: Sandbox) -> Check:
     return Check("amcheck", True, time.monotonic() - started, detail)
 
 
-def assert_sql(box: Sandbox, assertion: Assertion, database: str | None = None, prefix: str = "sql") -> Check:
+def assert_sql(box: Sandbox, name: str, assertion: Assertion, database: str | None = None) -> Check:
     """Run one assertion where it belongs: all databases, its own, `database`, or the first that is no template."""
     started = time.monotonic()
-    name = f"{prefix}: {assertion.name}"
     if assertion.since > box.binaries.major:
         return Check(name, True, 0.0, f"skipped: needs PostgreSQL {assertion.since}")
     try:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,17 +63,25 @@ def test_a_good_image(pg_binaries: Binaries, make_cluster: MakeCluster, place: P
     live.sql("create database shop")
     live.sql("create table orders (n int)", "shop")
     (place / "own.sql").write_text(
-        "-- name: t is full\nselect count(*) = 5000 from t;\n"
+        "-- name: t is full\nselect count(*) = 5000 from t, pg_sleep(1);\n"
         "-- name: no order is negative\n-- database: shop\nselect * from orders where n < 0;\n"
     )
     settings = live.settings()
     copy = live.crash_copy(place / "copy")
-    heard: list[Check] = []
+    heard: list[tuple[str, float]] = []
     checks = verify.verify_directory(
-        copy, settings, parent=place, sql=place / "own.sql", checks=CHECKS, owns_data=True, report=heard.append
+        copy,
+        settings,
+        parent=place,
+        sql=place / "own.sql",
+        checks=CHECKS,
+        owns_data=True,
+        report=lambda name: heard.append((name, time.monotonic())),
     )
     assert failed(checks) == {}
-    assert heard == checks
+    assert [name for name, _ in heard] == [check.name for check in checks[1:]]
+    for check, (_, began), (_, ended) in zip(checks[1:], heard, heard[1:], strict=False):
+        assert check.seconds <= ended - began < check.seconds + 0.5, f"{check.name} was told at another's time"
     assert [check.name for check in checks] == [
         "recovery",
         "amcheck",
