@@ -57,7 +57,7 @@ def read_again(store: Store, number: int, identifier: int) -> tuple[float, int, 
     before = Bundle.open(store, number - 1).interval.boundary
     start = Start.of(store, before, {}, identifier)
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
-    readout = start.read([store.interval(number)])
+    readout = start.read([store.interval(number)], tables=store.path.with_suffix(".wal"))
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime
     wal = int(readout.wal["to_lsn"][-1] - readout.wal["from_lsn"][0]) if len(readout.wal) else 0

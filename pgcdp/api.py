@@ -33,7 +33,6 @@ from pgcdp.opening import (
     point_of,
     production_places,
     remember,
-    scratch_of,
     scratch_place,
 )
 from pgcdp.postgres import role, session
@@ -43,6 +42,7 @@ from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
+from pgcdp.recovery.places import scratch_of
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window

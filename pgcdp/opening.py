@@ -14,6 +14,7 @@ from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.postgres.cluster import Binaries, find_binaries
 from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery.places import scratch_of
 from pgcdp.recovery.source import Source
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
@@ -80,11 +81,6 @@ def between(source: Source, point: RecoveryPoint) -> Json:
 def scratch_place(source: Source) -> Path:
     """Where scratch places of a set are."""
     return scratch_of(source.store.set_id)
-
-
-def scratch_of(set_id: bytes) -> Path:
-    """The same, where there is no source yet."""
-    return Path("/var/tmp") / f"pgcdp-{set_id.hex()[:12]}"
 
 
 def production_places(source: Source, set_name: str | None) -> list[Path]:

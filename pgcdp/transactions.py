@@ -31,7 +31,7 @@ DEFAULT_PATH = ("public",)
 
 
 def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, branch: int = 0, **wanted: Any) -> Json:
-    """Transactions, newest first: {"transactions", "total", "unknown", "note"}; `limit` None: all.
+    """Transactions, newest first: {"transactions", "total", "unknown", "left_out", "note"}; `limit` None: all.
 
     `behind_lsn`: only those that ended behind it. `branch`: the timeline of another branch than the current one.
     `wanted`: as `_wanted`.
@@ -142,6 +142,7 @@ def _told(transactions: Transactions, found: search.Found) -> Json:
         "transactions": [_as_json(each) for each in found.transactions],
         "total": found.total,
         "unknown": list(transactions.history().unknown),
+        "left_out": transactions.tail().left_out if None in transactions.numbers else 0,
     }
 
 

@@ -90,6 +90,11 @@ def render(value: Mapping[str, Any]) -> None:
         screen.note("no transaction is like that")
     if value["note"]:
         screen.note(value["note"])
+    if value["left_out"]:
+        screen.note(
+            f"behind the last boundary {value['left_out']} records about names of tables were left out: names may be "
+            "missing"
+        )
     if value["unknown"]:
         screen.note(f"the transactions of these intervals are not indexed: {', '.join(map(str, value['unknown']))}")
 

@@ -64,8 +64,9 @@ class Start:
             Past(newest_look(store, boundary.number), notes),
         )
 
-    def read(self, intervals: list[Path], rewinds: Sequence[Rewind] = (), **more: Any) -> Readout:
+    def read(self, intervals: list[Path], rewinds: Sequence[Rewind] = (), *, tables: Path, **more: Any) -> Readout:
         """Read the WAL behind the boundary: as `readout.read_wal`. `rewinds`: those behind the boundary."""
+        more["tables"] = tables
         if rewinds:
             return self._read_around(intervals, rewinds, **more)
         start_lsn = 0 if self.state else self.boundary.checkpoint_lsn

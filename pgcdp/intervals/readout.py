@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +65,7 @@ def read_wal(
     cluster: Cluster,
     intervals: Sequence[Path],
     *,
+    tables: Path,
     start_lsn: int = 0,
     behind: int = 0,
     state: Path | None = None,
@@ -73,14 +73,13 @@ def read_wal(
     journal: Path | None = None,
     upto: int | None = None,
     settle_upto: int | None = None,
-    tables: Path | None = None,
 ) -> Readout:
     """Read the WAL in the writes of interval directories, then of a journal, up to write `upto`.
 
     With wal_init_zero off, WAL may be durable only with a write behind that one: it is looked for up to `settle_upto`.
     It begins behind write `behind`, with the first record behind `start_lsn`, or goes on from what another run saved as
-    `state`. The engine's tables lie in the new directory `tables` meanwhile, or below TMPDIR. Raises what the engine
-    says: DamageError, or PreconditionError when the journal does not hold the next write any more; SlowError.
+    `state`. The engine's tables lie in the new directory `tables` meanwhile. Raises what the engine says: DamageError,
+    or PreconditionError when the journal does not hold the next write any more; SlowError.
     """
     words = [
         "wal",
@@ -121,11 +120,7 @@ def read_wal(
 
 
 @contextmanager
-def _place(tables: Path | None) -> Iterator[Path]:
-    if tables is None:
-        with tempfile.TemporaryDirectory(prefix="pgcdp-wal-") as place:
-            yield Path(place)
-        return
+def _place(tables: Path) -> Iterator[Path]:
     shutil.rmtree(tables, ignore_errors=True)  # a killed agent left it
     tables.mkdir()
     try:

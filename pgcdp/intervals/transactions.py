@@ -40,7 +40,7 @@ class Past:
 class Indexed:
     """The index (SCHEMA), the tables that are in it, the events (FORMAT.md 3.7), array WAL_WRITE, the catalogs then.
 
-    `pending`: records that the events of the next interval may follow from.
+    `pending`: records that the events of the next interval may follow from. `left_out`: as in `Readout`.
     """
 
     table: pa.Table
@@ -50,6 +50,7 @@ class Indexed:
     look: Look | None
     next_xid: int
     pending: list[Note]
+    left_out: int
 
 
 def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid: int) -> Indexed:
@@ -67,7 +68,8 @@ def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid
     table = _table(readout, rows, sizes, names, next_xid)
     events, pending = events_of(readout, reader, names.databases.at, past.look, look, next_xid)
     touched = _tables(rows, names)
-    return Indexed(table, touched, events, readout.wal, with_sizes(names.look, now), next_xid, pending)
+    then = with_sizes(names.look, now)
+    return Indexed(table, touched, events, readout.wal, then, next_xid, pending, readout.left_out)
 
 
 def with_timelines(ends: NDArray[np.void], notes: Sequence[Note]) -> NDArray[np.void]:

@@ -27,7 +27,7 @@ from pgcdp.postgres import cluster, session
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
-from pgcdp.recovery import sandbox, sandbox_settings, scratch
+from pgcdp.recovery import places, sandbox, sandbox_settings, scratch
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import leave_open, raise_found
 
@@ -160,13 +160,13 @@ def create(
     Raises NameTaken, PreconditionError for a port that is taken, DamageError for stored bytes that are wrong.
     """
     with _listening(clone.access.port) as listener:
-        with scratch.alone(clone.place.parent):
+        with places.alone(clone.place.parent):
             _remove_unfinished(clone.place.parent)
             try:
                 clone.place.mkdir(mode=0o700)
             except FileExistsError:
                 raise _taken(clone) from None
-            locked = scratch.lock(clone.place)
+            locked = places.lock(clone.place)
         try:
             clone.place.chmod(0o711)  # Postgres's user passes through to the mount
             clone.save()
@@ -232,7 +232,7 @@ def take_down(place: Path) -> None:
             proc.end(pid)
     for directory in clone.outside:
         shutil.rmtree(directory, ignore_errors=True)
-    scratch.clear(place)
+    places.clear(place)
 
 
 def state(clone: Clone) -> str:
@@ -240,7 +240,7 @@ def state(clone: Clone) -> str:
 
     One that was never opened to the end is "dead", too. Raises FileNotFoundError when it is gone by now.
     """
-    fd = scratch.lock(clone.place)
+    fd = places.lock(clone.place)
     if fd < 0:
         return "opening"
     os.close(fd)
@@ -396,7 +396,7 @@ def _locked(place: Path) -> Iterator[None]:
     gone = PreconditionError(f"there is no clone {name} any more", "pgcdp clones lists them")
     deadline = time.monotonic() + _GLANCE_SECONDS
     try:
-        while (fd := scratch.lock(place)) < 0 and time.monotonic() < deadline:
+        while (fd := places.lock(place)) < 0 and time.monotonic() < deadline:
             time.sleep(0.02)
     except FileNotFoundError:
         raise gone from None
@@ -405,7 +405,7 @@ def _locked(place: Path) -> Iterator[None]:
             f"another command is working on clone {name}", "wait for it, then run this again; pgcdp clones lists them"
         )
     try:
-        if not scratch.is_still(place, fd):  # removed, and maybe made anew, before it was locked
+        if not places.is_still(place, fd):  # removed, and maybe made anew, before it was locked
             raise gone
         yield
     finally:
@@ -428,7 +428,7 @@ def _remove_unfinished(parent: Path) -> None:
     for place in parent.glob("clone-*"):
         if not place.is_dir() or place.is_symlink() or (place / _RECORD).exists():
             continue
-        fd = scratch.lock(place)
+        fd = places.lock(place)
         if fd < 0:  # it is being made
             continue
         try:
@@ -439,7 +439,7 @@ def _remove_unfinished(parent: Path) -> None:
 
 def _remove_if_empty(parent: Path) -> None:
     """Not while somebody is about to make something in it."""
-    with suppress(OSError, PreconditionError), scratch.alone(parent):
+    with suppress(OSError, PreconditionError), places.alone(parent):
         parent.rmdir()
 
 
@@ -448,7 +448,7 @@ def _remove(place: Path) -> None:
         take_down(place)
     except (FileNotFoundError, DamageError):  # killed before it was written, or not ours to read any more
         sandbox.end_at_once(place / "mnt")
-        scratch.clear(place)
+        places.clear(place)
     shutil.rmtree(place)
 
 

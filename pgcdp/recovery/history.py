@@ -23,6 +23,7 @@ from pgcdp.records import Rewind
 from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
 from pgcdp.recovery.ends import Ends
 from pgcdp.recovery.instant import Commits, History
+from pgcdp.recovery.places import place_below, scratch_of
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import SETTINGS
@@ -162,7 +163,9 @@ class Transactions:
         if not intervals and self.journal is None:
             return index_transactions(read_nothing(), start.past, None, boundary.next_xid)
         rewinds = [rewind for rewind in self.rewinds() if rewind.begin > boundary.write]
-        readout = start.read(intervals, rewinds, journal=self.journal, upto=self.upto)
+        with place_below(scratch_of(self.store.set_id)) as place:
+            tables = place / "wal"
+            readout = start.read(intervals, rewinds, tables=tables, journal=self.journal, upto=self.upto)
         return index_transactions(readout, start.past_of(rewinds), read_look(opened), boundary.next_xid)
 
 

@@ -25,7 +25,7 @@ from pgcdp.intervals.increments import run_index
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, RecoveryPoint
 from pgcdp.recovery import blockmap
-from pgcdp.recovery.scratch import place_below
+from pgcdp.recovery.places import place_below
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import make_map, shown
 from pgcdp.store.bundle import Bundle

@@ -80,10 +80,10 @@ def test_an_interval_may_end_while_wal_waits_for_the_filesystem(
     def read(upto: int, settle_upto: int) -> dict[int, int]:
         """By where WAL begins: the write with which it is durable."""
         place = found.config.journal
-        rows = start.read([], journal=place, upto=upto, settle_upto=settle_upto).wal
+        rows = start.read([], tables=found.root / "tables", journal=place, upto=upto, settle_upto=settle_upto).wal
         return {int(row["from_lsn"]): int(row["durable"]) for row in rows}
 
-    rows = start.read([], journal=found.config.journal, upto=durable).wal
+    rows = start.read([], tables=found.root / "tables", journal=found.config.journal, upto=durable).wal
     late = [row for row in rows if row["durable"] > row["write"]][-20:]
     assert len(late) == 20
     for row in late:

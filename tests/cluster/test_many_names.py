@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from pgcdp import api
+from pgcdp.cli.log import render
 from pgcdp.intervals import indexing, readout
 from pgcdp.intervals.indexing import Start, index_interval
 from pgcdp.postgres.wal import of_database, read_notes
@@ -19,6 +22,37 @@ from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet
 
 LIMIT = 8
+
+
+def test_what_is_left_out_behind_the_last_boundary_is_said(
+    make_set: MakeSet, binaries_of: BindirOf, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    for number in range(1, 20):
+        found.sql(f"create table t{number} (id int)")
+    assert api.log(found.name)["left_out"] == 0
+    monkeypatch.setattr(readout, "NOTES", LIMIT)
+    for told in (api.log(found.name), api.find(found.name, "create table t1 ()")):
+        assert told["left_out"] > 0
+        render(told)
+        assert f"{told['left_out']} records about names of tables were left out" in capsys.readouterr().err
+    api.cut(found.name)
+    assert api.log(found.name)["left_out"] == 0
+
+
+def test_the_temporary_directory_need_not_hold_what_is_read(
+    make_set: MakeSet, binaries_of: BindirOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
+    found.sql("create table t (id int)")
+    found.sql("do $$ begin for n in 1..3000 loop insert into t values (n); commit; end loop; end $$")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        assert api.log(found.name, table="t")["total"] == 3001
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_what_is_left_out_is_said_and_not_gone_on_from(

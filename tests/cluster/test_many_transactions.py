@@ -146,7 +146,7 @@ def reading_seconds(found: ProtectedSet, number: int) -> tuple[float, float]:
     before = Bundle.open(store, number - 1).interval.boundary
     start = Start.of(store, before, {}, int(found.config.cluster.system_identifier))
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
-    readout = start.read([store.interval(number)])
+    readout = start.read([store.interval(number)], tables=found.root / "tables")
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     wal = int(readout.wal["to_lsn"][-1] - readout.wal["from_lsn"][0])
     return ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime, wal / 1e6

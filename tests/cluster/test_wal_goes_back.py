@@ -96,6 +96,6 @@ def test_without_a_state_reading_begins_behind_the_boundary(make_set: MakeSet, b
     (store.interval(number) / "wal.state").unlink()
     boundary = Bundle.open(store, number).interval.boundary
     start = Start.of(store, boundary, {}, int(found.config.cluster.system_identifier))
-    readout = start.read([], journal=found.config.journal, upto=upto)
+    readout = start.read([], tables=found.root / "tables", journal=found.config.journal, upto=upto)
     assert len(readout.ends)
     assert readout.wal["write"].min() > boundary.write

@@ -124,7 +124,7 @@ def listing(found: ProtectedSet, begin: int) -> list[End]:
         before = Bundle.open(store, number - 1).interval.boundary if number > 1 else store.baseline
         assert before is not None
         start = Start.of(store, before, {}, int(found.config.cluster.system_identifier))
-        ends += ends_of(start.read([store.interval(number)]))
+        ends += ends_of(start.read([store.interval(number)], tables=found.root / "tables"))
     return [end for end in ends if end.lsn >= begin]
 
 

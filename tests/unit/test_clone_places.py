@@ -15,7 +15,7 @@ from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import write_json
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import clone as cloned
-from pgcdp.recovery import scratch
+from pgcdp.recovery import places
 from pgcdp.recovery.clone import Access, Clone
 
 
@@ -77,7 +77,7 @@ def test_a_clone_made_anew_is_not_expired_for_the_one_before(below: Path) -> Non
 
 def test_a_look_at_a_clone_is_in_nobodys_way_but_a_command_is(below: Path) -> None:
     clone = made(below, "one")
-    fd = scratch.lock(clone.place)
+    fd = places.lock(clone.place)
     with pytest.raises(PreconditionError, match="another command is working on clone one"):
         cloned.destroy(clone.place)
     timer = threading.Timer(0.1, os.close, [fd])
@@ -90,7 +90,7 @@ def test_a_look_at_a_clone_is_in_nobodys_way_but_a_command_is(below: Path) -> No
 def test_a_lock_on_what_was_removed_meanwhile_is_none(below: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two destroy it at once, and it is made anew between them: the second must not take that away."""
     clone = made(below, "one")
-    lock = scratch.lock
+    lock = places.lock
 
     def overtaken(place: Path) -> int:
         fd = lock(place)
@@ -99,7 +99,7 @@ def test_a_lock_on_what_was_removed_meanwhile_is_none(below: Path, monkeypatch: 
         return fd
 
     with monkeypatch.context() as patched:
-        patched.setattr(scratch, "lock", overtaken)
+        patched.setattr(places, "lock", overtaken)
         with pytest.raises(PreconditionError, match="there is no clone one any more"):
             cloned.destroy(clone.place)
     assert clone.place.exists()
@@ -111,7 +111,7 @@ def test_what_was_killed_before_its_record_was_written_does_not_hold_its_name(be
     busy = below / "clone-two"
     busy.mkdir()
     kept = made(below, "three")
-    fd = scratch.lock(busy)
+    fd = places.lock(busy)
     cloned._remove_unfinished(below)
     os.close(fd)
     assert sorted(place.name for place in below.iterdir()) == ["clone-three", "clone-two"]

@@ -11,7 +11,7 @@ from threading import Barrier
 import pytest
 
 from pgcdp.errors import PreconditionError
-from pgcdp.recovery import scratch
+from pgcdp.recovery import places
 
 
 def test_a_directory_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
@@ -20,24 +20,24 @@ def test_a_directory_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
     os.chown(below, 65534, 65534)
     with (
         pytest.raises(PreconditionError, match=f"{below} belongs to user id 65534, not to 0"),
-        scratch.place_below(below),
+        places.place_below(below),
     ):
         pass
     os.chown(below, 0, 0)
     for mode in (0o777, 0o1777, 0o720):
         below.chmod(mode)
-        with pytest.raises(PreconditionError, match="can be written by others"), scratch.place_below(below):
+        with pytest.raises(PreconditionError, match="can be written by others"), places.place_below(below):
             pass
     elsewhere = tmp_path / "elsewhere"
     below.rename(elsewhere)
     elsewhere.chmod(0o711)
     below.symlink_to(elsewhere)
-    with pytest.raises(PreconditionError, match="is not a directory"), scratch.place_below(below):
+    with pytest.raises(PreconditionError, match="is not a directory"), places.place_below(below):
         pass
     assert list(elsewhere.iterdir()) == []
     below.unlink()
     below.write_text("a file")
-    with pytest.raises(PreconditionError, match="is not a directory"), scratch.place_below(below):
+    with pytest.raises(PreconditionError, match="is not a directory"), places.place_below(below):
         pass
 
 
@@ -47,7 +47,7 @@ def test_a_place_is_ours_alone_and_goes(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left / "data.img").write_text("x")
     below.chmod(0o711)
-    with scratch.place_below(below) as mine, scratch.place_below(below) as other:
+    with places.place_below(below) as mine, places.place_below(below) as other:
         assert mine != other
         assert not left.exists(), "what a killed process left goes"
         assert mine.is_dir()
@@ -57,7 +57,7 @@ def test_a_place_is_ours_alone_and_goes(tmp_path: Path) -> None:
 
 def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with scratch.place_below(tmp_path / "place") as mine:
+        with places.place_below(tmp_path / "place") as mine:
             (mine / "file").write_text("x")
             raise PreconditionError("inside")
 
@@ -74,7 +74,7 @@ def test_many_at_once(tmp_path: Path) -> None:
     def user(number: int) -> int:
         together.wait()
         for _ in range(150):
-            with scratch.place_below(below) as mine:
+            with places.place_below(below) as mine:
                 (mine / "file").write_text(str(number))
                 assert (mine / "file").read_text() == str(number)
         return number
