@@ -441,7 +441,7 @@ def salvage(
     source = open_source(set_name, store)
     likely = None
     if before is not None:
-        target, likely = transactions.before(source, before)
+        target, likely = transactions.before(source, before, target.branch)
     point = source.resolve(target)
     resolved = between(source, point)
     if announce is not None:

@@ -65,8 +65,11 @@ Announce = Callable[[Json], None]
 
 
 def point_of(source: Source, target: Target, before: str | None) -> RecoveryPoint:
-    """The recovery point of a target, or just before the one transaction that did what the SQL `before` does."""
-    return source.resolve(target if before is None else transactions.before(source, before)[0])
+    """The recovery point of a target, or just before the one transaction that did what the SQL `before` does.
+
+    `target.branch`: on which branch that is looked for.
+    """
+    return source.resolve(target if before is None else transactions.before(source, before, target.branch)[0])
 
 
 def between(source: Source, point: RecoveryPoint) -> Json:

@@ -224,7 +224,7 @@ TargetKind = Literal["write", "boundary", "time", "xid", "lsn", "name", "newest"
 class Target:
     """What a user asks for: `value` is a write number, a boundary number, ns since 1970, an xid (64 bits, or the low
     32), an LSN, or 0 for the newest; `name` is that of a mark. `exclusive`: just before it. `branch`: the timeline on
-    whose branch a time, an xid or an LSN is meant; 0: the current one."""
+    whose branch a time, an xid or an LSN is meant, or a statement beside it; 0: the current one."""
 
     kind: TargetKind
     value: int = 0

@@ -92,24 +92,26 @@ def find(
     return {**told, "note": logged.add_statements(source, told["transactions"], deeds) if statements else None}
 
 
-def before(source: Source, sql: str) -> tuple[Target, str | None]:
+def before(source: Source, sql: str, branch: int = 0) -> tuple[Target, str | None]:
     """Just before the one transaction that did what a statement does, and its database.
 
-    Raises TargetError for no such transaction or several.
+    `branch`: as in `log`. Raises TargetError for no such transaction or several.
     """
-    found = find(source, sql, statements=False, done=True)
+    found = find(source, sql, statements=False, done=True, branch=branch)
+    there = f" --branch {branch}" if branch else ""
     told = found["transactions"]
     if not told:
         where = f": {_intervals(found['unknown'])} not indexed" if found["unknown"] else ""
-        raise TargetError(f'no transaction did "{sql}"{where}', "pgcdp log lists transactions, newest first")
+        raise TargetError(f'no transaction did "{sql}"{where}', f"pgcdp log{there} lists transactions, newest first")
     if found["unknown"] or len(told) > 1:
         many = f'{found["total"]} transactions did "{sql}"'
         if found["unknown"]:
             many = f'more than one transaction may have done "{sql}", {_intervals(found["unknown"])} not indexed'
         raise TargetError(
-            many, f"choose one, such as --target-xid {told[0]['xid']} --exclusive", told, found["total"] - len(told)
-        )
-    return Target("xid", int(told[0]["xid"]), exclusive=True), told[0]["database"]
+            many, f"choose one, such as --target-xid {told[0]['xid']} --exclusive{there}", told,
+            found["total"] - len(told),
+        )  # fmt: skip
+    return Target("xid", int(told[0]["xid"]), exclusive=True, branch=branch), told[0]["database"]
 
 
 def line(told: Json) -> str:

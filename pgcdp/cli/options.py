@@ -115,7 +115,7 @@ def target_options(function: F) -> F:
             "--branch",
             type=click.IntRange(1),
             metavar="TIMELINE",
-            help="An xid, LSN or time on the branch of this timeline, which a rewind in place has left.",
+            help="An xid, LSN, time or statement on the branch of this timeline, which a rewind in place has left.",
         ),
         click.option("--exclusive", is_flag=True, help="Just before the target, without it."),
         click.option(
@@ -182,9 +182,9 @@ def pick_target(given: Mapping[str, Any]) -> tuple[Target, str | None]:
         raise UsageError(f"{words} cannot be given together", "give one target")
     exclusive = bool(given["exclusive"])
     branch = int(given.get("branch") or 0)
-    if branch and names not in (["target_xid"], ["target_lsn"], ["target_time"]):
+    if branch and names not in (["target_xid"], ["target_lsn"], ["target_time"], ["before"]):
         raise UsageError(
-            "--branch needs --target-xid, --target-lsn or --target-time", "other targets are on one branch"
+            "--branch needs --target-xid, --target-lsn, --target-time or --before", "other targets are on one branch"
         )
     if not names:
         if exclusive:
@@ -192,7 +192,7 @@ def pick_target(given: Mapping[str, Any]) -> tuple[Target, str | None]:
         return Target("newest"), None
     name, value = names[0], given[names[0]]
     if name == "before":
-        return Target("newest"), str(value)
+        return Target("newest", branch=branch), str(value)
     if name == "target_name":
         return Target("name", name=str(value), exclusive=exclusive), None
     return Target(_TARGETS[name], value, exclusive=exclusive, branch=branch), None

@@ -174,8 +174,9 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     first = commit("kept")
     api.cut(found.name)
     left = [commit("left 1"), commit("left 2"), commit("left 3")]
+    found.sql("update words set word = word")
     told = rewind(found, Target("xid", first))
-    assert (told["lost"]["transactions"], told["out"], told["first_out"]["xid"]) == (3, 3, left[0])
+    assert (told["lost"]["transactions"], told["out"], told["first_out"]["xid"]) == (4, 4, left[0])
     assert [(each["name"], each["inserted"]) for each in told["lost"]["tables"]] == [("words", 3)]
     assert words() == ["kept"]
     assert listed() == [first]
@@ -193,6 +194,22 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     there = api.log(found.name, table="words", operation="insert", branch=1)["transactions"]
     assert [each["xid"] for each in there] == [*reversed(left), first]
     assert len(api.find(found.name, "insert into words values ('x')", branch=1)["transactions"]) == 4
+    words_before = [
+        "restore",
+        found.name,
+        "--before",
+        "update words set word = ''",
+        "--to-image",
+        str(found.root / "i"),
+    ]
+    code, _, said = run(*words_before)
+    assert (code, "no transaction did" in said) == (3, True), said
+    code, _, said = run(*words_before, "--branch", "1")
+    assert code == 0, said
+    assert f"last transaction in: xid {left[2]}," in said
+    with pytest.raises(TargetError, match="transactions did") as several:
+        api.resolve(found.name, Target("newest", branch=1), before="insert into words values ('x')")
+    assert str(several.value.hint).endswith("--exclusive --branch 1")
     with pytest.raises(TargetError, match="no branch with timeline 9"):
         found.source().resolve(Target("xid", left[2], branch=9))
     back = rewind(found, Target("xid", left[1], branch=1))
