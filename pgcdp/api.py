@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +20,7 @@ from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.filemap import FileMapper, places_of
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
+from pgcdp.following import follow as follow
 from pgcdp.intervals.policy import parse_policy
 from pgcdp.looking import info as info
 from pgcdp.looking import interval_json, marks
@@ -49,14 +50,12 @@ from pgcdp.recovery.target import window
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.rebuild import rebuild as rebuild_catalog
-from pgcdp.units import format_time, parse_lsn
+from pgcdp.units import format_time
 
 Json = dict[str, Any]
 
 FILES_SECONDS = 30.0
 """How long `show` waits for the filesystem to say whose the blocks of a write are that is in no interval yet."""
-FOLLOW_SECONDS = 1.0
-"""How often `log --follow` looks for new transactions."""
 
 # --- a set's life
 
@@ -184,29 +183,6 @@ def mark(set_name: str, name: str) -> Json:
 def log(set_name: str | None, store: Path | None = None, **wanted: Any) -> Json:
     """Transactions, newest first; `wanted` as `pgcdp.transactions.log`."""
     return transactions.log(open_source(set_name, store), **wanted)
-
-
-def follow(set_name: str, waiting: Callable[[], None] | None = None, **wanted: Any) -> Iterator[Json]:
-    """The newest transactions, then those that end from now on. `waiting` is called each time that the set stops."""
-    newest = transactions.log(open_source(set_name, None), **wanted)["transactions"]
-    yield from reversed(newest)
-    seen = parse_lsn(newest[0]["lsn"]) if newest else 0
-    wanted["limit"] = None
-    read: int | None = -1
-    stopped = False
-    while True:
-        began = time.monotonic()
-        source = open_source(set_name, None)
-        if source.durable_write is None and not stopped and waiting is not None:
-            waiting()
-        stopped = source.durable_write is None
-        if source.durable_write != read:
-            read = source.durable_write
-            for each in reversed(transactions.log(source, behind_lsn=seen, **wanted)["transactions"]):
-                seen = parse_lsn(each["lsn"])
-                yield each
-        # What was written since the last boundary is read again each time: a fifth of a core at most goes into that.
-        time.sleep(max(FOLLOW_SECONDS, 4 * (time.monotonic() - began)))
 
 
 def find(set_name: str | None, sql: str, store: Path | None = None, **wanted: Any) -> Json:

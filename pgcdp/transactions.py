@@ -191,6 +191,11 @@ def _around(transactions: Transactions, point: RecoveryPoint) -> Around:
     return Around(inside.last_in, outside.first_out, outside.out, [], sorted({*inside.unknown, *outside.unknown}))
 
 
+def last_in(source: Source, write: int) -> Json | None:
+    """The last transaction of the current branch that committed up to a write."""
+    return source.again(lambda: _side(around(write, None, source.transactions().history()).last_in))
+
+
 def lost_json(source: Source, point: RecoveryPoint) -> Json:
     """What going back to a point takes from production: {"transactions", "oldest", "newest", "tables"}."""
 

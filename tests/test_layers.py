@@ -34,6 +34,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.recovery.*": 6,
     "pgcdp.service": 7,
     "pgcdp.doctor": 7,
+    "pgcdp.following": 7,
     "pgcdp.logged": 7,
     "pgcdp.opening": 7,
     "pgcdp.cloning": 7,

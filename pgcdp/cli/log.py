@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pgcdp import units
 from pgcdp.cli import options, screen
 from pgcdp.errors import TargetError, UsageError
+
+if TYPE_CHECKING:
+    from pgcdp.records import Rewind
 
 COLUMNS = ("time", "xid", "status", "write", "lsn", "table", "did", "share")
 OPERATIONS = ("insert", "update", "delete", "truncate", "drop", "rewrite")
@@ -51,7 +54,8 @@ def command(
     """Transactions, newest first: when they ended, where, and what they did to which table.
 
     "share" is the part of the table's rows that was touched, so that a mass delete stands out. System catalogs and
-    indexes are not shown. With --follow and --output json, one object a line.
+    indexes are not shown. With --follow and --output json, one object a line. After a rewind in place --follow goes on
+    with the new branch.
     """
     from pgcdp import api
 
@@ -68,10 +72,17 @@ def command(
     if output == "text":
         screen.text("  ".join(COLUMNS), flush=True)
 
-    def waiting() -> None:
-        screen.note(f"set {name} is stopped: waiting until it goes on (pgcdp up {name}), or Ctrl-C")
+    def say(line: str) -> None:
+        if output == "text":
+            screen.note(line)
 
-    for told in api.follow(name, waiting if output == "text" else None, **wanted):
+    def waiting() -> None:
+        say(f"set {name} is stopped: waiting until it goes on (pgcdp up {name}), or Ctrl-C")
+
+    def rewound(rewind: Rewind) -> None:
+        say(f"set {name} was rewound to write {rewind.to_write}: what follows is on its new branch")
+
+    for told in api.follow(name, waiting, rewound, **wanted):
         screen.result(told, output, _line)
 
 
