@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pgcdp import service
+from pgcdp import rewinding, service
 from pgcdp.capture.engine import EngineStatus, run_engine
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError
@@ -19,6 +19,7 @@ from pgcdp.postgres import role, session
 from pgcdp.postgres.control import describe, find_control_blocks
 from pgcdp.progress import Progress, Report
 from pgcdp.records import BLOCK, Check
+from pgcdp.recovery import merged
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from pgcdp.store.scrub import check_store
@@ -41,6 +42,7 @@ class Finding:
 def examine(config: Config, engine: EngineStatus | None, full: bool, progress: Report) -> list[Finding]:
     """All checks of a set. `full` reads all of journal and store. Raises nothing: what is wrong is in the list."""
     steps: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("rewind", lambda: _rewind(config)),
         ("capture", lambda: _capture(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config)),
@@ -71,6 +73,18 @@ def _failed(
 ) -> Finding:
     seconds = 0.0 if started is None else time.monotonic() - started
     return Finding(Check(name, False, seconds, detail), kind, hint)
+
+
+def _rewind(config: Config) -> Iterator[Finding]:
+    left = rewinding.pending(config.paths)
+    if left is None:
+        yield _passed("rewind", "none under way")
+        return
+    ends = "puts everything back" if left.step == "stop" else "finishes it"
+    hint = f"unless its command still runs: pgcdp up {config.name} {ends}"
+    if left.step != "stop":
+        hint += f"; pgcdp restore {config.name} --in-place --target-name {left.mark} goes back to where it began"
+    yield _failed("rewind", f"one in place to write {left.point.write} has not ended, its step is {left.step}", hint)
 
 
 def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
@@ -177,7 +191,14 @@ def _store(config: Config, full: bool, progress: Report) -> Iterator[Finding]:
         message = f"{damage.file} at offset {damage.offset}: {damage.message}"
         yield _failed("store", message, damage.still, DamageError.kind)
     if not report.damages:
-        yield _passed("store", f"{report.files} files, {format_size(report.bytes_read)} read")
+        told = f", {report.timelines} timelines of rewinds" if report.timelines else ""
+        yield _passed("store", f"{report.files} files, {format_size(report.bytes_read)} read{told}")
+    count, size, wrong = merged.check(store, full)
+    told = f"{count} files, {format_size(size)} read"
+    if wrong:  # expendable: no point is lost by it
+        said = "; ".join(damage.message for damage in wrong)
+        told = f"warning: {len(wrong)} of {count} are damaged and made anew when they are next needed: {said}"
+    yield _passed("merged increments", told)
 
 
 def describe_data(data: bytes) -> dict[str, object]:

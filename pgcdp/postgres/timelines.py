@@ -20,14 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pgcdp.errors import DamageError
+from pgcdp.errors import DamageError, UsageError
 from pgcdp.fsio import read_json, sync_directory, write_atomic, write_json
 from pgcdp.proc import User
 from pgcdp.units import parse_lsn
 
 _HISTORY = re.compile(r"([0-9A-F]{8})\.history")
 _SEGMENT = re.compile(r"[0-9A-F]{24}")
-_NOTED = "archived.json"
+NOTED = "archived.json"
+"""File in which `keep` notes what was archived."""
 LONGEST_SOCKET = 80
 
 FIRST_START = {
@@ -73,6 +74,27 @@ def histories(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _HISTORY.fullmatch(path.name))
 
 
+def check(place: Path) -> Iterator[tuple[Path, DamageError | None]]:
+    """Each file that `keep` left, with what is wrong with it."""
+    damage: DamageError | None = None
+    if (place / NOTED).exists():
+        try:
+            archived(place)
+        except DamageError as error:
+            damage = error
+        yield place / NOTED, damage
+    for path in histories(place):
+        damage = None
+        try:
+            own, parent = int(path.name[:8], 16), _parent(path.read_text())[0]
+        except (UnicodeDecodeError, ValueError, IndexError, UsageError):
+            damage = DamageError(f"{path} is no history of a timeline (offset 0)")
+        else:
+            if parent >= own:
+                damage = DamageError(f"{path} names timeline {parent} as its parent (offset 0)")
+        yield path, damage
+
+
 def known(directory: Path) -> list[int]:
     """Timelines that a directory has history files of."""
     return [int(path.name[:8], 16) for path in histories(directory)]
@@ -100,19 +122,19 @@ def keep(pg_wal: Path, place: Path, archives: bool) -> None:
         _raise(oldest, min, filter(_SEGMENT.fullmatch, os.listdir(pg_wal)))
         _raise(noted.before, max, oldest.values())
     write_json(
-        place / _NOTED, {"upto": noted.upto, "before": noted.before, "histories": sorted(noted.histories)}
+        place / NOTED, {"upto": noted.upto, "before": noted.before, "histories": sorted(noted.histories)}
     )  # fmt: skip
 
 
 def archived(place: Path) -> Archived:
     """What `keep` noted. Raises DamageError."""
     try:
-        content = read_json(place / _NOTED)
+        content = read_json(place / NOTED)
         return Archived(dict(content["upto"]), dict(content["before"]), set(content["histories"]))
     except FileNotFoundError:
         return Archived()
     except (KeyError, TypeError, ValueError):
-        raise DamageError(f"{place / _NOTED} lacks keys (offset 0)") from None
+        raise DamageError(f"{place / NOTED} lacks keys (offset 0)") from None
 
 
 def _raise(bounds: dict[str, str], which: object, names: Iterable[str]) -> None:

@@ -104,6 +104,25 @@ def _read(store: Store, span: Span) -> Extents:
         return np.frombuffer(reader.read_stream(), dtype=MAP_EXTENT)
 
 
+def check(store: Store, full: bool) -> tuple[int, int, list[DamageError]]:
+    """How many merged increments there are, the bytes that were read of them, and what is wrong with them.
+
+    Without `full` only that their frames are where they should be.
+    """
+    count, size, damages = 0, 0, []
+    for span in sorted(known(store)):
+        path = store.merged / span.file_name
+        try:
+            with FrameReader.open(path, CONTENT, store.set_id, span.last) as reader:
+                size += sum(len(raw) for _, raw in reader.frames()) if full else 0
+        except FileNotFoundError:  # a reader found it damaged just now
+            continue
+        except DamageError as damage:
+            damages.append(damage)
+        count += 1
+    return count, size, damages
+
+
 def merge(store: Store, span: Span) -> None:
     """Merge the backward increments of a span, durably. Needs memory for its map, 32 bytes an extent."""
     make_directory(store.merged)

@@ -127,7 +127,8 @@ class Source:
 
     def _rewinds(self) -> list[Rewind]:
         intervals = self.intervals()
-        if not (self.store.path / TIMELINES).is_dir():  # made before the first one begins
+        stored = [rewind for interval in intervals for rewind in interval.rewinds]
+        if not stored and not (self.store.path / TIMELINES).is_dir():  # made before the first one begins
             return []
         done = intervals[-1].to_write if intervals else self.base().write
         said: list[Said] = []
@@ -140,7 +141,7 @@ class Source:
         newest = self._newest(done)
         for run in self.batches(done, newest) if newest > done else ():
             said += said_in(run.records, lambda row, run=run: run.data_of(row).tobytes())  # type: ignore[misc]
-        return [rewind for interval in intervals for rewind in interval.rewinds] + pair(said)
+        return stored + pair(said)
 
     def place(self, target: Target) -> RecoveryPoint:
         """As `resolve`; a write inside a rewind in place is given, too."""

@@ -19,12 +19,13 @@ import numpy as np
 
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json
+from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK
 from pgcdp.store.bundle import CONTENTS, Bundle
 from pgcdp.store.frames import HEADER_BYTES, Entry, FrameReader, check_unfinished
 from pgcdp.store.history import history_names, read_history
 from pgcdp.store.image import Image, ImageState
-from pgcdp.store.layout import Store
+from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open
 
 Progress = Callable[[int, int], None]
@@ -43,10 +44,11 @@ class Damage:
 
 @dataclass(slots=True)
 class ScrubReport:
-    """What was read and what was found."""
+    """What was read and what was found. `timelines`: how many have a history file."""
 
     damages: list[Damage] = field(default_factory=list)
     files: int = 0
+    timelines: int = 0
     bytes_read: int = 0
 
     @property
@@ -80,6 +82,7 @@ class _Scrub:
         self.check_intervals()
         self.check_incoming()
         self.check_image()
+        self.check_timelines()
         for name in history_names(self.store):
             with _noting(self, self.store.history / name, everything):
                 read_history(self.store, name)
@@ -209,6 +212,27 @@ class _Scrub:
                 self.progress(self.report.bytes_read, max(self.total, self.report.bytes_read))
         self.read(files.path, files.used_bytes())
 
+    def check_timelines(self) -> None:
+        """What rewinds in place left; that of the newest one is in pg_wal too, and may not be kept yet."""
+        place, found = self.store.path / TIMELINES, list[int]()
+        if place.is_dir():
+            for path, damage in timelines.check(place):
+                self.report.timelines += path.suffix == ".history"
+                if damage is not None:
+                    self.note(path, 0, damage.message, _WITHOUT_TIMELINES)
+                self.read(path, 0)
+            found = timelines.known(place)
+        before, behind = [1], list[int]()
+        for bundle in self.bundles.values():
+            (behind if behind or bundle.interval.rewinds else before).append(bundle.interval.boundary.timeline)
+        if not behind:
+            return
+        needed = [place / timelines.NOTED]
+        needed += [place / f"{each:08X}.history" for each in sorted({*behind} - {*before, *found, behind[-1]})]
+        for path in needed:
+            if not path.exists():
+                self.note(path, 0, f"{path} is missing", _WITHOUT_TIMELINES)
+
     def still_without(self, volume: int, block: int) -> str:
         """What can be restored without one block of the image: what has the block in a backward increment."""
         for number in sorted(self.bundles, reverse=True):
@@ -222,6 +246,9 @@ class _Scrub:
                     f"boundary {number - 1} and everything before it can still be restored; later points lack the block"
                 )
         return "no point can be restored without this block, since no interval changed it"
+
+
+_WITHOUT_TIMELINES = "every boundary and write can still be restored; a rewind may take a timeline a second time"
 
 
 class _noting:  # noqa: N801 - used like a function

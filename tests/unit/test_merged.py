@@ -48,6 +48,25 @@ def test_ten_thousand_intervals_back_are_few_maps() -> None:
     assert min(due(500, 10_000, (), merged.FANOUT)).first == 513, "what retention has let go of is not merged"
 
 
+def test_check_names_what_is_damaged(tmp_path: Path) -> None:
+    store = Scene(tmp_path, 5, [4] * 17, 0, 0).world.store
+    merge_due(store)
+    assert merged.check(store, full=False) == (1, 0, [])
+    count, size, damages = merged.check(store, full=True)
+    assert (count, damages) == (1, [])
+    assert size
+    (span,) = known(store)
+    path = store.merged / span.file_name
+    raw = bytearray(path.read_bytes())
+    raw[70] ^= 1
+    path.write_bytes(raw)
+    (damage,) = merged.check(store, full=True)[2]
+    assert str(path) in damage.message
+    path.write_bytes(raw[:20])
+    assert merged.check(store, full=False)[2]
+    assert path.exists(), "to look is not to mend"
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10**9),

@@ -15,11 +15,12 @@ import pytest
 
 from pgcdp.errors import BugError, DamageError, PreconditionError, TargetError
 from pgcdp.intervals.increments import close_interval, move_image
+from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK, INDEX, RECORD, Boundary, Interval, Volume
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.image import Image, ImageState, block_sums, read_state
-from pgcdp.store.layout import Store
+from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import OpenInterval
 from pgcdp.store.published import published
 from pgcdp.store.rebuild import rebuild
@@ -128,6 +129,27 @@ def test_one_flipped_byte_in_any_file_is_found_and_named(tmp_path: Path) -> None
             assert named & {sums, *beside}, (path, at, report.damages)
             assert all(damage.still and str(damage.file) in damage.message for damage in report.damages)
             path.write_bytes(raw)
+    assert check_store(store).ok
+
+
+def test_damaged_timelines_are_named(tmp_path: Path) -> None:
+    store, pg_wal = make_store(tmp_path), tmp_path / "pg_wal"
+    pg_wal.mkdir()
+    place = store.path / TIMELINES
+    history = "1\t0/3000000\tno recovery target specified\n"
+    for name, text in (("00000002", history), ("00000003", f"{history}2\t0/4000000\tbefore 2026\n")):
+        (pg_wal / f"{name}.history").write_text(text)
+    timelines.keep(pg_wal, place, archives=True)
+    report = check_store(store)
+    assert (report.ok, report.timelines) == (True, 2)
+    broken = [(timelines.NOTED, "{"), ("00000003.history", ""), ("00000003.history", history.replace("1", "9", 1))]
+    for name, text in broken:
+        raw = (place / name).read_bytes()
+        (place / name).write_text(text)
+        (damage,) = check_store(store, full=False).damages
+        assert damage.file == place / name
+        assert damage.still.startswith("every boundary and write can still be restored")
+        (place / name).write_bytes(raw)
     assert check_store(store).ok
 
 
