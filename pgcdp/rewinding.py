@@ -25,12 +25,13 @@ from pgcdp.capture import attach
 from pgcdp.capture.engine import EngineClient
 from pgcdp.config import Config, SetPaths
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.opening import source_of
+from pgcdp.opening import engine_status, source_of
 from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.rewind import most_bytes, write_back
+from pgcdp.recovery.scratch import mounted
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.rewinds import point_name
@@ -76,6 +77,7 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
     paths = config.paths
     with attach.hold(paths):
         left = pending(paths)
+        _refuse_minimal(config, point, below, progress)
         if left is not None and left.step in ("write", "start"):
             _log.warning("the rewind to write %d is given up for one to write %d", left.point.write, point.write)
             begun = time.monotonic()
@@ -122,14 +124,24 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Pending | 
         return _finish(config, left, below, progress)
 
 
+def _refuse_minimal(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
+    """Raises PreconditionError for a point from whose WAL Postgres does not come up on a new timeline."""
+    with mounted(source_of(config, engine_status(config)), point, below, progress) as pgdata:
+        if cluster.read_control(pgdata).wal_level == 0:
+            raise PreconditionError(
+                f"wal_level was minimal at write {point.write}: Postgres cannot come up on a new timeline there",
+                "pgcdp clone and pgcdp restore --to-directory open it; rewind to where wal_level was replica",
+            )
+
+
 def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
     """Raises PreconditionError for what would stop it on its way; nothing is changed before."""
     progress(Progress("checking"))
     control = cluster.read_control(config.pgdata)
     if control.wal_level == 0:
         raise PreconditionError(
-            "wal_level is minimal: Postgres cannot come up on a new timeline with it",
-            "ALTER SYSTEM SET wal_level = replica; and restart Postgres",
+            "wal_level is minimal: Postgres could not come up on a new timeline to undo the rewind",
+            "ALTER SYSTEM SET wal_level = replica; and restart Postgres; what is behind that can be rewound to",
         )
     state = service.ask(config.paths, "status")
     if state["phase"] != "following" or state["error"]:
