@@ -27,9 +27,9 @@ from pgcdp.opening import (
 from pgcdp.progress import Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
-from pgcdp.recovery import stepping
+from pgcdp.recovery import clone_opening, stepping
 from pgcdp.recovery.branches import branch_at
-from pgcdp.recovery.clone import Access, Clone, NameTaken
+from pgcdp.recovery.clone import Access, Clone
 from pgcdp.recovery.sandbox import Recovery
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -84,9 +84,9 @@ def clone(
     binaries, hide = binaries_of(source, set_name), production_places(source, set_name)
     while True:
         try:
-            made, recovery = cloned.create(source, wanted, binaries, hide, progress)
+            made, recovery = clone_opening.create(source, wanted, binaries, hide, progress)
             break
-        except NameTaken:
+        except clone_opening.NameTaken:
             if name is not None:
                 raise
             wanted = replace(wanted, place=below / f"clone-{_free_name(root, below, source.store.set_name)}")
@@ -134,7 +134,7 @@ def step(
     passed = range(first.write + (first.lsn is None), last.write + 1)
     told, total = source.again(lambda: _between(source, first, last))
     onward = point == last
-    moved, recovery = cloned.move(
+    moved, recovery = clone_opening.move(
         source, found, point, binaries_of(source, found.set_name),
         production_places(source, found.set_name), progress,
     )  # fmt: skip

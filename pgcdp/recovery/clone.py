@@ -10,38 +10,27 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pgcdp import proc
-from pgcdp.capture.engine import EngineClient, EngineGone
+from pgcdp.capture.engine import EngineClient
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
 from pgcdp.fsio import read_json, write_json
-from pgcdp.postgres import cluster, session
-from pgcdp.postgres.cluster import Binaries
-from pgcdp.progress import Progress, Report, silent
+from pgcdp.postgres import cluster
 from pgcdp.records import RecoveryPoint
-from pgcdp.recovery import places, sandbox, sandbox_settings, scratch
-from pgcdp.recovery.source import Source
-from pgcdp.recovery.view import leave_open, raise_found
+from pgcdp.recovery import places, sandbox
 
 PLACES = Path("/var/tmp")
 """Scratch places of all sets lie here, in directories pgcdp-*; clones among them."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,29}")
-_RECORD = "clone.json"
-_LOOPBACK = "127.0.0.1"
+RECORD = "clone.json"
 _GLANCE_SECONDS = 1.0
 """So long another command may hold a clone that only looks whether somebody works on it."""
-
-
-class NameTaken(PreconditionError):
-    """There is a clone of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +75,17 @@ class Clone:
         """Write clone.json."""
         said = asdict(self)
         del said["place"]
-        write_json(self.place / _RECORD, _plain(said))
+        write_json(self.place / RECORD, _plain(said))
         return self
 
     @classmethod
     def load(cls, place: Path) -> Clone:
         """Read clone.json. Raises DamageError, also when another version of pgcdp wrote it, or FileNotFoundError."""
-        said = read_json(place / _RECORD)
+        said = read_json(place / RECORD)
         try:
             return cls._of(place, said)
         except (KeyError, TypeError, ValueError) as error:
-            raise DamageError(f"{place / _RECORD} is not understood: {error!r}") from None
+            raise DamageError(f"{place / RECORD} is not understood: {error!r}") from None
 
     @classmethod
     def _of(cls, place: Path, said: dict[str, Any]) -> Clone:
@@ -148,79 +137,16 @@ def find_all(root: Path) -> list[Clone]:
     return sorted(found, key=lambda clone: clone.created_ns)
 
 
-def create(
-    source: Source,
-    clone: Clone,
-    binaries: Binaries,
-    hide: Sequence[Path] = (),
-    progress: Report = silent,
-) -> tuple[Clone, sandbox.Recovery]:
-    """Open `clone.point` at `clone.place`, which must not exist. Nothing is left of it when that fails.
-
-    Raises NameTaken, PreconditionError for a port that is taken, DamageError for stored bytes that are wrong.
-    """
-    with _listening(clone.access.port) as listener:
-        with places.alone(clone.place.parent):
-            _remove_unfinished(clone.place.parent)
-            try:
-                clone.place.mkdir(mode=0o700)
-            except FileExistsError:
-                raise _taken(clone) from None
-            locked = places.lock(clone.place)
-        try:
-            clone.place.chmod(0o711)  # Postgres's user passes through to the mount
-            clone.save()
-            return _open(source, clone, binaries, hide, listener, progress)
-        except BaseException:
-            with suppress(PgcdpError):
-                _remove(clone.place)
-                _remove_if_empty(clone.place.parent)
-            raise
-        finally:
-            os.close(locked)
-
-
-def move(
-    source: Source,
-    clone: Clone,
-    point: RecoveryPoint,
-    binaries: Binaries,
-    hide: Sequence[Path] = (),
-    progress: Report = silent,
-) -> tuple[Clone, sandbox.Recovery]:
-    """Close a clone and open it again at `point`, under its name and port. What was written to it is gone.
-
-    Raises PreconditionError, with nothing changed, when it is not as `clone` says any more.
-    """
-    with _locked(clone.place):
-        if Clone.load(clone.place) != clone:
-            raise PreconditionError(
-                f"clone {clone.name} was moved by another command meanwhile", "run this again; it goes on from there"
-            )
-        take_down(clone.place)
-        for left in clone.place.iterdir():
-            if left.name != _RECORD:
-                _delete(left)
-        fresh = replace(clone, point=point, dsn="", processes=(), outside=(), boot_id=boot_id()).save()
-        try:
-            with _listening(clone.access.port) as listener:
-                return _open(source, fresh, binaries, hide, listener, progress)
-        except BaseException:  # it is shown as dead, at the point that it was to have, and can be moved again
-            with suppress(PgcdpError):
-                take_down(clone.place)
-            raise
-
-
 def destroy(place: Path, only: Callable[[Clone], bool] | None = None) -> None:
     """End a clone and remove all of it; with `only`, if that holds for it when nobody else works on it.
 
     Raises PreconditionError while another command works on it.
     """
-    with _locked(place):
+    with locked(place):
         if only is not None and not only(Clone.load(place)):
             return
-        _remove(place)
-    _remove_if_empty(place.parent)
+        remove(place)
+    remove_if_empty(place.parent)
 
 
 def take_down(place: Path) -> None:
@@ -302,96 +228,11 @@ def clear_dead(root: Path, set_name: str) -> None:
                 destroy(each.place, is_left)
 
 
-# --- opening
-
-
-def _open(
-    source: Source,
-    clone: Clone,
-    binaries: Binaries,
-    hide: Sequence[Path],
-    listener: socket.socket | None,
-    progress: Report,
-) -> tuple[Clone, sandbox.Recovery]:
-    files = leave_open(source, clone.point, clone.place, progress)
-    client = EngineClient(clone.place / "control")
-    settings = source.settings(clone.point)
-    try:
-        pgdata = scratch.leave_mounted(source, clone.place, files, progress)
-        progress(Progress("starting postgres on it"))
-        box = sandbox.start(
-            pgdata, settings, parent=clone.place, binaries=binaries, hide=hide,
-            override=_settings(clone.access), hba=_hba(clone.access, settings), name="postgres",
-        )  # fmt: skip
-    except Exception as error:
-        with suppress(EngineGone):
-            raise_found(client, error)
-        raise
-    raise_found(client, None)
-    outside = () if box.socket_directory.is_relative_to(clone.place) else (box.socket_directory,)
-    dsn = box.address()
-    clone = replace(clone, dsn=dsn.text("postgres"), outside=outside)
-    if listener is not None:
-        forwarder = _forward(listener, box)
-        port = listener.getsockname()[1]
-        clone = replace(
-            clone,
-            dsn=session.dsn_text(_LOOPBACK, port, box.superuser, "postgres"),
-            access=replace(clone.access, port=port),
-            processes=((forwarder, proc.start_time(forwarder) or 0),),
-        )
-    return clone.save(), box.recovery
-
-
-def _settings(access: Access) -> Mapping[str, str]:
-    return {
-        **({"listen_addresses": _LOOPBACK} if access.port is not None else {}),
-        **({"default_transaction_read_only": "on"} if access.read_only else {}),
-        "cluster_name": "pgcdp clone",
-    }
-
-
-def _hba(access: Access, settings: Mapping[str, Any] | None) -> list[str]:
-    return sandbox_settings.hba_lines(settings, access.trust) if access.port is not None else []
-
-
-@contextmanager
-def _listening(port: int | None) -> Iterator[socket.socket | None]:
-    """A socket that listens on the port of this machine's loopback; 0: any that is free."""
-    if port is None:
-        yield None
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            door.bind((_LOOPBACK, port))
-            door.listen(128)
-        except OSError as error:
-            raise PreconditionError(
-                f"port {port} of {_LOOPBACK} cannot be used: {error.strerror}", "choose another --port, or 0 for any"
-            ) from None
-        yield door
-
-
-def _forward(listener: socket.socket, box: sandbox.Sandbox) -> int:
-    """Lead connections to the clone's Postgres, whose network is its own; gives the process id."""
-    postmaster = cluster.find_postmaster(box.pgdata)
-    if postmaster is None:
-        raise PreconditionError(f"postgres on {box.pgdata} ended just after it had started", f"see {box.log_file}")
-    script = Path(__file__).with_name("forward.py")
-    words = [listener.fileno(), postmaster.pid, sandbox.PORT, box.user.uid, box.user.gid]
-    return proc.spawn(
-        [sys.executable, "-I", str(script), *map(str, words)],
-        output=box.scratch / "forward.log",
-        keep_fds=[listener.fileno()],
-    )
-
-
 # --- removing
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[None]:
+def locked(place: Path) -> Iterator[None]:
     name = place.name.removeprefix("clone-")
     gone = PreconditionError(f"there is no clone {name} any more", "pgcdp clones lists them")
     deadline = time.monotonic() + _GLANCE_SECONDS
@@ -412,48 +253,30 @@ def _locked(place: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _taken(clone: Clone) -> NameTaken:
-    with suppress(PgcdpError, OSError):
-        root = Clone.load(clone.place).root
-        if root != clone.root:
-            return NameTaken(
-                f"a clone {clone.name} of this store exists already, made with PGCDP_ROOT={root}",
-                "choose another --name, or destroy it there",
-            )
-    return NameTaken(f"a clone {clone.name} exists already", f"choose another --name, or: pgcdp destroy {clone.name}")
-
-
-def _remove_unfinished(parent: Path) -> None:
+def remove_unfinished(parent: Path) -> None:
     """Remove what was killed before it could write clone.json: no list shows it. The caller is `alone` there."""
     for place in parent.glob("clone-*"):
-        if not place.is_dir() or place.is_symlink() or (place / _RECORD).exists():
+        if not place.is_dir() or place.is_symlink() or (place / RECORD).exists():
             continue
         fd = places.lock(place)
         if fd < 0:  # it is being made
             continue
         try:
-            _remove(place)
+            remove(place)
         finally:
             os.close(fd)
 
 
-def _remove_if_empty(parent: Path) -> None:
+def remove_if_empty(parent: Path) -> None:
     """Not while somebody is about to make something in it."""
     with suppress(OSError, PreconditionError), places.alone(parent):
         parent.rmdir()
 
 
-def _remove(place: Path) -> None:
+def remove(place: Path) -> None:
     try:
         take_down(place)
     except (FileNotFoundError, DamageError):  # killed before it was written, or not ours to read any more
         sandbox.end_at_once(place / "mnt")
         places.clear(place)
     shutil.rmtree(place)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

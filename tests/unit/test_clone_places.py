@@ -15,7 +15,7 @@ from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import write_json
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import clone as cloned
-from pgcdp.recovery import places
+from pgcdp.recovery import clone_opening, places
 from pgcdp.recovery.clone import Access, Clone
 
 
@@ -112,7 +112,7 @@ def test_what_was_killed_before_its_record_was_written_does_not_hold_its_name(be
     busy.mkdir()
     kept = made(below, "three")
     fd = places.lock(busy)
-    cloned._remove_unfinished(below)
+    cloned.remove_unfinished(below)
     os.close(fd)
     assert sorted(place.name for place in below.iterdir()) == ["clone-three", "clone-two"]
     assert kept.place.exists()
@@ -121,4 +121,4 @@ def test_what_was_killed_before_its_record_was_written_does_not_hold_its_name(be
 def test_a_name_is_free_that_no_root_has_used(below: Path) -> None:
     other = made(below, "main-1", root="/another")
     assert cloning._free_name(Path("/root"), below, "main") == "main-2"
-    assert "PGCDP_ROOT=/another" in str(cloned._taken(replace(other, root=Path("/root"))))
+    assert "PGCDP_ROOT=/another" in str(clone_opening._taken(replace(other, root=Path("/root"))))
