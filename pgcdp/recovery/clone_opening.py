@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import socket
+import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,11 @@ from pgcdp.recovery.clone import (
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import leave_open, raise_found
 
+FORWARDER = Path(__file__).with_name("forward.py")
 _LOOPBACK = "127.0.0.1"
+_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+"""What a client may ask first. Postgres answers with one byte, whoever asks."""
+_ANSWER_SECONDS = 60.0
 
 
 class NameTaken(PreconditionError):
@@ -173,16 +179,36 @@ def _listening(port: int | None) -> Iterator[socket.socket | None]:
 
 
 def _forward(listener: socket.socket, box: sandbox.Sandbox) -> int:
-    """Lead connections to the clone's Postgres, whose network is its own; gives the process id."""
+    """Lead connections to the clone's Postgres, whose network is its own; gives the process id when it answers there.
+
+    Raises PreconditionError, with the process ended, when it does not.
+    """
     postmaster = cluster.find_postmaster(box.pgdata)
     if postmaster is None:
         raise PreconditionError(f"postgres on {box.pgdata} ended just after it had started", f"see {box.log_file}")
-    script = Path(__file__).with_name("forward.py")
+    log = box.scratch / "forward.log"
     words = [listener.fileno(), postmaster.pid, sandbox.PORT, box.user.uid, box.user.gid]
-    return proc.spawn(
-        [sys.executable, "-I", str(script), *map(str, words)],
-        output=box.scratch / "forward.log",
-        keep_fds=[listener.fileno()],
+    pid = proc.spawn([sys.executable, "-I", str(FORWARDER), *map(str, words)], output=log, keep_fds=[listener.fileno()])
+    try:
+        _await_answer(listener.getsockname()[1], pid, log)
+    except BaseException:
+        proc.end(pid)
+        raise
+    return pid
+
+
+def _await_answer(port: int, forwarder: int, log: Path) -> None:
+    """Wait until Postgres answers at the port: the door is open before somebody stands behind it."""
+    with suppress(ProcessLookupError, ConnectionError), ExitStack() as stack:
+        ended = os.pidfd_open(forwarder)
+        stack.callback(os.close, ended)
+        asking = stack.enter_context(socket.create_connection((_LOOPBACK, port)))
+        asking.sendall(_SSL_REQUEST)
+        ready, _, _ = select.select([asking.fileno(), ended], [], [], _ANSWER_SECONDS)
+        if asking.fileno() in ready and asking.recv(1):
+            return
+    raise PreconditionError(
+        f"nobody answers at port {port} of {_LOOPBACK}: {cluster.last_words(log)}", "run this again"
     )
 
 

@@ -23,6 +23,7 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.proc import end
 from pgcdp.records import Target
 from pgcdp.recovery import clone as cloned
+from pgcdp.recovery import clone_opening
 from pgcdp.recovery.clone import Access
 from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf
@@ -189,6 +190,21 @@ def test_names_and_ports_that_are_taken_change_nothing(make_set: MakeSet, binari
     assert ask(made["dsn"], "select count(*) from orders") == [(0,)]
     assert [each["name"] for each in api.clones()["clones"]] == ["one"]
     api.destroy("one")
+
+
+def test_a_port_that_leads_nowhere_is_no_clone(
+    make_set: MakeSet, binaries_of: BindirOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The door stands open before somebody stands behind it: whoever connects then would wait for ever."""
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    place = scratch_place(found.source())
+    for does, said in (("sys.exit('cannot forward: so it is')", "cannot forward: so it is"), ("", "it said nothing")):
+        script = tmp_path / "forward.py"
+        script.write_text(f"import sys\n{does}\n")
+        monkeypatch.setattr(clone_opening, "FORWARDER", script)
+        with pytest.raises(PreconditionError, match=f"nobody answers at port .*: {said}"):
+            api.clone(found.name, Target("newest"), access=Access(port=0))
+        assert traces(place) == []
 
 
 def test_productions_own_rules_hold_at_the_port(make_set: MakeSet, binaries_of: BindirOf) -> None:
