@@ -13,7 +13,7 @@ import numpy as np
 
 from pgcdp import transactions
 from pgcdp.config import root_directory
-from pgcdp.errors import PreconditionError, TargetError, UsageError
+from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
     Announce,
     between,
@@ -29,7 +29,7 @@ from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening, stepping
 from pgcdp.recovery.branches import branch_at
-from pgcdp.recovery.clone import Access, Clone
+from pgcdp.recovery.clone import Access, Clone, Damaged
 from pgcdp.recovery.sandbox import Recovery
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -79,7 +79,7 @@ def clone(
         expires_ns=None if ttl is None else now + round(ttl * 1e9),
         boot_id=cloned.boot_id(),
     )
-    if any(each.name == wanted.name and each.place != wanted.place for each in cloned.find_all(root)):
+    if any(each.name == wanted.name and each.place != wanted.place for each in cloned.find_every(root)):
         raise UsageError(f"another set has a clone {wanted.name}", "choose another --name")
     binaries, hide = binaries_of(source, set_name), production_places(source, set_name)
     while True:
@@ -94,20 +94,19 @@ def clone(
 
 
 def clones() -> Json:
-    """All clones: {"clones": [...]}, oldest first."""
+    """All clones: {"clones": [...]}, oldest first, behind them those that are damaged."""
     root = root_directory()
     cloned.expire(root)
     listed = []
-    for each in cloned.find_all(root):
+    for each in cloned.find_every(root):
         with suppress(FileNotFoundError):  # another command has just destroyed it
-            listed.append(_listed(each))
+            listed.append(_damaged(each) if isinstance(each, Damaged) else _listed(each))
     return {"clones": listed}
 
 
 def destroy(name: str) -> Json:
-    """End a clone and remove all of it."""
-    found = find(name)
-    cloned.destroy(found.place)
+    """End a clone and remove all of it, also one that is damaged."""
+    cloned.destroy(_find(name).place)
     return {"name": name, "destroyed": True}
 
 
@@ -155,18 +154,31 @@ def step(
 
 
 def find(name: str) -> Clone:
-    """The clone of that name. Raises TargetError, naming what there is."""
-    every = cloned.find_all(root_directory())
-    for each in every:
-        if each.name == name:
-            return each
-    names = ", ".join(each.name for each in every)
-    raise TargetError(f"there is no clone {name}", f"there are: {names}" if names else "pgcdp clone makes one")
+    """The clone of that name. Raises TargetError, naming what there is, and DamageError."""
+    found = _find(name)
+    if isinstance(found, Damaged):
+        raise DamageError(found.problem, f"pgcdp destroy {name} takes it away all the same")
+    return found
+
+
+def _find(name: str) -> Clone | Damaged:
+    every = cloned.find_every(root_directory())
+    found = [each for each in every if each.name == name]
+    if not found:
+        names = ", ".join(each.name for each in every)
+        raise TargetError(f"there is no clone {name}", f"there are: {names}" if names else "pgcdp clone makes one")
+    if len(found) > 1:
+        damaged = next(each.place for each in reversed(found) if isinstance(each, Damaged))
+        raise TargetError(
+            f"{len(found)} clones are called {name}: {', '.join(str(each.place) for each in found)}",
+            f"give one that is damaged another name: mv {damaged} {damaged}-2",
+        )
+    return found[0]
 
 
 def _free_name(root: Path, below: Path, set_name: str) -> str:
     """One that no clone has, nor one that was made of the same store with another root of pgcdp's state."""
-    taken = {each.name for each in cloned.find_all(root)}
+    taken = {each.name for each in cloned.find_every(root)}
     taken |= {place.name.removeprefix("clone-") for place in below.glob("clone-*")}
     return next(name for number in range(1, len(taken) + 2) if (name := f"{set_name}-{number}") not in taken)
 
@@ -216,8 +228,21 @@ def _listed(each: Clone) -> Json:
         "recovery_point": point_json(each.point),
         "created": format_time(each.created_ns),
         "expires": None if each.expires_ns is None else format_time(each.expires_ns),
-        "written_bytes": cloned.written_bytes(each),
-        "memory_bytes": cloned.memory_bytes(each),
+        "written_bytes": cloned.written_bytes(each.place),
+        "memory_bytes": cloned.memory_bytes(each.place, (pid for pid, _ in each.processes)),
+        "problem": None,
+    }
+
+
+def _damaged(each: Damaged) -> Json:
+    unknown = dict.fromkeys(("set", "store", "dsn", "recovery_point", "created", "expires"))
+    return {
+        **unknown,
+        "name": each.name,
+        "state": "damaged",
+        "written_bytes": cloned.written_bytes(each.place),
+        "memory_bytes": cloned.memory_bytes(each.place),
+        "problem": each.problem,
     }
 
 

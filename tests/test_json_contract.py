@@ -98,9 +98,10 @@ SHOW: Shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "o
 CLONE: Shape = {"name": str, "dsn": str, "last_transaction": Maybe({"xid": int, "time": TIME}), "seconds": float,
                 "recovery": {"from_lsn": Maybe(LSN), "to_lsn": Maybe(LSN), "seconds": float},
                 **{key: shape for key, shape in RESTORE.items() if key not in ("to", "bytes")}}  # fmt: skip
-CLONES: Shape = {"name": str, "set": Maybe(str), "store": str, "state": re.compile("running|opening|stopped|dead"),
-                 "dsn": Maybe(str), "recovery_point": POINT, "created": TIME, "expires": Maybe(TIME),
-                 "written_bytes": int, "memory_bytes": int}  # fmt: skip
+CLONES: Shape = {"name": str, "set": Maybe(str), "store": Maybe(str),
+                 "state": re.compile("running|opening|stopped|dead|damaged"),
+                 "dsn": Maybe(str), "recovery_point": Maybe(POINT), "created": Maybe(TIME), "expires": Maybe(TIME),
+                 "written_bytes": int, "memory_bytes": int, "problem": Maybe(str)}  # fmt: skip
 STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "transactions_in": [END],
                "transactions_out": [END], "transactions": int}  # fmt: skip
 

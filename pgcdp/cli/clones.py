@@ -31,10 +31,10 @@ def _render(value: Mapping[str, Any]) -> None:
         [
             [
                 row["name"],
-                row["set"] or row["store"],
+                row["set"] or row["store"] or "unknown",
                 row["state"],
-                point(row),
-                row["expires"] or "never",
+                point(row) if row["recovery_point"] else "unknown",
+                row["expires"] or ("never" if row["created"] else "unknown"),
                 format_size(row["written_bytes"]),
                 format_size(row["memory_bytes"]),
             ]
@@ -46,3 +46,5 @@ def _render(value: Mapping[str, Any]) -> None:
             screen.text(f'{row["name"]}: psql "{row["dsn"]}"')
         elif row["state"] in ("dead", "stopped"):
             screen.text(f"{row['name']} does not run any more: pgcdp destroy {row['name']}")
+        elif row["state"] == "damaged":
+            screen.text(f"{row['name']}: {row['problem']}; it can only be taken away: pgcdp destroy {row['name']}")

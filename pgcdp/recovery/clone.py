@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,9 +81,12 @@ class Clone:
     @classmethod
     def load(cls, place: Path) -> Clone:
         """Read clone.json. Raises DamageError, also when another version of pgcdp wrote it, or FileNotFoundError."""
-        said = read_json(place / RECORD)
         try:
-            return cls._of(place, said)
+            return cls._of(place, read_json(place / RECORD))
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise DamageError(f"{place / RECORD} cannot be read: {error.strerror}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise DamageError(f"{place / RECORD} is not understood: {error!r}") from None
 
@@ -103,6 +106,18 @@ class Clone:
             processes=tuple((pid, start) for pid, start in said["processes"]),
             outside=tuple(map(Path, said["outside"])),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A clone whose record cannot be read: no more is known of it than where it lies, and what is wrong."""
+
+    place: Path
+    problem: str
+
+    @property
+    def name(self) -> str:
+        return self.place.name.removeprefix("clone-")
 
 
 def _plain(value: Any) -> Any:
@@ -125,16 +140,48 @@ def check_name(name: str) -> None:
 
 
 def find_all(root: Path) -> list[Clone]:
-    """All clones that were made with this root of pgcdp's state, oldest first."""
+    """All clones that were made with this root of pgcdp's state, oldest first; none that is damaged."""
     found = []
-    for place in PLACES.glob("pgcdp-*/clone-*"):
+    for place in _places():
         with suppress(FileNotFoundError, NotADirectoryError, DamageError):
-            if place.lstat().st_uid != os.geteuid() or place.parent.lstat().st_uid != os.geteuid():
-                continue
             clone = Clone.load(place)
             if clone.root == root:
                 found.append(clone)
     return sorted(found, key=lambda clone: clone.created_ns)
+
+
+def find_damaged(root: Path) -> list[Damaged]:
+    """Those whose record cannot be read, whatever the root that they were made with, unless it says another one."""
+    found = []
+    for place in _places():
+        try:
+            Clone.load(place)
+        except DamageError as error:
+            if _said_root(place) in (None, root):
+                found.append(Damaged(place, error.message))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return found
+
+
+def find_every(root: Path) -> list[Clone | Damaged]:
+    """All that `pgcdp clones` lists."""
+    return [*find_all(root), *find_damaged(root)]
+
+
+def _places() -> Iterator[Path]:
+    """Directories of clones that are ours."""
+    for place in sorted(PLACES.glob("pgcdp-*/clone-*")):
+        with suppress(FileNotFoundError):
+            if place.lstat().st_uid == place.parent.lstat().st_uid == os.geteuid():
+                yield place
+
+
+def _said_root(place: Path) -> Path | None:
+    with suppress(DamageError, OSError):
+        root = read_json(place / RECORD).get("root")
+        return Path(root) if isinstance(root, str) else None
+    return None
 
 
 def destroy(place: Path, only: Callable[[Clone], bool] | None = None) -> None:
@@ -183,18 +230,16 @@ def _view_lives(clone: Clone) -> bool:
         return True
 
 
-def written_bytes(clone: Clone) -> int:
-    """What was written to a clone, as bytes on disk."""
-    with suppress(FileNotFoundError):
-        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(clone.place) if entry.is_file())
-    return 0
+def written_bytes(place: Path) -> int:
+    """What was written to a clone, as bytes on disk: the blocks that its view keeps apart."""
+    return sum(file.stat().st_blocks * 512 for file in place.glob("*.cow"))
 
 
-def memory_bytes(clone: Clone) -> int:
-    """Memory that its processes have for themselves: those of Postgres, and its view's."""
-    pids = [*cluster.find_processes(clone.pgdata), *(pid for pid, _ in clone.processes)]
+def memory_bytes(place: Path, own: Iterable[int] = ()) -> int:
+    """Memory that the processes of a clone have for themselves: those of Postgres, its view's, and its `own`."""
+    pids = [*cluster.find_processes(place / "mnt"), *own]
     with suppress(PgcdpError):
-        pids.append(int(EngineClient(clone.place / "control").request("status", timeout=5.0)["pid"]))
+        pids.append(int(EngineClient(place / "control").request("status", timeout=5.0)["pid"]))
     total = 0
     for pid in set(pids):
         with suppress(OSError, ValueError):

@@ -16,7 +16,7 @@ import pytest
 from pgcdp import api, service
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineClient
-from pgcdp.errors import PreconditionError, TargetError, UsageError
+from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.fsio import write_json
 from pgcdp.opening import scratch_place
 from pgcdp.postgres.cluster import Binaries
@@ -260,6 +260,25 @@ def test_what_a_crash_of_the_machine_leaves_is_cleared_by_up(make_set: MakeSet, 
     assert [each["state"] for each in api.clones()["clones"]] == ["dead"]
     api.destroy(again["name"])
     assert traces(place) == []
+
+
+def test_a_running_clone_whose_record_is_damaged_can_be_taken_away(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Nothing but its directory tells what is its own."""
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    made = api.clone(found.name, Target("newest"), access=Access(port=0))
+    place = scratch_place(found.source()) / f"clone-{made['name']}"
+    record = place / "clone.json"
+    os.truncate(record, record.stat().st_size // 2)
+    (listed,) = api.clones()["clones"]
+    assert (listed["name"], listed["state"]) == (made["name"], "damaged")
+    assert str(record) in listed["problem"]
+    assert listed["memory_bytes"] > 1 << 20
+    with pytest.raises(DamageError, match="is no JSON"):
+        api.step(made["name"], -1)
+    api.destroy(made["name"])
+    wait_until(lambda: traces(place) == [], what="its forwarder ends with its Postgres")
+    assert api.clones() == {"clones": []}
 
 
 def test_one_whose_time_is_over_goes_by_itself(make_set: MakeSet, binaries_of: BindirOf) -> None:

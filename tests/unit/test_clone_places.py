@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pgcdp import cloning
-from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.fsio import write_json
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import clone as cloned
@@ -22,6 +24,7 @@ from pgcdp.recovery.clone import Access, Clone
 @pytest.fixture
 def below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cloned, "PLACES", tmp_path)
+    monkeypatch.setenv("PGCDP_ROOT", "/root")
     found = tmp_path / "pgcdp-0123456789ab"
     found.mkdir(mode=0o711)
     return found
@@ -50,6 +53,72 @@ def test_a_record_of_another_version_hides_only_itself(below: Path) -> None:
     with pytest.raises(DamageError, match="is not understood"):
         Clone.load(other.place)
     assert cloned.find_all(Path("/root")) == [clone]
+    assert [each.place for each in cloned.find_damaged(Path("/root"))] == [other.place]
+    assert cloned.find_damaged(Path("/other")) == []
+
+
+def spoil_nothing_there(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def spoil_half(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def spoil_root(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"/root", b"/rook"))
+
+
+def spoil_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [spoil_nothing_there, spoil_half, spoil_root, spoil_directory])
+def test_a_damaged_record_hides_no_clone_and_keeps_none(below: Path, spoil: Callable[[Path], None]) -> None:
+    """It is listed with its file, only taken away when it is named, and its name is not given to another."""
+    clone = made(below, "main-1")
+    other = made(below, "main-2")
+    spoil(other.place / "clone.json")
+    told = {each["name"]: each for each in cloning.clones()["clones"]}
+    assert {name: each["state"] for name, each in told.items()} == {"main-1": "dead", "main-2": "damaged"}
+    assert told["main-1"].keys() == told["main-2"].keys()
+    assert str(other.place / "clone.json") in told["main-2"]["problem"]
+    assert cloning._free_name(Path("/root"), below, "main") == "main-3"
+    with pytest.raises(DamageError, match=r"clone\.json") as caught:
+        cloning.find("main-2")
+    assert caught.value.hint == "pgcdp destroy main-2 takes it away all the same"
+    cloned.clear_dead(Path("/root"), "main")
+    cloned.expire(Path("/root"))
+    assert other.place.exists()
+    cloning.destroy("main-2")
+    assert not other.place.exists()
+    assert cloned.find_every(Path("/root")) == [clone]
+
+
+def test_of_two_that_bear_a_name_none_is_destroyed_by_guessing(below: Path) -> None:
+    elsewhere = below.with_name("pgcdp-ba9876543210")
+    elsewhere.mkdir(mode=0o711)
+    clone = made(below, "one")
+    other = made(elsewhere, "one")
+    spoil_half(other.place / "clone.json")
+    with pytest.raises(TargetError, match="2 clones are called one") as caught:
+        cloning.destroy("one")
+    command = str(caught.value.hint).partition(": ")[2]
+    subprocess.run(command.split(), check=True)
+    cloning.destroy("one-2")
+    assert cloned.find_every(Path("/root")) == [clone]
+
+
+def test_written_is_what_the_clone_wrote_not_what_opened_it(below: Path) -> None:
+    place = made(below, "one").place
+    for name in ("map", "patch", "engine.log"):
+        (place / name).write_bytes(bytes(1 << 20))
+    assert cloned.written_bytes(place) == 0
+    with (place / "data.cow").open("wb") as file:
+        file.truncate(1 << 30)
+        file.write(bytes(1 << 16))
+    assert cloned.written_bytes(place) == 1 << 16
 
 
 def test_only_the_crash_of_the_machine_lets_up_remove_a_clone(below: Path) -> None:
