@@ -81,6 +81,7 @@ _OVERRIDES: tuple[tuple[str, str, int, int], ...] = (
     ("huge_pages", "off", 13, 99),
     ("maintenance_work_mem", "256MB", 13, 99),
     ("work_mem", "16MB", 13, 99),
+    ("max_slot_wal_keep_size", "64MB", 13, 99),  # nobody comes to fetch what the image's slots keep
     ("temp_tablespaces", "", 13, 99),
     ("stats_temp_directory", "pg_stat_tmp", 13, 14),
     ("fsync", "off", 13, 99),

@@ -26,7 +26,7 @@ from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening
 from pgcdp.recovery.clone import Access
 from pgcdp.store.image import read_state
-from tests.fix_postgres import BindirOf
+from tests.fix_postgres import BindirOf, bad_lines
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
 
@@ -279,6 +279,29 @@ def test_a_running_clone_whose_record_is_damaged_can_be_taken_away(make_set: Mak
     api.destroy(made["name"])
     wait_until(lambda: traces(place) == [], what="its forwarder ends with its Postgres")
     assert api.clones() == {"clones": []}
+
+
+def test_slots_of_the_image_do_not_fill_a_clone_with_wal(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """Who reads them is outside, and a clone may live long. Until it has written so much, they are as in production."""
+    found = make_set(pg_binaries, size=512 << 20, settings={**SETTINGS, "wal_level": "logical"})
+    found.sql("select pg_create_physical_replication_slot('standby', true)")
+    found.sql("select pg_create_logical_replication_slot('subscriber', 'pgoutput')")
+    found.durable()
+    made = api.clone(found.name, Target("newest"))
+    log = scratch_place(found.source()) / f"clone-{made['name']}" / "postgres" / "postgres.log"
+    slots = "select slot_name, wal_status from pg_replication_slots order by 1"
+    assert ask(made["dsn"], slots) == [("standby", "reserved"), ("subscriber", "reserved")]
+    with psycopg.connect(made["dsn"], autocommit=True) as session:
+        for _ in range(8):
+            session.execute("select pg_logical_emit_message(true, '', ''), pg_switch_wal()")
+        session.execute("checkpoint")
+        kept = session.execute(
+            "select count(*) from pg_ls_waldir() where name < pg_walfile_name(pg_current_wal_lsn() - 5 * (16 << 20))"
+        ).fetchall()
+    assert kept == [(0,)]
+    assert ask(made["dsn"], slots) == [("standby", "lost"), ("subscriber", "lost")]
+    assert bad_lines(log.read_text()) == []
+    api.destroy(made["name"])
 
 
 def test_one_whose_time_is_over_goes_by_itself(make_set: MakeSet, binaries_of: BindirOf) -> None:
