@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pgcdp import transactions
-from pgcdp.config import root_directory
+from pgcdp.config import list_sets, root_directory
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
     Announce,
@@ -202,12 +202,17 @@ def _target(source: Source, point: RecoveryPoint, count: int, commits: bool) -> 
 
 
 def _source_of(found: Clone) -> Source:
-    """What a clone was opened from. Raises PreconditionError when a set of that name has another store by now."""
+    """What a clone was opened from. Raises PreconditionError when its set is gone, or has another store by now."""
+    other = f"pgcdp clone --store {found.store} --target-write {found.point.write} opens another clone from the store"
+    if found.set_name is not None and found.set_name not in list_sets():
+        raise PreconditionError(
+            f"set {found.set_name}, which clone {found.name} was opened from, is not protected any more", other
+        )
     source = open_source(found.set_name, None if found.set_name else found.store)
     if scratch_place(source) != found.place.parent:
         raise PreconditionError(
             f"{source.store.path} is not the store that clone {found.name} was opened from, {found.store}",
-            f"pgcdp clone --store {found.store} opens another clone of that",
+            other,
         )
     return source
 

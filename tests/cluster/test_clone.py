@@ -19,6 +19,7 @@ from pgcdp.capture.engine import EngineClient
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.fsio import write_json
 from pgcdp.opening import scratch_place
+from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.proc import end
 from pgcdp.records import Target
@@ -279,6 +280,27 @@ def test_a_running_clone_whose_record_is_damaged_can_be_taken_away(make_set: Mak
     api.destroy(made["name"])
     wait_until(lambda: traces(place) == [], what="its forwarder ends with its Postgres")
     assert api.clones() == {"clones": []}
+
+
+def test_a_clone_whose_set_is_gone_says_how_to_go_on(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """The journal went with the set: only the store is left to open something from."""
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    made = api.clone(found.name, Target("newest"), before="delete from orders")
+    store = found.config.store
+    api.unprotect(found.name)
+    cluster.stop(found.pgdata)
+    with pytest.raises(
+        PreconditionError, match=f"set main, which clone {made['name']} was opened from, is not"
+    ) as told:
+        api.step(made["name"], -1)
+    words = str(told.value.hint).partition(" opens")[0].split()
+    assert words == ["pgcdp", "clone", "--store", str(store), "--target-write", str(made["recovery_point"]["write"])]
+    assert ask(made["dsn"], "select count(*) from orders") == [(100,)], "it is as it was"
+    done = subprocess.run([sys.executable, "-P", "-m", *words], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("main-1", "main-2"):
+        api.destroy(name)
 
 
 def test_slots_of_the_image_do_not_fill_a_clone_with_wal(make_set: MakeSet, pg_binaries: Binaries) -> None:
