@@ -28,7 +28,7 @@ from pgcdp.progress import Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening, stepping
-from pgcdp.recovery.branches import branch_at
+from pgcdp.recovery.branches import beyond, branch_at
 from pgcdp.recovery.clone import Access, Clone, Damaged
 from pgcdp.recovery.sandbox import Recovery
 from pgcdp.recovery.source import Source
@@ -131,7 +131,8 @@ def step(
     point = source.resolve(target)
     first, last = sorted((found.point, point), key=lambda each: (each.write, each.lsn is None, each.lsn or 0))
     passed = range(first.write + (first.lsn is None), last.write + 1)
-    told, total = source.again(lambda: _between(source, first, last))
+    came, went = source.again(lambda: (_beyond(source, point, found.point), _beyond(source, found.point, point)))
+    rewinds = [rewind for rewind in source.rewinds() if first.write < (rewind.end or 0) <= last.write]
     onward = point == last
     moved, recovery = clone_opening.move(
         source, found, point, binaries_of(source, found.set_name),
@@ -146,9 +147,10 @@ def step(
         "from": point_json(found.point),
         "writes_passed": len(passed),
         "writes": [look(source, write) for write in (passed[:SHOWN] if onward else passed[-SHOWN:])],
-        "transactions_in": [transactions.end_json(end) for end in told] if onward else [],
-        "transactions_out": [] if onward else [transactions.end_json(end) for end in told],
-        "transactions": total,
+        "rewinds_passed": len(rewinds),
+        "transactions_in": [transactions.end_json(end) for end in came[0]],
+        "transactions_out": [transactions.end_json(end) for end in went[0]],
+        "transactions": {"in": came[1], "out": went[1]},
         **_took(started, recovery),
     }
 
@@ -217,10 +219,11 @@ def _source_of(found: Clone) -> Source:
     return source
 
 
-def _between(source: Source, first: RecoveryPoint, last: RecoveryPoint) -> tuple[list[np.void], int]:
-    """The first transactions that lie between two points, on the branch of the later one, and how many do."""
-    branch = branch_at(last.write, last.lsn, source.rewinds())
-    return stepping.between(first, last, source.transactions().on(branch).history(), SHOWN)
+def _beyond(source: Source, point: RecoveryPoint, other: RecoveryPoint) -> tuple[list[np.void], int]:
+    """The first transactions that a point has and another has not, and how many; their branches may be different."""
+    rewinds = source.rewinds()
+    ours, theirs = (branch_at(each.write, each.lsn, rewinds) for each in (point, other))
+    return stepping.committed(source.transactions().on(beyond(ours, theirs)).history(), SHOWN)
 
 
 def _listed(each: Clone) -> Json:

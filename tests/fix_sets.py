@@ -31,7 +31,7 @@ from pgcdp.errors import PgcdpError
 from pgcdp.postgres import session
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import RecoveryPoint, Target
-from pgcdp.recovery import sandbox
+from pgcdp.recovery import clone, sandbox
 from pgcdp.recovery.restore import remove
 from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.scratch import mounted
@@ -336,3 +336,11 @@ def own_root() -> Iterator[Callable[[Path], None]]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def no_clone_stays(own_root: Any) -> Iterator[None]:
+    """Destroys what a test that failed has left."""
+    yield
+    for each in clone.find_all(Path(os.environ.get("PGCDP_ROOT", "/"))):
+        clone.destroy(each.place)

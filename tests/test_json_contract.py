@@ -102,8 +102,9 @@ CLONES: Shape = {"name": str, "set": Maybe(str), "store": Maybe(str),
                  "state": re.compile("running|opening|stopped|dead|damaged"),
                  "dsn": Maybe(str), "recovery_point": Maybe(POINT), "created": Maybe(TIME), "expires": Maybe(TIME),
                  "written_bytes": int, "memory_bytes": int, "problem": Maybe(str)}  # fmt: skip
-STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "transactions_in": [END],
-               "transactions_out": [END], "transactions": int}  # fmt: skip
+STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "rewinds_passed": int,
+               "transactions_in": [END], "transactions_out": [END],
+               "transactions": {"in": int, "out": int}}  # fmt: skip
 
 LOST: Shape = {"database": str, "schema": str, "name": str, "inserted": int, "updated": int, "deleted": int}
 IN_PLACE: Shape = {

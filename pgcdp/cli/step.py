@@ -47,11 +47,14 @@ def _render(value: Mapping[str, Any]) -> None:
     more = value["writes_passed"] - len(rows)
     if more > 0:
         screen.text(f"and {counted(more, 'more write')}")
-    for key, word in (("transactions_in", "came in"), ("transactions_out", "went out")):
-        for each in value[key]:
+    if value["rewinds_passed"]:
+        screen.text(f"{counted(value['rewinds_passed'], 'rewind')} in place between: what is told is the difference")
+    for way, word in (("out", "went out"), ("in", "came in")):
+        told = value[f"transactions_{way}"]
+        for each in told:
             screen.text(f"transaction {each['xid']} {word}: committed {each['time']}")
-        if value[key] and value["transactions"] > len(value[key]):
-            screen.text(f"and {value['transactions'] - len(value[key])} more")
+        if value["transactions"][way] > len(told):
+            screen.text(f"and {value['transactions'][way] - len(told)} more {word}")
     announce(value)
     screen.text("what was written to the clone is dropped")
     clone.render(value)

@@ -1,8 +1,8 @@
-"""Pure: from a recovery point some writes or commits onward or back, and the transactions between two points."""
+"""Pure: from a recovery point some writes or commits onward or back, and the transactions that are passed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -70,28 +70,19 @@ def _gap(point: RecoveryPoint, number: int | None, history: History, onward: boo
     return [] if number is None else history.gap(number, None if point.interval is None else point.interval + 1)
 
 
-def between(begin: RecoveryPoint, end: RecoveryPoint, history: History, limit: int) -> tuple[list[np.void], int]:
-    """The first `limit` transactions in order of WAL committed behind `begin` and in `end`, and how many."""
+def committed(history: History, limit: int) -> tuple[list[np.void], int]:
+    """The first `limit` committed transactions of a history in order of WAL, and how many there are."""
     found: list[np.void] = []
     count = 0
-    for ends in _touched(begin, end, history):
-        found += list(ends[: max(0, limit - len(found))])
-        count += len(ends)
-    return found, count
-
-
-def _touched(begin: RecoveryPoint, end: RecoveryPoint, history: History) -> Iterator[NDArray[np.void]]:
     for number in history.numbers:
         said = history.summary(number)
-        if said is not None and not (
-            said["count"] and said["min_write"] <= end.write and said["max_write"] >= begin.write
-        ):
+        if said is not None and not said["count"]:
             continue
         ends = history.commits(number).ends
-        write, lsn = ends["write"], ends["lsn"]
-        rows = np.flatnonzero(is_committed(ends) & ~_within(write, lsn, begin) & _within(write, lsn, end))
-        if len(rows):
-            yield ends[rows]
+        rows = np.flatnonzero(is_committed(ends))
+        found += [ends[row] for row in rows[: limit - len(found)]]
+        count += len(rows)
+    return found, count
 
 
 def _within(write: NDArray[np.uint64], lsn: NDArray[np.uint64], point: RecoveryPoint) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from pgcdp import api
@@ -220,6 +221,53 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     undo(found, told)
     assert words() == ["kept", "left 1", "left 2", "left 3"]
     assert listed() == [left[2], left[1], left[0], first]
+
+
+@pytest.mark.usefixtures("no_clone_stays")
+def test_a_clone_steps_on_a_branch_that_was_left_and_over_the_rewind(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """What it tells is what the clone then has and what it has no more, whatever branch that lies on."""
+    found = make_set(binaries_of(15), size=384 << 20)
+
+    def commit(word: str) -> int:
+        found.sql(f"insert into words values ('{word}')")
+        return int(api.log(found.name, table="words", limit=1)["transactions"][0]["xid"])
+
+    def xids(told: dict[str, Any]) -> tuple[list[int], list[int]]:
+        came, went = ([each["xid"] for each in told[f"transactions_{way}"]] for way in ("in", "out"))
+        assert told["transactions"] == {"in": len(came), "out": len(went)}
+        return came, went
+
+    def words() -> list[str]:
+        with psycopg.connect(made["dsn"], autocommit=True) as session:
+            return [row[0] for row in session.execute("select word from words").fetchall()]
+
+    found.sql("create table words (word text)")
+    first = commit("kept")
+    api.cut(found.name)
+    left = [commit("left 1"), commit("left 2")]
+    made = api.clone(found.name, Target("newest"))
+    assert words() == ["kept", "left 1", "left 2"]
+    at = made["recovery_point"]["write"]
+    rewind(found, Target("xid", first))
+    again = [commit("new 1"), commit("new 2"), commit("new 3")]
+    newest = found.durable()
+
+    back = api.step(made["name"], -1, commits=True)
+    assert (xids(back), back["rewinds_passed"], words()) == (([], left[1:]), 0, ["kept", "left 1"])
+    with pytest.raises(TargetError, match="only 1 commit follows this point"):
+        api.step(made["name"], 2, commits=True)
+    onward = api.step(made["name"], 1, commits=True)
+    assert (xids(onward), onward["rewinds_passed"], words()) == ((left[1:], []), 0, ["kept", "left 1", "left 2"])
+
+    here = onward["recovery_point"]
+    over = api.step(made["name"], newest - here["write"] + (here["lsn"] is not None))
+    came, went = xids(over)
+    assert (went, came[-3:], over["rewinds_passed"]) == (left, again, 1)
+    assert words() == ["kept", "new 1", "new 2", "new 3"]
+    there_again = api.step(made["name"], at - newest)
+    assert (xids(there_again), there_again["rewinds_passed"]) == ((left, came), 1)
+    assert words() == ["kept", "left 1", "left 2"]
+    api.destroy(made["name"])
 
 
 def run(*words: str) -> tuple[int, str, str]:
