@@ -51,8 +51,13 @@ _HBA_KNOWN_SQL = """
 select has_table_privilege('pg_catalog.pg_hba_file_rules', 'select')
   and has_function_privilege('pg_catalog.pg_hba_file_rules()', 'execute')
 """
+# Of a rule's options only this: others are secrets of LDAP and RADIUS servers, which do not belong into a store.
 _HBA_SQL = """
-select type, database, user_name, address, netmask, auth_method, error from pg_hba_file_rules
+select type, database, user_name, address, netmask,
+  case when array_to_string(options, ',') like '%clientcert=%' and auth_method <> 'reject' then 'cert'
+    else auth_method end,
+  error
+from pg_hba_file_rules
 where error is not null or type like 'host%'
 """
 
@@ -143,8 +148,9 @@ def settings(connection: Connection) -> Settings:
 
     `settings`: rows of pg_settings that are not default, and those that recovery compares; `superuser`: name of the
     bootstrap role; `databases`; `tablespaces`: [oid, name, location]. `server_version_num` and `data_directory`.
-    `hba`: rules for TCP as pg_hba_file_rules has them, [type, databases, users, address, netmask, method]; None when
-    this role may not see them, or the file has an error: another one is in force then.
+    `hba`: rules for TCP as pg_hba_file_rules has them, [type, databases, users, address, netmask, method], with the
+    method "cert" also where a certificate is asked for besides a password; None when this role may not see them, or
+    the file has an error: another one is in force then.
     """
     cursor = connection.cursor(row_factory=psycopg.rows.dict_row)
     rows = cursor.execute(_SETTINGS_SQL).fetchall()
@@ -300,7 +306,7 @@ def _rules(rows: Iterable[Sequence[Any]]) -> list[list[Any]] | None:
     for *rule, error in rows:
         if error is None:
             found.append(rule)
-        elif "SSL is disabled" not in error:
+        elif "record cannot match because" not in error:  # SSL is off, or this build has none, or no GSSAPI
             return None
     return found
 

@@ -7,6 +7,7 @@ path, a peer, a program or a library, or that takes memory, is overridden on the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address
 from typing import Any
 
 from pgcdp.postgres.control import Control
@@ -150,28 +151,58 @@ def configuration(
 
 
 _HBA_WORDS = ("all", "sameuser", "samerole", "samegroup", "replication")
-_HBA_METHODS = ("trust", "reject", "md5", "scram-sha-256", "password")
+_HBA_PASSWORDS = ("md5", "scram-sha-256", "password")
+# How somebody may have come to production whom a rule of that kind is for. By Kerberos: a clone cannot ask for tickets.
+_HBA_WAYS: dict[str, frozenset[str]] = {
+    "host": frozenset(("plain", "tls")),
+    "hostnogssenc": frozenset(("plain", "tls")),
+    "hostssl": frozenset(("tls",)),
+    "hostnossl": frozenset(("plain",)),
+    "hostgssenc": frozenset(),
+}
+_LOOPBACK = IPv4Address("127.0.0.1")
 
 
 def hba_lines(settings: Mapping[str, Any] | None, trust: bool) -> list[str]:
-    """Lines of pg_hba.conf for connections over TCP, which all come from 127.0.0.1.
+    """Lines of pg_hba.conf for connections over TCP, which all come from 127.0.0.1, not encrypted.
 
-    Production's own rules, as the interval's settings tell them; what another method than a password would decide is
-    refused, since nobody outside can be asked. So is trust over SSL or GSSAPI, which may have asked for a certificate
-    or a ticket. Where they are not known: passwords. With `trust`: anybody.
+    Production's own rules, as the interval's settings tell them. Who would be let in there from 127.0.0.1, encrypted or
+    not, is let in by the same password; nobody else is. What another method than a password would decide is refused,
+    since nobody outside can be asked; so is trust over SSL, which may have asked for a certificate, and all that
+    GSSAPI encrypts. Where the rules are not known: passwords. With `trust`: anybody.
     """
     if trust:
         return ["host all all 127.0.0.1/32 trust"]
     rules = None if settings is None else settings.get("hba")
-    if rules is None:
+    if settings is None or rules is None:
         return ["host all all 127.0.0.1/32 scram-sha-256"]
+    ssl = any(row["name"] == "ssl" and row["setting"] == "on" for row in settings.get("settings", ()))
+    ways = _HBA_WAYS["host"] if ssl else _HBA_WAYS["hostnossl"]
     lines = []
     for kind, databases, users, address, netmask, method in rules:
+        here = _HBA_WAYS[kind] & ways
+        if not here or not _may_be_loopback(address, netmask):
+            continue
+        lets_in = method in _HBA_PASSWORDS or (method == "trust" and kind != "hostssl")
+        for_all = databases == users == ["all"] and (netmask is not None or address == "all")
+        if for_all and not lets_in and here != ways:  # nobody comes that way, but still the other
+            ways -= here
+            continue
         names = [",".join(map(_hba_name, group)) for group in (databases, users)]
-        asks = method in _HBA_METHODS and not (method == "trust" and kind in ("hostssl", "hostgssenc"))
-        shown = method if asks else "reject"
-        lines.append(" ".join(["host", *names, address, *([netmask] if netmask else []), shown]))
+        lines.append(
+            " ".join(["host", *names, address, *([netmask] if netmask else []), method if lets_in else "reject"])
+        )
     return lines
+
+
+def _may_be_loopback(address: str, netmask: str | None) -> bool:
+    """Whether a rule's address may be 127.0.0.1: without a netmask it is a word or a name."""
+    if netmask is None:
+        return True
+    if ":" in address:
+        return False
+    mask = int(IPv4Address(netmask))
+    return int(IPv4Address(address)) & mask == int(_LOOPBACK) & mask
 
 
 def _hba_name(name: str) -> str:

@@ -26,7 +26,7 @@ from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening
 from pgcdp.recovery.clone import Access
 from pgcdp.store.image import read_state
-from tests.fix_postgres import BindirOf, bad_lines
+from tests.fix_postgres import BindirOf, bad_lines, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
 
@@ -208,27 +208,55 @@ def test_a_port_that_leads_nowhere_is_no_clone(
         assert traces(place) == []
 
 
+def rule(found: ProtectedSet, *lines: str) -> None:
+    """Have these lines in pg_hba.conf, the first one for the socket, and in the newest interval."""
+    (found.pgdata / "pg_hba.conf").write_text("\n".join(lines) + "\n")
+    found.sql("select pg_reload_conf()")
+    known = "select count(*) from pg_hba_file_rules where error is null"
+    wait_until(lambda: found.sql(known) == [(len(lines),)], what="the rules")
+    service.stop(found.config)  # the next agent asks for the settings at once
+    api.up(found.name)
+    found.wait_following()
+    api.cut(found.name)
+    wait_until(lambda: len(found.source().newest_settings()["hba"]) == len(lines) - 1, what="the agent sees the rules")
+
+
+def test_who_must_encrypt_in_production_is_let_in_by_its_clone(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """A clone has no TLS. A password is enough where it is in production, and not where a certificate is asked for."""
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    for role in ("app", "certified"):
+        found.sql(f"create role {role} login password 'secret'")
+    words = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=x -keyout server.key -out server.crt"
+    subprocess.run(words.split(), check=True, capture_output=True, cwd=found.pgdata)
+    os.chown(found.pgdata / "server.key", postgres_user().uid, -1)
+    found.sql("alter system set ssl = on")
+    rule(
+        found, "local all all trust",
+        "hostnossl all all 0.0.0.0/0 reject",
+        "hostssl all certified 0.0.0.0/0 md5 clientcert=verify-ca",
+        "hostssl all app 0.0.0.0/0 md5",
+    )  # fmt: skip
+    made = api.clone(found.name, Target("newest"), access=Access(port=0))
+    dsn = made["dsn"].replace("user=postgres", "user=app")
+    assert ask(f"{dsn} password=secret", "select 1") == [(1,)]
+    with pytest.raises(psycopg.OperationalError, match="password"):
+        ask(dsn, "select 1")
+    for user in ("certified", "postgres"):
+        with pytest.raises(psycopg.OperationalError, match=r"rejects connection|no pg_hba.conf entry"):
+            ask(f"{dsn.replace('user=app', f'user={user}')} password=secret", "select 1")
+    api.destroy(made["name"])
+
+
 def test_productions_own_rules_hold_at_the_port(make_set: MakeSet, binaries_of: BindirOf) -> None:
     """A password that production asks for is asked for by its clone; a method that asks outside lets nobody in."""
     found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
     found.sql("create role app login password 'secret'")
     found.sql("create role other login")
-    hba = found.pgdata / "pg_hba.conf"
-    lines = [
-        "local all all trust",
+    rule(
+        found, "local all all trust",
         "host all other 127.0.0.1/32 ldap ldapserver=x ldapprefix=y",
         "host all app 0.0.0.0/0 md5",
-    ]
-    hba.write_text("\n".join(lines) + "\n")
-    found.sql("select pg_reload_conf()")
-    wait_until(
-        lambda: found.sql("select count(*) from pg_hba_file_rules where error is null") == [(3,)], what="the rules"
-    )
-    service.stop(found.config)  # the next agent asks for the settings at once
-    api.up(found.name)
-    found.wait_following()
-    api.cut(found.name)
-    wait_until(lambda: len(found.source().newest_settings()["hba"]) == 2, what="the agent has seen the rules")
+    )  # fmt: skip
     made = api.clone(found.name, Target("newest"), access=Access(port=0))
     dsn = made["dsn"].replace("user=postgres", "user=app")
     with pytest.raises(psycopg.OperationalError, match="password"):
