@@ -170,11 +170,15 @@ def find_every(root: Path) -> list[Clone | Damaged]:
 
 
 def _places() -> Iterator[Path]:
-    """Directories of clones that are ours."""
-    for place in sorted(PLACES.glob("pgcdp-*/clone-*")):
-        with suppress(FileNotFoundError):
-            if place.lstat().st_uid == place.parent.lstat().st_uid == os.geteuid():
-                yield place
+    """Directories of clones that are ours. Those of others may come and go meanwhile."""
+    for below in sorted(PLACES.glob("pgcdp-*")):
+        places: list[Path] = []
+        with suppress(FileNotFoundError, NotADirectoryError):
+            places = sorted(below.glob("clone-*"))
+        for place in places:
+            with suppress(FileNotFoundError):
+                if place.lstat().st_uid == below.lstat().st_uid == os.geteuid():
+                    yield place
 
 
 def _said_root(place: Path) -> Path | None:

@@ -187,6 +187,27 @@ def test_what_was_killed_before_its_record_was_written_does_not_hold_its_name(be
     assert kept.place.exists()
 
 
+def test_what_comes_and_goes_beside_a_clone_is_in_nobodys_way(below: Path) -> None:
+    """Commands about other sets make and remove their directories while the clones are looked for."""
+    clone = made(below, "one")
+    other = below.with_name("pgcdp-ba9876543210")
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            other.mkdir()
+            other.rmdir()
+
+    busy = threading.Thread(target=come_and_go)
+    busy.start()
+    try:
+        for _ in range(1000):
+            assert cloned.find_all(Path("/root")) == [clone]
+    finally:
+        over.set()
+        busy.join()
+
+
 def test_a_name_is_free_that_no_root_has_used(below: Path) -> None:
     other = made(below, "main-1", root="/another")
     assert cloning._free_name(Path("/root"), below, "main") == "main-2"
