@@ -253,7 +253,11 @@ def test_long_workloads_are_those_of_pg_waldump(make_set: MakeSet, pg_binaries: 
         "wal_level": "logical",
         "max_wal_size": "256MB",
     }
-    allowed = [r"canceling autovacuum task", r"logical decoding|starting point", r"checkpoints are occurring too frequently"]
+    allowed = [
+        r"canceling autovacuum task",
+        r"logical decoding|starting point",
+        r"checkpoints are occurring too frequently",
+    ]
     found = make_set(pg_binaries, settings=settings, allowed=allowed, size=12 << 30, cut=("10s",))
     begin = parse_lsn(found.sql("select pg_current_wal_insert_lsn()")[0][0])
     found.pgbench("-i", "-q", "-s", "5")
