@@ -252,10 +252,18 @@ def _spawn(command: Sequence[str], log: int, files: Mapping[int, int]) -> int:
 
     `files` are further descriptors: {its number there: the one here}; standard input is empty unless named there.
     """
-    null = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
-    passed = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in {**files, 1: log, 2: log}.items()]
+    passed = {**files, 1: log, 2: log}
+    # Copied to where nothing is first: any of them may have the number that another one gets.
+    free = max(*passed.keys(), *passed.values()) + 1
+    copies = dict(enumerate(passed, free))
+    steps: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+        *((os.POSIX_SPAWN_DUP2, passed[there], copy) for copy, there in copies.items()),
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+        *((os.POSIX_SPAWN_DUP2, copy, there) for copy, there in copies.items()),
+        *((os.POSIX_SPAWN_CLOSE, copy) for copy in copies),
+    ]
     shell = ["/bin/sh", "-c", 'cd / && exec "$@"', "sh", *command]
-    pid = os.posix_spawn(shell[0], shell, os.environ, file_actions=[null, *passed], setsid=True)
+    pid = os.posix_spawn(shell[0], shell, os.environ, file_actions=steps, setsid=True)
     _children.add(pid)
     return pid
 
@@ -299,7 +307,6 @@ def start_view(
         "--overlay", os.fspath(place),
         *(["--cache", str(cache)] if cache is not None else []),
     ]  # fmt: skip
-    # Above those that the shell could use, and in no order in which one would overwrite another.
     files = {**({0: until} if until >= 0 else {}), **({_HELD: held} if held >= 0 else {})}
     try:
         return _start(command, place / "control", place / "engine.log", 600.0, files)
@@ -309,7 +316,7 @@ def start_view(
 
 
 _HELD = 100
-"""Number that a descriptor to keep has in the engine."""
+"""Number that a descriptor to keep has in the engine: above those that the shell could use."""
 
 
 def end_views(place: Path, timeout: float = 60.0) -> None:
