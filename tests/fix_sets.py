@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from pgcdp.recovery.restore import remove
 from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.scratch import mounted
 from pgcdp.recovery.source import Source
+from tests.beside import repeated
 from tests.fix_engine import _may_flush, _plain_program
 from tests.fix_postgres import bad_lines, postgres_user
 from tests.moments import scratch_below
@@ -266,6 +267,13 @@ def first_difference(volume: Path, image: Path) -> int | None:
     return None
 
 
+def assert_equal(files: Sequence[Path], images: Sequence[Path], what: str) -> None:
+    """Each backing or volume of a view is its image, byte for byte."""
+    for file, image in zip(files, images, strict=True):
+        different = first_difference(file, image)
+        assert different is None, f"{what}: volume {file.name} differs at byte {different}"
+
+
 def _data_from(fd: int, at: int, size: int) -> int:
     """Where the next data begins: before it are holes."""
     try:
@@ -279,6 +287,11 @@ def _reap() -> None:
     for child in service._children:
         child.poll()
     engine._reap()
+
+
+def cutting(found: ProtectedSet) -> AbstractContextManager[None]:
+    """Intervals are cut all the time inside."""
+    return repeated(lambda: api.cut(found.name), pause=0.3)
 
 
 MakeSet = Callable[..., ProtectedSet]

@@ -89,7 +89,11 @@ class Judgement:
 
 @dataclass
 class Load:
-    """Clients on one cluster. `prepare`, `start`, `stop`; a client that fails meanwhile is told by `stop`."""
+    """Clients on one cluster. `prepare`, `start`, `stop`; a client that fails meanwhile is told by `stop`.
+
+    `rate`: pgbench's transactions a second, of all `clients` together (0: as many as there can be). `churn_pause`:
+    seconds between two rounds of the churn client.
+    """
 
     address: session.Dsn
     binaries: Binaries
@@ -98,6 +102,8 @@ class Load:
     ledgers: int = 8
     scale: int = 5
     churn: bool = True
+    rate: int = 0
+    churn_pause: float = 0.05
     _acks: list[Ack] = field(default_factory=list)
     _failures: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -125,6 +131,10 @@ class Load:
     def acknowledged(self) -> int:
         """How many commits the ledger clients have been promised so far."""
         return len(self._acks)
+
+    def acks(self) -> list[Ack]:
+        """What the ledger clients have been promised so far."""
+        return list(self._acks)
 
     def wait_for(self, count: int, timeout: float = 60) -> None:
         """Return when `count` more commits have been acknowledged."""
@@ -164,8 +174,9 @@ class Load:
 
     def _start_pgbench(self) -> subprocess.Popen[str]:
         words = [str(self.binaries.path("pgbench")), "-n", "-c", str(self.clients), "-j", "2", "-T", "100000"]
+        limit = ["-R", str(self.rate)] if self.rate else []
         return subprocess.Popen(
-            [*words, "postgres"],
+            [*words, *limit, "postgres"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -208,7 +219,7 @@ class Load:
                 if counter % 2:
                     connection.execute(f"truncate {name}".encode())
                     connection.execute(f"insert into {name} select n, 'y' from generate_series(1, 500) n".encode())
-                if self._stop.wait(0.05):
+                if self._stop.wait(self.churn_pause):
                     return
 
     def _two_phase(self, connection: psycopg.Connection[Any], counter: int) -> None:

@@ -115,7 +115,8 @@ class Workload:
     """`writers` threads on the volumes at `paths` (files of the engine or loop devices over them).
 
     Writer w may write anywhere in the first half of each volume, and in its own stripe of the second half; what it
-    wrote in its stripe it reads back at once. `mark` sends a mark, None leaves marks out.
+    wrote in its stripe it reads back at once. `mark` sends a mark, None leaves marks out. `pause`: seconds between two
+    operations of a writer.
     """
 
     def __init__(
@@ -127,15 +128,18 @@ class Workload:
         mark: Callable[[str], object] | None = None,
         max_blocks: int = 64,
         first_writer: int = 0,
+        pause: float = 0.0,
     ) -> None:
         self.paths = list(paths)
         self.seed = seed
         self.writers = range(first_writer, first_writer + writers)
         self.mark = mark
         self.max_blocks = max_blocks
+        self.pause = pause
         self.device = self.paths[0].is_block_device()
         self.sizes = [self._size(path) for path in self.paths]
         self.log: list[list[Op]] = [[] for _ in self.writers]
+        self._answered = [0 for _ in self.writers]
         self.wrong: list[str] = []
         self.stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -152,7 +156,7 @@ class Workload:
     @property
     def answered(self) -> int:
         """Operations answered so far."""
-        return sum(1 for log in self.log for op in log if op.answered)
+        return sum(self._answered)
 
     def start(self, operations: int | None = None) -> None:
         """Starts the writers; each ends after so many operations, at `stop`, or when the engine dies under it."""
@@ -196,7 +200,7 @@ class Workload:
             return
         counter = 0
         try:
-            while not self.stop.is_set() and (operations is None or counter < operations):
+            while not self.stop.wait(self.pause) and (operations is None or counter < operations):
                 counter += 1
                 self._one(index, counter, rng, files)
         except OSError as error:
@@ -227,6 +231,7 @@ class Workload:
             erase(files[op.volume].fd, kind, op.offset, op.length, device=self.device)
             data = bytes(op.length)
         op.answered = op.ended = now()
+        self._answered[index] += 1
         if own and files[op.volume].read(op.offset, op.length) != data:
             self.wrong.append(f"writer {op.writer} read at {op.offset} of volume {op.volume} what it did not write")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -18,6 +19,7 @@ from pgcdp.intervals.increments import Mode
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.records import Volume
 from pgcdp.recovery.make_way import MakeWay
+from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from tests.fix_engine import MIB, Capture, Direct
@@ -49,9 +51,20 @@ class KeepAll:
 
 
 class History:
-    """A capture under load, followed into a store at `capture.root/store`."""
+    """A capture under load, followed into a store at `capture.root/store`.
 
-    def __init__(self, capture: Capture, seed: int, mode: Mode = "optimal") -> None:
+    `raw` are the volumes that raw writers write to, each `pause` seconds after it was answered.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        seed: int,
+        mode: Mode = "optimal",
+        *,
+        raw: Sequence[str] = ("data", "wal"),
+        pause: float = 0.0,
+    ) -> None:
         self.capture = capture
         self.rng = random.Random(seed)
         self.mode: Mode = mode
@@ -59,7 +72,7 @@ class History:
         self.checkpoint = 0x1000
         self.fence_after = 30.0
         self.work = Workload(
-            [capture.device("data"), capture.device("wal")], seed=seed, mark=lambda name: self.engine.mark(name)
+            [capture.device(name) for name in raw], seed=seed, mark=lambda name: self.engine.mark(name), pause=pause
         )
         volumes = [Volume(i, name, size) for i, (name, size) in enumerate(capture.volumes.items())]
         self.store = Store.create(capture.root / "store", "raw", bytes.fromhex(capture.set_id), volumes)
@@ -135,6 +148,11 @@ class History:
     def baseline_bytes(self) -> list[bytes]:
         """The volumes before the first write."""
         return [self.capture.baseline(name).read_bytes() for name in self.capture.volumes]
+
+
+def source_of(history: History) -> Source:
+    """The store with the journal, as they are now."""
+    return Source(history.stages.store, history.journal, history.engine.status().durable_write)
 
 
 def restored(place: Path, volumes: dict[str, int]) -> list[bytes]:

@@ -6,9 +6,6 @@ import random
 import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,43 +23,12 @@ from pgcdp.recovery.view import shown
 from pgcdp.store.frames import FrameReader
 from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf, postgres_user
-from tests.fix_sets import MakeSet, ProtectedSet, first_difference
+from tests.fix_sets import MakeSet, ProtectedSet, assert_equal, cutting
 from tests.load import ALLOWED, Load
-from tests.waiting import pass_time, wait_until
+from tests.waiting import wait_until
 
 SETTINGS = {"max_wal_size": "64MB", "shared_buffers": "32MB", "max_prepared_transactions": "10"}
 NOISE = [*ALLOWED, r"checkpoints are occurring too frequently", r"terminating connection", r"unexpected EOF"]
-
-
-@contextmanager
-def cutting(found: ProtectedSet) -> Iterator[None]:
-    """Intervals are cut all the time inside."""
-    stop = threading.Event()
-    failures: list[Exception] = []
-
-    def run() -> None:
-        while not stop.is_set():
-            try:
-                api.cut(found.name)
-            except Exception as error:
-                failures.append(error)
-                return
-            pass_time(0.3)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    assert not failures
-
-
-def assert_equal(files: list[Path], images: list[Path], what: str) -> None:
-    for file, image in zip(files, images, strict=True):
-        different = first_difference(file, image)
-        assert different is None, f"{what}: volume {file.name} differs at byte {different}"
 
 
 def wait_for_image(found: ProtectedSet, number: int) -> None:

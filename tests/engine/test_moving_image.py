@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import random
 import select
@@ -23,7 +22,6 @@ from pgcdp.errors import PgcdpError
 from pgcdp.intervals.increments import Mode
 from pgcdp.records import BLOCK, RecoveryPoint, Target
 from pgcdp.recovery.make_way import MakeWay
-from pgcdp.recovery.mapfile import ViewMap, decode
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import moved_on, shown
 from pgcdp.store.bundle import Bundle
@@ -35,85 +33,11 @@ from tests.crash.test_killed_agent import KILLED, followed
 from tests.engine.test_reload import image_at, map_of
 from tests.fix_engine import Direct, MakeCapture
 from tests.fix_views import ShowMap, ShownView
-from tests.stage_history import VOLUMES, History
+from tests.stage_history import VOLUMES, History, source_of
 from tests.unit.test_blockmap import Scene, materialized
 from tests.unit.test_increments import BLOCKS
 from tests.waiting import wait_until
-
-PIECE = 64 * BLOCK
-
-
-class Watched:
-    """An open view with a thread that reads it all the time and compares checksums."""
-
-    def __init__(self, files: list[Path], wanted: list[bytes], seed: int) -> None:
-        self.files = files
-        self.place = files[0].parent.parent
-        self.wrong: list[str] = []
-        self.reads = 0
-        self._wanted = wanted
-        self._sums = [
-            [hashlib.sha256(content[at : at + PIECE]).digest() for at in range(0, len(content), PIECE)]
-            for content in wanted
-        ]
-        self._chooser = random.Random(seed)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        with ExitStack() as stack:
-            devices = [stack.enter_context(Direct(file)) for file in self.files]
-            while not self._stop.is_set() and not self.wrong:
-                volume = self._chooser.randrange(len(devices))
-                piece = self._chooser.randrange(len(self._sums[volume]))
-                try:
-                    content = devices[volume].read(piece * PIECE, PIECE)
-                except OSError as error:
-                    self.wrong.append(f"volume {volume} piece {piece}: {error}")
-                    return
-                if hashlib.sha256(content).digest() != self._sums[volume][piece]:
-                    self.wrong.append(f"volume {volume} piece {piece} has changed")
-                self.reads += 1
-
-    def wait_reads(self, count: int) -> None:
-        wait_until(lambda: self.reads > count or self.wrong, what="reads of the view")
-
-    def status(self) -> dict[str, object]:
-        return EngineClient(self.place / "control").request("status")
-
-    def map(self) -> ViewMap:
-        file = Path(str(self.status()["map"]))
-        return decode(file.read_bytes(), file)
-
-    def assert_unchanged(self) -> None:
-        """Every byte, beside what the thread reads."""
-        assert self.wrong == []
-        for file, content in zip(self.files, self._wanted, strict=True):
-            with Direct(file) as device:
-                found = b"".join(device.read(at, PIECE) for at in range(0, len(content), PIECE))
-            assert found == content, file.name
-
-    def end(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-@contextmanager
-def watched(source: Source, point: RecoveryPoint, place: Path, seed: int = 0) -> Iterator[Watched]:
-    place.mkdir()
-    with source.held():
-        wanted = materialized(source, point, place)
-    with shown(source, point, place) as files:
-        view = Watched(files, wanted, seed)
-        try:
-            yield view
-        finally:
-            view.end()
-
-
-def source_of(history: History) -> Source:
-    return Source(history.stages.store, history.journal, history.engine.status().durable_write)
+from tests.watched import Watched, watched
 
 
 @pytest.fixture
@@ -176,7 +100,7 @@ def test_views_do_not_change_while_the_image_moves(
         again = source_of(found)
         for write, view in zip(points, views, strict=True):
             with again.held():
-                assert materialized(again, again.resolve(Target("write", write)), scratch) == view._wanted
+                assert materialized(again, again.resolve(Target("write", write)), scratch) == view.wanted()
     assert list((found.store.image / "views").iterdir()) == []
 
 
