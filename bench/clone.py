@@ -9,12 +9,14 @@ the WAL since that one's redo point, inside an interval the WAL since the bounda
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import random
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,6 +67,7 @@ def clone_at(side: Protected, *target: str) -> dict[str, float]:
 def median_of(measure: Callable[[], dict[str, float]], rounds: int) -> dict[str, float]:
     """The medians of several rounds."""
     found = [measure() for _ in range(rounds)]
+    print(json.dumps(found), file=sys.stderr)  # a long run shows that it goes on
     return {key: round(statistics.median(each[key] for each in found), 3) for key in found[0]}
 
 
@@ -72,8 +75,9 @@ def working(side: Protected, stack: ExitStack) -> None:
     """8 clients until the end of the stack."""
     command = [str(BIN / "pgbench"), "-h", str(side.root), "-p", str(side.port), "-n", "-c", "8", "-T", "36000"]
     load = subprocess.Popen(
-        [*command, "postgres"], user="postgres", cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        [*command, "postgres"], user="postgres", cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,  # as programs on another terminal: the scheduler shares by sessions
+    )  # fmt: skip
     stack.callback(load.wait)
     stack.callback(load.terminate)
 

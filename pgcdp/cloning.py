@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from pgcdp import transactions
 from pgcdp.config import list_sets, root_directory
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
-    Announce,
     between,
     binaries_of,
     open_source,
@@ -24,7 +24,7 @@ from pgcdp.opening import (
     production_places,
     scratch_place,
 )
-from pgcdp.progress import Report, silent
+from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening, stepping
@@ -49,7 +49,6 @@ def clone(
     ttl: float | None = None,
     store: Path | None = None,
     before: str | None = None,
-    announce: Announce | None = None,
     progress: Report = silent,
 ) -> Json:
     """Open the recovery point as a running Postgres that accepts writes; nothing is copied.
@@ -63,9 +62,30 @@ def clone(
     cloned.expire(root)
     source = open_source(set_name, store)
     point = point_of(source, target, before)
-    resolved = between(source, point)
-    if announce is not None:
-        announce(resolved)
+    # What lies on both sides is read in the WAL behind the last boundary, which may be long: the clone opens meanwhile.
+    with ThreadPoolExecutor(1) as beside:
+        looked = beside.submit(between, source.copy(), point)
+        made, recovery = _open(source, root, set_name, point, name, access, ttl, progress)
+        try:
+            if not looked.done():
+                progress(Progress("reading which transactions are in and out"))
+            resolved = looked.result()
+        except BaseException:  # nobody was told its name
+            cloned.destroy(made.place)
+            raise
+    return {"name": made.name, "dsn": made.dsn, **_last(resolved), **resolved, **_took(started, recovery)}
+
+
+def _open(
+    source: Source,
+    root: Path,
+    set_name: str | None,
+    point: RecoveryPoint,
+    name: str | None,
+    access: Access | None,
+    ttl: float | None,
+    progress: Report,
+) -> tuple[Clone, Recovery]:
     now = time.time_ns()
     below = scratch_place(source)
     wanted = Clone(
@@ -84,13 +104,11 @@ def clone(
     binaries, hide = binaries_of(source, set_name), production_places(source, set_name)
     while True:
         try:
-            made, recovery = clone_opening.create(source, wanted, binaries, hide, progress)
-            break
+            return clone_opening.create(source, wanted, binaries, hide, progress)
         except clone_opening.NameTaken:
             if name is not None:
                 raise
             wanted = replace(wanted, place=below / f"clone-{_free_name(root, below, source.store.set_name)}")
-    return {"name": made.name, "dsn": made.dsn, **_last(resolved), **resolved, **_took(started, recovery)}
 
 
 def clones() -> Json:

@@ -70,14 +70,14 @@ def command(
             ttl=ttl,
             store=store,
             before=before,
-            announce=announce if output == "text" else None,
             progress=progress,
         )
     screen.result(value, output, render)
 
 
 def render(value: Mapping[str, Any]) -> None:
-    """A clone that runs, and what to type next."""
+    """Where a clone stands that runs, and what to type next."""
+    announce(value)
     replay = value["recovery"]
     line = f"clone {value['name']} runs after {format_duration(value['seconds'])}"
     if replay["from_lsn"] is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,12 @@ class Source:
         self.now_ns = now_ns
         self.pgdata = pgdata
         self._published: dict[int, Published] = {}
+
+    def copy(self) -> Source:
+        """The same for another thread, with what was read already."""
+        found = copy(self)
+        found._published = dict(self._published)
+        return found
 
     def intervals(self) -> list[Interval]:
         """Published intervals, in order."""
