@@ -12,12 +12,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcdp import api, service
+from pgcdp import api, cloning, service
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineClient
-from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
+from pgcdp.errors import BugError, DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.fsio import write_json
-from pgcdp.opening import scratch_place
+from pgcdp.opening import open_source, scratch_place
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.proc import end
@@ -191,6 +191,25 @@ def test_names_and_ports_that_are_taken_change_nothing(make_set: MakeSet, binari
     assert ask(made["dsn"], "select count(*) from orders") == [(0,)]
     assert [each["name"] for each in api.clones()["clones"]] == ["one"]
     api.destroy("one")
+
+
+def test_a_clone_that_nobody_was_told_of_is_not_left(
+    make_set: MakeSet, binaries_of: BindirOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opens while what lies on both sides of its point is read, and that may fail when it runs already."""
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    source = open_source(found.name, None)
+    place = scratch_place(source) / "clone-lost"
+
+    def fails(*_: object) -> None:
+        wait_until(lambda: (place / "postgres").exists(), what="the clone opens meanwhile")
+        raise BugError("what lies on both sides")
+
+    monkeypatch.setattr(cloning, "between", fails)
+    with pytest.raises(BugError, match="on both sides"):
+        api.clone(found.name, Target("newest"), name="lost")
+    assert api.clones()["clones"] == []
+    assert traces(place) == []
 
 
 def test_a_port_that_leads_nowhere_is_no_clone(
