@@ -67,6 +67,7 @@ class Source:
         self.now_ns = now_ns
         self.pgdata = pgdata
         self._published: dict[int, Published] = {}
+        self._transactions: tuple[object, Transactions] | None = None  # with what was read of the tail; and of when
 
     def copy(self) -> Source:
         """The same for another thread, with what was read already."""
@@ -181,7 +182,10 @@ class Source:
         """
         journal = self.journal.directory if self.journal is not None else None
         upto = self.durable_write if upto is None else upto
-        found = Transactions(self.store, dict(self._listed()), journal, upto, self._rewinds)
+        key = (upto, self._stored())
+        if self._transactions is None or self._transactions[0] != key:
+            self._transactions = key, Transactions(self.store, dict(self._listed()), journal, upto, self._rewinds)
+        found = self._transactions[1]
         return found.on(self.branch(branch)) if branch else found
 
     def _refuse_other_branches(self, target: Target) -> None:
