@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgcdp.errors import DamageError
 from pgcdp.fsio import write_all
 from pgcdp.store.layout import Store
 
@@ -80,16 +81,30 @@ def registered(store: Store, control: Path, write: int) -> Iterator[Registered]:
 
 
 def open_views(store: Store) -> list[OpenView]:
-    """The views whose engine lives; files of others go. Call it with readers kept out of the image."""
+    """The views whose engine lives; files of others go. Call it with readers kept out of the image.
+
+    Raises DamageError for a file that a living engine holds and that does not tell whose it is.
+    """
     found = []
     for file in sorted(_directory(store).glob("*")):
         if _is_locked(file):
             with suppress(FileNotFoundError):  # it has ended just now
-                content = json.loads(file.read_text())
-                found.append(OpenView(file.resolve(), Path(content["control"]), int(content["write"])))
+                found.append(_read(file))
         else:
             file.unlink(missing_ok=True)
     return found
+
+
+def _read(file: Path) -> OpenView:
+    raw = file.read_bytes()
+    try:
+        content = json.loads(raw)
+        return OpenView(file.resolve(), Path(content["control"]), int(content["write"]))
+    except (ValueError, KeyError, TypeError):
+        raise DamageError(
+            f"{file} does not tell which view it is of (offset 0)",
+            f"the image waits until its engine has ended: fuser -v {file} names it",
+        ) from None
 
 
 def _directory(store: Store) -> Path:

@@ -22,6 +22,7 @@ from pgcdp.store.catalog import Catalog
 from pgcdp.store.image import Image, ImageState, block_sums, read_state
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import OpenInterval
+from pgcdp.store.open_views import open_views, registered
 from pgcdp.store.published import published
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.scrub import check_store
@@ -436,3 +437,16 @@ def test_listing_intervals_does_not_read_what_the_catalog_has(tmp_path: Path) ->
     assert list(published(store)) == store.interval_numbers()
     with pytest.raises(DamageError):
         Bundle.open(store, 1)
+
+
+def test_a_view_that_cannot_be_told_stops_the_image_and_says_which_file(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    with registered(store, tmp_path / "control", 7) as known:
+        assert [view.write for view in open_views(store)] == [7]
+        assert known.file is not None
+        for content in (b"", b"starting\n", b'{"write": 7}', b"[]", b"\xff"):
+            known.file.write_bytes(content)
+            with pytest.raises(DamageError, match=f"{known.file.name} does not tell"):
+                open_views(store)
+    assert open_views(store) == []
+    assert not known.file.exists()
