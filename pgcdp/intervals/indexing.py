@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import NOTES, SEGMENT_BYTES, Cluster, Readout, SlowError, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, index_transactions
 from pgcdp.postgres.relations import Look
-from pgcdp.postgres.wal import Manager, Note, is_checkpoint, of_database, opens_timeline, pack_notes, read_notes
+from pgcdp.postgres.wal import Manager, Note, is_checkpoint, of_database, opened_timeline, pack_notes, read_notes
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary, Rewind
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, Bundle, IndexFiles, rewinds_of
 from pgcdp.store.files import write_files
@@ -80,7 +81,8 @@ class Start:
 
         Postgres was shut down at the boundary, and before that rewind nobody started it. What is between two rewinds is
         of a cluster that nobody could reach. Behind the last one the new timeline's first segment begins with a copy of
-        the old one's: what is new begins with the checkpoint that opens it.
+        the old one's: what is new begins with the checkpoint that opens it. In the copy others may be read again, which
+        opened timelines that are known already.
         """
         first, last = rewinds[0].begin - 1, rewinds[-1].end
         head = self.read(
@@ -95,11 +97,22 @@ class Start:
         if last is None or (upto is not None and upto <= last):
             return head
         found = read_wal(self.cluster, intervals, behind=last, upto=upto, **{**more, "save_state": None})
-        begin = next((note.lsn for note in found.notes if opens_timeline(note)), None)
+        known = self._newest_timeline(intervals, rewinds, more)
+        begin = next((note.lsn for note in found.notes if opened_timeline(note) > known), None)
         if begin is None:
             return replace(head, notes=[*head.notes, *(note for note in found.notes if note.rmid == Manager.MARK)])
         found = read_wal(self.cluster, intervals, start_lsn=begin, behind=last, upto=upto, **more)
         return replace(found, notes=[*head.notes, *found.notes], left_out=head.left_out + found.left_out)
+
+    def _newest_timeline(self, intervals: list[Path], rewinds: Sequence[Rewind], more: dict[str, Any]) -> int:
+        """The highest timeline before the last rewind: each one opens one that was never used."""
+        found = self.boundary.timeline
+        for one, following in pairwise(rewinds):
+            if one.end is not None:
+                between = {**more, "save_state": None, "settle_upto": None}
+                read = read_wal(self.cluster, intervals, behind=one.end, upto=following.begin - 1, **between)
+                found = max(found, *map(opened_timeline, read.notes), 0)
+        return found
 
     def past_of(self, rewinds: Sequence[Rewind]) -> Past:
         """What is known of the catalogs behind the boundary; after a rewind, as they were where it went to."""

@@ -320,12 +320,12 @@ def timeline_of(note: Note) -> int | None:
     return int(struct.unpack_from("<I", parse(note).main, 8)[0])
 
 
-def opens_timeline(note: Note) -> bool:
-    """Whether it is the checkpoint with which recovery ended on a timeline of its own (CheckPoint: PrevTimeLineID)."""
+def opened_timeline(note: Note) -> int:
+    """The timeline that the checkpoint opens with which recovery ended (CheckPoint: PrevTimeLineID); 0: it is none."""
     if not is_checkpoint(note):
-        return False
+        return 0
     timeline, before = struct.unpack_from("<II", parse(note).main, 8)
-    return bool(timeline != before)
+    return int(timeline) if timeline != before else 0
 
 
 def message(note: Note) -> tuple[bool, str] | None:

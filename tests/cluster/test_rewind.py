@@ -100,6 +100,47 @@ def test_ledger_timelines_and_archive_through_rewind_undo_elsewhere_undo(
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_was_before_a_rewind_is_listed_once_however_often_it_was_rewound(
+    make_set: MakeSet, pg_binaries: Binaries
+) -> None:
+    """A new timeline's first segment is a copy of the old one's, with all that opened timelines in it before."""
+    found = make_set(pg_binaries, size=384 << 20, settings={"autovacuum": "off"})
+
+    def changed(number: int) -> list[int]:
+        """A table of ten rows, set to 0 and deleted: the ids of the three transactions."""
+        xids = []
+        with found.connect() as session:
+            for sql in ("create table {} as select generate_series(1, 10) a", "update {} set a = 0", "delete from {}"):
+                session.execute(f"begin; {sql.format(f't{number}')}".encode())
+                xids += [int(session.execute("select pg_current_xact_id()::text").fetchall()[0][0])]
+                session.execute("commit")
+        return xids
+
+    def check(*tables: tuple[int, list[int]]) -> None:
+        for number, xids in tables:
+            listed = api.log(found.name, table=f"t{number}")["transactions"]
+            assert [each["xid"] for each in listed] == xids[::-1]
+            resolved = api.resolve(found.name, Target("xid", xids[1], exclusive=True))
+            assert [resolved[side]["xid"] for side in ("last_in", "first_out")] == xids[:2]
+            name = api.clone(found.name, Target("xid", xids[1], exclusive=True))
+            with psycopg.connect(name["dsn"]) as connection:
+                assert connection.execute(f"select sum(a) from t{number}".encode()).fetchall() == [(55,)]
+            api.destroy(name["name"])
+
+    one = changed(1)
+    first = rewind(found, Target("xid", one[1]))
+    check((1, one[:2]))
+    two = changed(2)
+    second = rewind(found, Target("xid", two[1]))
+    check((1, one[:2]), (2, two[:2]))
+    undo(found, second)
+    check((1, one[:2]), (2, two))
+    api.cut(found.name)
+    check((1, one[:2]), (2, two))
+    undo(found, first)
+    check((1, one))
+
+
 @pytest.mark.parametrize("fs", ["ext4", "xfs"])
 def test_the_volume_is_the_target_byte_for_byte(make_set: MakeSet, binaries_of: BindirOf, fs: str) -> None:
     """At the end record the writes leave what `restore --to-image` makes of the target, in every block."""
