@@ -11,6 +11,7 @@
 #define RECORD_HEADER 24u
 #define RECORD_CRC 20u            /* offset of xl_crc in the header */
 #define RECORD_LIMIT (1020u << 20) /* XLogRecordMaxSize */
+#define TORN_TRIED 4u              /* pages of a record */
 
 #define RM_XLOG 0
 #define XLOG_SWITCH 0x40
@@ -164,17 +165,19 @@ static enum outcome next_record(struct wal *w, struct wal_record *r)
     return DONE;
 }
 
-/* The next record, when all that it lacks is the second half of a page that was torn apart. */
+/* The next record, when all that it lacks is the second half of one page that was torn apart. */
 static enum outcome with_lone_half(struct wal *w, struct wal_record *r)
 {
-    uint64_t page = pages_torn(&w->pages);
-    for (uint32_t candidate = 0; page && candidate < PAGES_CANDIDATES; candidate++) {
-        if (!pages_try(&w->pages, page, candidate))
-            continue;
-        enum outcome got = next_record(w, r);
-        if (got == DONE)
-            return DONE;
-        pages_reject(&w->pages, page);
+    uint64_t page = pages_torn(&w->pages, w->pages.next / PAGE);
+    for (uint32_t pages = 0; page && pages < TORN_TRIED; pages++, page = pages_torn(&w->pages, page + 1)) {
+        for (uint32_t candidate = 0; candidate < STASHED; candidate++) {
+            if (!pages_try(&w->pages, page, candidate))
+                continue;
+            enum outcome got = next_record(w, r);
+            if (got == DONE)
+                return DONE;
+            pages_reject(&w->pages, page);
+        }
     }
     return WAIT;
 }
@@ -202,6 +205,8 @@ static int advance(struct wal *w)
         w->next_read = w->pages.next;
         if (got == AGAIN)
             continue;
+        if (r.body) /* else it was passed over unread */
+            pages_prove(&w->pages, r.lsn, r.end_lsn);
         r.write = w->pages.write;
         r.begin_at = pages_place(&w->pages, r.lsn, false);
         r.end_at = pages_place(&w->pages, r.end_lsn, true);

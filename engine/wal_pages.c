@@ -9,23 +9,15 @@
 #define LONG_PAGE 0x0002u
 #define PAGE_FLAGS 0x000fu
 
-#define STASHED PAGES_CANDIDATES
-#define STASH_WRITES 64u /* a second half comes within so many writes of its first */
 #define NO_PAGE UINT64_MAX
 
-enum { FIRST_HALF = 1, SECOND_HALF = 2, WHOLE = 3 };
+/* GUESSED: the second half came alone. It lies behind the first, or the records that end in it are right with it so far. */
+enum { FIRST_HALF = 1, SECOND_HALF = 2, WHOLE = 3, GUESSED = 4 };
 
 struct pages_second { /* where a second half lies, by hash of its place */
     uint64_t place;
     uint64_t page;
     uint16_t volume;
-};
-
-struct pages_stashed { /* a block that may be the second half of a page whose first half comes later */
-    uint64_t place;
-    uint64_t write; /* 0: nothing in it */
-    uint16_t volume;
-    uint8_t data[BLOCK];
 };
 
 static bool known_magic(uint16_t magic)
@@ -69,11 +61,6 @@ static uint64_t place_hash(uint16_t volume, uint64_t place)
 static struct pages_second *second_at(const struct pages *p, uint16_t volume, uint64_t place)
 {
     return &p->second[place_hash(volume, place) % p->seconds];
-}
-
-static struct pages_stashed *stash_at(const struct pages *p, uint16_t volume, uint64_t place)
-{
-    return &p->stash[place_hash(volume, place) % STASHED];
 }
 
 uint32_t pages_header(const struct pages *p, uint64_t page)
@@ -208,42 +195,59 @@ static bool take_first_half(struct pages *p, uint16_t volume, uint64_t place, co
         };
         *second_at(p, volume, place + BLOCK) = (struct pages_second){.place = place + BLOCK, .page = page, .volume = volume};
     }
+    s->write = p->write;
     memcpy(content_of(p, page), block, BLOCK);
     note_half(p, s, FIRST_HALF);
     return true;
 }
 
-static void take_second_half(struct pages *p, uint64_t page, const uint8_t *block)
+static void take_second_half(struct pages *p, uint64_t page, const uint8_t *block, bool guessed)
 {
+    struct pages_slot *s = slot_of(p, page);
     memcpy(content_of(p, page) + BLOCK, block, BLOCK);
-    note_half(p, slot_of(p, page), SECOND_HALF);
+    note_half(p, s, SECOND_HALF);
+    s->halves = guessed ? WHOLE | GUESSED : WHOLE;
 }
 
-/* A block that says nothing of itself: the second half of a page that is known, or of one that comes later. */
+/* Which of the blocks that came lately are not to be forgotten: those about the first half of a page that is torn. */
+static struct stash_span kept_blocks(const struct pages *p)
+{
+    uint64_t page = p->next ? pages_torn(p, p->next / PAGE) : 0;
+    if (!page)
+        return (struct stash_span){0};
+    uint64_t write = slot_of(p, page)->write;
+    if (!write) /* an earlier run read it, and handed on what it kept */
+        return (struct stash_span){.from = 0, .to = p->restored + STASH_WRITES};
+    return (struct stash_span){.from = write > STASH_WRITES ? write - STASH_WRITES : 0, .to = write + STASH_WRITES};
+}
+
+/* A block that says nothing of itself: the second half of a page that is known, or of one that comes later. What lies behind
+ * a first half may be another file's, and the place of a page that was read already may be one by now. Whether a page has
+ * changed; p->fresh is the block otherwise. */
 static bool take_lone_block(struct pages *p, uint16_t volume, uint64_t place, const uint8_t *block)
 {
     const struct pages_second *known = second_at(p, volume, place);
-    if (known->place == place && known->volume == volume && place) {
-        const struct pages_slot *s = slot_of(p, known->page);
-        if (s->page == known->page && s->volume == volume && s->second == place) {
-            take_second_half(p, known->page, block);
-            return true;
-        }
-    }
-    struct pages_stashed *kept = stash_at(p, volume, place);
-    *kept = (struct pages_stashed){.place = place, .volume = volume, .write = p->write};
-    memcpy(kept->data, block, BLOCK);
-    return p->next && pages_torn(p);
+    struct pages_slot *s = slot_of(p, known->page);
+    bool is_known = place && known->place == place && known->volume == volume && known->page >= p->next / PAGE &&
+                    s->page == known->page && s->volume == volume && s->second == place;
+    bool guessed = is_known && (s->halves & (SECOND_HALF | GUESSED)) != SECOND_HALF;
+    if (is_known)
+        take_second_half(p, known->page, block, guessed);
+    if (!is_known || guessed)
+        p->fresh = stash_put(&p->stash, volume, place, p->write, block, kept_blocks(p));
+    return is_known;
 }
 
-uint64_t pages_torn(const struct pages *p)
+uint64_t pages_torn(const struct pages *p, uint64_t from)
 {
     for (uint64_t page = p->next / PAGE; page < p->next / PAGE + p->slots; page++) {
         const struct pages_slot *s = slot_of(p, page);
         if (s->page != page || !(s->halves & FIRST_HALF))
             return 0;
-        if (s->halves == FIRST_HALF)
+        if (s->halves != WHOLE && page >= from)
             return page;
+        if (s->halves == FIRST_HALF) /* what is behind it cannot be read before */
+            return 0;
     }
     return 0;
 }
@@ -251,53 +255,81 @@ uint64_t pages_torn(const struct pages *p)
 bool pages_try(struct pages *p, uint64_t page, uint32_t candidate)
 {
     struct pages_slot *s = slot_of(p, page);
-    const struct pages_stashed *kept = &p->stash[candidate];
-    if (s->page != page || s->halves != FIRST_HALF || !kept->write || kept->volume != s->volume ||
-        kept->write + STASH_WRITES < p->write)
+    const struct stash *stash = &p->stash;
+    if ((p->fresh != STASHED && candidate != p->fresh) || s->page != page || s->halves == WHOLE || !stash->write[candidate] ||
+        stash->volume[candidate] != s->volume)
         return false;
-    s->second = kept->place;
-    take_second_half(p, page, kept->data);
+    p->before = *s;
+    p->before_again = p->again;
+    memcpy(p->before_content, content_of(p, page) + BLOCK, BLOCK);
+    s->halves = FIRST_HALF;
+    s->second = stash->place[candidate];
+    take_second_half(p, page, stash->data[candidate], true);
     *second_at(p, s->volume, s->second) = (struct pages_second){.place = s->second, .page = page, .volume = s->volume};
     return true;
 }
 
 void pages_reject(struct pages *p, uint64_t page)
 {
-    struct pages_slot *s = slot_of(p, page);
-    s->halves = FIRST_HALF;
-    s->unmapped[1] = 0;
-    s->second = s->place + BLOCK;
+    *slot_of(p, page) = p->before;
+    p->again = p->before_again;
+    memcpy(content_of(p, page) + BLOCK, p->before_content, BLOCK);
+}
+
+void pages_prove(struct pages *p, uint64_t lsn, uint64_t end_lsn)
+{
+    for (uint64_t page = lsn / PAGE; page <= (end_lsn - 1) / PAGE; page++) {
+        struct pages_slot *s = slot_of(p, page);
+        if (s->page == page && s->halves == (WHOLE | GUESSED) && end_lsn >= (page + 1) * PAGE)
+            s->halves = WHOLE;
+    }
+    p->fresh = STASHED; /* what comes next was not looked for */
+}
+
+/* Takes the block behind the first half of a page in the same write, unless that page's second half lies elsewhere. */
+static bool take_next_block(struct pages *p, uint64_t page, uint64_t place, const uint8_t *block)
+{
+    if ((slot_of(p, page)->halves & SECOND_HALF) && slot_of(p, page)->second != place)
+        return false;
+    slot_of(p, page)->second = place;
+    take_second_half(p, page, block, false);
+    return true;
 }
 
 bool pages_take(struct pages *p, uint64_t write, uint16_t volume, uint64_t offset, const uint8_t *data, uint64_t length)
 {
-    bool changed = false;
+    bool changed = false, lone = true; /* whether a block may be a second half of its own: the first, and those behind WAL */
     p->write = write;
     p->write_volume = volume;
     p->write_offset = offset;
     p->write_length = length;
     p->again = false;
+    p->fresh = STASHED;
     for (uint64_t at = 0; at < length; at += BLOCK) {
         if (!is_page(p, data + at)) {
-            if (at == 0)
-                changed |= take_lone_block(p, volume, offset, data);
+            if (lone)
+                changed |= take_lone_block(p, volume, offset + at, data + at);
+            lone = lone && at;
             continue;
         }
-        if (!take_first_half(p, volume, offset + at, data + at))
+        lone = take_first_half(p, volume, offset + at, data + at);
+        if (!lone)
             continue;
         changed = true;
         uint64_t page = page_u64(data + at + 8) / PAGE;
+        uint64_t place = offset + at + BLOCK;
         if (at + BLOCK < length) {
-            at += BLOCK;
-            take_second_half(p, page, data + at);
-        } else {
-            struct pages_stashed *kept = stash_at(p, volume, offset + at + BLOCK);
-            if (kept->write && kept->place == offset + at + BLOCK && kept->volume == volume &&
-                slot_of(p, page)->halves == FIRST_HALF)
-                take_second_half(p, page, kept->data);
+            if (take_next_block(p, page, place, data + at + BLOCK))
+                at += BLOCK;
+        } else if (slot_of(p, page)->halves == FIRST_HALF) {
+            uint32_t kept = stash_find(&p->stash, volume, place);
+            if (kept != STASHED)
+                take_second_half(p, page, p->stash.data[kept], true);
         }
     }
-    return changed;
+    if (changed)
+        p->fresh = STASHED;
+    return changed || (p->fresh != STASHED && p->next && pages_torn(p, p->next / PAGE));
 }
 
 /* ---- between runs ---- */
@@ -309,20 +341,10 @@ struct saved_page { /* FORMAT.md 4.2 */
     uint8_t halves, reserved;
 };
 
-struct saved_half {
-    uint64_t place, write;
-    uint16_t volume, reserved[3];
-};
-
 struct saved_head {
     uint64_t next, write;
     uint32_t timeline, jumped, pages, halves;
 };
-
-static bool worth_keeping(const struct pages *p, const struct pages_stashed *s)
-{
-    return s->write && s->write + STASH_WRITES > p->write;
-}
 
 void pages_save(const struct pages *p, FILE *out)
 {
@@ -330,8 +352,8 @@ void pages_save(const struct pages *p, FILE *out)
     uint64_t first = p->next / PAGE;
     for (uint64_t page = first; page < first + p->slots; page++)
         head.pages += slot_of(p, page)->page == page;
-    for (uint32_t i = 0; i < STASHED; i++)
-        head.halves += worth_keeping(p, &p->stash[i]);
+    struct stash_span kept = kept_blocks(p);
+    head.halves = stash_save_count(&p->stash, p->write, kept);
     fwrite(&head, sizeof head, 1, out);
     for (uint64_t page = first; page < first + p->slots; page++) {
         const struct pages_slot *s = slot_of(p, page);
@@ -341,14 +363,7 @@ void pages_save(const struct pages *p, FILE *out)
         fwrite(&saved, sizeof saved, 1, out);
         fwrite(content_of(p, page), PAGE, 1, out);
     }
-    for (uint32_t i = 0; i < STASHED; i++) {
-        const struct pages_stashed *s = &p->stash[i];
-        if (!worth_keeping(p, s))
-            continue;
-        struct saved_half saved = {.place = s->place, .write = s->write, .volume = s->volume};
-        fwrite(&saved, sizeof saved, 1, out);
-        fwrite(s->data, BLOCK, 1, out);
-    }
+    stash_save(&p->stash, p->write, kept, out);
 }
 
 bool pages_restore(struct pages *p, struct cursor *in)
@@ -357,7 +372,7 @@ bool pages_restore(struct pages *p, struct cursor *in)
     if (!cursor_copy(in, &head, sizeof head))
         return false;
     p->next = head.next;
-    p->write = head.write;
+    p->write = p->restored = head.write;
     p->timeline = head.timeline;
     p->jumped = head.jumped;
     for (uint32_t i = 0; i < head.pages; i++) {
@@ -367,21 +382,12 @@ bool pages_restore(struct pages *p, struct cursor *in)
             return false;
         *slot_of(p, s.page) = (struct pages_slot){
             .page = s.page, .place = s.place, .second = s.second, .timeline = s.timeline, .volume = s.volume,
-            .halves = s.halves & WHOLE,
+            .halves = (s.halves & WHOLE) == WHOLE ? s.halves & (WHOLE | GUESSED) : s.halves & WHOLE,
         };
         *second_at(p, s.volume, s.second) =
             (struct pages_second){.place = s.second, .page = s.page, .volume = s.volume};
     }
-    for (uint32_t i = 0; i < head.halves; i++) {
-        struct saved_half s;
-        if (!cursor_copy(in, &s, sizeof s))
-            return false;
-        struct pages_stashed *kept = stash_at(p, s.volume, s.place);
-        *kept = (struct pages_stashed){.place = s.place, .volume = s.volume, .write = s.write};
-        if (!cursor_copy(in, kept->data, BLOCK))
-            return false;
-    }
-    return true;
+    return stash_restore(&p->stash, head.halves, in);
 }
 
 /* ---- life ---- */
@@ -392,11 +398,10 @@ int pages_open(struct pages *p, struct err *e)
     p->seconds = 2 * p->slots;
     p->slot = calloc(p->slots, sizeof *p->slot);
     p->second = calloc(p->seconds, sizeof *p->second);
-    p->stash = calloc(STASHED, sizeof *p->stash);
     p->content = mmap(NULL, p->slots * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p->content == MAP_FAILED)
         p->content = NULL;
-    if (!p->slot || !p->second || !p->stash || !p->content)
+    if (!p->slot || !p->second || !stash_open(&p->stash) || !p->content)
         return err_set(e, -ENOMEM, "no memory for %llu bytes of WAL pages", (unsigned long long)(p->slots * PAGE));
     forget_pages(p);
     return 0;
@@ -408,5 +413,5 @@ void pages_close(struct pages *p)
         munmap(p->content, p->slots * PAGE);
     free(p->slot);
     free(p->second);
-    free(p->stash);
+    stash_close(&p->stash);
 }

@@ -3,7 +3,9 @@
  * A page is known by its number, its address / 8192; page p lies in slot p % slots. Writes come in blocks of 4096 bytes, so
  * a page has two halves. The first says which page it is; the second is the block behind it on the volume, unless the
  * filesystem tore the page apart at the end of an extent (with wal_init_zero = off the last page of every segment is). Then
- * it is the block with which the next record's CRC is right: `pages_try` offers those that came lately, one by one. */
+ * it is the block with which the next record's CRC is right: `pages_try` offers those that came lately, one by one. So a
+ * block that came in another write than the first half before it is only a guess, and so is one with whose first bytes a
+ * record's CRC is right (they may be zeros), until a record reaches its end. */
 #ifndef PGCDP_WAL_PAGES_H
 #define PGCDP_WAL_PAGES_H
 
@@ -14,6 +16,7 @@
 
 #include "cursor.h"
 #include "err.h"
+#include "wal_stash.h"
 
 #define PAGE 8192u
 #define SHORT_HEADER 24u /* SizeOfXLogShortPHD */
@@ -31,11 +34,11 @@ struct pages_slot {
     uint32_t timeline;
     uint16_t volume;
     uint8_t halves;
+    uint64_t write; /* with its first half; 0: in an earlier run */
     uint64_t unmapped[2]; /* the write that filled a half first, until the filesystem is known to find it there; else 0 */
 };
 
 struct pages_second;
-struct pages_stashed;
 
 /* Whether the filesystem finds the bytes of a WAL segment from `at` on at `place` of a volume, durably. */
 typedef bool pages_mapped(void *arg, uint16_t volume, uint64_t at, uint64_t place);
@@ -48,7 +51,12 @@ struct pages {
     uint8_t *content;
     struct pages_slot *slot;
     struct pages_second *second;
-    struct pages_stashed *stash;
+    struct stash stash;
+    uint32_t fresh;    /* the only block in it that was not tried yet; STASHED: all are to be tried */
+    uint64_t restored; /* the last write of an earlier run */
+    struct pages_slot before; /* what was tried last took the place of this */
+    uint8_t before_content[4096];
+    bool before_again;
     uint64_t next; /* where the next record begins; 0: not known yet */
     uint32_t timeline;
     bool jumped;   /* `next` was set anew by a page: what was before it does not link to it */
@@ -82,14 +90,17 @@ bool pages_unmapped(const struct pages *p, uint64_t lsn, uint64_t end_lsn);
 /* Asks `mapped` again for all such halves from `lsn` on. */
 void pages_map(struct pages *p, uint64_t lsn, pages_mapped *mapped, void *arg);
 
-/* The first page from the next record on that lacks its second half, if all before it are there; 0: none. */
-uint64_t pages_torn(const struct pages *p);
+/* The first page from page `from` on that lacks its second half, or whose second half is a guess, if what is before it from
+ * the next record on is there; 0: none. */
+uint64_t pages_torn(const struct pages *p, uint64_t from);
 
-/* Takes the block number `candidate` of those that came lately for the second half of a page that has none; false: there is
- * no such block. `pages_reject` takes the block away again. */
+/* Takes the block number `candidate` (below STASHED) of those that came lately for the second half of such a page; false:
+ * there is no such block, or it was tried. `pages_reject` puts back what was there. */
 bool pages_try(struct pages *p, uint64_t page, uint32_t candidate);
 void pages_reject(struct pages *p, uint64_t page);
-#define PAGES_CANDIDATES 256u
+
+/* A record's CRC is right: a page that it reaches the end of is no guess. */
+void pages_prove(struct pages *p, uint64_t lsn, uint64_t end_lsn);
 
 /* Where `lsn` lies in the write taken last, in bytes from its beginning, or NOT_IN_WRITE. `end`: lsn is the first byte
  * behind something, which may be the end of a page. */

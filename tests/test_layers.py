@@ -91,6 +91,7 @@ C_FLOORS: dict[str, int] = {
     "overlay": 3,
     "wal": 4,
     "wal_pages": 4,
+    "wal_stash": 4,
     "wal_record": 4,
     "wal_xacts": 4,
     "wal_notes": 4,
@@ -124,6 +125,7 @@ C_BACK_ROOMS: dict[str, str] = {
     "reads": "volume",
     "journal_files": "journal_read",
     "wal_pages": "wal",
+    "wal_stash": "wal",
 }
 """Files that belong to a room without being its door: the room's own files share what only they may see."""
 
