@@ -148,8 +148,13 @@ def attach_devices(config: Config, progress: Report = silent) -> list[Path]:
 
 
 def unmount(config: Config, progress: Report = silent) -> None:
-    """Unmount what is mounted of the set, after Postgres was stopped; the loop devices stay."""
+    """Unmount what is mounted of the set, after Postgres was stopped; the loop devices stay.
+
+    Raises PreconditionError when a volume is mounted still, at another place or in another mount namespace.
+    """
     _unmount_all(config, progress)
+    for device in volumes.loops_over(config.paths.fuse):
+        _retry(lambda busy=device: volumes.refuse_in_use(busy), PreconditionError)  # type: ignore[misc]
 
 
 def start_capture(config: Config, progress: Report = silent, captured: Callable[[], None] = nothing) -> EngineClient:

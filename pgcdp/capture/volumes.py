@@ -8,6 +8,7 @@ what is not mounted or attached is left as it is.
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import mmap
 import os
@@ -230,8 +231,50 @@ def detach_loop(device: Path) -> None:
     # The kernel detaches it when the last one who looks at it closes it; somebody else may attach it right away.
     while loop_backing(device) == backing:
         if time.monotonic() > deadline:
-            raise PreconditionError(f"{device} is still in use", f"see who uses it with: lsof {device}")
+            raise _still_in_use(device)
         time.sleep(0.02)
+
+
+def refuse_in_use(device: Path) -> None:
+    """Raises PreconditionError while a filesystem on a block device is mounted, also in another mount namespace.
+
+    The kernel lets nobody open a device exclusively that is mounted anywhere (open(2), O_EXCL).
+    """
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise _still_in_use(device) from None
+
+
+def _still_in_use(device: Path) -> PreconditionError:
+    holders = mounted_by(device)
+    if holders:
+        named = "; ".join(f"at {place} by pid {pid} ({name})" for pid, name, place in holders[:4])
+        return PreconditionError(f"{device} is still mounted {named}", "unmount it there, then run this again")
+    return PreconditionError(
+        f"{device} is still in use",
+        f"see who uses it with: lsof {device}; an open file or a mount that no process has at a path holds it, too",
+    )
+
+
+def mounted_by(device: Path) -> list[tuple[int, str, str]]:
+    """(pid, name, mount point) where a block device is mounted: a process of each mount namespace that has it."""
+    number = os.stat(device).st_rdev
+    wanted = f"{os.major(number)}:{os.minor(number)}"
+    found: dict[tuple[str, str], tuple[int, str, str]] = {}
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            if not process.name.isdigit():
+                continue
+            namespace = os.readlink(process / "ns/mnt")
+            for line in (process / "mountinfo").read_text().splitlines():
+                fields = line.split()
+                if fields[2] == wanted:
+                    key = namespace, fields[4]
+                    found.setdefault(key, (int(process.name), _name_of(process), fields[4]))
+    return sorted(found.values())
 
 
 def loop_backing(device: Path) -> Path | None:

@@ -81,6 +81,10 @@ def most_bytes(source: Source, point: RecoveryPoint, below: Path) -> int:
     return int(extents["count"][extents["kind"] != EXTENT_ZEROS].sum()) * BLOCK
 
 
+EXCLUSIVE = os.O_RDWR | os.O_DIRECT | os.O_EXCL
+"""A block device is opened by nobody else so, nor mounted anywhere meanwhile."""
+
+
 def write_back(
     source: Source, point: RecoveryPoint, devices: Sequence[Path], below: Path, progress: Report = silent
 ) -> int:
@@ -98,7 +102,7 @@ def write_back(
         files = stack.enter_context(shown(source, point, place / "view", progress))
         pairs = []
         for device, file in zip(devices, files, strict=True):
-            pairs.append((_opened(stack, device, os.O_RDWR | os.O_DIRECT), _opened(stack, file, os.O_RDONLY)))
+            pairs.append((_opened(stack, device, EXCLUSIVE), _opened(stack, file, os.O_RDONLY)))
         written = _bring_all(pairs, pieces(spans(extents)), progress)
         for device_fd, _ in pairs:
             os.fsync(device_fd)

@@ -7,14 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from pgcdp import api
+from pgcdp.capture import attach
 from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
@@ -236,3 +237,49 @@ def test_standbys_subscribers_and_slots_are_named_with_commands_that_work(
             subscriber.terminate()
             if cluster.find_postmaster(standby.pgdata) is not None:
                 cluster.stop(standby.pgdata)
+
+
+@contextmanager
+def mounted_in_another_namespace(found: ProtectedSet) -> Iterator[None]:
+    """A process that has a copy of all mounts, as a container or a backup job may."""
+    with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "infinity"]) as holder:
+        try:
+            own = os.readlink("/proc/self/ns/mnt")
+            wait_until(lambda: os.readlink(f"/proc/{holder.pid}/ns/mnt") != own, what="a namespace of its own")
+            yield
+        finally:
+            holder.kill()
+
+
+@contextmanager
+def mounted_at_another_place(found: ProtectedSet) -> Iterator[None]:
+    place = found.root / "bound"
+    place.mkdir()
+    subprocess.run(["mount", "--bind", found.pgdata, place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("mounted", [mounted_in_another_namespace, mounted_at_another_place])
+def test_nothing_is_written_under_a_filesystem_that_is_mounted_elsewhere(
+    make_set: MakeSet,
+    binaries_of: BindirOf,
+    monkeypatch: pytest.MonkeyPatch,
+    mounted: Callable[[ProtectedSet], AbstractContextManager[None]],
+) -> None:
+    """It would go on with what it has in memory, and so would the mount that is made behind the rewind."""
+    found = make_set(binaries_of(15), size=384 << 20)
+    found.sql("create table ledger (n int primary key)")
+    commit(found, 1)
+    point = Target("write", found.durable())
+    commit(found, 2)
+    monkeypatch.setattr(attach, "BUSY_SECONDS", 1.0)
+    with mounted(found), pytest.raises(PreconditionError, match=r"/dev/loop\d+ is still mounted at .* by pid \d+"):
+        api.rewind(found.name, point, agree=agreed)
+    assert ledger(found) == [1, 2]
+    assert found.source().rewinds() == []
+    rewind(found, point)
+    assert ledger(found) == [1]
+    found.amcheck()
