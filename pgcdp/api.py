@@ -317,7 +317,7 @@ def rewind(
         "set": set_name,
         "to": str(config.pgdata),
         "bytes": done.written,
-        "undo": done.mark,
+        "undo": None if (target.kind, target.name) == ("name", done.mark) else done.mark,
         "boundary": boundary["number"],
         "timeline": boundary["timeline"],
         "verified": proven["ok"],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pgcdp.records import Target
 
 TABLES = 20
-"""How many tables are named when what a rewind takes away is shown, those with the most rows first."""
+"""How many tables are named when what a rewind takes away is shown: the users' own, then those with the most rows."""
 
 
 @click.command(
@@ -144,7 +144,10 @@ def _render_rewind(value: Mapping[str, Any]) -> None:
         number = value["boundary"]
         words = f"pgcdp verify {value['set']} --target-boundary {number}"
         screen.text(f"boundary {number} behind it FAILED its checks: {words} tells which")
-    screen.text(f"to undo: pgcdp restore {value['set']} --in-place --target-name {value['undo']}")
+    if value["undo"] is None:
+        screen.text("that was where the rewind began which had not ended: there is nothing to undo")
+    else:
+        screen.text(f"to undo: pgcdp restore {value['set']} --in-place --target-name {value['undo']}")
 
 
 def announce(resolved: Mapping[str, Any]) -> None:

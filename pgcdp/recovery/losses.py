@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED
+from pgcdp.recovery.dropped import HIDDEN_SCHEMAS
 from pgcdp.recovery.history import Transactions
 from pgcdp.recovery.instant import is_committed
 
@@ -20,7 +21,7 @@ def count(transactions: Transactions) -> dict[str, Any]:
     """{"transactions", "oldest", "newest", "tables"}, and "unknown" when there may be others.
 
     How many committed, the first and the last of them (a row of TRANSACTION, or None), and for each table the sums of
-    its rows, largest first.
+    its rows, largest first, those of the system behind all others.
     """
     number_of, oldest, newest = 0, None, None
     parts = []
@@ -43,7 +44,8 @@ def count(transactions: Transactions) -> dict[str, Any]:
         sums = pa.concat_tables(parts).group_by(list(_NAMES)).aggregate([(name, "sum") for name in _COUNTS])
         told = [{key.removesuffix("_sum"): value for key, value in row.items()} for row in sums.to_pylist()]
         tables = sorted(
-            (row for row in told if row["name"] is not None), key=lambda row: -sum(row[name] for name in _COUNTS)
+            (row for row in told if row["name"] is not None),
+            key=lambda row: (row["schema"] in HIDDEN_SCHEMAS, -sum(row[name] for name in _COUNTS)),
         )
     unknown = ", ".join(map(str, transactions.history().unknown))
     return {

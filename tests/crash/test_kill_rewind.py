@@ -150,14 +150,9 @@ def test_another_point_takes_the_place_of_one_that_was_half_written(
     api.cut(found.name)
     half_written = 0
     for first, then, goal in ((targets[3000], newest, 5000), (targets[6000], targets[3000], 3000)):
-        command = start_rewind(found, first)
-        wait_until(lambda: step_of(found) == "write", timeout=120, what="the step write")
-        begun = found.durable()
-        wait_until(lambda: found.durable() > begun + 20 or step_of(found) != "write", timeout=60, what="writes of it")  # noqa: B023
-        kill(found, command, ("command",))
-        command.wait()
-        half_written += step_of(found) == "write"
-        api.rewind(found.name, then, agree=lambda resolved: None)
+        half_written += half_write(found, first) is not None
+        told = api.rewind(found.name, then, agree=lambda resolved: None)
+        assert told["undo"]
         assert rows(found) == goal
         done = found.source().rewinds()[-1]
         assert done.end is not None
@@ -167,6 +162,22 @@ def test_another_point_takes_the_place_of_one_that_was_half_written(
         for each in (image, wanted):
             each.unlink()
     assert half_written
+    left = half_write(found, targets[6000])
+    if left is not None:
+        told = api.rewind(found.name, Target("name", name=left.mark), agree=lambda resolved: None)
+        assert told["undo"] is None, "that is where production is again"
+        assert rows(found) == 3000
+
+
+def half_write(found: ProtectedSet, target: Target) -> rewinding.Pending | None:
+    """A rewind that is killed while it writes back; None when it had ended before."""
+    command = start_rewind(found, target)
+    wait_until(lambda: step_of(found) == "write", timeout=120, what="the step write")
+    begun = found.durable()
+    wait_until(lambda: found.durable() > begun + 20 or step_of(found) != "write", timeout=60, what="writes of it")
+    kill(found, command, ("command",))
+    command.wait()
+    return rewinding.pending(found.config.paths) if step_of(found) == "write" else None
 
 
 @pytest.mark.soak
