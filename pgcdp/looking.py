@@ -12,6 +12,7 @@ from pgcdp.capture import volumes
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.opening import engine_status, open_source, source_of
+from pgcdp.postgres import cluster
 from pgcdp.records import Interval, RecoveryPoint
 from pgcdp.recovery import instant
 from pgcdp.recovery.source import Source
@@ -52,6 +53,7 @@ def status(set_name: str) -> Json:
         "set": set_name,
         "dsn": service_dsn(config),
         "state": engine.state if engine else "stopped",
+        "postgres": "stopped" if cluster.find_postmaster(config.pgdata) is None else "running",
         "phase": agent.get("phase", "stopped"),
         "error": agent.get("error") or damage or _interrupted(config),
         "baseline": agent.get("baseline"),
@@ -82,7 +84,12 @@ def status(set_name: str) -> Json:
 
 def _interrupted(config: Config) -> str | None:
     left = rewinding.pending(config.paths)
-    return None if left is None else f"a rewind in place to write {left.point.write} is not finished"
+    if left is None:
+        return None
+    return (
+        f"a rewind in place to write {left.point.write} is not finished: unless its command still runs, "
+        f"pgcdp up {config.name} goes on with it"
+    )
 
 
 def _last(opened: Json | None) -> int:

@@ -81,6 +81,7 @@ STATUS: Shape = {
     "set": str,
     "dsn": str,
     "state": re.compile("capturing|tracking|stalled|stopped"),
+    "postgres": re.compile("running|stopped"),
     "last_write": int,
     "durable_write": int,
     "stored_write": int,

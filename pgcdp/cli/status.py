@@ -26,6 +26,8 @@ def render(value: Mapping[str, Any]) -> None:
     journal = value["journal"]
     names = ("set", "dsn", "state", "last_write", "durable_write", "stored_write", "intervals")
     lines = [(screen.label(name), screen.value_text(name, value[name])) for name in names]
+    if value["postgres"] == "stopped":
+        lines.insert(3, ("postgres", f"stopped; pgcdp up {value['set']} starts it"))
     if value.get("error"):
         lines.append(("the agent says", str(value["error"])))
     if (value.get("agent") or {}).get("waiting"):

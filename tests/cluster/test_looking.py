@@ -11,6 +11,7 @@ import pytest
 
 from pgcdp import api
 from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.postgres import cluster
 from pgcdp.records import Target
 from pgcdp.store.transactions import read_look
 from pgcdp.units import parse_time
@@ -60,9 +61,13 @@ def test_the_status_names_damage_and_what_is_left(make_set: MakeSet, binaries_of
     found.sql("create table t as select n from generate_series(1, 5000) n")
     boundary = api.cut(found.name)
     found.sql("insert into t values (1)")
+    assert found.status()["postgres"] == "running"
+    cluster.stop(found.pgdata, 60)
+    halfway = found.status()
+    assert (halfway["state"], halfway["postgres"]) == ("capturing", "stopped")
     api.down(found.name)
     whole = found.status()
-    assert whole["error"] is None
+    assert (whole["state"], whole["postgres"], whole["error"]) == ("stopped", "stopped", None)
     assert whole["recovery_window"]["to_write"] > boundary["to_write"]
     writes = found.store / "incoming" / "0000000002" / "writes"
     raw = writes.read_bytes()
