@@ -13,7 +13,7 @@ import numpy as np
 
 from pgcdp import logged
 from pgcdp.errors import TargetError
-from pgcdp.postgres.statements import deeds_of
+from pgcdp.postgres.statements import Deed, deeds_of
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import losses, search
 from pgcdp.recovery.branches import beyond, branch_at, current_branch
@@ -25,9 +25,6 @@ from pgcdp.recovery.source import Source
 from pgcdp.units import format_lsn, format_time
 
 Json = dict[str, Any]
-
-DEFAULT_PATH = ("public",)
-"""The search path of a cluster that sets none, without "$user"."""
 
 
 def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, branch: int = 0, **wanted: Any) -> Json:
@@ -61,7 +58,7 @@ def _wanted(
     tables = None
     if table is not None:
         schema, name = split_name(table)
-        tables = Known.of(transactions).tables(name, schema, database, _search_path(source))
+        tables = Known.of(transactions).tables(name, schema, database)
     elif database is not None:
         search.check_database(transactions, database)
     return Wanted(
@@ -83,9 +80,7 @@ def find(
 
     def look() -> Json:
         transactions = source.transactions(branch=branch)
-        found = search.find(
-            transactions, deeds, _search_path(source), limit, newest=newest, database=database, done=done
-        )
+        found = search.find(transactions, deeds, limit, newest=newest, database=database, done=done)
         return _told(transactions, found)
 
     told = source.again(look)
@@ -107,11 +102,19 @@ def before(source: Source, sql: str, branch: int = 0) -> tuple[Target, str | Non
         many = f'{found["total"]} transactions did "{sql}"'
         if found["unknown"]:
             many = f'more than one transaction may have done "{sql}", {_intervals(found["unknown"])} not indexed'
-        raise TargetError(
-            many, f"choose one, such as --target-xid {told[0]['xid']} --exclusive{there}", told,
-            found["total"] - len(told),
-        )  # fmt: skip
+        hint = f"choose one, such as --target-xid {told[0]['xid']} --exclusive{there}"
+        schemas = _schemas(told, deeds_of(sql))
+        if len(schemas) > 1:
+            hint += f"; or name the schema: {', '.join(schemas)}"
+        raise TargetError(many, hint, told, found["total"] - len(told))
     return Target("xid", int(told[0]["xid"]), exclusive=True, branch=branch), told[0]["database"]
+
+
+def _schemas(told: Sequence[Json], deeds: Sequence[Deed]) -> list[str]:
+    """Tables whose schema a statement does not say, as SCHEMA.NAME."""
+    asked = {each.name for each in deeds if each.schema is None}
+    tables = [table for each in told for table in each["tables"] if table["name"] in asked]
+    return sorted({f"{table['schema']}.{table['name']}" for table in tables})
 
 
 def line(told: Json) -> str:
@@ -126,17 +129,6 @@ def deed(table: Json) -> str:
     name = ".".join(filter(None, (table["schema"], table["name"])))
     part = f" ({table['share']:.0%} of it)" if table["share"] >= 0.005 else ""
     return f"{name}: {', '.join(words) or 'created'}{part}"
-
-
-def _search_path(source: Source) -> tuple[str, ...]:
-    settings = {}
-    for interval in reversed(source.intervals()):
-        settings = source.settings_of(interval.number)
-        break
-    for row in settings.get("settings", ()):
-        if row["name"] == "search_path":
-            return tuple(part.strip().strip('"') for part in row["setting"].split(",") if "$user" not in part)
-    return DEFAULT_PATH
 
 
 def _told(transactions: Transactions, found: search.Found) -> Json:

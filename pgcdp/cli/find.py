@@ -34,8 +34,8 @@ def command(
 ) -> None:
     """The transactions that did what a statement does, largest share of the table first.
 
-    The statement is read for its operation and its tables; conditions do not count. Nothing needs to be logged by
-    Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, CREATE TABLE, DROP TABLE, DROP SCHEMA,
+    The statement is read for its operation and its tables; conditions do not count. A table without a schema means those
+    of that name in all schemas. Nothing needs to be logged by Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, CREATE TABLE, DROP TABLE, DROP SCHEMA,
     DROP DATABASE, and what rewrites a table (ALTER TABLE, VACUUM FULL, CLUSTER). What was done to partitions and heirs
     counts for the table that they belong to; only DROP TABLE must have dropped the table itself. Where Postgres logs
     statements with their transactions (csvlog or jsonlog), the statement is shown as well.

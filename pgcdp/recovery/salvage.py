@@ -77,7 +77,11 @@ def find_tables(box: Sandbox, wanted: Wanted, likely: str | None = None) -> tupl
     for database in _databases(box, wanted.database):
         with box.connect(database) as connection:
             known[database] = tables.list_tables(connection)
-            shapes = [shape for name in _names(wanted, known[database]) for shape in _shapes(connection, *name)]
+            shapes = [
+                shape
+                for schema, name in _names(wanted, known[database])
+                for shape in tables.find_shapes(connection, name, schema)
+            ]
             if shapes:
                 found[database] = shapes
     if likely in found:
@@ -142,12 +146,6 @@ def _names(wanted: Wanted, known: Sequence[tuple[str, str]]) -> list[tuple[str |
     return [(schema, name) for schema, name in known if schema == wanted.schema]
 
 
-def _shapes(connection: session.Connection, schema: str | None, table: str) -> list[TableShape]:
-    found = tables.find_shapes(connection, table, schema)
-    public = [shape for shape in found if shape.schema == "public"]
-    return public if schema is None and public else found
-
-
 def _is(shape: TableShape, name: str) -> bool:
     schema, table = split_name(name)
     return table == shape.name and schema in (None, shape.schema)
@@ -164,6 +162,10 @@ def _nearest(wanted: Wanted, known: dict[str, list[tuple[str, str]]]) -> str:
 
 
 def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
+    for schema, name in map(split_name, wanted.tables):
+        several = sorted({str(shape) for shape in shapes if shape.name == name})
+        if schema is None and len(several) > 1:
+            raise TargetError(f"there are several tables {name}: {', '.join(several)}", "name the schema too")
     foreign = [str(part) for shape in shapes for part in shape.parts if part.kind == "f"]
     if foreign:
         raise TargetError(
@@ -175,13 +177,6 @@ def _refuse(shapes: Sequence[TableShape], wanted: Wanted) -> None:
         raise TargetError(
             f"table {', '.join(unlogged)} is unlogged: it is empty after any recovery",
             "its rows are not in the WAL; no point has them",
-        )
-    ambiguous = {shape.name for shape in shapes if sum(each.name == shape.name for each in shapes) > 1}
-    named = [name for schema, name in map(split_name, wanted.tables) if schema is None and name in ambiguous]
-    if named:
-        raise TargetError(
-            f"there are several tables {named[0]}: {', '.join(str(s) for s in shapes if s.name == named[0])}",
-            "name the schema too",
         )
 
 

@@ -123,25 +123,22 @@ class Known:
                 waiting += self.children.get(table, ())
         return frozenset(found)
 
-    def tables(self, name: str, schema: str | None, database: str | None, path: Sequence[str]) -> frozenset[Table]:
+    def tables(self, name: str, schema: str | None, database: str | None) -> frozenset[Table]:
         """The tables of a name, as `named`, with their partitions and heirs."""
-        return self.family(self.named(name, schema, database, path))
+        return self.family(self.named(name, schema, database))
 
-    def named(self, name: str, schema: str | None, database: str | None, path: Sequence[str]) -> frozenset[Table]:
-        """The tables of a name. Without a schema those of the search path come first.
+    def named(self, name: str, schema: str | None, database: str | None) -> frozenset[Table]:
+        """The tables of a name, without a schema those of all: whose search path was meant, nobody knows.
 
         Raises TargetError with the nearest names when there never was one.
         """
-        found: defaultdict[str, set[Table]] = defaultdict(set)
+        found: set[Table] = set()
         for key, tables in self.names.items():
             if key[1] == name and schema in (None, key[0]) and database in (None, key[2]):
-                found[key[0]] |= tables
+                found |= tables
         if not found:
             raise TargetError(f"no table {_dotted(schema, name)} is known{_where(database)}", self._nearest(name))
-        for place in path:
-            if schema is None and place in found:
-                return frozenset(found[place])
-        return frozenset().union(*found.values())
+        return frozenset(found)
 
     def by_schema(self, database: str | None) -> Mapping[str, set[Table]]:
         """All tables, by the schemas that they were in."""
@@ -395,16 +392,16 @@ def _told_table(row: Mapping[str, Any], part: float) -> dict[str, Any]:
 
 
 def find(
-    transactions: Transactions, deeds: Sequence[Deed], path: Sequence[str], limit: int, *, newest: bool,
+    transactions: Transactions, deeds: Sequence[Deed], limit: int, *, newest: bool,
     database: str | None = None, done: bool = False,
 ) -> Found:  # fmt: skip
     """The transactions that did all of `deeds`, largest share of a table first, or `newest` first.
 
-    `path`: schemas of the search path. `done`: without those that were rolled back. One that was prepared and has ended
-    since is there once, with its end. Raises TargetError when a table or schema never existed.
+    `done`: without those that were rolled back. One that was prepared and has ended since is there once, with its end.
+    Raises TargetError when a table or schema never existed.
     """
     known = Known.of(transactions)
-    wanted = [replace(_wanted(transactions, known, deed, path, database), done=done) for deed in deeds]
+    wanted = [replace(_wanted(transactions, known, deed, database), done=done) for deed in deeds]
     if len(wanted) == 1:
         found = (listing if newest else by_share)(transactions, wanted[0], limit)
     else:
@@ -414,11 +411,11 @@ def find(
     return Found(kept, found.total - len(found.transactions) + len(kept))
 
 
-def _wanted(transactions: Transactions, known: Known, deed: Deed, path: Sequence[str], database: str | None) -> Wanted:
+def _wanted(transactions: Transactions, known: Known, deed: Deed, database: str | None) -> Wanted:
     if deed.operation == "drop database":
         return Wanted(lsns=dropped.databases(transactions, deed.name))
     if deed.operation not in ("drop", "drop schema"):
-        tables = known.tables(deed.name, deed.schema, database, path)
+        tables = known.tables(deed.name, deed.schema, database)
         return Wanted(tables, deed.operation, instead=tuple(deed.instead))
 
     def droppers(number: int | None, tables: frozenset[Table]) -> NDArray[np.uint64]:
@@ -427,7 +424,7 @@ def _wanted(transactions: Transactions, known: Known, deed: Deed, path: Sequence
         return _matching(transactions, number, drop)[0] if _may_hold(transactions, number, drop) else none
 
     if deed.operation == "drop":
-        own = known.named(deed.name, deed.schema, database, path)
+        own = known.named(deed.name, deed.schema, database)
         parts = known.family(own & known.without_file)
         return Wanted(lsns=dropped.tables(transactions, own, parts, droppers))
     return Wanted(lsns=dropped.schemas(transactions, deed.name, database, known.by_schema(database), droppers))

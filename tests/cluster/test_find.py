@@ -96,7 +96,7 @@ STATEMENTS = {
 }
 
 FOUND = {
-    "insert into orders": ["with", "first"],
+    "insert into orders": ["with", "copied", "first"],
     "INSERT INTO public.orders": ["with", "first"],
     "insert into sales.orders": ["copied"],
     "copy sales.orders (id) from '/file'": ["copied"],
@@ -107,24 +107,26 @@ FOUND = {
     "insert into animals": ["cat", "dog"],
     "insert into cats": ["cat"],
     "UPDATE sales.orders": ["changed"],
-    "update orders": ["conflict", "merged"],
+    "update orders": ["conflict", "merged", "changed"],
+    "update public.orders": ["conflict", "merged"],
     "delete from sales.orders where whatever": ["away"],
     "delete from parts": ["a", "b"],
     "delete from part_b": ["b"],
     "delete from part_a": ["a"],
     "delete from cats": ["all"],
-    "delete from orders": ["explained", "with"],
-    "delete from orders; insert into orders values (1)": ["with"],
+    "delete from orders": ["explained", "with", "away"],
+    "with gone as (delete from orders) insert into orders values (1)": ["with"],
     "truncate orders": ["cascade"],
     "truncate lines": ["cascade"],
     "truncate lines, orders": ["cascade"],
     "truncate part_b": ["emptied"],
     "alter table part_a add x int": ["rewritten parts"],
-    "alter table orders add x int": [],
+    "alter table orders add x int": ["rewritten"],
+    "alter table public.orders add x int": [],
     "create table copy_of (id int)": ["as"],
     "create table another as select 1": ["into"],
     "drop table lines": ["gone"],
-    "drop table orders": ["gone"],
+    "drop table orders": ["sales", "gone"],
     "truncate scratch": ["scratch emptied"],
     "drop table scratch": ["scratch gone"],
     "drop table part_a": ["part gone"],
@@ -170,3 +172,29 @@ def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) 
     assert gone["objects"] == [{"what": "table", "database": "postgres", "name": "public.empty_parts"}]
     with pytest.raises(TargetError, match="changes no table"):
         api.find(found.name, "select 1")
+
+
+def test_a_name_without_a_schema_hides_no_schema(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """What was lost in one schema is not passed over because another one, of the search path, has a table of that name."""
+    found = make_set(pg_binaries, settings={"autovacuum": "off"})
+    with found.connect() as session:
+        session.execute("create schema sales")
+        for name in ("orders", "sales.orders", "sales.bills", "bills"):
+            session.execute(f"create table {name} as select n as id from generate_series(1, 200) n".encode())
+        lost = did(session, "delete from sales.orders")
+        less = did(session, "delete from orders where id <= 49")
+        emptied = did(session, "delete from sales.bills")
+    told = api.find(found.name, "DELETE FROM orders")
+    assert [(each["xid"], each["tables"][0]["schema"]) for each in told["transactions"]] == [
+        (lost, "sales"), (less, "public"),
+    ]  # fmt: skip
+    logged = api.log(found.name, table="orders", operation="delete")["transactions"]
+    assert [each["xid"] for each in logged] == [less, lost]
+    with pytest.raises(TargetError, match='2 transactions did "DELETE FROM orders"') as raised:
+        api.resolve(found.name, Target("newest"), before="DELETE FROM orders")
+    assert {each["xid"] for each in raised.value.candidates} == {lost, less}
+    assert str(raised.value.hint).endswith("; or name the schema: public.orders, sales.orders")
+    point = api.resolve(found.name, Target("newest"), before="DELETE FROM sales.orders")
+    assert point["first_out"]["xid"] == lost
+    point = api.resolve(found.name, Target("newest"), before="DELETE FROM bills")
+    assert point["first_out"]["xid"] == emptied

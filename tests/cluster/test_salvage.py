@@ -260,3 +260,6 @@ def test_what_cannot_be_salvaged_is_said(shop: ProtectedSet) -> None:
         assert raised.value.hint
     with pytest.raises(UsageError, match="no condition"):
         salvage(shop, "orders", where="nonsense = 1")
+    shop.sql("create unlogged table s.orders (id int)")
+    with pytest.raises(TargetError, match=r"there are several tables orders: public\.orders, s\.orders"):
+        salvage(shop, "orders", before=None)
