@@ -13,7 +13,7 @@ from pglast.enums import ObjectType, OnConflictAction
 from pglast.parser import ParseError
 from pglast.visitors import Visitor
 
-from pgcdp.errors import TargetError
+from pgcdp.errors import TargetError, UsageError
 
 Operation = Literal[
     "insert", "update", "delete", "truncate", "create", "drop", "rewrite", "drop schema", "drop database"
@@ -56,7 +56,8 @@ class Deed:
 def deeds_of(sql: str) -> list[Deed]:
     """What a statement does to tables, schemas, databases. All of them must be found in one transaction.
 
-    Raises TargetError when it cannot be parsed, or does nothing that can be looked for.
+    Raises TargetError when it cannot be parsed, or does nothing that can be looked for, UsageError for several
+    statements. BEGIN and COMMIT around it do not count.
     """
     try:
         statements = _parse(sql)
@@ -66,7 +67,10 @@ def deeds_of(sql: str) -> list[Deed]:
             f'"{sql}" is not a statement: {message}, at character {at + 1}',
             'give SQL as it was run, such as "DELETE FROM orders"; conditions may be left out',
         ) from None
-    found = list(dict.fromkeys(deed for raw in statements for deed in _deeds(raw.stmt)))
+    asked = [raw.stmt for raw in statements if not isinstance(raw.stmt, ast.TransactionStmt)]
+    if len(asked) > 1:
+        raise UsageError(f'"{sql}" is {len(asked)} statements', 'give one statement, such as "DELETE FROM orders"')
+    found = _all_deeds(statements)
     if not found:
         raise TargetError(
             f'"{sql}" changes no table',
@@ -109,9 +113,13 @@ def telling(texts: Sequence[str], asked: Sequence[Deed] = ()) -> list[str]:
 
 def _deeds_or_none(text: str) -> list[Deed]:
     try:
-        return deeds_of(text)
-    except TargetError:
+        return _all_deeds(_parse(text))
+    except ParseError:
         return []
+
+
+def _all_deeds(statements: Any) -> list[Deed]:
+    return list(dict.fromkeys(deed for raw in statements for deed in _deeds(raw.stmt)))
 
 
 def _deeds(statement: Any) -> Iterator[Deed]:

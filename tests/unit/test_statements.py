@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgcdp.errors import TargetError
+from pgcdp.errors import TargetError, UsageError
 from pgcdp.postgres.statements import deeds_of, is_statement, telling
 
 
@@ -23,7 +23,7 @@ from pgcdp.postgres.statements import deeds_of, is_statement, telling
         ("drop schema a, b cascade", "drop schema a, drop schema b"),
         ("drop database d with (force)", "drop database d"),
         ("with gone as (delete from a returning *) insert into b select * from gone", "insert b, delete a"),
-        ("begin; delete from a; delete from a; commit", "delete a"),
+        ("begin; delete from a; commit;", "delete a"),
         ("vacuum full a", "rewrite a"),
         ("alter table a alter id type bigint", "rewrite a"),
         ("create table a as select 1", "create a"),
@@ -49,6 +49,13 @@ def test_deeds(sql: str, expected: str) -> None:
 def test_statements_that_may_do_one_thing_or_another(sql: str, operations: list[str]) -> None:
     (deed,) = deeds_of(sql)
     assert [deed.operation, *deed.instead] == operations
+
+
+@pytest.mark.parametrize("sql", ["delete from a; delete from b", "begin; delete from a; select 1; commit"])
+def test_several_statements_are_not_looked_for_as_one(sql: str) -> None:
+    with pytest.raises(UsageError, match="is 2 statements") as raised:
+        deeds_of(sql)
+    assert "give one statement" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize(
