@@ -131,10 +131,14 @@ def at_xid(xid: int, exclusive: bool, history: History) -> Instant:
     if found is None:
         raise TargetError(f"no transaction {xid} ended in what can be restored", _where_unknown(history))
     number, end = found
-    if not exclusive:
-        note = "it is prepared there, not committed" if end["status"] == PREPARED else None
-        return _behind(end, note)
-    return before_transaction(end, number, history)
+    if exclusive:
+        instant = before_transaction(end, number, history)
+    else:
+        instant = _behind(end, "it is prepared there, not committed" if end["status"] == PREPARED else None)
+    if end["status"] in (ABORTED, ABORTED_PREPARED):
+        undone = f"xid {end['xid']} was rolled back: its rows are in no recovery point, neither before nor behind it"
+        return replace(instant, note=undone if instant.note is None else f"{undone}; {instant.note}")
+    return instant
 
 
 def before_transaction(end: np.void, number: int | None, history: History) -> Instant:

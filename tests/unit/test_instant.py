@@ -127,6 +127,8 @@ def test_a_transaction_and_its_neighbours(model: Model, data: st.DataObject) -> 
     assert model.held(behind) == place + 1
     if end["status"] == COMMITTED_PREPARED:
         assert "is prepared there" in (before.note or "")
+    for point in (before, behind):
+        assert (f"xid {end['xid']} was rolled back" in (point.note or "")) == (end["status"] == ABORTED)
     found = around(before.write, before.lsn, model.listing.history)
     committed = [each for each in model.ends[:place] if is_in(each)]
     assert (found.last_in is None) == (not committed)
