@@ -349,7 +349,8 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
         int flags = mark_flags(json_object_get(request, "rewind"));
         if (!name || !*name || strlen(name) > 1024 || flags < 0) {
             *kind = "usage";
-            err_set(e, ERR_USAGE, "a mark needs a name of 1 to 1024 bytes, and \"rewind\" is \"begin\" or \"end\"");
+            err_set(e, ERR_USAGE, flags < 0 ? "\"rewind\" of a mark is \"begin\" or \"end\""
+                                            : "a mark needs a name of 1 to 1024 bytes");
             return NULL;
         }
         int rc = vs_mark(c->set, name, (uint8_t)flags, &write);

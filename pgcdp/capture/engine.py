@@ -36,6 +36,10 @@ _BY_KIND: dict[str, type[PgcdpError]] = {
 }
 
 
+MARK_LIMIT = 1024
+"""The longest name of a mark in bytes."""
+
+
 class EngineGone(PreconditionError):
     """No engine answers at the control socket."""
 
@@ -124,7 +128,14 @@ class EngineClient:
         return self.status().durable_write
 
     def mark(self, name: str) -> int:
-        """Put a mark into the write order and return its write number. Raises UsageError for a name over 1024 bytes."""
+        """Put a mark into the write order and return its write number.
+
+        Raises UsageError for a name that is empty or longer than MARK_LIMIT.
+        """
+        size = len(name.encode(errors="surrogateescape"))
+        if not 1 <= size <= MARK_LIMIT:
+            what = f"has {size} bytes, more than {MARK_LIMIT}" if size else "is empty"
+            raise UsageError(f"the name of the mark {what}", "give it a name, such as pgcdp mark before-upgrade")
         return int(self.request("mark", name=name)["write"])
 
     def rewind_record(self, what: Literal["begin", "end"], name: str) -> int:
