@@ -5,7 +5,8 @@ As in `pgcdp.api`, each returns plain values in the shape of docs/json.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from pgcdp.recovery.instant import STATUS, Around, around
 from pgcdp.recovery.nearest import split_name
 from pgcdp.recovery.search import Known, Wanted
 from pgcdp.recovery.source import Source
-from pgcdp.units import format_lsn, format_time
+from pgcdp.units import format_lsn, format_time, parse_lsn
 
 Json = dict[str, Any]
 
@@ -56,11 +57,11 @@ def _wanted(
 ) -> Wanted:
     """What touched `table` ([SCHEMA.]NAME) or a partition of it, by `operation`, and ended within these times."""
     tables = None
+    if database is not None:
+        search.check_database(transactions, database)
     if table is not None:
         schema, name = split_name(table)
         tables = Known.of(transactions).tables(name, schema, database)
-    elif database is not None:
-        search.check_database(transactions, database)
     return Wanted(
         tables, operation, xid,
         None if since_ns is None else since_ns // 1000, None if until_ns is None else until_ns // 1000,
@@ -78,13 +79,24 @@ def find(
     """
     deeds = deeds_of(sql)
 
-    def look() -> Json:
-        transactions = source.transactions(branch=branch)
+    def on(timeline: int) -> Json:
+        transactions = source.transactions(branch=timeline)
         found = search.find(transactions, deeds, limit, newest=newest, database=database, done=done)
         return _told(transactions, found)
 
-    told = source.again(look)
-    return {**told, "note": logged.add_statements(source, told["transactions"], deeds) if statements else None}
+    def look() -> tuple[Json, str | None]:
+        try:
+            told = on(branch)
+        except TargetError as failure:
+            elsewhere = None if branch else _elsewhere(source, on)
+            if elsewhere is None:
+                raise
+            raise TargetError(failure.message, elsewhere) from None
+        return told, None if branch or told["total"] else _elsewhere(source, on)
+
+    told, elsewhere = source.again(look)
+    said = logged.add_statements(source, told["transactions"], deeds) if statements else None
+    return {**told, "note": elsewhere or said}
 
 
 def before(source: Source, sql: str, branch: int = 0) -> tuple[Target, str | None]:
@@ -97,17 +109,38 @@ def before(source: Source, sql: str, branch: int = 0) -> tuple[Target, str | Non
     told = found["transactions"]
     if not told:
         where = f": {_intervals(found['unknown'])} not indexed" if found["unknown"] else ""
-        raise TargetError(f'no transaction did "{sql}"{where}', f"pgcdp log{there} lists transactions, newest first")
+        hint = found["note"] or f"pgcdp log{there} lists transactions, newest first"
+        raise TargetError(f'no transaction did "{sql}"{where}', hint)
     if found["unknown"] or len(told) > 1:
         many = f'{found["total"]} transactions did "{sql}"'
         if found["unknown"]:
             many = f'more than one transaction may have done "{sql}", {_intervals(found["unknown"])} not indexed'
-        hint = f"choose one, such as --target-xid {told[0]['xid']} --exclusive{there}"
+        first, oldest = (f"--target-xid {each['xid']} --exclusive{there}" for each in (told[0], earliest(told)))
+        hint = f"choose one, such as {first}"
+        if oldest != first:
+            hint += f" for the first one listed, {oldest} for the earliest one listed"
         schemas = _schemas(told, deeds_of(sql))
         if len(schemas) > 1:
             hint += f"; or name the schema: {', '.join(schemas)}"
         raise TargetError(many, hint, told, found["total"] - len(told))
     return Target("xid", int(told[0]["xid"]), exclusive=True, branch=branch), told[0]["database"]
+
+
+def _elsewhere(source: Source, on: Callable[[int], Json]) -> str | None:
+    """Which branches that a rewind left have what the current one has not; `on(timeline)` looks there."""
+    found = []
+    for timeline in source.branches() if source.transactions().rewinds() else ():
+        with suppress(TargetError):
+            if on(timeline)["total"]:
+                found.append(timeline)
+    if not found:
+        return None
+    return f"timeline {', '.join(map(str, found))}, which a rewind has left, has it: --branch {found[-1]}"
+
+
+def earliest(told: Sequence[Json]) -> Json:
+    """Of transactions the one that ended first."""
+    return min(told, key=lambda each: (each["write"], parse_lsn(each["lsn"])))
 
 
 def _schemas(told: Sequence[Json], deeds: Sequence[Deed]) -> list[str]:

@@ -182,6 +182,12 @@ class Protected:
         done.check_returncode()
         return done.stdout
 
+    def notes(self, *words: str) -> str:
+        """What it says to people beside the result."""
+        done = self._run(words)
+        done.check_returncode()
+        return done.stderr
+
     def failing(self, *words: str) -> list[str]:
         """What it says to people when it fails, in lines."""
         done = self._run(words)
@@ -233,6 +239,10 @@ def test_cut_and_info(protected: Protected) -> None:
 
 
 def test_mark_and_show(protected: Protected) -> None:
+    for name, words in (("", "the name of the mark is empty"), ("ü" * 513, "has 1026 bytes, more than 1024")):
+        failed = protected.json("mark", name, code=2)["error"]
+        assert words in failed["message"]
+        assert "pgcdp mark before-upgrade" in failed["hint"]
     value = protected.json("mark", "here")
     assert fits(value, {"set": str, "name": str, "write": int}) == []
     shown = protected.json("show", str(value["write"]))
@@ -277,10 +287,19 @@ def test_log_and_find(protected: Protected) -> None:
     assert fits(failed, {"message": str, "hint": str, "candidates": [TRANSACTION], "more": int}) == []
     assert failed["message"] == '23 transactions did "insert into found"'
     assert (len(failed["candidates"]), failed["more"]) == (20, 3)
-    first = failed["candidates"][0]
+    first, earliest = failed["candidates"][0], min(failed["candidates"], key=lambda each: each["write"])
     listed = protected.json("find", "insert into found")["transactions"]
     assert [each["xid"] for each in failed["candidates"]] == [each["xid"] for each in listed]
-    assert failed["hint"] == f"choose one, such as --target-xid {first['xid']} --exclusive"
+    assert failed["hint"] == (
+        f"choose one, such as --target-xid {first['xid']} --exclusive for the first one listed, "
+        f"--target-xid {earliest['xid']} --exclusive for the earliest one listed"
+    )
+    newest = [each["xid"] for each in protected.json("find", "insert into found", "--newest")["transactions"]]
+    told = protected.notes("find", "insert into found", "--newest")
+    assert f"just before the first one listed (xid {newest[0]}): pgcdp restore --target-xid {newest[0]} " in told
+    assert f"just before the earliest one listed (xid {newest[-1]}): pgcdp restore --target-xid {newest[-1]} " in told
+    assert "earliest" not in protected.notes("find", "insert into found", "--newest", "--limit", "1")
+    assert protected.json("find", "delete from found; delete from found", code=2)["error"]["kind"] == "usage"
     lines = protected.failing(*words)
     assert lines[0] == f"error: {failed['message']}:"
     assert [line.split()[1] for line in lines[2:22]] == [str(each["xid"]) for each in failed["candidates"]]

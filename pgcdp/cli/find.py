@@ -34,11 +34,12 @@ def command(
 ) -> None:
     """The transactions that did what a statement does, largest share of the table first.
 
-    The statement is read for its operation and its tables; conditions do not count. A table without a schema means those
-    of that name in all schemas. Nothing needs to be logged by Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM, TRUNCATE, CREATE TABLE, DROP TABLE, DROP SCHEMA,
-    DROP DATABASE, and what rewrites a table (ALTER TABLE, VACUUM FULL, CLUSTER). What was done to partitions and heirs
-    counts for the table that they belong to; only DROP TABLE must have dropped the table itself. Where Postgres logs
-    statements with their transactions (csvlog or jsonlog), the statement is shown as well.
+    The statement is read for its operation and its tables; conditions do not count. A table without a schema means
+    those of that name in all schemas. Nothing needs to be logged by Postgres. INSERT, UPDATE, DELETE, MERGE, COPY FROM,
+    TRUNCATE, CREATE TABLE, DROP TABLE, DROP SCHEMA, DROP DATABASE, and what rewrites a table (ALTER TABLE, VACUUM FULL,
+    CLUSTER). What was done to partitions and heirs counts for the table that they belong to; only DROP TABLE must have
+    dropped the table itself. Where Postgres logs statements with their transactions (csvlog or jsonlog), the statement
+    is shown as well.
     """
     from pgcdp import api
 
@@ -52,7 +53,18 @@ def command(
 
 
 def _render(value: Mapping[str, Any], where: str) -> None:
+    from pgcdp import transactions
+
     log.render(value)
-    if value["transactions"] and value["transactions"][0]["status"] != "aborted":
-        words = f"pgcdp restore{where} --target-xid {value['transactions'][0]['xid']} --exclusive --to-directory DIR"
-        screen.note(f"just before the first of these: {words}")
+    told = value["transactions"]
+    if not told or told[0]["status"] == "aborted":
+        return
+    first = told[0]["xid"]
+    earliest = transactions.earliest([each for each in told if each["status"] != "aborted"])["xid"]
+    screen.note(f"just before the first one listed (xid {first}): {_restore(where, first)}")
+    if earliest != first:
+        screen.note(f"just before the earliest one listed (xid {earliest}): {_restore(where, earliest)}")
+
+
+def _restore(where: str, xid: int) -> str:
+    return f"pgcdp restore{where} --target-xid {xid} --exclusive --to-directory DIR"

@@ -163,7 +163,9 @@ def _where(database: str | None) -> str:
 
 def check_database(transactions: Transactions, name: str) -> None:
     """Raises TargetError when no database of that name was ever known."""
-    known = {each for look in transactions.looks() for each in look.databases.values()}
+    now = transactions.look()
+    looks = [*transactions.looks(), *([] if now is None else [now])]
+    known = {each for look in looks for each in look.databases.values()}
     known |= {row["database"] for number in transactions.numbers for row in transactions.tables(number)}
     if name not in known:
         raise TargetError(f"no database {name} is known", f"there are: {', '.join(sorted(known - {''}))}")
@@ -398,8 +400,10 @@ def find(
     """The transactions that did all of `deeds`, largest share of a table first, or `newest` first.
 
     `done`: without those that were rolled back. One that was prepared and has ended since is there once, with its end.
-    Raises TargetError when a table or schema never existed.
+    Raises TargetError when a table, a schema or `database` never existed.
     """
+    if database is not None:
+        check_database(transactions, database)
     known = Known.of(transactions)
     wanted = [replace(_wanted(transactions, known, deed, database), done=done) for deed in deeds]
     if len(wanted) == 1:

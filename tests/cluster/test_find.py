@@ -175,25 +175,32 @@ def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) 
 
 
 def test_a_name_without_a_schema_hides_no_schema(make_set: MakeSet, pg_binaries: Binaries) -> None:
-    """What was lost in one schema is not passed over because another one, of the search path, has a table of that name."""
+    """What was lost in one schema is not passed over because one of the search path has a table of that name."""
     found = make_set(pg_binaries, settings={"autovacuum": "off"})
     with found.connect() as session:
         session.execute("create schema sales")
         for name in ("orders", "sales.orders", "sales.bills", "bills"):
             session.execute(f"create table {name} as select n as id from generate_series(1, 200) n".encode())
-        lost = did(session, "delete from sales.orders")
         less = did(session, "delete from orders where id <= 49")
+        lost = did(session, "delete from sales.orders")
         emptied = did(session, "delete from sales.bills")
     told = api.find(found.name, "DELETE FROM orders")
     assert [(each["xid"], each["tables"][0]["schema"]) for each in told["transactions"]] == [
         (lost, "sales"), (less, "public"),
     ]  # fmt: skip
     logged = api.log(found.name, table="orders", operation="delete")["transactions"]
-    assert [each["xid"] for each in logged] == [less, lost]
+    assert [each["xid"] for each in logged] == [lost, less]
     with pytest.raises(TargetError, match='2 transactions did "DELETE FROM orders"') as raised:
         api.resolve(found.name, Target("newest"), before="DELETE FROM orders")
     assert {each["xid"] for each in raised.value.candidates} == {lost, less}
-    assert str(raised.value.hint).endswith("; or name the schema: public.orders, sales.orders")
+    assert raised.value.hint == (
+        f"choose one, such as --target-xid {lost} --exclusive for the first one listed, "
+        f"--target-xid {less} --exclusive for the earliest one listed; or name the schema: public.orders, sales.orders"
+    )
+    with pytest.raises(TargetError, match="no database nodb is known") as raised:
+        api.find(found.name, "DELETE FROM orders", database="nodb")
+    assert "postgres" in str(raised.value.hint)
+    assert api.find(found.name, "DELETE FROM orders", database="postgres")["total"] == 2
     point = api.resolve(found.name, Target("newest"), before="DELETE FROM sales.orders")
     assert point["first_out"]["xid"] == lost
     point = api.resolve(found.name, Target("newest"), before="DELETE FROM bills")

@@ -217,9 +217,12 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     api.cut(found.name)
     left = [commit("left 1"), commit("left 2"), commit("left 3")]
     found.sql("update words set word = word")
+    api.cut(found.name)
+    found.sql("create table only_there as select 1 as id")
     told = rewind(found, Target("xid", first))
-    assert (told["lost"]["transactions"], told["out"], told["first_out"]["xid"]) == (4, 4, left[0])
-    assert [(each["name"], each["inserted"]) for each in told["lost"]["tables"]] == [("words", 3)]
+    assert (told["lost"]["transactions"], told["out"], told["first_out"]["xid"]) == (5, 5, left[0])
+    lost = {each["name"]: each["inserted"] for each in told["lost"]["tables"] if each["schema"] == "public"}
+    assert lost == {"words": 3, "only_there": 1}
     assert words() == ["kept"]
     assert listed() == [first]
     again = commit("new 1")
@@ -252,6 +255,16 @@ def test_transactions_belong_to_a_branch(make_set: MakeSet, binaries_of: BindirO
     with pytest.raises(TargetError, match="transactions did") as several:
         api.resolve(found.name, Target("newest", branch=1), before="insert into words values ('x')")
     assert str(several.value.hint).endswith("--exclusive --branch 1")
+    before = "update words set word = ''"
+    assert api.find(found.name, before)["note"] == "timeline 1, which a rewind has left, has it: --branch 1"
+    assert api.find(found.name, before, branch=1)["note"] is None
+    with pytest.raises(TargetError, match="no transaction did") as elsewhere:
+        api.resolve(found.name, Target("newest"), before=before)
+    assert str(elsewhere.value.hint).endswith("has it: --branch 1")
+    assert "has it" not in str(api.find(found.name, "delete from words")["note"])
+    with pytest.raises(TargetError, match="no table only_there is known") as unknown:
+        api.find(found.name, "insert into only_there")
+    assert str(unknown.value.hint).endswith("has it: --branch 1")
     with pytest.raises(TargetError, match="no branch with timeline 9"):
         found.source().resolve(Target("xid", left[2], branch=9))
     back = rewind(found, Target("xid", left[1], branch=1))
