@@ -1,7 +1,12 @@
 """A table of the running database compared by primary key with rows as they were, and given back what it lost.
 
-Rows as they were lie in a temporary table of the session, `Compared.then`; `known` are the keys of rows that are new
-only to what was chosen of them, `seen` the keys that differed, with a hash of the row that was there (null: none).
+Rows as they were lie in a temporary table of the session, `then`; `known` are the keys of rows that are new only to
+what was chosen of them, `seen` the keys that differed, with a hash of the row that was there (null: none); `deleted`
+and `changed` the rows that are put back, as they were.
+
+After a mass DELETE and a VACUUM the planner takes the table for empty, and every plan that scans it once a row for
+cheap. So no query here is left to what it believes: how each joins is chosen by what is there (`_choose_joins`), and
+rows are put back from temporary tables of their own, whose size it knows.
 """
 
 from __future__ import annotations
@@ -18,6 +23,11 @@ from pgcdp.postgres.session import Connection
 from pgcdp.postgres.tables import TableShape, copy_into_temporary, said_by_postgres, select
 
 SAMPLES = 10
+LOOKUP_PAGES = 16
+"""Pages that finding a row by the primary key may cost, before its table is rather read as a whole."""
+_PAGES_SQL = """
+select coalesce(sum(pg_relation_size(oid)) / current_setting('block_size')::int, 0)::bigint from unnest(%s::oid[]) oid
+"""
 _REFERENCES_SQL = """
 select distinct conrelid::bigint, confrelid::bigint from pg_constraint
 where contype = 'f' and conrelid = any (%s::oid[]) and confrelid = any (%s::oid[])
@@ -50,10 +60,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A table as it is now, the number of its temporary tables, and how it differs."""
+    """A table as it is now, the number of its temporary tables, the rows that it had then, and how it differs."""
 
     shape: TableShape
     number: int
+    rows: int
     difference: Difference
 
     @property
@@ -73,26 +84,30 @@ def compare(
     is true for. Rows are the same ones by their keys, whatever `where` says of them now; new ones are those that it is
     true for and whose key was not there.
     """  # fmt: skip
-    copy_into_temporary(source, select(then, where), then.columns, target, f"pgcdp_then_{number}")
+    rows = copy_into_temporary(source, select(then, where), then.columns, target, f"pgcdp_then_{number}")
     keys = [column for column in shape.columns if column.name in shape.key]
     names = [column.name for column in keys]
     there = sql.SQL("exists (select from {} o where {})").format(_temporary("then", number), _same(shape, "o", "n"))
     with said_by_postgres():
+        _analyze(target, shape, "then", number)
+        _join_whole(target)
         chosen = sql.SQL("select {} from ({}) n where not {}").format(_list(names), select(shape, where), there)
-        copy_into_temporary(target, chosen, keys, source, f"pgcdp_new_{number}")
+        new = copy_into_temporary(target, chosen, keys, source, f"pgcdp_new_{number}")
+        _analyze(source, shape, "new", number)
+        _choose_joins(source, then, new)
         known = sql.SQL("select {} from {} n where exists (select from {} o where {})").format(
             _list(names), _temporary("new", number), shape.identifier, _same(shape, "o", "n")
         )
         copy_into_temporary(source, known, keys, target, f"pgcdp_known_{number}")
+        _analyze(target, shape, "known", number)
         unknown = sql.SQL("not exists (select from {} o where {})").format(
             _temporary("known", number), _same(shape, "o", "n")
         )
-        parts = {
-            **_parts(shape, number),
-            "added": sql.SQL("select n.* from ({}) n where not {} and {}").format(select(shape, where), there, unknown),
-        }
+        added = sql.SQL("select n.* from ({}) n where not {} and {}").format(select(shape, where), there, unknown)
+        parts = _parts(shape, number)
         with target.transaction():
             target.execute("set transaction isolation level repeatable read")
+            _choose_joins(target, shape, rows)
             target.execute(sql.SQL("drop table if exists {}").format(_temporary("seen", number)))
             target.execute(
                 sql.SQL("create temporary table {} as {}").format(
@@ -101,7 +116,31 @@ def compare(
             )
             found = {name: _count(target, query) for name, query in parts.items()}
             samples = {name: _samples(target, shape, query) for name, query in parts.items()}
-    return Compared(shape, number, Difference(found["deleted"], found["changed"], found["added"], samples))
+            _join_whole(target)
+            found["added"], samples["added"] = _count(target, added), _samples(target, shape, added)
+    return Compared(shape, number, rows, Difference(found["deleted"], found["changed"], found["added"], samples))
+
+
+def _analyze(connection: Connection, shape: TableShape, what: str, number: int) -> None:
+    """What the planner knows of a temporary table is true."""
+    connection.execute(sql.SQL("analyze {} ({})").format(_temporary(what, number), _list(shape.key)))
+
+
+def _join_whole(connection: Connection) -> None:
+    """From here on tables are joined by hash or merge: no scan is repeated for each row."""
+    connection.execute("set enable_nestloop = off")
+
+
+def _choose_joins(connection: Connection, shape: TableShape, rows: int) -> None:
+    """From here on so many rows find theirs in a table: few in a large one by its key, more as `_join_whole` has it.
+
+    Where the key is allowed, it is by far the cheapest way by the pages alone, which the planner always knows.
+    """
+    pages = connection.execute(_PAGES_SQL, [[part.oid for part in shape.parts]]).fetchone()
+    if pages is not None and pages[0] > LOOKUP_PAGES * rows * len(shape.parts):
+        connection.execute("set enable_nestloop = on")
+    else:
+        _join_whole(connection)
 
 
 def put_back(target: Connection, compared: Sequence[Compared]) -> list[tuple[int, int]]:
@@ -119,11 +158,16 @@ def put_back(target: Connection, compared: Sequence[Compared]) -> list[tuple[int
         for each in ordered:
             target.execute(sql.SQL("lock table {} in share row exclusive mode").format(each.shape.identifier))
         for each in ordered:
+            _choose_joins(target, each.shape, each.rows)
             _refuse_changed(target, each)
+            _set_aside(target, each)
+        # Triggers of users run as these write, whose joins are their own affair.
+        target.execute("set enable_nestloop to default; set local enable_material = off")
         for each in ordered:
             done[each.number] = _put_back(target, each)
         target.execute("set constraints all immediate")
         for each in ordered:
+            _choose_joins(target, each.shape, each.rows)
             _refuse_different(target, each)
     return [done[each.number] for each in compared]
 
@@ -147,6 +191,20 @@ def _refuse_changed(target: Connection, each: Compared) -> None:
     either = sql.SQL("((table {0}) except all ({1})) union all (({1}) except all (table {0}))").format(each.seen, now)
     if _count(target, sql.SQL("select d.hash from ({}) d").format(either)):
         raise PreconditionError(f"table {each.shape} has changed since the difference was shown", "run it again")
+
+
+def _set_aside(target: Connection, each: Compared) -> None:
+    """Keep what is put back, with an index and known to the planner: then any way to write it is a good one.
+
+    Of a row that changed only its key is looked for, so that a table which is taken for empty is read once.
+    """
+    for what, query in _parts(each.shape, each.number).items():
+        place = _temporary(what, each.number)
+        target.execute(sql.SQL("drop table if exists {}").format(place))
+        name = sql.Identifier(f"pgcdp_{what}_{each.number}")
+        target.execute(sql.SQL("create temporary table {} as {}").format(name, query))
+        target.execute(sql.SQL("create unique index on {} ({})").format(place, _list(each.shape.key)))
+        _analyze(target, each.shape, what, each.number)
 
 
 def _refuse_different(target: Connection, each: Compared) -> None:
@@ -185,22 +243,23 @@ def _put_back(target: Connection, each: Compared) -> tuple[int, int]:
 
 def _in_turn(target: Connection, each: Compared, update_first: bool) -> tuple[int, int]:
     shape = each.shape
-    parts = _parts(shape, each.number)
     own = _own(shape)
     inserted = updated = 0
     rest = [column.name for column in shape.columns if not column.generated and not column.identity]
     rest = [name for name in rest if name not in shape.key]
     for update in (update_first, not update_first):
         if update and each.difference.changed and rest:
-            statement = sql.SQL("update {} t set ({}) = row({}) from ({}) d where {}")
+            statement = sql.SQL("update {} t set ({}) = row({}) from {} d where {}")
             values = sql.SQL(", ").join(sql.SQL("d.{}").format(sql.Identifier(name)) for name in rest)
             updated = target.execute(
-                statement.format(shape.identifier, _list(rest), values, parts["changed"], _same(shape, "t", "d"))
+                statement.format(
+                    shape.identifier, _list(rest), values, _temporary("changed", each.number), _same(shape, "t", "d")
+                )
             ).rowcount
         elif not update and each.difference.deleted:
-            statement = sql.SQL("insert into {} ({}) overriding system value select {} from ({}) d")
+            statement = sql.SQL("insert into {} ({}) overriding system value select {} from {} d")
             inserted = target.execute(
-                statement.format(shape.identifier, _list(own), _list(own), parts["deleted"])
+                statement.format(shape.identifier, _list(own), _list(own), _temporary("deleted", each.number))
             ).rowcount
     return inserted, updated
 
@@ -221,22 +280,22 @@ def _anew(target: Connection, each: Compared, clash: psycopg.Error) -> tuple[int
             "leave --diff out: the rows come into a new table",
         )
     statement = sql.SQL(
-        "with gone as (delete from {} t using ({}) d where {} returning 1)"
-        " insert into {} ({}) overriding system value select {} from ({} union all {}) d"
+        "with gone as (delete from {} t using {} d where {} returning 1)"
+        " insert into {} ({}) overriding system value select {} from (table {} union all table {}) d"
         " where (select count(*) from gone) > 0"
     )
-    parts = _parts(shape, each.number)
+    deleted, changed = _temporary("deleted", each.number), _temporary("changed", each.number)
     own = _own(shape)
     target.execute(
         statement.format(
             shape.identifier,
-            parts["changed"],
+            changed,
             _same(shape, "t", "d"),
             shape.identifier,
             _list(own),
             _list(own),
-            parts["deleted"],
-            parts["changed"],
+            deleted,
+            changed,
         )
     )
     return each.difference.deleted, each.difference.changed
@@ -255,7 +314,7 @@ def _refuse_identity(target: Connection, each: Compared) -> None:
     """Postgres updates a column that is generated always as identity to nothing but its default."""
     for name in [column.name for column in each.shape.columns if column.identity and column.name not in each.shape.key]:
         query = sql.SQL("select 1 from {} o join {} n on {} where o.{} is distinct from n.{}").format(
-            _temporary("then", each.number), each.shape.identifier, _same(each.shape, "o", "n"),
+            _temporary("changed", each.number), each.shape.identifier, _same(each.shape, "o", "n"),
             sql.Identifier(name), sql.Identifier(name),
         )  # fmt: skip
         count = _count(target, query)
