@@ -20,6 +20,11 @@ from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.source import Source
 
 Json = dict[str, Any]
+BARE = (
+    "{table} itself is gone, and the new table has only its columns and rows: no primary key, NOT NULL, defaults, "
+    "indexes or grants. To have it whole, salvage it with --file {dump}, then: pg_restore --dbname={database} {dump}"
+)
+"""What is said of a new table where the one that it was taken from is no more."""
 Agree = Callable[[Json], None]
 """Is shown each table's difference before any rows are put back; raises to stop."""
 
@@ -45,7 +50,8 @@ def run(
     `hide` is what Postgres on the recovery point must not see of the running cluster. `likely`: the database that is
     meant where none is named and several have the tables.
 
-    Returns {"database", "tables", "to", "seconds"}; of each table "schema", "name", and what was done.
+    Returns {"database", "tables", "to", "seconds"}; of each table "schema", "name", and what was done, for a new one
+    also "note": what to know of it, or None.
     """
     began = time.monotonic()
     if name is not None and (len(wanted.tables) != 1 or diff or file is not None):
@@ -83,7 +89,8 @@ def _new_table(
     progress(Progress(f"copying {shape}"))
     place = name or f"{shape.name}_salvaged"
     rows = running.take(box, database, shape, wanted, place)
-    return {"schema": shape.schema, "name": shape.name, "rows": rows, "into": f"{shape.schema}.{place}"}
+    note = None if running.has(shape) else BARE.format(table=shape, dump=f"{shape.name}.dump", database=database)
+    return {"schema": shape.schema, "name": shape.name, "rows": rows, "into": f"{shape.schema}.{place}", "note": note}
 
 
 def _compare(

@@ -112,12 +112,17 @@ def _render(value: Mapping[str, Any]) -> None:
     for told in value["tables"]:
         place = f"{told['schema']}.{told['name']}"
         if told.get("put_back") is not None:
-            done = told["put_back"]
-            screen.text(f"{place}: {done['inserted']} rows inserted, {done['updated']} updated")
+            done, kept = told["put_back"], told["difference"]["added"]
+            if any(done.values()):
+                screen.text(f"{place}: {done['inserted']} rows inserted, {done['updated']} updated")
+            else:
+                screen.text(f"{place}: nothing to put back, no row is gone or changed; {kept} newer ones are kept")
         elif "difference" in told:
             _difference(told)
         else:
             screen.text(f"{place}: {told['rows']} rows into {told.get('into', value['to'])}")
+            if told.get("note"):
+                screen.note(f"note: {told['note']}")
     screen.note(f"took {format_duration(value['seconds'])}")
 
 

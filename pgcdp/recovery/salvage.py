@@ -262,6 +262,10 @@ class Running:
         with reading(box, database) as source, self.connection.transaction():
             return tables.copy_into(source, shape, wanted.where, self.connection, (shape.schema, name))
 
+    def has(self, shape: TableShape) -> bool:
+        """Whether there is a table of that name now."""
+        return (shape.schema, shape.name) in tables.list_tables(self.connection)
+
     def compare(self, box: Sandbox, database: str, shapes: Sequence[TableShape], wanted: Wanted) -> list[Compared]:
         """How tables differ now, by primary key; the rows as they were stay in temporary tables."""
         found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def salvage(found: ProtectedSet, *tables: str, **options: Any) -> dict[str, Any]
     return api.salvage(found.name, NEWEST, Wanted(tables, schema, where), before=before, **options)
 
 
+def typed(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command as people type it."""
+    program = (sys.executable, "-P", "-m", "pgcdp")
+    return subprocess.run([*program, *words], check=True, capture_output=True, text=True)
+
+
 def missing(found: ProtectedSet, one: str, other: str) -> int:
     """How many rows of one table the other does not have."""
     rows = found.sql(f"select count(*) from (select a::text from {one} a except select b::text from {other} b) d")
@@ -68,6 +75,28 @@ def test_rows_come_into_a_new_table(shop: ProtectedSet) -> None:
         salvage(shop, "orders")
     told = salvage(shop, "public.orders", name="evens", where="id % 2 = 0")
     assert told["tables"][0]["rows"] == 500
+
+
+def test_that_a_dropped_table_comes_back_bare_is_said(shop: ProtectedSet) -> None:
+    """Whoever renames the new table into its place would run on without its key and its constraints."""
+    assert salvage(shop, "s.other")["tables"][0]["note"] is None, "the table itself is still there"
+    shop.sql("drop table s.other, s.other_salvaged")
+    words = ["salvage", shop.name, "--before", "drop table s.other", "--table", "s.other"]
+    said = typed(*words).stderr
+    assert "note: s.other itself is gone, and the new table has only its columns and rows: no primary key" in said
+    place = shop.root / "other.dump"
+    assert f"--file {place.name}, then: pg_restore --dbname=postgres {place.name}" in said
+    typed(*words, "--file", str(place))
+    subprocess.run(shop.program("pg_restore", "--dbname=postgres", str(place)), check=True, cwd="/")
+    assert shop.sql("select conname::text from pg_constraint where conrelid = 's.other'::regclass and contype = 'p'")
+
+
+def test_that_nothing_was_to_be_put_back_is_said(shop: ProtectedSet) -> None:
+    words = ["salvage", shop.name, "--before", BEFORE, "--table", "orders", "--diff", "--apply", "--yes"]
+    assert "public.orders: 500 rows inserted, 5 updated\n" in typed(*words).stdout
+    assert typed(*words).stdout.endswith(
+        "public.orders: nothing to put back, no row is gone or changed; 2 newer ones are kept\n"
+    )
 
 
 def test_only_what_was_lost_is_put_back(shop: ProtectedSet) -> None:
