@@ -1,7 +1,8 @@
 """All of pgcdp on a throw-away cluster: load, a bad DELETE, more load, and ways back around it that are proven right.
 
 Everything lies in one fresh directory below /var/tmp: the cluster, the store, and what is otherwise below /
-(PGCDP_ROOT). Afterwards, also after an error or Ctrl-C, nothing of it is left, unless it is to be kept.
+(PGCDP_ROOT). Afterwards, also after Ctrl-C, nothing of it is left, unless it is to be kept. When a step fails, nothing
+runs any more and nothing is mounted, but the directory stays: what went wrong is in its logs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from pgcdp import api, config, log, proc, transactions
 from pgcdp.capture import attach, checks
-from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.errors import BugError, PgcdpError, PreconditionError
 from pgcdp.postgres import cluster, session
 from pgcdp.progress import Progress, Report
 from pgcdp.records import Target
@@ -83,7 +84,11 @@ class _Demo:
         told: dict[str, Any] = {"name": name, "seconds": 0.0, "detail": ""}
         self.report(Progress(name))
         began = time.monotonic()
-        yield told
+        try:
+            yield told
+        except BaseException:
+            self.report(Progress(name, failed=True))
+            raise
         told["seconds"] = round(time.monotonic() - began, 3)
         self.steps.append(told)
 
@@ -103,7 +108,7 @@ def run(*, keep: bool, progress: Report) -> dict[str, Any]:
     """Play the demo; `keep` leaves everything running.
 
     Returns {"ok", "seconds", "directory", "kept", "steps", "captured", "restores", "next", "remove"}, as docs/json.md
-    says. Raises what the use cases raise; nothing is left behind then either.
+    says. Raises what the use cases raise; the hint then says where the logs are.
     """
     checks.check_root()
     user = proc.user_named(OWNER)
@@ -121,11 +126,22 @@ def run(*, keep: bool, progress: Report) -> dict[str, Any]:
             _step_through(demo)
             _rewind_and_undo(demo, points)
             captured = _captured()
-        finally:
-            _end_load(demo)
+        except Exception as error:
+            if not keep:
+                progress(Progress("ending what still runs"))
+                _uninterrupted(_end_at_once, demo)
+            told = _with_place(error, demo, keep)
+            raise told from told.__cause__
+        except BaseException:
             if not keep:
                 progress(Progress("cleaning up"))
-                _remove(demo)
+                _uninterrupted(_remove, demo)
+            raise
+        finally:
+            _end_load(demo)
+        if not keep:
+            progress(Progress("cleaning up"))
+            _uninterrupted(_remove, demo)
     return {
         "ok": all(restore["ok"] for restore in demo.restores),
         "seconds": round(time.monotonic() - began, 3),
@@ -366,7 +382,7 @@ def _await(condition: Callable[[], bool], what: str, timeout: float = 120.0) -> 
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise PgcdpError(f"{what} did not come in {timeout:g} s", "pgcdp demo --keep leaves its logs to be read")
+            raise PgcdpError(f"{what} did not come in {timeout:g} s")
         time.sleep(0.1)
 
 
@@ -375,7 +391,7 @@ def _await_orders(demo: _Demo, count: int) -> None:
         pid, _ = demo.load or (0, None)
         if not proc.exists(pid):
             said = cluster.last_words(demo.directory / "pgbench.log")
-            raise PgcdpError(f"pgbench ended early: {said}", "pgcdp demo --keep leaves its logs to be read")
+            raise PgcdpError(f"pgbench ended early: {said}")
         return demo.orders("new") >= count
 
     _await(enough, f"{count} orders")
@@ -421,25 +437,72 @@ def _how_to_remove(demo: _Demo) -> str:
     return f"PGCDP_ROOT={demo.root} pgcdp down && rm -r {demo.directory}"
 
 
-def _remove(demo: _Demo) -> None:
-    """Take down what there is and remove the directory. Ctrl-C does not stop it half way."""
+def _with_place(error: Exception, demo: _Demo, keep: bool) -> PgcdpError:
+    """The error of a step, which says where the logs are."""
+    told = error if isinstance(error, PgcdpError) else BugError(
+        f"unexpected {type(error).__name__}: {error}".rstrip(": "),
+        "please report this with the traceback, which PGCDP_DEBUG=1 prints",
+    )  # fmt: skip
+    if told is not error:
+        told.__cause__ = error
+    remove = _how_to_remove(demo) if keep else f"rm -r {demo.directory}"
+    place = f"all files and logs are kept in {demo.directory}, to be removed with: {remove}"
+    told.hint = f"{told.hint}; {place}" if told.hint else place
+    return told
+
+
+def _uninterrupted(action: Callable[[_Demo], None], demo: _Demo) -> None:
+    """Ctrl-C does not stop it half way."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
     try:
-        with suppress(PgcdpError):
-            for each in api.clones()["clones"]:
-                api.destroy(each["name"])
-        if SET in config.list_sets():
-            settings = config.load_config(SET)
-            try:
-                api.down(SET)
-            except PgcdpError as error:
-                _log.warning("the demo does not go down cleanly, it is discarded: %s", error)
-                attach.discard(settings)
-        for place in (demo.pgdata, demo.directory / "restored"):
-            if place.is_dir():
-                cluster.kill_leftovers(place)
-        shutil.rmtree(demo.directory)
+        action(demo)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _remove(demo: _Demo) -> None:
+    """Take down what there is and remove the directory."""
+    _end_load(demo)
+    try:
+        for each in api.clones()["clones"]:
+            api.destroy(each["name"])
+        if SET in config.list_sets():
+            api.down(SET)
+    except PgcdpError as error:
+        _log.warning("the demo does not go down cleanly, it is discarded: %s", error)
+    _end_at_once(demo)
+    shutil.rmtree(demo.directory)
+
+
+def _end_at_once(demo: _Demo) -> None:
+    """End all that the demo started, in whatever state it is, and unmount what is mounted; the files stay."""
+    while started := _started(demo):
+        for pid in started:  # all at once: Postgres may hang on capture, and the agent would start that again
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in started:
+            attach.kill_and_wait(pid)
+    with suppress(PgcdpError):
+        for each in api.clones()["clones"]:
+            api.destroy(each["name"])
+    if SET in config.list_sets():
+        attach.discard(config.load_config(SET))
+    for place in (demo.pgdata, demo.directory / "restored"):
+        if place.is_dir():
+            cluster.kill_leftovers(place)
+
+
+def _started(demo: _Demo) -> list[int]:
+    """Processes with the demo's root in their environment, which no others have: agent, capture, views, pgbench.
+
+    Postgres has written its titles over its own: it is known by its data directory.
+    """
+    root = f"PGCDP_ROOT={demo.root}".encode()
+    found = []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if root in place.read_bytes().split(b"\0") and int(place.parent.name) != os.getpid():
+                found.append(int(place.parent.name))
+    return found

@@ -12,13 +12,15 @@ class Progress:
 
     `step` names it in the words of a DBA, for people ("copying the cluster"); a new name begins a new bar or line.
     `done` and `total` count `unit`s ("bytes", "writes", "blocks", ...); None where it cannot be known.
-    A step has ended when the next one begins or when `done` equals `total`.
+    A step has ended when the next one begins or when `done` equals `total`, or with `failed`, when it went wrong and
+    something else follows, such as cleaning up.
     """
 
     step: str
     done: int | None = None
     total: int | None = None
     unit: str = "bytes"
+    failed: bool = False
 
 
 Report = Callable[[Progress], None]

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,72 @@ def test_interrupted_demo_leaves_nothing(private_tmp: PrivateTmp, step: str) -> 
     assert process.returncode == 130, "".join(seen) + rest
     assert rest.splitlines()[-1] == "interrupted"
     private_tmp.assert_empty()
+
+
+def lay_in_the_way(place: Path) -> None:
+    """A file where the demo restores to."""
+    (place / "restored").write_text("in the way")
+
+
+def signalled(word: bytes, number: int) -> Callable[[Path], None]:
+    """Send a signal to the demo's process whose command line has the word."""
+
+    def act(place: Path) -> None:
+        (pid,) = [pid for pid in running_below(place) if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+        os.kill(pid, number)
+
+    return act
+
+
+FAILURES: dict[str, tuple[dict[str, Callable[[Path], None]], str]] = {
+    "while the agent hangs": (
+        {"load:": lay_in_the_way, "restoring": signalled(b"agent", signal.SIGSTOP)}, "restoring to just before it"
+    ),
+    "the agent is gone": ({"load:": signalled(b"agent", signal.SIGKILL)}, "checkpoint, cutting the interval"),
+    "capture is gone": ({"load:": signalled(b"capture", signal.SIGKILL)}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_failed_step_is_told_and_nothing_runs_on(private_tmp: PrivateTmp, what: str) -> None:
+    """All is ended, whatever state it is in, and the logs can be read."""
+    process = private_tmp.start('exec "$@" demo')
+    assert process.stderr is not None
+    actions, failing = FAILURES[what]
+    left = dict(actions)
+    seen = []
+    while left and (line := process.stderr.readline()):
+        seen.append(line)
+        for moment in [moment for moment in left if line.startswith(moment)]:
+            (place,) = private_tmp.place.glob("pgcdp-demo-*")
+            left.pop(moment)(place)
+    told, rest = process.communicate(timeout=400)
+    text = "".join(seen) + rest
+    assert process.returncode not in (0, 130), text
+    failed = [line for line in text.splitlines() if ": failed after " in line]
+    assert len(failed) == 1, text
+    step = failed[0].partition(": failed after ")[0]
+    assert step.startswith(failing), text
+    assert f"{step}: " not in text.replace(failed[0], ""), "a failed step must not look done"
+    seen_as = Path("/var/tmp") / place.name
+    assert f"all files and logs are kept in {seen_as}, to be removed with: rm -r {seen_as}" in rest
+    assert (place / "root/var/lib/pgcdp/demo/agent.log").exists()
+    assert running_below(place) == []
+    wait_until(lambda: not private_tmp.loops(), what="end of the demo's loop devices")
+    assert told == ""
+    shutil.rmtree(place)
+    private_tmp.assert_empty()
+
+
+def running_below(place: Path) -> list[int]:
+    """Processes that name the demo's directory, in their command line or their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            if place.name.encode() in words:
+                found.append(int(process.name))
+    return found
 
 
 def test_kept_demo_can_be_looked_at_and_removed(private_tmp: PrivateTmp) -> None:

@@ -22,7 +22,7 @@ def command(keep: bool, output: str) -> int:
     Makes a cluster in a directory of its own below /var/tmp, protects it, loads it, deletes rows by mistake, goes on
     loading. Then it finds the mistake, proves points around it by starting Postgres on them, restores, puts the rows
     back, opens a clone and steps it through the mistake, rewinds the cluster in place and undoes that. Leaves nothing
-    behind.
+    behind; only when a step fails, its files and logs stay, and where they are is said.
     """
     from pgcdp import demo
 

@@ -193,7 +193,10 @@ class _Lines:
 
     def report(self, moment: Progress) -> None:
         now = time.monotonic()
-        if moment.step != self.step:
+        if moment.failed:
+            note(f"{moment.step}: failed after {format_duration(now - self.began)}")
+            self.step = None
+        elif moment.step != self.step:
             self._finish()
             self.step, self.began, self.said = moment.step, now, now
             note(f"{moment.step} ...")
@@ -236,6 +239,10 @@ class _Bars:
             self.step = moment.step
             self.task = self.drawn.add_task(moment.step, total=moment.total, amount=amount(moment))
         self.drawn.update(self.task, completed=moment.done or 0, total=moment.total, amount=amount(moment))
+        if moment.failed:
+            self.drawn.update(self.task, description=f"✗ {moment.step}", amount="failed")
+            self.drawn.stop_task(self.task)
+            self.step = None
 
     def _finish(self) -> None:
         if self.step is None:
