@@ -18,7 +18,7 @@ from pgcdp.capture.copying import measure
 from pgcdp.capture.engine import find_engine
 from pgcdp.config import ClusterConfig, Config, SetPaths, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
-from pgcdp.postgres import cluster
+from pgcdp.postgres import cluster, ports
 from pgcdp.units import format_size
 
 PROGRAMS = {
@@ -231,6 +231,8 @@ def check(request: ProtectRequest) -> Plan:
     else:
         check_tree(pgdata)
         facts, running = _facts_of_existing(request, pgdata, paths)
+    if not running:
+        check_port(request, facts)
     check_places(request, pgdata, journal)
     planned = tuple(planned_volumes(request, paths, pgdata))
     config = _config(request, pgdata, journal, planned, facts)
@@ -256,6 +258,20 @@ def check(request: ProtectRequest) -> Plan:
         ]
     )
     return Plan(config, running)
+
+
+def check_port(request: ProtectRequest, facts: ClusterConfig) -> None:
+    """A cluster that does not run could be started. Raises PreconditionError that names who has its port."""
+    if request.initdb:
+        place = ports.of_new(cluster.Binaries(facts.bindir, facts.version), dict(request.settings))
+    else:
+        place = ports.of_cluster(facts.command_line, proc.user_named(facts.owner))
+    taken = place.taken()
+    if taken is not None:
+        raise PreconditionError(
+            f"port {place.port} of the cluster is taken: {taken}",
+            "choose another with --port" if request.initdb else "end that, or give the cluster another port",
+        )
 
 
 def _config(

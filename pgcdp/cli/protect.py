@@ -16,7 +16,7 @@ from pgcdp.errors import UsageError
     epilog=options.examples(
         "pgcdp protect main --pgdata /var/lib/postgresql/15/main --store /backup/main --size 20G",
         "pgcdp protect main --pgdata /srv/pg --store /backup/main --volume /dev/vg0/pg --fs xfs",
-        "pgcdp protect new --pgdata /srv/new --store /backup/new --size 5G --initdb --cut 1min --cut 256M",
+        "pgcdp protect new --pgdata /srv/new --store /backup/new --size 5G --initdb --port 5433 --cut 1min --cut 256M",
     )
 )
 @options.set_argument(required=True)
@@ -53,7 +53,13 @@ from pgcdp.errors import UsageError
     help="When to close an interval: checkpoint (with Postgres's own), a period (5min), a quantity of writes (1G), "
     "or rate (more often the more is written). May be given several times. Default: checkpoint, 5min and 1G.",
 )
-@click.option("--initdb", is_flag=True, help="Make a new cluster in DIR, which must not exist or be empty.")
+@click.option(
+    "--initdb",
+    is_flag=True,
+    help="Make a new cluster in DIR, which must not exist or be empty; user "
+    "postgres of the system gets in through the socket without a password (peer), over TCP all need one (scram).",
+)
+@click.option("--port", type=click.IntRange(1, 65535), metavar="P", help="With --initdb: its port. Default: 5432.")
 @options.yes_option
 @options.output_option
 def command(
@@ -67,6 +73,7 @@ def command(
     journal_limit: int | None,
     cut: tuple[str, ...],
     initdb: bool,
+    port: int | None,
     yes: bool,
     output: str,
 ) -> None:
@@ -80,6 +87,8 @@ def command(
 
     if volume is not None and size is not None:
         raise UsageError("--volume and --size cannot be given together", "a block device has a size of its own")
+    if port is not None and not initdb:
+        raise UsageError("--port needs --initdb", "a cluster that is there has its port in its postgresql.conf")
     if initdb:
         question = f"a new cluster will be made in {pgdata}, on a volume of its own"
     else:
@@ -99,6 +108,7 @@ def command(
             journal_limit=journal_limit,
             cut=cut,
             initdb=initdb,
+            settings=() if port is None else (("port", str(port)),),
             yes=True,
             progress=progress,
         )

@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -129,9 +130,9 @@ def _take_down(house: House) -> None:
             wait_until(partial(_unmounted, mount.mountpoint), what=f"unmount of {mount.mountpoint}")
     for device in volumes.loops_over(house.root):
         volumes.detach_loop(device)
-    for socket in list(house.root.glob("sets/run/pgcdp/*/engine.sock")):
+    for door in list(house.root.glob("sets/run/pgcdp/*/engine.sock")):
         with suppress(PgcdpError):
-            attach.kill_and_wait(EngineClient(socket).status().pid)
+            attach.kill_and_wait(EngineClient(door).status().pid)
     for mount in volumes.mounts_below(house.root):
         volumes.unmount_lazily(mount.mountpoint)
 
@@ -434,6 +435,47 @@ def test_refused_and_nothing_changed(house: House, change: Change, told: str) ->
     assert caught.value.hint
     assert house.picture() == before
     assert house.count() == 1000
+
+
+@contextmanager
+def listening(family: socket.AddressFamily, place: tuple[str, int] | str) -> Iterator[int]:
+    """Another program that has a port or a Unix socket; the number of the port."""
+    with socket.socket(family) as door:
+        door.bind(place)
+        door.listen()
+        yield door.getsockname()[1] if family == socket.AF_INET else 0
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_made(house: House) -> None:
+    """Not when the cluster was made, copied and mounted already, and only its start fails."""
+    before = house.picture()
+    settings = (("port", str(house.port)), ("unix_socket_directories", f"/run, {house.root / 'socket'}"))
+    new = house.request(name="new", pgdata=house.root / "new", initdb=True, settings=settings)
+    with pytest.raises(
+        PreconditionError, match=rf"port {house.port} .* taken: the cluster in {house.pgdata} \("
+    ) as told:
+        protect.protect(new)
+    assert "--port" in str(told.value.hint)
+    with listening(socket.AF_INET, ("127.0.0.1", 0)) as port:
+        words = ("new", "--pgdata", str(house.root / "new"), "--store", str(house.root / "store"), "--size", "384M")
+        command = [sys.executable, "-P", "-m", "pgcdp", "protect", *words, "--initdb", "--port", str(port), "--yes"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 6
+    assert (
+        f"port {port} of the cluster is taken: another program listens on TCP port {port} of localhost" in done.stderr
+    )
+    assert house.picture() == before
+    assert house.count() == 1000
+    cluster.stop(house.pgdata)
+    before = house.picture()
+    place = house.root / "socket" / f".s.PGSQL.{house.port}"
+    with (
+        listening(socket.AF_UNIX, str(place)),
+        pytest.raises(PreconditionError, match="taken: another server listens"),
+    ):
+        protect.protect(house.request())
+    place.unlink()
+    assert house.picture() == before
 
 
 def test_a_mount_point_or_a_mount_inside_is_refused(house: House) -> None:
