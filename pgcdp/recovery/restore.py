@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from pgcdp.capture import copying
+from pgcdp.config import set_of_pgdata
 from pgcdp.errors import UsageError
 from pgcdp.fsio import sync_directory
 from pgcdp.progress import Progress, Report, silent
@@ -101,6 +102,12 @@ def _refuse_used(place: Path, work: Path) -> None:
         raise UsageError(f"{place} is not a directory", "name a directory that does not exist")
     unfinished = work.is_dir() and not (place / "global" / "pg_control").exists()
     if any(place.iterdir()) and not unfinished:
+        owner = set_of_pgdata(place)
+        if owner is not None:
+            raise UsageError(
+                f"{place} is the data directory of set {owner} itself",
+                "--in-place instead of --to-directory brings that back; or name a directory that does not exist",
+            )
         raise UsageError(f"{place} is not empty", "name a directory that does not exist, or remove it first")
 
 

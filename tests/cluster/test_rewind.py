@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from pgcdp import api
-from pgcdp.errors import PreconditionError, TargetError
+from pgcdp.errors import PreconditionError, TargetError, UsageError
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
@@ -43,6 +43,21 @@ def ledger(found: ProtectedSet) -> list[int]:
 
 def timeline(found: ProtectedSet) -> int:
     return cluster.read_control(found.pgdata).timeline
+
+
+def test_a_restore_over_production_itself_is_told_from_any_full_directory(
+    make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """The hint for that one, to remove it first, would be the end of production."""
+    found = make_set(binaries_of(15))
+    (found.root / "link").symlink_to(found.pgdata)
+    for place in (found.pgdata, found.root / "link"):
+        with pytest.raises(UsageError, match=rf"{place} is the data directory of set {found.name} itself") as told:
+            api.restore(found.name, Target("newest"), to_directory=place)
+        assert "--in-place" in str(told.value.hint)
+        assert "remove" not in str(told.value.hint)
+    with pytest.raises(UsageError, match="is not empty"):
+        api.restore(found.name, Target("newest"), to_directory=found.store)
 
 
 REFUSING = "if test -f {0}/%f; then echo %f >> {0}/refused; exit 1; fi; cp %p {0}/.%f && mv {0}/.%f {0}/%f"
