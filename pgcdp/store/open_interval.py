@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -106,36 +107,40 @@ class OpenInterval:
     def _resume(cls, store: Store, number: int, from_write: int, durable_write: int, level: int) -> OpenInterval:
         path = store.incoming(number)
         durable = max(0, durable_write - from_write + 1)
-        index = FrameWriter.resume(
-            path / "index", INDEX_CONTENT, store.set_id, number, durable=durable * INDEX.itemsize, level=level
-        )
-        with index.reader() as reader:
-            raw = reader.read_stream()
-        table = np.frombuffer(raw[: len(raw) // INDEX.itemsize * INDEX.itemsize], dtype=INDEX)
-        numbers = np.arange(from_write, from_write + len(table), dtype=np.uint64)
-        if not np.array_equal(table["number"], numbers):
-            raise DamageError(f"{path / 'index'} does not begin with write {from_write} (offset {HEADER_BYTES})")
-        ends = (table["position"] + table["data_length"]).astype(np.int64)
-        writes = FrameWriter.resume(
-            path / "writes",
-            WRITES,
-            store.set_id,
-            number,
-            durable=int(ends[durable - 1]) if durable else 0,
-            level=level,
-        )
-        whole = int(np.searchsorted(ends, writes.length, side="right"))
-        end = int(ends[whole - 1]) if whole else 0
-        index.cut(whole * INDEX.itemsize)
-        writes.cut(end)
-        if whole * INDEX.itemsize != index.length or end != writes.length:
-            raise DamageError(
-                f"{path / 'writes'} ends at byte {writes.length} of its stream, its index at write "
-                f"{from_write + whole - 1} (offset {writes.file_bytes})"
+        with ExitStack() as failing:
+            index = FrameWriter.resume(
+                path / "index", INDEX_CONTENT, store.set_id, number, durable=durable * INDEX.itemsize, level=level
             )
-        opened = cls(path, number, from_write, writes, index, table[:whole])
-        opened.sync()
-        return opened
+            failing.callback(index.close)
+            with index.reader() as reader:
+                raw = reader.read_stream()
+            table = np.frombuffer(raw[: len(raw) // INDEX.itemsize * INDEX.itemsize], dtype=INDEX)
+            numbers = np.arange(from_write, from_write + len(table), dtype=np.uint64)
+            if not np.array_equal(table["number"], numbers):
+                raise DamageError(f"{path / 'index'} does not begin with write {from_write} (offset {HEADER_BYTES})")
+            ends = (table["position"] + table["data_length"]).astype(np.int64)
+            writes = FrameWriter.resume(
+                path / "writes",
+                WRITES,
+                store.set_id,
+                number,
+                durable=int(ends[durable - 1]) if durable else 0,
+                level=level,
+            )
+            failing.callback(writes.close)
+            whole = int(np.searchsorted(ends, writes.length, side="right"))
+            end = int(ends[whole - 1]) if whole else 0
+            index.cut(whole * INDEX.itemsize)
+            writes.cut(end)
+            if whole * INDEX.itemsize != index.length or end != writes.length:
+                raise DamageError(
+                    f"{path / 'writes'} ends at byte {writes.length} of its stream, its index at write "
+                    f"{from_write + whole - 1} (offset {writes.file_bytes})"
+                )
+            opened = cls(path, number, from_write, writes, index, table[:whole])
+            opened.sync()
+            failing.pop_all()
+            return opened
 
     def append(self, run: Run) -> NDArray[np.void]:
         """Append the writes of a run; the first must be `last_write + 1`. Returns their entries, an array INDEX.

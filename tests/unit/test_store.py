@@ -450,3 +450,23 @@ def test_a_view_that_cannot_be_told_stops_the_image_and_says_which_file(tmp_path
                 open_views(store)
     assert open_views(store) == []
     assert not known.file.exists()
+
+
+def test_an_agent_that_meets_damage_again_and_again_keeps_no_files_open(tmp_path: Path) -> None:
+    """It tries once a second, for as long as nobody mends it."""
+    store = make_store(tmp_path)
+    opened = OpenInterval.open(store, 4, 31)
+    opened.append(PlainRun(31, random.Random(5), 10))
+    opened.sync()
+    opened.close()
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("index", "writes"):
+        whole = flip(store.incoming(4) / name, 70)
+        for _ in range(3):
+            with pytest.raises(DamageError):
+                OpenInterval.open(store, 4, 31, durable_write=40)
+        (store.incoming(4) / name).write_bytes(whole)
+    with pytest.raises(DamageError, match="does not begin with write 32"):
+        OpenInterval.open(store, 4, 32, durable_write=40)
+    assert len(os.listdir("/proc/self/fd")) == before
+    OpenInterval.open(store, 4, 31, durable_write=40).close()
