@@ -214,7 +214,6 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
     """From whatever a kill has left of `write` or `start` to a cluster that runs."""
     if doing.step == "write":
         client = attach.start_capture(config, progress, captured=lambda: service.start(config))
-        attach.unmount(config, progress)
         devices = attach.attach_devices(config, progress)
         name = point_name(doing.point.write, doing.point.lsn)
         client.rewind_record("begin", name)

@@ -158,7 +158,10 @@ def unmount(config: Config, progress: Report = silent) -> None:
 
 
 def start_capture(config: Config, progress: Report = silent, captured: Callable[[], None] = nothing) -> EngineClient:
-    """Have the engine run, with nothing mounted: after a crash leftovers go first. `captured` as for `up`."""
+    """Have the engine run, with nothing mounted: after a crash leftovers go first. `captured` as for `up`.
+
+    Raises what `unmount` does.
+    """
     client = EngineClient(config.paths.control)
     if not client.alive():
         if _anything_left(config):
@@ -167,7 +170,7 @@ def start_capture(config: Config, progress: Report = silent, captured: Callable[
         client = spawn_capture(config)
     captured()
     end_postgres(config, progress)
-    _unmount_all(config, progress)
+    unmount(config, progress)
     return client
 
 

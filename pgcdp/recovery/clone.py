@@ -141,32 +141,26 @@ def check_name(name: str) -> None:
 
 def find_all(root: Path) -> list[Clone]:
     """All clones that were made with this root of pgcdp's state, oldest first; none that is damaged."""
-    found = []
-    for place in _places():
-        with suppress(FileNotFoundError, NotADirectoryError, DamageError):
-            clone = Clone.load(place)
-            if clone.root == root:
-                found.append(clone)
-    return sorted(found, key=lambda clone: clone.created_ns)
-
-
-def find_damaged(root: Path) -> list[Damaged]:
-    """Those whose record cannot be read, whatever the root that they were made with, unless it says another one."""
-    found = []
-    for place in _places():
-        try:
-            Clone.load(place)
-        except DamageError as error:
-            if _said_root(place) in (None, root):
-                found.append(Damaged(place, error.message))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-    return found
+    return [each for each in find_every(root) if isinstance(each, Clone)]
 
 
 def find_every(root: Path) -> list[Clone | Damaged]:
-    """All that `pgcdp clones` lists."""
-    return [*find_all(root), *find_damaged(root)]
+    """All that `pgcdp clones` lists: `find_all`, and behind them those whose record cannot be read.
+
+    Of these all are listed, whatever the root that they were made with, unless the record says another one.
+    """
+    clones, damaged = [], []
+    for place in _places():
+        try:
+            clone = Clone.load(place)
+            if clone.root == root:
+                clones.append(clone)
+        except DamageError as error:
+            if _said_root(place) in (None, root):
+                damaged.append(Damaged(place, error.message))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return [*sorted(clones, key=lambda clone: clone.created_ns), *damaged]
 
 
 def _places() -> Iterator[Path]:

@@ -391,11 +391,12 @@ def test_what_it_costs_is_shown_and_asked(make_set: MakeSet, binaries_of: Bindir
     assert ledger(found) == list(range(1, 8))
 
 
-def test_a_target_on_which_postgres_does_not_start_can_be_left_again(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make_set(
-        binaries_of(15), size=384 << 20, allowed=[r"configuration file .* contains errors", r"syntax error"]
-    )
-    found.sql("create table ledger (n int primary key)")
+WITHOUT_START = (r"configuration file .* contains errors", r"syntax error")
+"""What Postgres logs where it does not start."""
+
+
+def point_without_start(found: ProtectedSet) -> int:
+    """A write behind which Postgres does not start: its settings are wrong there."""
     settings = found.pgdata / "postgresql.conf"
     right = settings.read_bytes()
     with settings.open("ab") as file:
@@ -404,6 +405,13 @@ def test_a_target_on_which_postgres_does_not_start_can_be_left_again(make_set: M
         os.fsync(file.fileno())
     point = found.durable()
     settings.write_bytes(right)
+    return point
+
+
+def test_a_target_on_which_postgres_does_not_start_can_be_left_again(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, allowed=WITHOUT_START)
+    found.sql("create table ledger (n int primary key)")
+    point = point_without_start(found)
     found.sql("insert into ledger select generate_series(1, 7)")
     with pytest.raises(PreconditionError, match="did not come up as it was at the recovery point") as caught:
         rewind(found, Target("write", point))

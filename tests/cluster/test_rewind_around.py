@@ -20,7 +20,7 @@ from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
 from pgcdp.store.layout import TIMELINES
-from tests.cluster.test_rewind import agreed, ledger, rewind, run, timeline, undo
+from tests.cluster.test_rewind import WITHOUT_START, agreed, ledger, point_without_start, rewind, run, timeline, undo
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import PORT, MakeSet, ProtectedSet
 from tests.waiting import wait_until
@@ -82,22 +82,13 @@ def test_log_follow_goes_on_with_the_new_branch(make_set: MakeSet, binaries_of: 
 def test_check_tells_of_a_rewind_that_has_not_ended_and_of_lost_timelines(
     make_set: MakeSet, binaries_of: BindirOf
 ) -> None:
-    found = make_set(
-        binaries_of(15), size=384 << 20, allowed=[r"configuration file .* contains errors", r"syntax error"]
-    )
+    found = make_set(binaries_of(15), size=384 << 20, allowed=WITHOUT_START)
 
     def checks() -> dict[str, dict[str, object]]:
         return {each["name"]: each for each in api.check(found.name)["checks"]}
 
     found.sql("create table ledger (n int primary key)")
-    settings = found.pgdata / "postgresql.conf"
-    right = settings.read_bytes()
-    with settings.open("ab") as file:
-        file.write(b"shared_buffers = half of it\n")
-        file.flush()
-        os.fsync(file.fileno())
-    wrong = found.durable()
-    settings.write_bytes(right)
+    wrong = point_without_start(found)
     found.sql("insert into ledger values (1)")
     assert checks()["rewind"]["ok"]
     with pytest.raises(PreconditionError, match="did not come up"):

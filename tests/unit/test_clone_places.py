@@ -18,7 +18,7 @@ from pgcdp.fsio import write_json
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening, places
-from pgcdp.recovery.clone import Access, Clone
+from pgcdp.recovery.clone import Access, Clone, Damaged
 
 
 @pytest.fixture
@@ -39,6 +39,10 @@ def made(below: Path, name: str, *, root: str = "/root", boot: str = "", expires
     ).save()  # fmt: skip
 
 
+def damaged(root: Path) -> list[Damaged]:
+    return [each for each in cloned.find_every(root) if isinstance(each, Damaged)]
+
+
 def test_what_is_read_is_what_was_written(below: Path) -> None:
     clone = made(below, "one")
     assert Clone.load(clone.place) == clone
@@ -53,8 +57,8 @@ def test_a_record_of_another_version_hides_only_itself(below: Path) -> None:
     with pytest.raises(DamageError, match="is not understood"):
         Clone.load(other.place)
     assert cloned.find_all(Path("/root")) == [clone]
-    assert [each.place for each in cloned.find_damaged(Path("/root"))] == [other.place]
-    assert cloned.find_damaged(Path("/other")) == []
+    assert [each.place for each in damaged(Path("/root"))] == [other.place]
+    assert damaged(Path("/other")) == []
 
 
 def spoil_nothing_there(file: Path) -> None:
