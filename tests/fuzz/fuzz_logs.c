@@ -5,6 +5,7 @@
  * filesystem is ext4, else xfs. Flag 2: a record of xfs gets the numbers that its place in the log asks for, so that what lies
  * behind them is reached. With FUZZ_LOGS_TELL in the environment it tells how often a file as long as a segment was in the log,
  * and how many writes of WAL waited for it. */
+#include <sanitizer/allocator_interface.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -20,6 +21,7 @@
 #define WAL_PAGE 8192u
 #define MAX_SECTORS 128u
 #define SEGMENT (16u << 20)
+#define MAX_IN_USE (256u << 20) /* with libFuzzer's own corpus, some 30 MB */
 #define LOG_BEGIN (UINT64_C(1) << 20)
 
 extern bool wal_fuzz_ignore_crc;
@@ -162,6 +164,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (settle_other(settle, number, 0, LOG_BEGIN + place, write, bytes))
             abort();
     }
+    if (__sanitizer_get_current_allocated_bytes() > MAX_IN_USE)
+        abort();
     settle_end(settle);
     if (getenv("FUZZ_LOGS_TELL"))
         fprintf(stderr, "files: %llu waited: %llu\n", (unsigned long long)files, (unsigned long long)waited);

@@ -5,6 +5,7 @@
  * looked at, so that what lies behind them is reached. Flag 2: halfway, the state is saved and read again.
  * Flag 4: at the end, a state with some bytes changed is read. With FUZZ_WAL_TELL in the environment it tells how many
  * transactions ended. */
+#include <sanitizer/allocator_interface.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -20,6 +21,7 @@
 #define BLOCK 4096u
 #define MAX_BLOCKS 8u
 #define SYSTEM_IDENTIFIER UINT64_C(0x1122334455667788)
+#define MAX_IN_USE (256u << 20) /* with libFuzzer's own corpus, some 30 MB */
 
 extern bool wal_fuzz_ignore_crc;
 
@@ -164,6 +166,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             saved = true;
         }
     }
+    check(__sanitizer_get_current_allocated_bytes() <= MAX_IN_USE);
     if (getenv("FUZZ_WAL_TELL"))
         fprintf(stderr, "ends of transactions: %u\n", s.ends);
     if (data[0] & 4 && size > 40)
