@@ -182,10 +182,13 @@ static enum outcome with_lone_half(struct wal *w, struct wal_record *r)
     return WAIT;
 }
 
-/* A page said where to go on: what lies between is not known, and nothing links to it. */
+/* A page said where to go on: what lies between is not known, and nothing links to it. At first, that is what lies behind
+ * where reading shall begin. */
 static int jump(struct wal *w)
 {
     uint64_t from = w->next_read;
+    if (!from && w->o.start_lsn < w->pages.next)
+        from = w->o.start_lsn;
     w->pages.jumped = false;
     w->previous = 0;
     w->next_read = w->pages.next;

@@ -47,7 +47,8 @@ typedef bool wal_mapped(void *arg, uint16_t volume, uint64_t at, uint64_t place)
 
 struct wal_options {
     uint64_t system_identifier; /* pages of segment starts that bear another one are not ours */
-    uint64_t start_lsn;         /* where to begin; 0: at the first record that begins in the first page seen */
+    uint64_t start_lsn;         /* where to begin; 0: at the first record that begins in the first page seen. When that lies
+                                   behind, what is between is told as `lost` */
     uint32_t segment_bytes;     /* wal_segment_size */
     wal_found *found;           /* not 0: stop, `wal_take` returns it */
     wal_lost *lost;             /* likewise; may be NULL */

@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 
 def log(source: Source, *, limit: int | None = 20, behind_lsn: int = 0, branch: int = 0, **wanted: Any) -> Json:
-    """Transactions, newest first: {"transactions", "total", "unknown", "left_out", "note"}; `limit` None: all.
+    """Transactions, newest first, as docs/json.md has it; `limit` None: all.
 
     `behind_lsn`: only those that ended behind it. `branch`: the timeline of another branch than the current one.
     `wanted`: as `_wanted`.
@@ -108,13 +108,13 @@ def before(source: Source, sql: str, branch: int = 0) -> tuple[Target, str | Non
     there = f" --branch {branch}" if branch else ""
     told = found["transactions"]
     if not told:
-        where = f": {_intervals(found['unknown'])} not indexed" if found["unknown"] else ""
+        where = f": {found['unseen']}" if found["unseen"] else ""
         hint = found["note"] or f"pgcdp log{there} lists transactions, newest first"
         raise TargetError(f'no transaction did "{sql}"{where}', hint)
-    if found["unknown"] or len(told) > 1:
+    if found["unseen"] or len(told) > 1:
         many = f'{found["total"]} transactions did "{sql}"'
-        if found["unknown"]:
-            many = f'more than one transaction may have done "{sql}", {_intervals(found["unknown"])} not indexed'
+        if found["unseen"]:
+            many = f'more than one transaction may have done "{sql}": {found["unseen"]}'
         first, oldest = (f"--target-xid {each['xid']} --exclusive{there}" for each in (told[0], earliest(told)))
         hint = f"choose one, such as {first}"
         if oldest != first:
@@ -165,10 +165,12 @@ def deed(table: Json) -> str:
 
 
 def _told(transactions: Transactions, found: search.Found) -> Json:
+    history = transactions.history()
     return {
         "transactions": [_as_json(each) for each in found.transactions],
         "total": found.total,
-        "unknown": list(transactions.history().unknown),
+        "unknown": list(history.doubtful),
+        "unseen": history.not_indexed(history.doubtful) or None,
         "left_out": transactions.tail().left_out if None in transactions.numbers else 0,
     }
 
@@ -192,13 +194,14 @@ def around_json(source: Source, point: RecoveryPoint) -> Json:
     """
 
     def look() -> Json:
-        found = _around(source.transactions(), point)
+        transactions = source.transactions()
+        found = _around(transactions, point)
         return {
             "last_in": _side(found.last_in),
             "first_out": _side(found.first_out),
             "out": found.out if not found.unknown else None,
             "also_out": [_side(end) for end in found.also_out],
-            **({"unknown": f"{_intervals(found.unknown)} not indexed"} if found.unknown else {}),
+            **({"unknown": transactions.everywhere().history().not_indexed(found.unknown)} if found.unknown else {}),
         }
 
     return source.again(look)
@@ -234,10 +237,6 @@ def lost_json(source: Source, point: RecoveryPoint) -> Json:
     return source.again(look)
 
 
-def _intervals(numbers: Sequence[int]) -> str:
-    return f"interval {numbers[0]} is" if len(numbers) == 1 else f"intervals {', '.join(map(str, numbers))} are"
-
-
 def _side(end: np.void | None) -> Json | None:
     return None if end is None else end_json(end)
 
@@ -258,7 +257,7 @@ def wal_in(source: Source, write: int, interval: int | None) -> Json:
 
     def look() -> Json:
         history = source.transactions().everywhere().history()
-        if interval in history.unknown:
+        if interval not in history.numbers:
             return {}
         commits = history.commits(interval)
         wal = commits.wal()

@@ -263,7 +263,8 @@ def test_log_and_find(protected: Protected) -> None:
     with session.connect(session.Dsn.of(settings)) as connection:
         for sql in ("create table found as select generate_series(1, 9) as id", "delete from found"):
             session.query(connection, sql)
-    shape = {"transactions": [TRANSACTION], "total": int, "unknown": [], "left_out": int, "note": Maybe(str)}
+    shape = {"transactions": [TRANSACTION], "total": int, "unknown": [], "unseen": Maybe(str), "left_out": int,
+             "note": Maybe(str)}  # fmt: skip
     for words in (["log"], ["find", "delete from found"]):
         value = protected.json(*words)
         assert fits(value, shape) == []

@@ -107,8 +107,8 @@ def render(value: Mapping[str, Any]) -> None:
             f"behind the last boundary {value['left_out']} records about names of tables were left out: names may be "
             "missing"
         )
-    if value["unknown"]:
-        screen.note(f"the transactions of these intervals are not indexed: {', '.join(map(str, value['unknown']))}")
+    if value["unseen"]:
+        screen.note(f"there may be other transactions: {value['unseen']}")
 
 
 def candidates(failure: TargetError) -> list[str]:

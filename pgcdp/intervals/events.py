@@ -125,7 +125,7 @@ class _Events:
 
     def _said(self, note: Note) -> Iterator[dict[str, Any]]:
         reader = self.reader
-        if note.rmid == Manager.LOST:
+        if note.rmid == Manager.LOST and note.lsn < note.end_lsn:  # else WAL went back, on a later timeline
             yield {"kind": "lost"}
         if (name := wal.restore_point(note)) is not None:
             yield {"kind": "restore_point", "name": name}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 class Start:
     """Where reading an interval's WAL begins: with what the one before left, or behind its boundary's checkpoint.
 
-    After a rewind in place it begins behind that, on the timeline which that has opened.
+    After a rewind in place it begins behind that, on the timeline which that has opened. `known_to`: the LSN up to
+    which WAL is known, 0 when not at all.
     """
 
     store: Store
@@ -48,6 +50,7 @@ class Start:
     boundary: Boundary
     state: Path | None
     past: Past
+    known_to: int = 0
 
     @classmethod
     def of(cls, store: Store, boundary: Boundary, settings: dict[str, Any], system_identifier: int) -> Start:
@@ -63,6 +66,7 @@ class Start:
             boundary,
             state if state.exists() else None,
             Past(newest_look(store, boundary.number), notes),
+            _known_to(store, boundary),
         )
 
     def read(self, intervals: list[Path], rewinds: Sequence[Rewind] = (), *, tables: Path, **more: Any) -> Readout:
@@ -72,7 +76,16 @@ class Start:
             return self._read_around(intervals, rewinds, **more)
         start_lsn = 0 if self.state else self.boundary.checkpoint_lsn
         behind = self.boundary.write  # the journal may begin before it, and lack what lies between
-        return read_wal(self.cluster, intervals, start_lsn=start_lsn, behind=behind, state=self.state, **more)
+        found = read_wal(self.cluster, intervals, start_lsn=start_lsn, behind=behind, state=self.state, **more)
+        return replace(found, notes=[*self._really_lost(found.notes)])
+
+    def _really_lost(self, notes: list[Note]) -> Iterator[Note]:
+        """Without a state, reading begins with the first page behind the boundary: what was read before is not lost."""
+        for note in notes:
+            if note.rmid != Manager.LOST or self.state is not None or note.lsn >= self.known_to:
+                yield note
+            elif note.end_lsn > self.known_to:
+                yield replace(note, lsn=self.known_to)
 
     def _read_around(
         self, intervals: list[Path], rewinds: Sequence[Rewind], *, upto: int | None = None, **more: Any
@@ -125,6 +138,13 @@ class Start:
             if Bundle.open(self.store, number).interval.from_write <= rewinds[-1].to_write
         ]
         return Past(newest_look(self.store, holds[0]) if holds else None, [])
+
+
+def _known_to(store: Store, boundary: Boundary) -> int:
+    """Up to where the intervals before a boundary were read; what lies before the baseline is nobody's loss."""
+    if not boundary.number:
+        return sys.maxsize
+    return int((Bundle.open(store, boundary.number).transactions or {}).get("wal_to", 0))
 
 
 def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -> Cluster:
@@ -256,7 +276,8 @@ def summarize(indexed: Indexed) -> dict[str, Any]:
     """
     table: pa.Table = indexed.table
     marks = sum(event["kind"] in ("mark", "restore_point") for event in indexed.events)
-    said = {"marks": marks, "wal_to": int(indexed.wal["to_lsn"].max(initial=0))}
+    lost = sum(event["kind"] == "lost" for event in indexed.events)
+    said = {"marks": marks, "lost": lost, "wal_to": int(indexed.wal["to_lsn"].max(initial=0))}
     if not len(table):
         return {**said, "count": 0}
     ends = {name: table.column(name).to_numpy() for name in ("lsn", "xid", "time_us", "write")}

@@ -95,7 +95,20 @@ class Transactions:
             for number, each in self.intervals.items()
             if each.transactions is None and self._share(number) is not False
         }
-        return History(self.numbers, self.commits, self.summary, unknown)
+        opened = max(self.intervals, default=0) + 1
+        return History(self.numbers, self.commits, self.summary, unknown, self._partly, opened)
+
+    def _partly(self) -> dict[int, int]:
+        found = {}
+        for number in self.numbers:
+            if number is None:
+                if _any_lost(self.happened(None)):
+                    found[max(self.intervals, default=0) + 1] = sys.maxsize
+                continue
+            said = self.intervals[number].transactions or {}
+            if said.get("lost", 1) and _any_lost(self.happened(number)):  # made before it was counted: look
+                found[number] = self.intervals[number].interval.to_time_ns
+        return found
 
     def summary(self, number: int | None) -> Mapping[str, Any] | None:
         """What an interval's manifest says of its transactions; None when it has to be looked into."""
@@ -175,6 +188,10 @@ def settings_behind(store: Store, last: int) -> dict[str, Any]:
         return read_json(store.incoming(last + 1) / SETTINGS)
     except (FileNotFoundError, DamageError):
         return Bundle.open(store, last).settings() if last else {}
+
+
+def _any_lost(events: list[dict[str, Any]]) -> bool:
+    return any(event["kind"] == "lost" for event in events)
 
 
 def _tops(ends: Ends, subxids: Callable[[], pa.Table]) -> dict[int, int]:

@@ -7,8 +7,9 @@ LSN on: Postgres's recovery ends there (DESIGN 'Exactly before a transaction').
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,16 +49,48 @@ class History:
 
     `commits(n)` are those of an interval. `summary(n)` is what its manifest says of them, None: look into it.
     `unknown`: intervals whose transactions could not be indexed, each with the latest wall clock of its writes in ns.
+    `partly()`: likewise intervals that are indexed, but whose WAL was not seen whole. `opened`: the number of the one
+    behind the last boundary.
     """
 
     numbers: Sequence[int | None]
     commits: Callable[[int | None], Commits]
     summary: Callable[[int | None], Mapping[str, Any] | None] = lambda number: None
     unknown: Mapping[int, int] = field(default_factory=dict)
+    partly: Callable[[], Mapping[int, int]] = dict
+    opened: int = sys.maxsize
+
+    @cached_property
+    def doubtful(self) -> Mapping[int, int]:
+        """The intervals that may hold transactions which are not known, as `unknown`."""
+        return dict(sorted({**self.unknown, **self.partly()}.items()))
 
     def gap(self, begin: int, end: int | None) -> list[int]:
-        """The intervals between two (None: the last one) that could not be indexed."""
-        return [each for each in self.unknown if begin < each and (end is None or each < end)]
+        """Of those the ones between two intervals (None: the last one), and these if their WAL was not seen whole."""
+        among = [each for each in self.doubtful if begin <= each and (end is None or each <= end)]
+        return [each for each in among if each not in (begin, end) or each not in self.unknown]
+
+    def lost(self, number: int | None) -> list[Mapping[str, Any]]:
+        """The events of an interval that tell what WAL was not seen whole."""
+        return [event for event in self.commits(number).events if event["kind"] == "lost"]
+
+    def not_indexed(self, numbers: Iterable[int]) -> str:
+        """In words, what is not known of intervals that are `doubtful`."""
+        wholly = [number for number in numbers if number in self.unknown]
+        said = []
+        if wholly:
+            many = f"intervals {', '.join(map(str, wholly))} are" if len(wholly) > 1 else f"interval {wholly[0]} is"
+            said.append(f"{many} not indexed")
+        for number in numbers:
+            if number not in self.unknown:
+                for event in self.lost(None if number == self.opened else number):
+                    stretch = f"{format_lsn(event['lsn'])} to {format_lsn(event['end_lsn'])}"
+                    said.append(f"WAL {stretch} in interval {number} was not seen whole")
+        return ", ".join(said)
+
+    def key(self, number: int | None) -> int:
+        """An interval's number."""
+        return self.opened if number is None else number
 
     def newest_first(self) -> Iterator[tuple[int | None, Commits]]:
         """All intervals with their transactions."""
@@ -91,8 +124,8 @@ class Instant:
 class Around:
     """What a point is between: the last transaction in, the first one out, and how many committed behind it.
 
-    `also_out`: those that committed behind it and still before what was asked for. `unknown`: intervals that could not
-    be indexed and may hold others.
+    `also_out`: those that committed behind it and still before what was asked for. `unknown`: intervals that may hold
+    others.
     """
 
     last_in: np.void | None
@@ -231,8 +264,11 @@ def at_lsn(lsn: int, exclusive: bool, history: History) -> Instant:
         if not reached.any():
             seen = number if number is not None and len(wal) else seen
             continue
+        reached_to = int(wal["to_lsn"][np.argmax(reached)])
+        if any(event["lsn"] < reached_to and lsn < event["end_lsn"] for event in history.lost(number)):
+            refuse_gap(history, [history.key(number)], f"what follows LSN {format_lsn(lsn)} lies")
         if lsn < int(wal["from_lsn"][0]):
-            refuse_gap(history.gap(seen, number), f"LSN {format_lsn(lsn)} may lie")
+            refuse_gap(history, history.gap(seen, number), f"LSN {format_lsn(lsn)} may lie")
             if number == history.numbers[0]:
                 break  # before all that was seen
         write = int(wal["durable"][np.argmax(reached)])
@@ -257,11 +293,11 @@ def _record_at(lsn: int, number: int | None, history: History) -> np.void | None
         if not len(wal) or int(wal["to_lsn"][-1]) < begin + RECORD_HEADER:  # no room for a record
             continue
         if number is not None and int(wal["from_lsn"][0]) > begin:
-            refuse_gap(history.gap(number, each), f"what follows LSN {format_lsn(lsn)} may lie")
+            refuse_gap(history, history.gap(number, each), f"what follows LSN {format_lsn(lsn)} may lie")
         close = len(behind) and _is_first_behind(begin, int(behind["lsn"][0]))
         return behind[0] if close else None
     if number is not None:
-        refuse_gap(history.gap(number, None), f"what follows LSN {format_lsn(lsn)} may lie")
+        refuse_gap(history, history.gap(number, None), f"what follows LSN {format_lsn(lsn)} may lie")
     return None
 
 
@@ -273,11 +309,11 @@ def _is_first_behind(lsn: int, record: int) -> bool:
     return between < RECORD_HEADER
 
 
-def refuse_gap(gap: Sequence[int], what: str) -> None:
-    """Raises TargetError when there are intervals that may hold what is looked for and were not indexed."""
+def refuse_gap(history: History, gap: Sequence[int], what: str) -> None:
+    """Raises TargetError when there are intervals that may hold what is looked for, and are `doubtful`."""
     if gap:
         raise TargetError(
-            f"{what} in interval {', '.join(map(str, gap))}, whose transactions are not indexed",
+            f"{what} where transactions are not known: {history.not_indexed(gap)}",
             "its writes and boundaries can be restored: pgcdp info lists them for --target-write, --target-boundary",
         )
 
@@ -297,7 +333,7 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
     Raises TargetError when commits with earlier times follow that one: several points are meant then.
     """
     last = time_ns // 1000 - (1 if exclusive else 0)
-    unseen = [number for number, latest in history.unknown.items() if latest // 1000 > last]
+    unseen = [number for number, latest in history.doubtful.items() if latest // 1000 > last]
     first: tuple[int | None, np.void] | None = None
     earlier: list[np.void] = []
     for number in history.numbers:
@@ -313,12 +349,13 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
         if first is None:
             if not len(later):
                 continue
-            refuse_gap([each for each in unseen if number is None or each < number], "that time may lie")
+            before = [each for each in unseen if number is None or each <= number]
+            refuse_gap(history, before, "that time may lie")
             first = number, ends[later[0]]
             behind = ends[later[0] + 1 :]
         earlier += list(behind[behind["time_us"] <= last])
     if first is None:
-        refuse_gap(unseen, "that time may lie")
+        refuse_gap(history, unseen, "that time may lie")
         return None
     if earlier:
         raise TargetError(_ambiguous(time_ns, first[1], earlier), _ambiguous_hint(first[1], earlier))
@@ -361,9 +398,9 @@ def at_name(name: str, exclusive: bool, history: History) -> Instant:
         raise TargetError(f'no mark or restore point "{name}" in what can be restored', _names_hint(history))
     named = found[0]
     note = f'{len(found)} marks are called "{name}"; this is the newest one' if len(found) > 1 else None
-    if history.unknown:
-        numbers = ", ".join(map(str, history.unknown))
-        note = f"{note or 'another mark of that name may exist'}: interval {numbers} is not indexed"
+    if history.doubtful:
+        unseen = history.not_indexed(history.doubtful)
+        note = f"{note or 'another mark of that name may exist'}: {unseen}"
     if named.event["lsn"] is None:
         return Instant(named.write - (1 if exclusive else 0), note=note)
     record = named.event if named.end is None else named.end
@@ -396,9 +433,8 @@ def _names_hint(history: History) -> str:
 
 
 def _where_unknown(history: History) -> str:
-    if history.unknown:
-        numbers = ", ".join(str(number) for number in history.unknown)
-        return f"the transactions of interval {numbers} are not indexed; pgcdp log lists the others"
+    if history.doubtful:
+        return f"{history.not_indexed(history.doubtful)}; pgcdp log lists the other transactions"
     return "pgcdp log lists transactions, newest first"
 
 
@@ -428,12 +464,12 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
         inside = np.flatnonzero(committed & within)
         if len(inside):
             last_in = ends[inside[-1]]
-            reached = number if number is not None else sys.maxsize
+            reached = history.key(number)
             break
     if first_in is not None:
         ends = history.commits(first_in).ends
         first_out = ends[np.argmax(is_committed(ends))]
-    unknown = [each for each in history.unknown if reached is None or each > reached]
+    unknown = list(history.doubtful) if reached is None else history.gap(reached, None)
     return Around(last_in, first_out, out, also, unknown)
 
 

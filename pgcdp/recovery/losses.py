@@ -47,11 +47,11 @@ def count(transactions: Transactions) -> dict[str, Any]:
             (row for row in told if row["name"] is not None),
             key=lambda row: (row["schema"] in HIDDEN_SCHEMAS, -sum(row[name] for name in _COUNTS)),
         )
-    unknown = ", ".join(map(str, transactions.history().unknown))
+    history = transactions.history()
     return {
         "transactions": number_of,
         "oldest": oldest,
         "newest": newest,
         "tables": tables,
-        **({"unknown": f"the transactions of interval {unknown} are not indexed"} if unknown else {}),
+        **({"unknown": history.not_indexed(history.doubtful)} if history.doubtful else {}),
     }

@@ -38,11 +38,11 @@ def by_commits(point: RecoveryPoint, count: int, history: History, branch: int =
         within = _within(ends["write"], ends["lsn"], point)
         rows = np.flatnonzero(is_committed(ends) & (~within if onward else within))
         if len(rows) >= left:
-            refuse_gap(_gap(point, number, history, onward), "the commits to step over may lie")
+            refuse_gap(history, _gap(point, number, history, onward), "the commits to step over may lie")
             end = ends[rows[left - 1] if onward else rows[-left]]
             return Target("xid", int(end["xid"]), exclusive=not onward, branch=branch)
         left -= len(rows)
-    refuse_gap(_gap(point, None if onward else 0, history, onward), "the commits to step over may lie")
+    refuse_gap(history, _gap(point, None if onward else 0, history, onward), "the commits to step over may lie")
     there = abs(count) - left
     if not there:
         raise TargetError(

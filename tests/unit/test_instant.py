@@ -6,6 +6,7 @@ holds.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,7 +187,37 @@ def test_nothing_is_guessed_over_an_interval_that_is_not_indexed(model: Model, d
     inside = whole.commits(hidden).ends
     latest = int(inside["time_us"].max(initial=0)) * 1000
     numbers = [number for number in whole.numbers if number != hidden]
-    partly = replace(model.listing, history=replace(whole, numbers=numbers, unknown={hidden: latest}))
+    nothing_is_guessed(model, data, replace(whole, numbers=numbers, unknown={hidden: latest}))
+
+
+@settings(max_examples=400, deadline=None)
+@given(model=models(), data=st.data())
+def test_nothing_is_guessed_over_wal_that_was_not_seen_whole(model: Model, data: st.DataObject) -> None:
+    """The ends of some transactions in the middle of an interval are missing."""
+    whole = model.listing.history
+    assume(any(len(whole.commits(number).ends) for number in whole.numbers))
+    number = data.draw(st.sampled_from([each for each in whole.numbers if len(whole.commits(each).ends)]))
+    commits = whole.commits(number)
+    first, last = sorted(data.draw(st.integers(0, len(commits.ends) - 1)) for _ in range(2))
+    stretch = {"lsn": int(commits.ends["lsn"][first]), "end_lsn": int(commits.ends["end_lsn"][last])}
+    event = {"kind": "lost", **stretch, "write": int(commits.ends["write"][last])}
+    seen = replace(
+        commits,
+        ends=np.delete(np.asarray(commits.ends), slice(first, last + 1)),
+        events=[*commits.events, event],
+    )
+    history = replace(
+        whole,
+        commits=lambda each: seen if each == number else whole.commits(each),
+        summary=lambda each: None if each == number else whole.summary(each),
+        partly=lambda: {whole.opened if number is None else number: sys.maxsize},
+    )
+    assert "was not seen whole" in history.not_indexed(history.doubtful)
+    nothing_is_guessed(model, data, history)
+
+
+def nothing_is_guessed(model: Model, data: st.DataObject, known: History) -> None:
+    """With a part of the history, a target is resolved as with all of it, or refused."""
     kind = data.draw(st.sampled_from(["time", "lsn"]))
     value = data.draw(st.integers(0, 31)) * 1000 if kind == "time" else data.draw(st.integers(1000, 1800))
     target = Target(kind, value, exclusive=data.draw(st.booleans()))  # type: ignore[arg-type]
@@ -195,13 +226,13 @@ def test_nothing_is_guessed_over_an_interval_that_is_not_indexed(model: Model, d
     except TargetError:
         return
     try:
-        point = resolve(target, partly)
+        point = resolve(target, replace(model.listing, history=known))
     except TargetError:
         return
     assert model.held(point) == model.held(right)
-    found = around(point.write, point.lsn, partly.history)
+    found = around(point.write, point.lsn, known)
     if not found.unknown:
-        assert found.out == around(point.write, point.lsn, whole).out
+        assert found.out == around(point.write, point.lsn, model.listing.history).out
 
 
 @settings(max_examples=100, deadline=None)

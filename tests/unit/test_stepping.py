@@ -73,7 +73,7 @@ def test_no_step_goes_over_an_interval_that_is_not_indexed() -> None:
     history = history_of(CHAPTERS, unknown=(2,))
     first, second, open_now = RecoveryPoint(12, 1, 0), RecoveryPoint(25, 2, 0), RecoveryPoint(50, None, 0)
     for point, count in ((first, 1), (second, 1), (second, -1), (open_now, -4), (open_now, -9), (first, 9)):
-        with pytest.raises(TargetError, match="interval 2, whose transactions are not indexed"):
+        with pytest.raises(TargetError, match="where transactions are not known: interval 2 is not indexed"):
             by_commits(point, count, history)
     assert by_commits(RecoveryPoint(10, 0, 0, boundary=0), 2, history).value == 3
     assert by_commits(RecoveryPoint(29, 2, 0, boundary=2), 1, history).value == 4, "at its end all of it is in"
