@@ -34,10 +34,11 @@ from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.indexing import newest_look
 from pgcdp.intervals.stages import Stages, StageSettings
+from pgcdp.postgres.agent_session import Session
 from pgcdp.postgres.catalogs import look
 from pgcdp.postgres.control import State
 from pgcdp.postgres.relations import Look
-from pgcdp.postgres.session import Dsn, Session, Settings
+from pgcdp.postgres.session import Dsn, Settings
 from pgcdp.recovery import clone
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.recovery.merged import merge_due

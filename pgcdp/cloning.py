@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pgcdp import transactions
+from pgcdp.around import end_json
 from pgcdp.config import list_sets, root_directory
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
@@ -166,8 +166,8 @@ def step(
         "writes_passed": len(passed),
         "writes": [look(source, write) for write in (passed[:SHOWN] if onward else passed[-SHOWN:])],
         "rewinds_passed": len(rewinds),
-        "transactions_in": [transactions.end_json(end) for end in came[0]],
-        "transactions_out": [transactions.end_json(end) for end in went[0]],
+        "transactions_in": [end_json(end) for end in came[0]],
+        "transactions_out": [end_json(end) for end in went[0]],
         "transactions": {"in": came[1], "out": went[1]},
         **_took(started, recovery),
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pgcdp import transactions
+from pgcdp.around import last_in
 from pgcdp.opening import open_source
 from pgcdp.records import Rewind
 from pgcdp.recovery.source import Source
@@ -78,5 +79,5 @@ def _timeline_before(source: Source, rewind: Rewind) -> int:
 def _seen_at(source: Source, rewind: Rewind) -> int:
     """Up to which LSN at least the branch is the one that was gone back to, and not new."""
     assert rewind.end is not None
-    last = transactions.last_in(source, rewind.end)
+    last = last_in(source, rewind.end)
     return 0 if last is None else parse_lsn(last["lsn"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgcdp import transactions
+from pgcdp.around import around_json
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
@@ -69,13 +69,17 @@ def point_of(source: Source, target: Target, before: str | None) -> RecoveryPoin
 
     `target.branch`: on which branch that is looked for.
     """
-    return source.resolve(target if before is None else transactions.before(source, before, target.branch)[0])
+    if before is None:
+        return source.resolve(target)
+    from pgcdp import transactions  # it loads a parser of SQL
+
+    return source.resolve(transactions.before(source, before, target.branch)[0])
 
 
 def between(source: Source, point: RecoveryPoint) -> Json:
     """What a point resolved to: {"recovery_point", "last_in", "first_out", "out", "also_out"}."""
     try:
-        told = transactions.around_json(source, point)
+        told = around_json(source, point)
     except (DamageError, PreconditionError) as error:  # the point itself may be right
         told = {"last_in": None, "first_out": None, "out": None, "also_out": [], "unknown": error.message}
     return {"recovery_point": point_json(point), **told}

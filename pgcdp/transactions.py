@@ -1,4 +1,4 @@
-"""The use cases about transactions: list them, find the one that did something, say what a point is between.
+"""The use cases about transactions: list them, find the one that did something, count what would be lost.
 
 As in `pgcdp.api`, each returns plain values in the shape of docs/json.md.
 """
@@ -10,16 +10,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from pgcdp import logged
+from pgcdp.around import end_json, side
 from pgcdp.errors import TargetError
 from pgcdp.postgres.statements import Deed, deeds_of
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import losses, search
 from pgcdp.recovery.branches import beyond, branch_at, current_branch
 from pgcdp.recovery.history import Transactions
-from pgcdp.recovery.instant import STATUS, Around, around
 from pgcdp.recovery.nearest import split_name
 from pgcdp.recovery.search import Known, Wanted
 from pgcdp.recovery.source import Source
@@ -184,46 +182,6 @@ def _as_json(told: Json) -> Json:
     }  # fmt: skip
 
 
-# --- what a point is between
-
-
-def around_json(source: Source, point: RecoveryPoint) -> Json:
-    """{"last_in", "first_out", "out", "also_out"}: the transactions on both sides of a point, how many it leaves out.
-
-    `also_out` are those that committed before the target, and are out all the same.
-    """
-
-    def look() -> Json:
-        transactions = source.transactions()
-        found = _around(transactions, point)
-        return {
-            "last_in": _side(found.last_in),
-            "first_out": _side(found.first_out),
-            "out": found.out if not found.unknown else None,
-            "also_out": [_side(end) for end in found.also_out],
-            **({"unknown": transactions.everywhere().history().not_indexed(found.unknown)} if found.unknown else {}),
-        }
-
-    return source.again(look)
-
-
-def _around(transactions: Transactions, point: RecoveryPoint) -> Around:
-    """On both sides of a point; when it lies on a branch that was left, what the current one has instead is out."""
-    rewinds = transactions.rewinds()
-    here = branch_at(point.write, point.lsn, rewinds)
-    left = beyond(here, current_branch(rewinds))
-    if not left:
-        return around(point.write, point.lsn, transactions.history(), point.until_lsn)
-    inside = around(point.write, point.lsn, transactions.on(here).history())
-    outside = around(0, None, transactions.on(beyond(current_branch(rewinds), here)).history())
-    return Around(inside.last_in, outside.first_out, outside.out, [], sorted({*inside.unknown, *outside.unknown}))
-
-
-def last_in(source: Source, write: int) -> Json | None:
-    """The last transaction of the current branch that committed up to a write."""
-    return source.again(lambda: _side(around(write, None, source.transactions().history()).last_in))
-
-
 def lost_json(source: Source, point: RecoveryPoint) -> Json:
     """What going back to a point takes from production: {"transactions", "oldest", "newest", "tables"}."""
 
@@ -232,24 +190,9 @@ def lost_json(source: Source, point: RecoveryPoint) -> Json:
         rewinds = transactions.rewinds()
         here = branch_at(point.write, point.lsn, rewinds)
         lost = losses.count(transactions.on(beyond(current_branch(rewinds), here)))
-        return {**lost, "oldest": _side(lost["oldest"]), "newest": _side(lost["newest"])}
+        return {**lost, "oldest": side(lost["oldest"]), "newest": side(lost["newest"])}
 
     return source.again(look)
-
-
-def _side(end: np.void | None) -> Json | None:
-    return None if end is None else end_json(end)
-
-
-def end_json(end: np.void) -> Json:
-    """A transaction's end, without what it did."""
-    return {
-        "xid": int(end["xid"]),
-        "time": format_time(int(end["time_us"]) * 1000),
-        "lsn": format_lsn(int(end["lsn"])),
-        "write": int(end["write"]),
-        "status": STATUS[int(end["status"])],
-    }
 
 
 def wal_in(source: Source, write: int, interval: int | None) -> Json:

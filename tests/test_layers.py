@@ -40,6 +40,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.cloning": 7,
     "pgcdp.verifying": 7,
     "pgcdp.looking": 7,
+    "pgcdp.around": 7,
     "pgcdp.transactions": 7,
     "pgcdp.salvaging": 7,
     "pgcdp.rewinding": 7,

@@ -21,7 +21,7 @@ from types import TracebackType
 
 from pgcdp.capture.journal import BatchRun
 from pgcdp.errors import PgcdpError
-from pgcdp.intervals.increments import apply_run
+from pgcdp.intervals.applying import apply_run
 from pgcdp.records import BLOCK, Volume
 from pgcdp.store.image import Image
 

@@ -8,69 +8,26 @@ depend on what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.capture.filemap import FileMap
-from pgcdp.capture.journal import BatchRun
 from pgcdp.errors import BugError
-from pgcdp.fsio import punch_hole, write_all
+from pgcdp.intervals.applying import apply_forward, replay_writes
 from pgcdp.intervals.extents import forward_map, spans
 from pgcdp.intervals.indexing import Behind, Start, index_files, index_interval
-from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, EXTENT_ZEROS, INDEX, Boundary, Kind
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, EXTENT_ZEROS, Boundary
 from pgcdp.store.bundle import Bundle, Increments, publish
-from pgcdp.store.frames import FileSummary, FrameReader, FrameWriter
+from pgcdp.store.frames import FileSummary, FrameWriter
 from pgcdp.store.image import Image
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
 
-__all__ = [
-    "BlockTarget",
-    "FileTarget",
-    "Mode",
-    "apply_backward",
-    "apply_extents",
-    "apply_forward",
-    "apply_run",
-    "apply_writes",
-    "close_interval",
-    "forward_map",
-    "move_image",
-    "replay_writes",
-    "spans",
-]
-
 Mode = Literal["optimal", "replay"]
-PIECE_BLOCKS = 256
 _MAX_COUNT = 1 << 31
-
-
-class BlockTarget(Protocol):
-    """What increments and writes can be applied to: an `Image`, or a `FileTarget`."""
-
-    def write_blocks(self, volume: int, block: int, data: bytes) -> None:
-        """Write whole blocks."""
-
-    def zero_blocks(self, volume: int, block: int, count: int) -> None:
-        """Make blocks read back as zeros."""
-
-
-class FileTarget:
-    """Plain files or devices, one open descriptor a volume in order of volume number. The caller syncs and closes."""
-
-    def __init__(self, fds: list[int]) -> None:
-        self._fds = fds
-
-    def write_blocks(self, volume: int, block: int, data: bytes) -> None:
-        """Write whole blocks."""
-        write_all(self._fds[volume], data, block * BLOCK)
-
-    def zero_blocks(self, volume: int, block: int, count: int) -> None:
-        """Make blocks read back as zeros, by a hole where that can be."""
-        punch_hole(self._fds[volume], block * BLOCK, count * BLOCK)
 
 
 class _MapBuilder:
@@ -178,72 +135,3 @@ def move_image(image: Image, bundle: Bundle, mode: Mode = "optimal", said: Calla
         with bundle.writes() as writes:
             replay_writes(image, bundle.index(), writes, boundary.write)
     image.set_at(boundary.number, boundary.write)
-
-
-def apply_backward(target: BlockTarget, bundle: Bundle) -> None:
-    """Take the changed blocks of a state at boundary n back to boundary n-1."""
-    with bundle.backward() as content:
-        apply_extents(target, bundle.backward_map(), content)
-
-
-def apply_forward(target: BlockTarget, bundle: Bundle) -> None:
-    """Bring the changed blocks of a state at boundary n-1 forward to boundary n."""
-    with bundle.writes() as content:
-        apply_extents(target, bundle.forward_map(), content)
-
-
-def apply_writes(target: BlockTarget, index: NDArray[np.void], writes: FrameReader, upto_write: int) -> None:
-    """Bring a state before the first write of `index` to just behind `upto_write`, each block once."""
-    apply_extents(target, forward_map(index[index["number"] <= upto_write]), writes)
-
-
-def replay_writes(target: BlockTarget, index: NDArray[np.void], writes: FrameReader, upto_write: int) -> None:
-    """The same by every write in order."""
-    rows = index[(index["number"] <= upto_write) & (index["length"] > 0)]
-    columns = [rows[name].tolist() for name in ("kind", "volume", "offset", "length", "position")]
-    for kind, volume, offset, length, position in zip(*columns, strict=True):
-        if kind == Kind.WRITE:
-            target.write_blocks(volume, offset // BLOCK, writes.read(position, length))
-        elif kind in (Kind.ZERO, Kind.DISCARD):
-            target.zero_blocks(volume, offset // BLOCK, length // BLOCK)
-
-
-def apply_extents(target: BlockTarget, extents: NDArray[np.void], content: FrameReader) -> None:
-    """Write what a map says: zeros first, then data in the order of its stream, so that each frame is read once."""
-    zeros = extents[extents["kind"] == EXTENT_ZEROS]
-    for volume, block, count in spans(zeros):
-        target.zero_blocks(volume, block, count)
-    data = extents[extents["kind"] == EXTENT_DATA]
-    for volume, block, count, source in _pieces(data[np.argsort(data["source"], kind="stable")]):
-        target.write_blocks(volume, block, content.read(source, count * BLOCK))
-
-
-def apply_run(target: BlockTarget, run: BatchRun, limits: Sequence[int] | None = None) -> None:
-    """Apply a run of the journal, each block once; of volume v only the blocks before `limits[v]`, if given."""
-    for extent in forward_map(run_index(run)):
-        volume, block, count = int(extent["volume"]), int(extent["block"]), int(extent["count"])
-        if limits is not None:
-            count = min(count, limits[volume] - block)
-        if count <= 0:
-            continue
-        if extent["kind"] == EXTENT_ZEROS:
-            target.zero_blocks(volume, block, count)
-        else:
-            begin = int(extent["source"])
-            target.write_blocks(volume, block, run.data[begin : begin + count * BLOCK].tobytes())
-
-
-def run_index(run: BatchRun) -> NDArray[np.void]:
-    """An array INDEX of a run, with positions in its `data`."""
-    index = np.zeros(len(run), dtype=INDEX)
-    for name in run.records.dtype.names or ():
-        index[name] = run.records[name]
-    index["position"] = run.data_offsets
-    return index
-
-
-def _pieces(extents: NDArray[np.void]) -> Iterator[tuple[int, int, int, int]]:
-    columns = [extents[name].tolist() for name in ("volume", "block", "count", "source")]
-    for volume, block, count, source in zip(*columns, strict=True):
-        for done in range(0, count, PIECE_BLOCKS):
-            yield volume, block + done, min(PIECE_BLOCKS, count - done), source + done * BLOCK

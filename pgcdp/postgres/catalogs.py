@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 from pgcdp.errors import PgcdpError
+from pgcdp.postgres.agent_session import Session
 from pgcdp.postgres.relations import Look, Relation
-from pgcdp.postgres.session import Dsn, Session
+from pgcdp.postgres.session import Dsn
 
 _RELATIONS_SQL = """
 select case when c.relisshared then 0 else d.oid end::bigint, c.oid::bigint, n.nspname::text, c.relname::text,

@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg import sql
 
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.postgres.session import Connection
 from pgcdp.postgres.tables import TableShape, copy_into_temporary, said_by_postgres, select
+
+if TYPE_CHECKING:
+    from pgcdp.postgres.session import Connection
 
 SAMPLES = 10
 LOOKUP_PAGES = 16

@@ -6,9 +6,12 @@ subscription has taken changes from elsewhere that its publisher will not send a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pgcdp.postgres.session import Connection, query
+from pgcdp.postgres.session import query
+
+if TYPE_CHECKING:
+    from pgcdp.postgres.session import Connection
 
 _STANDBYS = """
 select distinct r.application_name, coalesce(r.client_addr::text, 'on this machine'), coalesce(s.slot_type, 'physical')

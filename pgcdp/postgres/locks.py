@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from psycopg import sql
 
 from pgcdp.errors import PreconditionError
-from pgcdp.postgres.session import Connection
 from pgcdp.postgres.tables import LockedError, TableShape
+
+if TYPE_CHECKING:
+    from pgcdp.postgres.session import Connection
 
 _HOLDERS_SQL = """
 select distinct l.pid, a.usename::text, a.application_name, left(a.query, 100), x.gid

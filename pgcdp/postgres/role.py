@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pgcdp.errors import PgcdpError
-from pgcdp.postgres.session import Connection, Dsn, connect, databases, query
+from pgcdp.postgres.session import Dsn, connect, databases, query
+
+if TYPE_CHECKING:
+    from pgcdp.postgres.session import Connection
 
 ROLE = "pgcdp"
 

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg import sql
 
 from pgcdp.errors import PgcdpError, PreconditionError, TargetError, UsageError
-from pgcdp.postgres.session import Connection
+
+if TYPE_CHECKING:
+    from pgcdp.postgres.session import Connection
 
 _TABLES_SQL = """
 select c.oid::bigint, n.nspname::text, c.relname::text, c.relpersistence::text, c.relkind::text

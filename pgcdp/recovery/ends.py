@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgcdp.records import TRANSACTION
-from pgcdp.store.parquet import Ranges
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pgcdp.store.parquet import Ranges
+
+    Read = Callable[[Sequence[str], Ranges | None], pa.Table]
+    """Columns of the transaction index, a row for each table touched, in order of LSN; or parts of them."""
 
 _COLUMNS = tuple("length" if name == "end_lsn" else name for name in TRANSACTION.names or ())
-Read = Callable[[Sequence[str], Ranges | None], pa.Table]
-"""Columns of the transaction index, a row for each table touched, in order of LSN; or parts of them."""
 
 
 class Ends:
@@ -55,7 +59,7 @@ class Ends:
     def with_xid(self, xid: int) -> NDArray[np.void]:
         """Those with this xid (64 bits), a row for each table touched; only what can hold it is read."""
         table = self._read(_COLUMNS, {"xid": [(xid, xid)]})
-        return _structured(table.take(pa.array(np.flatnonzero(table.column("xid").to_numpy() == xid))))
+        return _structured(table, np.flatnonzero(table.column("xid").to_numpy() == xid))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,9 +79,9 @@ class Ends:
         if not len(wanted):
             return np.empty(0, dtype=TRANSACTION)
         if not self._rising:
-            return _structured(self._read(_COLUMNS, None).take(pa.array(self.rows[key])))
+            return _structured(self._read(_COLUMNS, None), self.rows[key])
         table = self._read(_COLUMNS, {"lsn": [(int(wanted.min()), int(wanted.max()))]})
-        return _structured(table.take(pa.array(np.searchsorted(table.column("lsn").to_numpy(), wanted))))
+        return _structured(table, np.searchsorted(table.column("lsn").to_numpy(), wanted))
 
     def _read_column(self, name: str) -> NDArray[Any]:
         if name == "end_lsn":
@@ -89,9 +93,9 @@ class Ends:
         return column if len(column) == len(self.rows) else column[self.rows]
 
 
-def _structured(table: pa.Table) -> NDArray[np.void]:
-    found = np.empty(len(table), dtype=TRANSACTION)
+def _structured(table: pa.Table, rows: NDArray[np.integer[Any]]) -> NDArray[np.void]:
+    found = np.empty(len(rows), dtype=TRANSACTION)
     for name in _COLUMNS:
-        found["end_lsn" if name == "length" else name] = table.column(name).to_numpy()
+        found["end_lsn" if name == "length" else name] = table.column(name).to_numpy()[rows]
     found["end_lsn"] += found["lsn"]
     return found

@@ -1,4 +1,7 @@
-"""The transactions of a source: from the indexes of its intervals, and read from the writes behind the last of them."""
+"""The transactions of a source: from the indexes of its intervals, and read from the writes behind the last of them.
+
+It loads pyarrow, so `Source.transactions` loads it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pgcdp.errors import DamageError
-from pgcdp.fsio import read_json
 from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
 from pgcdp.intervals.transactions import Indexed, index_transactions
@@ -24,9 +25,8 @@ from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
 from pgcdp.recovery.ends import Ends
 from pgcdp.recovery.instant import Commits, History
 from pgcdp.recovery.places import place_below, scratch_of
-from pgcdp.store.bundle import Bundle
+from pgcdp.store.bundle import settings_behind
 from pgcdp.store.layout import Store
-from pgcdp.store.open_interval import SETTINGS
 from pgcdp.store.parquet import Ranges
 from pgcdp.store.published import Published
 from pgcdp.store.transactions import read_look, read_transactions, read_wal
@@ -180,14 +180,6 @@ class Transactions:
             tables = place / "wal"
             readout = start.read(intervals, rewinds, tables=tables, journal=self.journal, upto=self.upto)
         return index_transactions(readout, start.past_of(rewinds), read_look(opened), boundary.next_xid)
-
-
-def settings_behind(store: Store, last: int) -> dict[str, Any]:
-    """What is known of the cluster's settings behind interval `last` (as `session.settings`), empty when nothing."""
-    try:
-        return read_json(store.incoming(last + 1) / SETTINGS)
-    except (FileNotFoundError, DamageError):
-        return Bundle.open(store, last).settings() if last else {}
 
 
 def _any_lost(events: list[dict[str, Any]]) -> bool:

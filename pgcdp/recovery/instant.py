@@ -289,6 +289,9 @@ def _record_at(lsn: int, number: int | None, history: History) -> np.void | None
     begin = int(inside["end_lsn"][0]) if len(inside) else lsn
     for each in history.numbers[history.numbers.index(number) :]:
         commits = history.commits(each)
+        for event in history.lost(each):
+            if event["end_lsn"] > begin and (event["lsn"] <= begin or _is_first_behind(begin, event["lsn"])):
+                refuse_gap(history, [history.key(each)], f"what follows LSN {format_lsn(lsn)} lies")
         behind, wal = commits.ends[commits.ends["lsn"] >= begin], commits.wal()
         if not len(wal) or int(wal["to_lsn"][-1]) < begin + RECORD_HEADER:  # no room for a record
             continue

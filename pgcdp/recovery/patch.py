@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun
+from pgcdp.intervals.applying import run_index
 from pgcdp.intervals.extents import forward_map
-from pgcdp.intervals.increments import run_index
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, RecoveryPoint
 from pgcdp.recovery.mapfile import PATCH

@@ -20,8 +20,8 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from pgcdp.intervals.applying import run_index
 from pgcdp.intervals.extents import forward_map, spans
-from pgcdp.intervals.increments import run_index
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, RecoveryPoint
 from pgcdp.recovery import blockmap

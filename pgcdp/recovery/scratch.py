@@ -11,7 +11,7 @@ from pgcdp import proc
 from pgcdp.capture import volumes
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import free_space
-from pgcdp.intervals.increments import FileTarget
+from pgcdp.intervals.applying import FileTarget
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.places import place_below

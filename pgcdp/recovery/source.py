@@ -15,22 +15,21 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError
+from pgcdp.intervals.applying import BlockTarget, apply_backward, apply_forward, apply_run, apply_writes
 from pgcdp.intervals.extents import spans
-from pgcdp.intervals.increments import BlockTarget, apply_backward, apply_forward, apply_run, apply_writes
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
-from pgcdp.recovery.history import Transactions, settings_behind
 from pgcdp.recovery.target import Listing, resolve, window
-from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open
+from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
 from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
@@ -38,6 +37,9 @@ from pgcdp.store.open_interval import read_open_index, read_open_last
 from pgcdp.store.published import Published, published
 from pgcdp.store.rewinds import Said, pair, said_in
 from pgcdp.units import format_lsn
+
+if TYPE_CHECKING:
+    from pgcdp.recovery.history import Transactions
 
 T = TypeVar("T")
 
@@ -180,6 +182,8 @@ class Source:
 
         Those of the current branch, or of that of timeline `branch`. Raises TargetError when there is none.
         """
+        from pgcdp.recovery.history import Transactions
+
         journal = self.journal.directory if self.journal is not None else None
         upto = self.durable_write if upto is None else upto
         key = (upto, self._stored())

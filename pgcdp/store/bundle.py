@@ -23,7 +23,7 @@ from pgcdp.fsio import publish_directory, read_json, write_json
 from pgcdp.records import EXTENT, INDEX, Boundary, Interval, Rewind
 from pgcdp.store.frames import FileSummary, FrameReader
 from pgcdp.store.layout import Store, boundary_from
-from pgcdp.store.open_interval import OpenInterval, OpenSnapshot, read_open
+from pgcdp.store.open_interval import SETTINGS, OpenInterval, OpenSnapshot, read_open
 from pgcdp.store.rewinds import pair, said_in
 
 __all__ = ["Bundle", "Increments", "OpenInterval", "OpenSnapshot", "publish", "read_open"]
@@ -294,3 +294,11 @@ def _spans(extents: NDArray[np.void]) -> NDArray[np.int64]:
 
 def _still(number: int) -> str:
     return f"boundary {number} and everything behind it can still be restored if nothing else is damaged"
+
+
+def settings_behind(store: Store, last: int) -> dict[str, Any]:
+    """What is known of the cluster's settings behind interval `last` (as `session.settings`), empty when nothing."""
+    try:
+        return read_json(store.incoming(last + 1) / SETTINGS)
+    except (FileNotFoundError, DamageError):
+        return Bundle.open(store, last).settings() if last else {}

@@ -9,10 +9,10 @@ import json
 import os
 import sqlite3
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import sqlite_utils
 import xxhash
 
 from pgcdp.errors import DamageError
@@ -20,6 +20,9 @@ from pgcdp.records import Boundary, Interval, Rewind
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.history import HistoryKind, add_history
 from pgcdp.store.layout import Store
+
+if TYPE_CHECKING:
+    import sqlite_utils
 
 FILE_NAME = "catalog.db"
 SCHEMA_VERSION = 2
@@ -39,16 +42,22 @@ class Catalog:
         name = ":memory:" if read_only else os.fspath(path)
         if frozen:
             name = path.absolute().as_uri() + "?immutable=1"
-        connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=frozen)
+        self._connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=frozen)
         try:
-            self._db = sqlite_utils.Database(connection)
             if not read_only:
-                connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute("PRAGMA journal_mode=WAL")
             if not frozen:
                 self._prepare()
         except sqlite3.DatabaseError as error:
-            connection.close()
+            self._connection.close()
             raise _damaged(path, error) from None
+
+    @cached_property
+    def _db(self) -> sqlite_utils.Database:
+        """To write with. A command that only reads does not wait for the library: it takes longer than the reading."""
+        import sqlite_utils
+
+        return sqlite_utils.Database(self._connection)
 
     @classmethod
     def open(cls, store: Store) -> Catalog:
@@ -56,7 +65,9 @@ class Catalog:
         return cls(store, store.path / FILE_NAME)
 
     def _prepare(self) -> None:
-        version = self._db.conn.execute("PRAGMA user_version").fetchone()[0]
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == SCHEMA_VERSION:
+            return
         if version and version < SCHEMA_VERSION:  # the agent, or a rebuild, fills it again
             self._db.table("intervals").drop(ignore=True)
         self._db.table("boundaries").create(
@@ -70,17 +81,19 @@ class Catalog:
         )
         self._db.table("history").create_index(["kind", "time_ns"], if_not_exists=True)
         if version < SCHEMA_VERSION:
-            self._db.conn.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            self._connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _rows(self, sql: str, values: tuple[object, ...] = ()) -> list[dict[str, Any]]:
         try:
-            return list(self._db.query(sql, values))
+            cursor = self._connection.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from None
 
     def _put(self, table: str, row: dict[str, Any]) -> None:
         try:
-            with self._db.conn:
+            with self._connection:
                 self._db.table(table).upsert(row)
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from None
@@ -106,7 +119,7 @@ class Catalog:
     def remove_interval(self, number: int) -> None:
         """Forget an interval that was expired. Its boundary stays known."""
         try:
-            with self._db.conn:
+            with self._connection:
                 self._db.table("intervals").delete_where("number = ?", [number])
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from None
@@ -141,7 +154,7 @@ class Catalog:
 
     def close(self) -> None:
         """Close the database. Harmless when done twice."""
-        self._db.conn.close()
+        self._connection.close()
 
 
 def _entry(row: dict[str, Any]) -> dict[str, Any]:

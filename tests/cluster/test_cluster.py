@@ -16,6 +16,7 @@ import pytest
 from pgcdp import proc
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.postgres import cluster, session
+from pgcdp.postgres.agent_session import Session
 from pgcdp.postgres.cluster import Binaries
 from tests.fix_postgres import PORT, BindirOf, MakeCluster, postgres_user
 
@@ -194,7 +195,7 @@ def test_sessions_with_peer_authentication(pg_binaries: Binaries, make_cluster: 
 
 async def _agent(dsn: session.Dsn, pgdata: Path) -> session.Settings:
     before = cluster.read_control(pgdata).checkpoint_lsn
-    agent = await session.Session.open(dsn)
+    agent = await Session.open(dsn)
     assert os.geteuid() == 0
     await agent.checkpoint()
     assert cluster.read_control(pgdata).checkpoint_lsn > before
@@ -211,7 +212,7 @@ def test_session_gives_up_in_time(place: Path) -> None:
     with pytest.raises(PreconditionError, match="cannot connect to postgres"):
         session.connect(session.Dsn(place, PORT))
     with pytest.raises(PreconditionError, match="cannot connect to postgres"):
-        asyncio.run(session.Session.open(session.Dsn(place, PORT, "postgres", postgres_user())))
+        asyncio.run(Session.open(session.Dsn(place, PORT, "postgres", postgres_user())))
 
 
 def test_programs_that_fail(place: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, TargetError
-from pgcdp.intervals.increments import FileTarget, Mode, close_interval, move_image
+from pgcdp.intervals.applying import FileTarget
+from pgcdp.intervals.increments import Mode, close_interval, move_image
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, RecoveryPoint
 from pgcdp.recovery import blockmap, patch
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, ViewMap, decode, encode

@@ -9,8 +9,8 @@ import google_crc32c
 import pytest
 
 from pgcdp.capture.journal import Journal
+from pgcdp.intervals.applying import run_index
 from pgcdp.intervals.cutter import CheckpointFinder
-from pgcdp.intervals.increments import run_index
 from tests.golden.make_golden import BLOCK, MARK, SET_ID, Item, JournalMaker, write
 
 IDENTIFIER = 7_000_000_000_000_000_001

@@ -16,17 +16,9 @@ from hypothesis import strategies as st
 
 from pgcdp.capture.journal import Journal
 from pgcdp.errors import BugError, DamageError
+from pgcdp.intervals.applying import FileTarget, apply_backward, apply_forward, apply_writes, replay_writes
 from pgcdp.intervals.extents import forward_map, spans
-from pgcdp.intervals.increments import (
-    FileTarget,
-    apply_backward,
-    apply_forward,
-    apply_writes,
-    build_increments,
-    close_interval,
-    move_image,
-    replay_writes,
-)
+from pgcdp.intervals.increments import build_increments, close_interval, move_image
 from pgcdp.records import INDEX, Boundary, Volume
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameReader

@@ -190,7 +190,7 @@ def test_nothing_is_guessed_over_an_interval_that_is_not_indexed(model: Model, d
     nothing_is_guessed(model, data, replace(whole, numbers=numbers, unknown={hidden: latest}))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(model=models(), data=st.data())
 def test_nothing_is_guessed_over_wal_that_was_not_seen_whole(model: Model, data: st.DataObject) -> None:
     """The ends of some transactions in the middle of an interval are missing."""

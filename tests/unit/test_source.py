@@ -12,7 +12,8 @@ import pytest
 
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError
-from pgcdp.intervals.increments import FileTarget, close_interval
+from pgcdp.intervals.applying import FileTarget
+from pgcdp.intervals.increments import close_interval
 from pgcdp.records import BLOCK, Position, Target, Volume
 from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import CONTENTS
