@@ -54,9 +54,8 @@ def command(
     """Transactions, newest first: when they ended, where, and what they did to which table.
 
     "share" is the part of the table's rows that was touched, so that a mass delete stands out. --table without a schema
-    means the tables of that name in all schemas. System catalogs and
-    indexes are not shown. With --follow and --output json, one object a line. After a rewind in place --follow goes on
-    with the new branch.
+    means the tables of that name in all schemas. System catalogs and indexes are not shown. With --follow and
+    --output json, one object a line. After a rewind in place --follow goes on with the new branch.
     """
     from pgcdp import api
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pgcdp.cli import clone, options, screen
-from pgcdp.cli.restore import announce, counted
+from pgcdp.cli.restore import counted
 from pgcdp.errors import UsageError
 
 
@@ -55,6 +55,5 @@ def _render(value: Mapping[str, Any]) -> None:
             screen.text(f"transaction {each['xid']} {word}: committed {each['time']}")
         if value["transactions"][way] > len(told):
             screen.text(f"and {value['transactions'][way] - len(told)} more {word}")
-    announce(value)
     screen.text("what was written to the clone is dropped")
     clone.render(value)
