@@ -23,17 +23,30 @@ def follow(
     set_name: str,
     waiting: Callable[[], None] = lambda: None,
     rewound: Callable[[Rewind], None] = lambda rewind: None,
+    unseen: Callable[[str], None] = lambda said: None,
     **wanted: Any,
 ) -> Iterator[Json]:
     """The newest transactions, then those that end from now on; `wanted` as `pgcdp.transactions.log`.
 
     `waiting` is called each time that the set stops. After a rewind in place those of the new branch come; `rewound` is
-    called behind the last one of the branch that was left. With a "branch" in `wanted` it stays on that.
+    called behind the last one of the branch that was left. With a "branch" in `wanted` it stays on that. `unseen` is
+    told that there may be others, when that changes: "unseen" of `log`.
     """
+    said: str | None = None
+
+    def listed(source: Source, **more: Any) -> list[Json]:
+        nonlocal said
+        told = transactions.log(source, **{**wanted, **more})
+        before, said = said, told["unseen"]
+        if said not in (None, before):
+            unseen(told["unseen"])
+        found: list[Json] = told["transactions"]
+        return found
+
     source = open_source(set_name, None)
     stays = bool(wanted.get("branch"))
     rewinds = _ended(source)
-    newest = transactions.log(source, **wanted)["transactions"]
+    newest = listed(source)
     yield from reversed(newest)
     seen = parse_lsn(newest[0]["lsn"]) if newest else 0
     wanted["limit"] = None
@@ -48,22 +61,18 @@ def follow(
         if source.durable_write != read:
             read = source.durable_write
             if not stays and (new := _ended(source)[len(rewinds) :]):
-                yield from _behind(source, seen, {**wanted, "branch": _timeline_before(source, new[0])})
+                left = listed(source, behind_lsn=seen, branch=_timeline_before(source, new[0]))
+                yield from reversed(left)
                 rewound(new[-1])
                 rewinds += new
                 seen = _seen_at(source, new[-1])
-            for each in _behind(source, seen, wanted, rewinds[-1].end if rewinds and not stays else None):
-                seen = parse_lsn(each["lsn"])
-                yield each
+            begin = (rewinds[-1].end or 0) if rewinds and not stays else 0
+            for each in reversed(listed(source, behind_lsn=seen)):
+                if each["write"] > begin:
+                    seen = parse_lsn(each["lsn"])
+                    yield each
         # What was written since the last boundary is read again each time: a fifth of a core at most goes into that.
         time.sleep(max(FOLLOW_SECONDS, 4 * (time.monotonic() - began)))
-
-
-def _behind(source: Source, lsn: int, wanted: Json, write: int | None = None) -> Iterator[Json]:
-    """Those that ended behind an LSN and a write, oldest first."""
-    for each in reversed(transactions.log(source, behind_lsn=lsn, **wanted)["transactions"]):
-        if write is None or each["write"] > write:
-            yield each
 
 
 def _ended(source: Source) -> list[Rewind]:

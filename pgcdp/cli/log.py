@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pgcdp.records import Rewind
 
 COLUMNS = ("time", "xid", "status", "write", "lsn", "table", "did", "share")
+OTHERS = "there may be other transactions, and those that are listed may have done more: {}"
 OPERATIONS = ("insert", "update", "delete", "truncate", "drop", "rewrite")
 
 
@@ -82,7 +83,10 @@ def command(
     def rewound(rewind: Rewind) -> None:
         say(f"set {name} was rewound to write {rewind.to_write}: what follows is on its new branch")
 
-    for told in api.follow(name, waiting, rewound, **wanted):
+    def unseen(said: str) -> None:
+        say(OTHERS.format(said))
+
+    for told in api.follow(name, waiting, rewound, unseen, **wanted):
         screen.result(told, output, _line)
 
 
@@ -107,7 +111,7 @@ def render(value: Mapping[str, Any]) -> None:
             "missing"
         )
     if value["unseen"]:
-        screen.note(f"there may be other transactions: {value['unseen']}")
+        screen.note(OTHERS.format(value["unseen"]))
 
 
 def candidates(failure: TargetError) -> list[str]:

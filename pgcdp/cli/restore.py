@@ -157,8 +157,9 @@ def announce(resolved: Mapping[str, Any]) -> None:
     if note:
         screen.note(f"note: {note}")
     if resolved["out"] is None:
-        screen.note(f"transactions around it are not known: {resolved['unknown']}")
-        return
+        screen.note(f"not all transactions around it are known: {resolved['unknown']}")
+        if not (resolved["last_in"] or resolved["first_out"]):
+            return
     screen.note(f"last transaction in: {_side(resolved['last_in'])}")
     screen.note(f"first one out: {_side(resolved['first_out'])}")
     for each in resolved["also_out"]:

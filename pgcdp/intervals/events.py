@@ -13,7 +13,7 @@ from pgcdp.intervals.readout import Readout
 from pgcdp.log import get
 from pgcdp.postgres import wal
 from pgcdp.postgres.relations import CatalogReader, Look, SchemaDrop
-from pgcdp.postgres.wal import Manager, Note
+from pgcdp.postgres.wal import PAGE, Manager, Note
 
 log = get(__name__)
 
@@ -100,6 +100,10 @@ class _Events:
         """The events of one record."""
         if note.rmid == Manager.MARK:
             yield {"kind": "mark", "name": note.body.decode("utf-8", "replace"), "write": note.write, "lsn": None}
+        if note.rmid == Manager.LOST and note.lsn >= note.end_lsn:
+            # WAL went back, on a later timeline: its first records may be in the page in front of where reading goes
+            # on, whose header still says the old one.
+            note = replace(note, lsn=note.end_lsn - PAGE)
         for said in self._said(note):
             yield {
                 **said,
@@ -125,7 +129,7 @@ class _Events:
 
     def _said(self, note: Note) -> Iterator[dict[str, Any]]:
         reader = self.reader
-        if note.rmid == Manager.LOST and note.lsn < note.end_lsn:  # else WAL went back, on a later timeline
+        if note.rmid == Manager.LOST:
             yield {"kind": "lost"}
         if (name := wal.restore_point(note)) is not None:
             yield {"kind": "restore_point", "name": name}

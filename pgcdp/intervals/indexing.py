@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -41,8 +40,7 @@ log = logging.getLogger(__name__)
 class Start:
     """Where reading an interval's WAL begins: with what the one before left, or behind its boundary's checkpoint.
 
-    After a rewind in place it begins behind that, on the timeline which that has opened. `known_to`: the LSN up to
-    which WAL is known, 0 when not at all.
+    After a rewind in place it begins behind that, on the timeline which that has opened.
     """
 
     store: Store
@@ -50,7 +48,6 @@ class Start:
     boundary: Boundary
     state: Path | None
     past: Past
-    known_to: int = 0
 
     @classmethod
     def of(cls, store: Store, boundary: Boundary, settings: dict[str, Any], system_identifier: int) -> Start:
@@ -66,7 +63,6 @@ class Start:
             boundary,
             state if state.exists() else None,
             Past(newest_look(store, boundary.number), notes),
-            _known_to(store, boundary),
         )
 
     def read(self, intervals: list[Path], rewinds: Sequence[Rewind] = (), *, tables: Path, **more: Any) -> Readout:
@@ -77,15 +73,22 @@ class Start:
         start_lsn = 0 if self.state else self.boundary.checkpoint_lsn
         behind = self.boundary.write  # the journal may begin before it, and lack what lies between
         found = read_wal(self.cluster, intervals, start_lsn=start_lsn, behind=behind, state=self.state, **more)
-        return replace(found, notes=[*self._really_lost(found.notes)])
+        return found if self.state else replace(found, notes=[*self._really_lost(found.notes)])
 
     def _really_lost(self, notes: list[Note]) -> Iterator[Note]:
-        """Without a state, reading begins with the first page behind the boundary: what was read before is not lost."""
+        """Without a state, reading begins with the first page behind the boundary, and what lies before it is told as
+        lost: it is not, as far as the interval before has read it. What lies before the baseline is nobody's loss."""
         for note in notes:
-            if note.rmid != Manager.LOST or self.state is not None or note.lsn >= self.known_to:
+            if note.rmid != Manager.LOST or note.lsn != self.boundary.checkpoint_lsn:
                 yield note
-            elif note.end_lsn > self.known_to:
-                yield replace(note, lsn=self.known_to)
+            elif self.boundary.number and (known_to := self._known_to()) < note.end_lsn:
+                yield replace(note, lsn=max(note.lsn, known_to))
+
+    def _known_to(self) -> int:
+        """The LSN up to which the interval before was read; 0 when it was not."""
+        with suppress(DamageError):
+            return int((Bundle.open(self.store, self.boundary.number).transactions or {}).get("wal_to", 0))
+        return 0
 
     def _read_around(
         self, intervals: list[Path], rewinds: Sequence[Rewind], *, upto: int | None = None, **more: Any
@@ -138,13 +141,6 @@ class Start:
             if Bundle.open(self.store, number).interval.from_write <= rewinds[-1].to_write
         ]
         return Past(newest_look(self.store, holds[0]) if holds else None, [])
-
-
-def _known_to(store: Store, boundary: Boundary) -> int:
-    """Up to where the intervals before a boundary were read; what lies before the baseline is nobody's loss."""
-    if not boundary.number:
-        return sys.maxsize
-    return int((Bundle.open(store, boundary.number).transactions or {}).get("wal_to", 0))
 
 
 def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -> Cluster:
@@ -230,6 +226,10 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
     past = start.past_of(rewinds)
     _check_followed(readout, start, boundary)
     indexed = index_transactions(readout, past, read_look(place), boundary.next_xid)
+    for event in indexed.events:
+        if event["kind"] == "lost":
+            lost = f"{format_lsn(event['lsn'])} to {format_lsn(event['end_lsn'])}"
+            log.warning("interval %d: WAL %s was not seen whole: what ended there is not listed", opened.number, lost)
     write_json(place / EVENTS, {"events": indexed.events, "tables": indexed.tables})
     pending = {note.lsn for note in indexed.pending}
     notes = (*past.notes, *readout.notes)

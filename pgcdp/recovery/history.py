@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pgcdp.errors import DamageError
 from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
 from pgcdp.intervals.transactions import Indexed, index_transactions
@@ -23,7 +24,7 @@ from pgcdp.postgres.relations import Look
 from pgcdp.records import Rewind
 from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
 from pgcdp.recovery.ends import Ends
-from pgcdp.recovery.instant import Commits, History
+from pgcdp.recovery.instant import Commits, History, is_lost
 from pgcdp.recovery.places import place_below, scratch_of
 from pgcdp.store.bundle import settings_behind
 from pgcdp.store.layout import Store
@@ -90,25 +91,30 @@ class Transactions:
 
     def history(self) -> History:
         """What targets are resolved with."""
-        unknown = {
+        unindexed = {
             number: each.interval.to_time_ns
             for number, each in self.intervals.items()
             if each.transactions is None and self._share(number) is not False
         }
         opened = max(self.intervals, default=0) + 1
-        return History(self.numbers, self.commits, self.summary, unknown, self._partly, opened)
+        return History(self.numbers, self.commits, self.summary, unindexed, self._partly, opened)
 
-    def _partly(self) -> dict[int, int]:
+    def _partly(self, numbers: Sequence[int | None]) -> dict[int, int]:
         found = {}
-        for number in self.numbers:
+        for number in numbers:
             if number is None:
-                if _any_lost(self.happened(None)):
+                if any(map(is_lost, self.happened(None))):
                     found[max(self.intervals, default=0) + 1] = sys.maxsize
-                continue
-            said = self.intervals[number].transactions or {}
-            if said.get("lost", 1) and _any_lost(self.happened(number)):  # made before it was counted: look
+            elif (self.intervals[number].transactions or {}).get("lost") and self._lost_here(number):
                 found[number] = self.intervals[number].interval.to_time_ns
         return found
+
+    def _lost_here(self, number: int) -> bool:
+        """Whether WAL of the branch was not seen whole in an interval where some was not."""
+        try:
+            return any(map(is_lost, self.happened(number)))
+        except DamageError:
+            return True
 
     def summary(self, number: int | None) -> Mapping[str, Any] | None:
         """What an interval's manifest says of its transactions; None when it has to be looked into."""
@@ -180,10 +186,6 @@ class Transactions:
             tables = place / "wal"
             readout = start.read(intervals, rewinds, tables=tables, journal=self.journal, upto=self.upto)
         return index_transactions(readout, start.past_of(rewinds), read_look(opened), boundary.next_xid)
-
-
-def _any_lost(events: list[dict[str, Any]]) -> bool:
-    return any(event["kind"] == "lost" for event in events)
 
 
 def _tops(ends: Ends, subxids: Callable[[], pa.Table]) -> dict[int, int]:

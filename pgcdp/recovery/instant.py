@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.errors import TargetError
+from pgcdp.errors import DamageError, TargetError
 from pgcdp.records import ABORTED, ABORTED_PREPARED, COMMITTED, COMMITTED_PREPARED, NOT_IN_WRITE, PREPARED
 from pgcdp.recovery.ends import Ends
 from pgcdp.units import format_lsn, format_time
@@ -48,45 +48,51 @@ class History:
     """All transactions that are known: `numbers` are the intervals in order, the last one None for what is behind them.
 
     `commits(n)` are those of an interval. `summary(n)` is what its manifest says of them, None: look into it.
-    `unknown`: intervals whose transactions could not be indexed, each with the latest wall clock of its writes in ns.
-    `partly()`: likewise intervals that are indexed, but whose WAL was not seen whole. `opened`: the number of the one
-    behind the last boundary.
+    `unindexed`: intervals that are not in `numbers`, since their transactions could not be indexed, each with the
+    latest wall clock of its writes in ns. `partly(numbers)`: likewise those of `numbers` whose WAL was not seen whole.
+    `opened`: the number of the interval behind the last boundary.
     """
 
     numbers: Sequence[int | None]
     commits: Callable[[int | None], Commits]
     summary: Callable[[int | None], Mapping[str, Any] | None] = lambda number: None
-    unknown: Mapping[int, int] = field(default_factory=dict)
-    partly: Callable[[], Mapping[int, int]] = dict
+    unindexed: Mapping[int, int] = field(default_factory=dict)
+    partly: Callable[[Sequence[int | None]], Mapping[int, int]] = lambda numbers: {}
     opened: int = sys.maxsize
 
     @cached_property
     def doubtful(self) -> Mapping[int, int]:
-        """The intervals that may hold transactions which are not known, as `unknown`."""
-        return dict(sorted({**self.unknown, **self.partly()}.items()))
+        """The intervals that may hold transactions which are not known, in order, as `unindexed`."""
+        return dict(sorted({**self.unindexed, **self.partly(self.numbers)}.items()))
 
-    def gap(self, begin: int, end: int | None) -> list[int]:
-        """Of those the ones between two intervals (None: the last one), and these if their WAL was not seen whole."""
-        among = [each for each in self.doubtful if begin <= each and (end is None or each <= end)]
-        return [each for each in among if each not in (begin, end) or each not in self.unknown]
+    def doubtful_within(self, first: int, last: int) -> list[int]:
+        """Of the intervals `first` to `last` (both included) those that are `doubtful`."""
+        return [number for number in self.doubtful if first <= number <= last]
 
     def lost(self, number: int | None) -> list[Mapping[str, Any]]:
         """The events of an interval that tell what WAL was not seen whole."""
-        return [event for event in self.commits(number).events if event["kind"] == "lost"]
+        return [event for event in self.commits(number).events if is_lost(event)]
 
     def not_indexed(self, numbers: Iterable[int]) -> str:
         """In words, what is not known of intervals that are `doubtful`."""
-        wholly = [number for number in numbers if number in self.unknown]
+        wholly = [number for number in numbers if number in self.unindexed]
         said = []
         if wholly:
             many = f"intervals {', '.join(map(str, wholly))} are" if len(wholly) > 1 else f"interval {wholly[0]} is"
             said.append(f"{many} not indexed")
         for number in numbers:
-            if number not in self.unknown:
-                for event in self.lost(None if number == self.opened else number):
-                    stretch = f"{format_lsn(event['lsn'])} to {format_lsn(event['end_lsn'])}"
-                    said.append(f"WAL {stretch} in interval {number} was not seen whole")
-        return ", ".join(said)
+            if number not in self.unindexed:
+                said += self._not_seen(number)
+        more = [f"and {len(said) - CANDIDATES} stretches more"] if len(said) > CANDIDATES else []
+        return ", ".join(said[:CANDIDATES] + more)
+
+    def _not_seen(self, number: int) -> list[str]:
+        try:
+            events = self.lost(None if number == self.opened else number)
+        except DamageError:  # its manifest tells that there are some
+            return [f"interval {number} was not seen whole"]
+        stretches = [f"{format_lsn(event['lsn'])} to {format_lsn(event['end_lsn'])}" for event in events]
+        return [f"WAL {stretch} in interval {number} was not seen whole" for stretch in stretches]
 
     def key(self, number: int | None) -> int:
         """An interval's number."""
@@ -96,6 +102,11 @@ class History:
         """All intervals with their transactions."""
         for number in reversed(self.numbers):
             yield number, self.commits(number)
+
+
+def is_lost(event: Mapping[str, Any]) -> bool:
+    """Whether an event tells that WAL was not seen whole."""
+    return bool(event["kind"] == "lost" and event["lsn"] < event["end_lsn"])
 
 
 def _nothing(number: int | None) -> Commits:
@@ -177,14 +188,18 @@ def at_xid(xid: int, exclusive: bool, history: History) -> Instant:
 def before_transaction(end: np.void, number: int | None, history: History) -> Instant:
     """Just before a transaction that ended in interval `number`: for one that destroys before it commits, before its
     first irreversible effect."""
+    begin, unseen = int(end["lsn"]) - int(end["back"]), None
     for event in _events_of(end, number, history):
+        if is_lost(event) and begin <= event["end_lsn"] and event["lsn"] < int(end["lsn"]):
+            stretch = f"WAL {format_lsn(event['lsn'])} to {format_lsn(event['end_lsn'])}"
+            unseen = f"{stretch} was not seen whole: whether it drops a database, and from where on, is not known"
         what = _DESTROYING.get(event["kind"])
         if what is not None and event["xid"] == int(end["xid"]):
             note = f"it drops a {what}: the point is before its first irreversible effect, not before its commit"
             return replace(_before(event["first"], note), until_lsn=int(end["lsn"]))
     if end["status"] == COMMITTED_PREPARED:
         return _before(end, f"transaction {end['xid']} is prepared there, with its locks: commit it or roll it back")
-    return _before(end)
+    return _before(end, unseen)
 
 
 def _events_of(end: np.void, number: int | None, history: History) -> Iterator[Mapping[str, Any]]:
@@ -268,7 +283,8 @@ def at_lsn(lsn: int, exclusive: bool, history: History) -> Instant:
         if any(event["lsn"] < reached_to and lsn < event["end_lsn"] for event in history.lost(number)):
             refuse_gap(history, [history.key(number)], f"what follows LSN {format_lsn(lsn)} lies")
         if lsn < int(wal["from_lsn"][0]):
-            refuse_gap(history, history.gap(seen, number), f"LSN {format_lsn(lsn)} may lie")
+            between = history.doubtful_within(seen + 1, history.key(number) - 1)
+            refuse_gap(history, between, f"LSN {format_lsn(lsn)} may lie")
             if number == history.numbers[0]:
                 break  # before all that was seen
         write = int(wal["durable"][np.argmax(reached)])
@@ -296,11 +312,14 @@ def _record_at(lsn: int, number: int | None, history: History) -> np.void | None
         if not len(wal) or int(wal["to_lsn"][-1]) < begin + RECORD_HEADER:  # no room for a record
             continue
         if number is not None and int(wal["from_lsn"][0]) > begin:
-            refuse_gap(history, history.gap(number, each), f"what follows LSN {format_lsn(lsn)} may lie")
+            between = history.doubtful_within(number + 1, history.key(each) - 1)
+            refuse_gap(history, between, f"what follows LSN {format_lsn(lsn)} may lie")
         close = len(behind) and _is_first_behind(begin, int(behind["lsn"][0]))
         return behind[0] if close else None
     if number is not None:
-        refuse_gap(history, history.gap(number, None), f"what follows LSN {format_lsn(lsn)} may lie")
+        refuse_gap(
+            history, history.doubtful_within(number + 1, history.opened), f"what follows LSN {format_lsn(lsn)} may lie"
+        )
     return None
 
 
@@ -352,9 +371,9 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
         if first is None:
             if not len(later):
                 continue
-            before = [each for each in unseen if number is None or each <= number]
-            refuse_gap(history, before, "that time may lie")
             first = number, ends[later[0]]
+            key, lost = history.key(number), _lost_before(int(first[1]["lsn"]), number, history)
+            refuse_gap(history, [each for each in unseen if each < key or (each == key and lost)], "that time may lie")
             behind = ends[later[0] + 1 :]
         earlier += list(behind[behind["time_us"] <= last])
     if first is None:
@@ -363,6 +382,11 @@ def at_time(time_ns: int, exclusive: bool, history: History) -> Instant | None:
     if earlier:
         raise TargetError(_ambiguous(time_ns, first[1], earlier), _ambiguous_hint(first[1], earlier))
     return before_transaction(first[1], first[0], history)
+
+
+def _lost_before(lsn: int, number: int | None, history: History) -> bool:
+    """Whether WAL of an interval before an LSN was not seen whole."""
+    return any(event["lsn"] < lsn for event in history.lost(number))
 
 
 def _ambiguous(time_ns: int, first: np.void, earlier: list[np.void]) -> str:
@@ -398,7 +422,10 @@ def at_name(name: str, exclusive: bool, history: History) -> Instant:
     """The newest mark or restore point of that name."""
     found = [each for each in marks(history) if each.event["name"] == name]
     if not found:
-        raise TargetError(f'no mark or restore point "{name}" in what can be restored', _names_hint(history))
+        hint = _names_hint(history)
+        if history.doubtful:
+            hint = f"{history.not_indexed(history.doubtful)}: it may be there; {hint}"
+        raise TargetError(f'no mark or restore point "{name}" in what can be restored', hint)
     named = found[0]
     note = f'{len(found)} marks are called "{name}"; this is the newest one' if len(found) > 1 else None
     if history.doubtful:
@@ -447,7 +474,7 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
     first_out: np.void | None = None
     out = 0
     also: list[np.void] = []
-    reached: int | None = None
+    reached_number, reached = None, None
     first_in: int | None = None  # the interval whose first transaction that is out was not looked at
     for number in reversed(history.numbers):
         counted = _committed_behind(history.summary(number), write, until_lsn or 0)
@@ -467,12 +494,15 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
         inside = np.flatnonzero(committed & within)
         if len(inside):
             last_in = ends[inside[-1]]
-            reached = history.key(number)
+            reached_number, reached = number, history.key(number)
             break
     if first_in is not None:
         ends = history.commits(first_in).ends
         first_out = ends[np.argmax(is_committed(ends))]
-    unknown = list(history.doubtful) if reached is None else history.gap(reached, None)
+    unknown = list(history.doubtful)
+    if reached is not None and last_in is not None:
+        seen = all(event["end_lsn"] <= int(last_in["lsn"]) for event in history.lost(reached_number))
+        unknown = history.doubtful_within(reached + seen, history.opened)
     return Around(last_in, first_out, out, also, unknown)
 
 

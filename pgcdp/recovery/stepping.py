@@ -64,10 +64,11 @@ def _is_passed(said: Mapping[str, Any], point: RecoveryPoint, onward: bool) -> b
 
 
 def _gap(point: RecoveryPoint, number: int | None, history: History, onward: bool) -> list[int]:
-    """The intervals between a point, its own included, and another interval that could not be indexed."""
+    """The intervals from a point to another interval, both included, that may hold commits which are not known."""
+    here, there = history.key(point.interval), history.key(number)
     if onward:
-        return [] if point.interval is None else history.gap(point.interval - (point.boundary is None), number)
-    return [] if number is None else history.gap(number, None if point.interval is None else point.interval + 1)
+        return history.doubtful_within(here + (point.boundary is not None), there)
+    return history.doubtful_within(there, here)
 
 
 def committed(history: History, limit: int) -> tuple[list[np.void], int]:

@@ -187,7 +187,7 @@ def test_nothing_is_guessed_over_an_interval_that_is_not_indexed(model: Model, d
     inside = whole.commits(hidden).ends
     latest = int(inside["time_us"].max(initial=0)) * 1000
     numbers = [number for number in whole.numbers if number != hidden]
-    nothing_is_guessed(model, data, replace(whole, numbers=numbers, unknown={hidden: latest}))
+    nothing_is_guessed(model, data, replace(whole, numbers=numbers, unindexed={hidden: latest}))
 
 
 @settings(max_examples=1000, deadline=None)
@@ -210,7 +210,7 @@ def test_nothing_is_guessed_over_wal_that_was_not_seen_whole(model: Model, data:
         whole,
         commits=lambda each: seen if each == number else whole.commits(each),
         summary=lambda each: None if each == number else whole.summary(each),
-        partly=lambda: {whole.opened if number is None else number: sys.maxsize},
+        partly=lambda numbers: {whole.opened if number is None else number: sys.maxsize},
     )
     assert "was not seen whole" in history.not_indexed(history.doubtful)
     nothing_is_guessed(model, data, history)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,22 @@ def ends_of(*rows: tuple[int, int, int]) -> np.ndarray[Any, Any]:
     return found
 
 
-def history_of(chapters: Mapping[int | None, np.ndarray[Any, Any]], unknown: tuple[int, ...] = ()) -> History:
+OPENED = 4
+
+
+def history_of(
+    chapters: Mapping[int | None, np.ndarray[Any, Any]],
+    unindexed: tuple[int, ...] = (),
+    lost: tuple[int | None, ...] = (),
+) -> History:
+    """`lost`: intervals whose WAL was not seen whole."""
+
     def commits(number: int | None) -> Commits:
-        return Commits(chapters[number], dict, [], lambda: NO_ENDS)
+        events = [{"kind": "lost", "lsn": 1, "end_lsn": 2}] if number in lost else []
+        return Commits(chapters[number], dict, events, lambda: NO_ENDS)
+
+    def partly(numbers: Sequence[int | None]) -> Mapping[int, int]:
+        return {OPENED if number is None else number: 0 for number in numbers if number in lost}
 
     def summary(number: int | None) -> Mapping[str, Any] | None:
         ends = chapters[number]
@@ -36,7 +49,7 @@ def history_of(chapters: Mapping[int | None, np.ndarray[Any, Any]], unknown: tup
         writes = {"min_write": int(ends["write"].min()), "max_write": int(ends["write"].max())} if len(ends) else {}
         return {"count": len(ends), **writes}
 
-    return History(list(chapters), commits, summary, dict.fromkeys(unknown, 0))
+    return History(list(chapters), commits, summary, dict.fromkeys(unindexed, 0), partly, OPENED)
 
 
 CHAPTERS = {
@@ -70,7 +83,7 @@ def test_too_many_steps_say_how_many_there_are() -> None:
 
 
 def test_no_step_goes_over_an_interval_that_is_not_indexed() -> None:
-    history = history_of(CHAPTERS, unknown=(2,))
+    history = history_of(CHAPTERS, unindexed=(2,))
     first, second, open_now = RecoveryPoint(12, 1, 0), RecoveryPoint(25, 2, 0), RecoveryPoint(50, None, 0)
     for point, count in ((first, 1), (second, 1), (second, -1), (open_now, -4), (open_now, -9), (first, 9)):
         with pytest.raises(TargetError, match="where transactions are not known: interval 2 is not indexed"):
@@ -79,3 +92,22 @@ def test_no_step_goes_over_an_interval_that_is_not_indexed() -> None:
     assert by_commits(RecoveryPoint(29, 2, 0, boundary=2), 1, history).value == 4, "at its end all of it is in"
     assert by_commits(open_now, -3, history).value == 4
     assert by_commits(RecoveryPoint(12, 1, 0), -2, history).value == 1
+
+
+def test_no_step_goes_over_wal_that_was_not_seen_whole() -> None:
+    begin, first = RecoveryPoint(10, 0, 0, boundary=0), RecoveryPoint(12, 1, 0, boundary=1)
+    third, early, now = RecoveryPoint(31, 3, 0, boundary=3), RecoveryPoint(40, None, 0), RecoveryPoint(50, None, 0)
+    for lost, refused in (
+        ((None,), ((third, 1), (early, 1), (now, -1))),
+        ((1,), ((begin, 1), (first, -1), (third, -2))),
+        ((3,), ((first, 1), (third, -1), (early, -1))),
+    ):
+        history = history_of(CHAPTERS, lost=lost)
+        for point, count in refused:
+            with pytest.raises(TargetError, match=r"WAL 0/1 to 0/2 in interval \d was not seen whole"):
+                by_commits(point, count, history)
+    behind = history_of(CHAPTERS, lost=(1,))
+    assert by_commits(first, 1, behind).value == 4, "at its end all of it is in"
+    assert by_commits(now, -3, behind).value == 4
+    before = history_of(CHAPTERS, lost=(None,))
+    assert by_commits(third, -1, before).value == 4, "none of it is in"
