@@ -387,7 +387,7 @@ def test_set_name_in_use_and_cluster_protected_twice_exit_6(protected: Protected
 def test_restore_in_place(protected: Protected) -> None:
     protected.json("mark", "here")
     target = ["restore", "--target-name", "here", "--in-place"]
-    assert protected.json(*target, code=6)["error"]["hint"] == "add --yes, or run it on a terminal to be asked"
+    assert protected.json(*target, code=2)["error"]["hint"] == "add --yes, or run it on a terminal to be asked"
     value = protected.json(*target, "--yes")
     assert fits(value, IN_PLACE) == []
     assert value["verified"] is True

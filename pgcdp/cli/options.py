@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pgcdp import config, units
-from pgcdp.errors import PgcdpError, PreconditionError, UsageError
+from pgcdp.errors import PgcdpError, UsageError
 
 if TYPE_CHECKING:
     from pgcdp.records import Target
@@ -196,14 +196,6 @@ def pick_target(given: Mapping[str, Any]) -> tuple[Target, str | None]:
     if name == "target_name":
         return Target("name", name=str(value), exclusive=exclusive), None
     return Target(_TARGETS[name], value, exclusive=exclusive, branch=branch), None
-
-
-def agree(question: str, yes: bool, output: str) -> None:
-    """As `confirm`, for what is known only after looking: PreconditionError where nobody can answer."""
-    try:
-        confirm(question, yes, output)
-    except UsageError as error:
-        raise PreconditionError(error.message, error.hint) from None
 
 
 def confirm(question: str, yes: bool, output: str) -> None:

@@ -111,7 +111,7 @@ def _rewind(
         if output == "text":
             announce(resolved)
             _show_cost(resolved)
-        options.agree(f"the cluster of {name} will be stopped and rewound in place", yes, output)
+        options.confirm(f"the cluster of {name} will be stopped and rewound in place", yes, output)
 
     with screen.progress(output) as progress:
         value = api.rewind(name, target, before=before, agree=agree, progress=progress)
@@ -128,11 +128,10 @@ def _show_cost(resolved: Mapping[str, Any]) -> None:
     if len(lost["tables"]) > TABLES:
         screen.note(f"lost in {len(lost['tables']) - TABLES} more tables: --output json has all")
     if lost["transactions"]:
-        screen.note(
-            f"lost: {lost['transactions']} transactions, committed {lost['oldest']['time']} to {lost['newest']['time']}"
-        )
+        times = f"{lost['oldest']['time']} to {lost['newest']['time']}"
+        screen.note(f"lost: {counted(lost['transactions'], 'transaction')}, committed {times}")
     if "unknown" in lost:
-        screen.note(f"what else will be lost is not known: {lost['unknown']}")
+        screen.note(f"what else will be lost is not all known: {lost['unknown']}")
     for each in resolved["followers"]:
         screen.note(f"{each['kind']} {each['name']} has to be made anew: {each['command']}")
 

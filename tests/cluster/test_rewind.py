@@ -375,10 +375,10 @@ def test_what_it_costs_is_shown_and_asked(make_set: MakeSet, binaries_of: Bindir
     words = ["restore", found.name, "--target-write", str(point), "--in-place"]
     newest = found.durable()
     code, _, said = run(*words)
-    assert code == 6
+    assert code == 2
     assert "--yes" in said
     assert "lost in postgres: public.ledger: 7 inserted" in said
-    assert "lost: 1 transactions" in said
+    assert "lost: 1 transaction, committed" in said
     assert "logical slot feed has to be made anew: in postgres: SELECT pg_drop_replication_slot(slot_name)" in said
     assert ledger(found) == list(range(1, 8)), "nothing was done"
     assert found.durable() - newest < 20
