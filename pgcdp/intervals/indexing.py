@@ -101,11 +101,8 @@ class Start:
         opened timelines that are known already.
         """
         first, last = rewinds[0].begin - 1, rewinds[-1].end
-        head = self.read(
-            intervals,
-            **{**more, "save_state": None, "settle_upto": None},
-            upto=first if upto is None else min(first, upto),
-        )
+        aside = {**more, "save_state": None, "settle_upto": None}
+        head = self.read(intervals, **aside, upto=first if upto is None else min(first, upto))
         if len(head.ends):
             raise PreconditionError(
                 f"transactions ended between boundary {self.boundary.number} and the rewind at write {first + 1}"
@@ -113,20 +110,19 @@ class Start:
         if last is None or (upto is not None and upto <= last):
             return head
         found = read_wal(self.cluster, intervals, behind=last, upto=upto, **{**more, "save_state": None})
-        known = self._newest_timeline(intervals, rewinds, more)
+        known = self._newest_timeline(intervals, rewinds, aside)
         begin = next((note.lsn for note in found.notes if opened_timeline(note) > known), None)
         if begin is None:
             return replace(head, notes=[*head.notes, *(note for note in found.notes if note.rmid == Manager.MARK)])
         found = read_wal(self.cluster, intervals, start_lsn=begin, behind=last, upto=upto, **more)
         return replace(found, notes=[*head.notes, *found.notes], left_out=head.left_out + found.left_out)
 
-    def _newest_timeline(self, intervals: list[Path], rewinds: Sequence[Rewind], more: dict[str, Any]) -> int:
+    def _newest_timeline(self, intervals: list[Path], rewinds: Sequence[Rewind], aside: dict[str, Any]) -> int:
         """The highest timeline before the last rewind: each one opens one that was never used."""
         found = self.boundary.timeline
         for one, following in pairwise(rewinds):
             if one.end is not None:
-                between = {**more, "save_state": None, "settle_upto": None}
-                read = read_wal(self.cluster, intervals, behind=one.end, upto=following.begin - 1, **between)
+                read = read_wal(self.cluster, intervals, behind=one.end, upto=following.begin - 1, **aside)
                 found = max(found, *map(opened_timeline, read.notes), 0)
         return found
 

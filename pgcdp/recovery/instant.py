@@ -502,7 +502,7 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
     unknown = list(history.doubtful)
     if reached is not None and last_in is not None:
         seen = all(event["end_lsn"] <= int(last_in["lsn"]) for event in history.lost(reached_number))
-        unknown = history.doubtful_within(reached + seen, history.opened)
+        unknown = history.doubtful_within(reached + 1 if seen else reached, history.opened)
     return Around(last_in, first_out, out, also, unknown)
 
 
