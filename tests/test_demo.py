@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.namespaces import LET_GO
 from tests.waiting import wait_until
 
 PROGRAM = [sys.executable, "-P", "-m", "pgcdp"]
@@ -38,7 +39,7 @@ class PrivateTmp:
     def start(self, script: str) -> subprocess.Popen[str]:
         """A shell script in the namespace; `$@` is the program `pgcdp`."""
         seen = "".join(f'mount --bind {directory} "$0/{directory.name}" && ' for directory in self.seen)
-        inside = f'{seen}mount --rbind "$0" /var/tmp && cd / && {script}'
+        inside = f'{LET_GO}; {seen}mount --rbind "$0" /var/tmp && cd / && {script}'
         return subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", inside, str(self.place), *PROGRAM],
             stdin=subprocess.DEVNULL,

@@ -23,6 +23,7 @@ from pgcdp.store.layout import TIMELINES
 from tests.cluster.test_rewind import WITHOUT_START, agreed, ledger, point_without_start, rewind, run, timeline, undo
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import PORT, MakeSet, ProtectedSet
+from tests.namespaces import LET_GO
 from tests.waiting import wait_until
 
 
@@ -233,10 +234,11 @@ def test_standbys_subscribers_and_slots_are_named_with_commands_that_work(
 @contextmanager
 def mounted_in_another_namespace(found: ProtectedSet) -> Iterator[None]:
     """A process that has a copy of all mounts, as a container or a backup job may."""
-    with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "infinity"]) as holder:
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"{LET_GO}; exec sleep infinity"]
+    with subprocess.Popen(command, env={**os.environ, "KEEP": str(found.root)}) as holder:
         try:
-            own = os.readlink("/proc/self/ns/mnt")
-            wait_until(lambda: os.readlink(f"/proc/{holder.pid}/ns/mnt") != own, what="a namespace of its own")
+            name = Path(f"/proc/{holder.pid}/comm")
+            wait_until(lambda: name.read_text().strip() == "sleep", what="a namespace of its own")
             yield
         finally:
             holder.kill()
