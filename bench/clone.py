@@ -221,9 +221,7 @@ def measure(gb: float, asked: argparse.Namespace, root: Path) -> dict[str, Any]:
         side.create(math.ceil(gb * 1.1 + 3) << 30, "ext4", "2G", gb, "--cut", "checkpoint")
         side.pgbench("-i", "-q", "-s", "20")
         many_tables(side, asked.tables)
-        for _ in range(asked.intervals):
-            side.sql("insert into pgbench_history (tid) values (0)")
-            side.pgcdp("cut", "bench")
+        side.cut_often(asked.intervals)
         with ExitStack() as stack:
             working(side, stack)
             if not asked.no_pgbackrest:

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from bench.bulk import fill
 from bench.machine import attach, cpu_seconds, peak_rss_mib, run
+from pgcdp import api
 
 BIN = Path("/usr/lib/postgresql/15/bin")
 SETTINGS = """
@@ -155,6 +158,14 @@ class Protected(Side):
             raise RuntimeError(f"pgcdp {' '.join(words)}: {done.stdout}{done.stderr}")
         result: dict[str, Any] = json.loads(done.stdout)
         return result
+
+    def cut_often(self, count: int) -> None:
+        """So many intervals with a little in each, without starting a program for each."""
+        os.environ["PGCDP_ROOT"] = str(self.root / "state")
+        with psycopg.connect(f"host={self.root} port={self.port} user=postgres", autocommit=True) as session:
+            for _ in range(count):
+                session.execute("insert into pgbench_history (tid) values (0)")
+                api.cut("bench")
 
     def status(self) -> dict[str, Any]:
         """pgcdp status."""

@@ -27,6 +27,8 @@ def add_statements(source: Source, told: list[Json], asked: Sequence[Deed] = ())
         return None
     try:
         settings = source.newest_settings()
+        if not settings:
+            return "the agent has not asked the cluster for its settings yet: statements from its log are not shown"
         place = LogPlace.of(source.pgdata, settings)
     except (DamageError, PreconditionError):  # what is shown is right without it
         return None

@@ -40,12 +40,14 @@ def log_files(found: ProtectedSet, directory: str = "log") -> list[Path]:
 
 
 def written(found: ProtectedSet, text: str, directory: str = "log") -> None:
-    """Until the log has `text`: its collector writes behind the back of the session that logged."""
+    """Until the log has `text`, and pgcdp knows where that is: the collector writes behind the back of the session that
+    logged, and the agent asks for settings behind that of both."""
 
     def told() -> bool:
         return any(text.encode() in file.read_bytes() for file in log_files(found, directory))
 
     wait_until(told, what=f"{text!r} in the server's log")
+    wait_until(lambda: found.source().newest_settings(), what="the settings of the cluster")
 
 
 def rotate(found: ProtectedSet) -> None:
