@@ -72,6 +72,10 @@ class TargetError(PgcdpError):
         return told
 
 
+class UnseenError(TargetError):
+    """What is meant may lie where transactions are not known: not indexed, or in WAL that was not seen whole."""
+
+
 class VerificationFailed(PgcdpError):
     """Postgres was started on the recovery point and a check failed."""
 

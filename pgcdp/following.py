@@ -37,9 +37,10 @@ def follow(
     def listed(source: Source, **more: Any) -> list[Json]:
         nonlocal said
         told = transactions.log(source, **{**wanted, **more})
-        before, said = said, told["unseen"]
-        if said not in (None, before):
-            unseen(told["unseen"])
+        if "branch" not in more and told["unseen"] != said:
+            said = told["unseen"]
+            if said is not None:
+                unseen(said)
         found: list[Json] = told["transactions"]
         return found
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.leaks import SESSION_VARIABLE, Watch
 
@@ -17,6 +18,10 @@ pytest_plugins = [f"tests.{file.stem}" for file in sorted(Path(__file__).parent.
 os.environ[SESSION_VARIABLE] = secrets.token_hex(8)
 # The sets of this machine are not the tests' business. A test that makes one has a root of its own.
 os.environ.pop("PGCDP_ROOT", None)
+
+# Time is shared with whatever else runs; pytest-timeout ends what hangs.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 _watch = Watch(os.environ[SESSION_VARIABLE])
 

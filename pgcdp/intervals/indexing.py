@@ -23,7 +23,7 @@ from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import NOTES, SEGMENT_BYTES, Cluster, Readout, SlowError, read_wal
 from pgcdp.intervals.transactions import Indexed, Past, index_transactions
 from pgcdp.postgres.relations import Look
-from pgcdp.postgres.wal import Manager, Note, is_checkpoint, of_database, opened_timeline, pack_notes, read_notes
+from pgcdp.postgres.wal import PAGE, Manager, Note, is_checkpoint, of_database, opened_timeline, pack_notes, read_notes
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary, Rewind
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, Bundle, IndexFiles, rewinds_of
 from pgcdp.store.files import write_files
@@ -34,6 +34,9 @@ from pgcdp.store.transactions import STILL, read_look, write_look, write_transac
 from pgcdp.units import format_lsn
 
 log = logging.getLogger(__name__)
+
+LONG_HEADER = 40
+"""Bytes of the header of a segment's first page; that of other pages has 24."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Start:
         for note in notes:
             if note.rmid != Manager.LOST or note.lsn != self.boundary.checkpoint_lsn:
                 yield note
-            elif self.boundary.number and (known_to := self._known_to()) < note.end_lsn:
+            elif self.boundary.number and _more_than_a_header(known_to := self._known_to(), note.end_lsn):
                 yield replace(note, lsn=max(note.lsn, known_to))
 
     def _known_to(self) -> int:
@@ -137,6 +140,11 @@ class Start:
             if Bundle.open(self.store, number).interval.from_write <= rewinds[-1].to_write
         ]
         return Past(newest_look(self.store, holds[0]) if holds else None, [])
+
+
+def _more_than_a_header(known_to: int, lsn: int) -> bool:
+    """Whether WAL lies between what is known and a record, besides the header of the page that begins there."""
+    return lsn - known_to > (0 if known_to % PAGE else LONG_HEADER)
 
 
 def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -> Cluster:

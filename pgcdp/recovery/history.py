@@ -150,7 +150,8 @@ class Transactions:
             return found
         lsns = np.array([event["lsn"] or 0 for event in found], dtype=np.uint64)
         here = on_branch(np.array([event["write"] for event in found], dtype=np.uint64), lsns, self.branch)
-        return [event for event, shown in zip(found, here.tolist(), strict=True) if shown]
+        # A lost stretch has the write where reading went on, far behind it: it may lie on both sides.
+        return [event for event, shown in zip(found, here.tolist(), strict=True) if shown or is_lost(event)]
 
     def looks(self) -> Iterator[Look]:
         """All looks at the catalogs, newest first."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.errors import DamageError, TargetError
+from pgcdp.errors import DamageError, TargetError, UnseenError
 from pgcdp.records import ABORTED, ABORTED_PREPARED, COMMITTED, COMMITTED_PREPARED, NOT_IN_WRITE, PREPARED
 from pgcdp.recovery.ends import Ends
 from pgcdp.units import format_lsn, format_time
@@ -188,18 +188,28 @@ def at_xid(xid: int, exclusive: bool, history: History) -> Instant:
 def before_transaction(end: np.void, number: int | None, history: History) -> Instant:
     """Just before a transaction that ended in interval `number`: for one that destroys before it commits, before its
     first irreversible effect."""
-    begin, unseen = int(end["lsn"]) - int(end["back"]), None
+    unseen = _unseen_of(end, number, history)
     for event in _events_of(end, number, history):
-        if is_lost(event) and begin <= event["end_lsn"] and event["lsn"] < int(end["lsn"]):
-            stretch = f"WAL {format_lsn(event['lsn'])} to {format_lsn(event['end_lsn'])}"
-            unseen = f"{stretch} was not seen whole: whether it drops a database, and from where on, is not known"
         what = _DESTROYING.get(event["kind"])
         if what is not None and event["xid"] == int(end["xid"]):
             note = f"it drops a {what}: the point is before its first irreversible effect, not before its commit"
-            return replace(_before(event["first"], note), until_lsn=int(end["lsn"]))
+            found = _before(event["first"], "; ".join(filter(None, (note, unseen))))
+            return replace(found, until_lsn=int(end["lsn"]))
     if end["status"] == COMMITTED_PREPARED:
         return _before(end, f"transaction {end['xid']} is prepared there, with its locks: commit it or roll it back")
     return _before(end, unseen)
+
+
+def _unseen_of(end: np.void, number: int | None, history: History) -> str | None:
+    """That a transaction may have done more than is known, earlier; None: it has not."""
+    missed = [event for event in _events_of(end, number, history) if is_lost(event) and event["lsn"] < int(end["lsn"])]
+    if missed:
+        unseen = f"WAL {format_lsn(missed[0]['lsn'])} to {format_lsn(missed[0]['end_lsn'])} was not seen whole"
+    elif history.key(number) - 1 in history.unindexed:
+        unseen = f"interval {history.key(number) - 1} is not indexed"
+    else:
+        return None
+    return f"{unseen}: whether it drops a database, and from where on, is not known"
 
 
 def _events_of(end: np.void, number: int | None, history: History) -> Iterator[Mapping[str, Any]]:
@@ -332,9 +342,9 @@ def _is_first_behind(lsn: int, record: int) -> bool:
 
 
 def refuse_gap(history: History, gap: Sequence[int], what: str) -> None:
-    """Raises TargetError when there are intervals that may hold what is looked for, and are `doubtful`."""
+    """Raises UnseenError when there are intervals that may hold what is looked for, and are `doubtful`."""
     if gap:
-        raise TargetError(
+        raise UnseenError(
             f"{what} where transactions are not known: {history.not_indexed(gap)}",
             "its writes and boundaries can be restored: pgcdp info lists them for --target-write, --target-boundary",
         )

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun, Journal
-from pgcdp.errors import DamageError, PreconditionError, TargetError
+from pgcdp.errors import DamageError, PreconditionError, TargetError, UnseenError
 from pgcdp.intervals.applying import BlockTarget, apply_backward, apply_forward, apply_run, apply_writes
 from pgcdp.intervals.extents import spans
 from pgcdp.postgres.wal import blank_wal
@@ -163,6 +163,8 @@ class Source:
 
         try:
             return self.again(attempt)
+        except UnseenError:  # what another branch has under that number is not what is meant
+            raise
         except TargetError:
             if not target.branch and target.kind in ("xid", "lsn"):
                 self._refuse_other_branches(target)

@@ -299,6 +299,7 @@ def _still(number: int) -> str:
 def settings_behind(store: Store, last: int) -> dict[str, Any]:
     """What is known of the cluster's settings behind interval `last` (as `session.settings`), empty when nothing."""
     try:
-        return read_json(store.incoming(last + 1) / SETTINGS)
+        found = read_json(store.incoming(last + 1) / SETTINGS)
     except (FileNotFoundError, DamageError):
-        return Bundle.open(store, last).settings() if last else {}
+        found = {}
+    return found or (Bundle.open(store, last).settings() if last else {})

@@ -273,6 +273,7 @@ def test_nothing_is_written_under_a_filesystem_that_is_mounted_elsewhere(
         api.rewind(found.name, point, agree=agreed)
     assert ledger(found) == [1, 2]
     assert found.source().rewinds() == []
+    monkeypatch.undo()
     rewind(found, point)
     assert ledger(found) == [1]
     found.amcheck()

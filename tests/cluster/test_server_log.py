@@ -47,7 +47,7 @@ def written(found: ProtectedSet, text: str, directory: str = "log") -> None:
         return any(text.encode() in file.read_bytes() for file in log_files(found, directory))
 
     wait_until(told, what=f"{text!r} in the server's log")
-    wait_until(lambda: found.source().newest_settings(), what="the settings of the cluster")
+    wait_until(lambda: found.source().newest_settings(), timeout=90, what="the settings of the cluster")
 
 
 def rotate(found: ProtectedSet) -> None:

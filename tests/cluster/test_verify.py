@@ -81,7 +81,7 @@ def test_a_good_image(pg_binaries: Binaries, make_cluster: MakeCluster, place: P
     assert failed(checks) == {}
     assert [name for name, _ in heard] == [check.name for check in checks[1:]]
     for check, (_, began), (_, ended) in zip(checks[1:], heard, heard[1:], strict=False):
-        assert check.seconds <= ended - began < check.seconds + 0.5, f"{check.name} was told at another's time"
+        assert check.seconds <= ended - began < check.seconds + 5, f"{check.name} was told at another's time"
     assert [check.name for check in checks] == [
         "recovery",
         "amcheck",
