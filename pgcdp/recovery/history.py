@@ -96,15 +96,19 @@ class Transactions:
             for number, each in self.intervals.items()
             if each.transactions is None and self._share(number) is not False
         }
-        opened = max(self.intervals, default=0) + 1
-        return History(self.numbers, self.commits, self.summary, unindexed, self._partly, opened)
+        return History(self.numbers, self.commits, self.summary, unindexed, self._partly, self._opened)
+
+    @property
+    def _opened(self) -> int:
+        """The number of the interval behind the last boundary."""
+        return max(self.intervals, default=0) + 1
 
     def _partly(self, numbers: Sequence[int | None]) -> dict[int, int]:
         found = {}
         for number in numbers:
             if number is None:
                 if any(map(is_lost, self.happened(None))):
-                    found[max(self.intervals, default=0) + 1] = sys.maxsize
+                    found[self._opened] = sys.maxsize
             elif (self.intervals[number].transactions or {}).get("lost") and self._lost_here(number):
                 found[number] = self.intervals[number].interval.to_time_ns
         return found

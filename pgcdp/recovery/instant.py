@@ -484,7 +484,7 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
     first_out: np.void | None = None
     out = 0
     also: list[np.void] = []
-    reached_number, reached = None, None
+    doubt_from = 0  # the interval from which on others may be
     first_in: int | None = None  # the interval whose first transaction that is out was not looked at
     for number in reversed(history.numbers):
         counted = _committed_behind(history.summary(number), write, until_lsn or 0)
@@ -504,16 +504,13 @@ def around(write: int, lsn: int | None, history: History, until_lsn: int | None 
         inside = np.flatnonzero(committed & within)
         if len(inside):
             last_in = ends[inside[-1]]
-            reached_number, reached = number, history.key(number)
+            seen = all(event["end_lsn"] <= int(last_in["lsn"]) for event in history.lost(number))
+            doubt_from = history.key(number) + 1 if seen else history.key(number)
             break
     if first_in is not None:
         ends = history.commits(first_in).ends
         first_out = ends[np.argmax(is_committed(ends))]
-    unknown = list(history.doubtful)
-    if reached is not None and last_in is not None:
-        seen = all(event["end_lsn"] <= int(last_in["lsn"]) for event in history.lost(reached_number))
-        unknown = history.doubtful_within(reached + 1 if seen else reached, history.opened)
-    return Around(last_in, first_out, out, also, unknown)
+    return Around(last_in, first_out, out, also, history.doubtful_within(doubt_from, history.opened))
 
 
 def _committed_behind(said: Mapping[str, Any] | None, write: int, until_lsn: int) -> int | None:
