@@ -20,6 +20,7 @@ from pgcdp.store.layout import Store
 from pgcdp.units import parse_lsn, parse_time
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
+from tests.waiting import wait_until
 
 
 def log(found: ProtectedSet, **wanted: Any) -> list[dict[str, Any]]:
@@ -242,6 +243,8 @@ def test_databases_are_named_as_they_were_called_then(make_set: MakeSet, binarie
 
 def test_what_a_restart_of_the_agent_leaves_is_the_same(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15))
+    # It is kept with the first look at the catalogs: without one, schemas have no names yet.
+    wait_until(lambda: found.source().newest_settings(), timeout=90, what="a look at the catalogs")
     with found.connect() as session:
         session.execute("create table t (id int)")
         session.execute("begin; insert into t select generate_series(1, 10)")
