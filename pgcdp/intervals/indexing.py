@@ -21,7 +21,7 @@ from pgcdp.fsio import read_json, write_atomic, write_json
 from pgcdp.intervals.events import full_xid
 from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import NOTES, SEGMENT_BYTES, Cluster, Readout, SlowError, read_wal
-from pgcdp.intervals.transactions import Indexed, Past, index_transactions
+from pgcdp.intervals.transactions import Past, TransactionIndex
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.wal import PAGE, Manager, Note, is_checkpoint, of_database, opened_timeline, pack_notes, read_notes
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary, Rewind
@@ -229,7 +229,7 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
     readout = start.read([place], rewinds, save_state=state, upto=boundary.write, tables=tables, **more)
     past = start.past_of(rewinds)
     _check_followed(readout, start, boundary)
-    indexed = index_transactions(readout, past, read_look(place), boundary.next_xid)
+    indexed = TransactionIndex(readout, past, read_look(place), boundary.next_xid)
     for event in indexed.events:
         if event["kind"] == "lost":
             lost = f"{format_lsn(event['lsn'])} to {format_lsn(event['end_lsn'])}"
@@ -271,7 +271,7 @@ def _check_followed(readout: Readout, start: Start, boundary: Boundary) -> None:
     raise PreconditionError(f"the record of its boundary's checkpoint, at {format_lsn(lsn)}, was not found in its WAL")
 
 
-def summarize(indexed: Indexed) -> dict[str, Any]:
+def summarize(indexed: TransactionIndex) -> dict[str, Any]:
     """What the manifest says of the transactions: whether to look for one here, without opening the index.
 
     `count` ended, `committed` of them with a commit.

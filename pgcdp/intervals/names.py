@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.intervals.readout import Readout
-from pgcdp.postgres.relations import FIRST_NORMAL, REWRITE, CatalogReader, Look, Relation, Said
+from pgcdp.postgres.relations import FIRST_NORMAL, REWRITE, CatalogReader, Look, Relation, Said, catalogs_among
 from pgcdp.records import CHANGE, COMMITTED, COMMITTED_PREPARED
 
 _TRANSIENT = re.compile(re.escape(REWRITE) + r"(\d+)$")
@@ -60,7 +60,36 @@ class Names:
     code: NDArray[np.int64]
     transient: NDArray[np.bool_]
     look: Look | None
-    databases: DatabaseNames
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Of those transactions that changed catalogs: where they committed, and which top transaction a subxid has."""
+
+    committed: Mapping[int, int]
+    top: Mapping[int, int]
+
+    @classmethod
+    def of(cls, readout: Readout, reader: CatalogReader) -> Naming:
+        """`reader` has taken the readout's records, and those of the time before."""
+        wanted = {said.xid for each in reader.oids.values() for said in each}
+        wanted |= {drop.xid for drop in reader.schema_drops.values()}
+        wanted |= {xid for each in reader.database_names.values() for _, xid, _ in each}
+        ends = readout.ends
+        owner = np.repeat(np.arange(len(ends)), ends["subxids"])
+        top = {}
+        for at in np.flatnonzero(np.isin(readout.subxids, list(wanted))).tolist():
+            top[int(readout.subxids[at])] = int(ends["xid"][owner[at]])
+        tops = np.isin(ends["xid"], [*wanted, *top.values()]) & np.isin(ends["status"], IN)
+        return cls({int(end["xid"]): int(end["lsn"]) for end in ends[tops]}, top)
+
+    def committed_at(self, xid: int) -> int:
+        """Where the transaction of an xid or subxid committed; -1 if it did not."""
+        return self.committed.get(self.top_of(xid), -1)
+
+    def top_of(self, xid: int) -> int:
+        """The top transaction's xid."""
+        return self.top.get(xid, xid)
 
 
 @dataclass
@@ -69,8 +98,7 @@ class _Namer:
     after: dict[tuple[int, int], Relation]
     by_oid: dict[tuple[int, int], Relation]
     reader: CatalogReader
-    committed: dict[int, int]
-    top: dict[int, int]
+    naming: Naming
     relations: list[Relation] = field(default_factory=list)
     codes: dict[Relation, int] = field(default_factory=dict)
 
@@ -113,52 +141,48 @@ class _Namer:
             known = self.settled(named[0]) if named else self.by_oid.get((database, file))
         codes = np.full(len(lsns), self.intern(known), dtype=np.int64)
         transient = np.zeros(len(lsns), dtype=np.bool_)
-        ended = [(self.committed[self._top(each)], each) for each in said if self._top(each) in self.committed]
+        ended = [(lsn, each) for each in said if (lsn := self.naming.committed_at(each.xid)) >= 0]
         for lsn, each in sorted(ended, key=lambda pair: (pair[0], pair[1].lsn)):
             codes[lsns > lsn] = self.intern(self.settled(each))
         for each in said:
-            own = xids == self._top(each)
+            own = xids == self.naming.top_of(each.xid)
             if own.any():
                 codes[own] = self.intern(self.settled(each))
                 transient[own] |= bool(_TRANSIENT.match(each.relation.name))
         return codes, transient
 
-    def committed_at(self, said: Said) -> int:
-        """Where the transaction committed; -1 if it did not."""
-        return self.committed.get(self._top(said), -1)
 
-    def _top(self, said: Said) -> int:
-        return self.top.get(said.xid, said.xid)
-
-
-def name_changes(readout: Readout, reader: CatalogReader, before: Look | None, after: Look | None) -> Names:
+def name_changes(
+    readout: Readout,
+    reader: CatalogReader,
+    naming: Naming,
+    databases: DatabaseNames,
+    before: Look | None,
+    after: Look | None,
+) -> Names:
     """Name the relations of all changes. `reader` has taken the readout's records, and those of the time before."""
     ends, changes = readout.ends, readout.changes
-    namer = _Namer(_by_file(before), _by_file(after), _by_oid(before, after), reader, *_commits(readout, reader))
+    namer = _Namer(_by_file(before), _by_file(after), _by_oid(before, after), reader, naming)
     owner = np.repeat(np.arange(len(ends)), ends["changes"])
     code = np.full(len(changes), -1, dtype=np.int64)
     transient = np.zeros(len(changes), dtype=np.bool_)
     for database, file, rows in _files(changes):
         of = ends[owner[rows]]
         code[rows], transient[rows] = namer.name_file(database, file, of["lsn"], of["xid"])
-    databases = _database_names(namer, before, after)
-    return Names(namer.relations, code, transient, _look_now(namer, before, after, databases.now()), databases)
+    return Names(namer.relations, code, transient, _look_now(namer, before, after, databases.now()))
 
 
-def _database_names(namer: _Namer, before: Look | None, after: Look | None) -> DatabaseNames:
+def database_names(reader: CatalogReader, naming: Naming, before: Look | None, after: Look | None) -> DatabaseNames:
+    """What the databases were called. `reader` has taken the readout's records, and those of the time before."""
     renamed = {
-        oid: sorted(
-            (namer.committed[namer.top.get(xid, xid)], lsn, name)
-            for lsn, xid, name in said
-            if namer.top.get(xid, xid) in namer.committed
-        )
-        for oid, said in namer.reader.database_names.items()
+        oid: sorted((at, lsn, name) for lsn, xid, name in said if (at := naming.committed_at(xid)) >= 0)
+        for oid, said in reader.database_names.items()
     }
     return DatabaseNames(
         before.databases if before else {},
         after.databases if after else {},
         after.lsn if after else 0,
-        namer.reader.databases,
+        reader.databases,
         {oid: [(committed, name) for committed, _, name in steps] for oid, steps in renamed.items()},
     )
 
@@ -167,7 +191,9 @@ def _look_now(namer: _Namer, before: Look | None, after: Look | None, databases:
     """The newest look, with what WAL said since, as far as it was committed."""
     base = after or before
     since = base.lsn if base else 0
-    said = [each for of_oid in namer.reader.oids.values() for each in of_oid if namer.committed_at(each) >= since]
+    said = [
+        each for of_oid in namer.reader.oids.values() for each in of_oid if namer.naming.committed_at(each.xid) >= since
+    ]
     schemas = _schemas_now(namer)
     if not said and base is not None:
         return replace(base, databases=databases, schemas=schemas)
@@ -175,7 +201,8 @@ def _look_now(namer: _Namer, before: Look | None, after: Look | None, databases:
     for each in sorted(said, key=lambda each: each.lsn):
         if not _TRANSIENT.match(each.relation.name):
             relations[each.relation.database, each.relation.oid] = replace(namer.settled(each), file=each.relation.file)
-    return Look(since, databases, schemas, tuple(relations.values()))
+    now = tuple(relations.values())
+    return Look(since, databases, schemas, catalogs_among(now), now)
 
 
 def _schemas_now(namer: _Namer) -> dict[tuple[int, int], str]:
@@ -183,7 +210,7 @@ def _schemas_now(namer: _Namer) -> dict[tuple[int, int], str]:
     gone = {
         (drop.database, drop.schema)
         for drop in namer.reader.schema_drops.values()
-        if namer.top.get(drop.xid, drop.xid) in namer.committed
+        if namer.naming.committed_at(drop.xid) >= 0
     }
     return {key: name for key, name in namer.reader.schemas.items() if key not in gone}
 
@@ -197,20 +224,6 @@ def _files(changes: NDArray[np.void]) -> list[tuple[int, int, NDArray[np.int64]]
     starts = np.flatnonzero(np.append(True, sorted_key[1:] != sorted_key[:-1])) if len(key) else np.empty(0, int)
     pieces = np.split(order, starts[1:]) if len(key) else []
     return [(int(key[rows[0]]) >> 32, int(key[rows[0]]) & 0xFFFFFFFF, rows) for rows in pieces]
-
-
-def _commits(readout: Readout, reader: CatalogReader) -> tuple[dict[int, int], dict[int, int]]:
-    """Of those transactions that changed catalogs: where they committed, and which top transaction a subxid has."""
-    wanted = {said.xid for each in reader.oids.values() for said in each}
-    wanted |= {drop.xid for drop in reader.schema_drops.values()}
-    wanted |= {xid for each in reader.database_names.values() for _, xid, _ in each}
-    ends = readout.ends
-    owner = np.repeat(np.arange(len(ends)), ends["subxids"])
-    top = {}
-    for at in np.flatnonzero(np.isin(readout.subxids, list(wanted))).tolist():
-        top[int(readout.subxids[at])] = int(ends["xid"][owner[at]])
-    tops = np.isin(ends["xid"], [*wanted, *top.values()]) & np.isin(ends["status"], IN)
-    return {int(end["xid"]): int(end["lsn"]) for end in ends[tops]}, top
 
 
 def _by_file(look: Look | None) -> dict[tuple[int, int], Relation]:

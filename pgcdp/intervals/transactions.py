@@ -5,8 +5,9 @@ It is made of the interval's own files and of what the interval before left, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgcdp.intervals.events import durable_write, events_of, full_xid
-from pgcdp.intervals.names import IN, DatabaseNames, Names, name_changes
+from pgcdp.intervals.names import IN, DatabaseNames, Names, Naming, database_names, name_changes
 from pgcdp.intervals.readout import Readout
 from pgcdp.postgres.relations import FIRST_NORMAL, CatalogReader, Look, Relation
 from pgcdp.postgres.wal import Note, timeline_of
-from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, SCHEMA, TRUNCATED
+from pgcdp.store.transactions import CREATED, DROPPED, END_COLUMNS, REWRITTEN, SCHEMA, TRUNCATED
 
 POSTGRES_EPOCH_US = 946_684_800_000_000
 """2000-01-01 UTC in microseconds since 1970."""
@@ -36,40 +37,131 @@ class Past:
     notes: Sequence[Note] = ()
 
 
-@dataclass(frozen=True)
-class Indexed:
-    """The index (SCHEMA), the tables that are in it, the events (FORMAT.md 3.7), array WAL_WRITE, the catalogs then.
+class TransactionIndex:
+    """The index of what was read. `later`: a later look than the past's; `next_xid` (64 bits) is near its xids.
 
-    `pending`: records that the events of the next interval may follow from. `left_out`: as in `Readout`.
+    Each part is made when it is first asked for: who asks where transactions ended waits for no names of relations.
     """
 
-    table: pa.Table
-    tables: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-    wal: NDArray[np.void]
-    look: Look | None
-    next_xid: int
-    pending: list[Note]
-    left_out: int
+    def __init__(self, readout: Readout, past: Past, later: Look | None, next_xid: int) -> None:
+        self.next_xid = next_xid
+        self._past = past
+        self._later = later
+        self._readout = replace(readout, ends=with_timelines(readout.ends, [*past.notes, *readout.notes]))
 
+    @property
+    def wal(self) -> NDArray[np.void]:
+        """Array WAL_WRITE."""
+        return self._readout.wal
 
-def index_transactions(readout: Readout, past: Past, look: Look | None, next_xid: int) -> Indexed:
-    """Make the index of what was read. `look`: a later look than the past's; `next_xid` (64 bits) is near its xids."""
-    reader = CatalogReader()
-    for known in (past.look, look):
-        if known is not None:
-            reader.know(known)
-    for note in (*past.notes, *readout.notes):
-        reader.take(note)
-    readout = replace(readout, ends=with_timelines(readout.ends, [*past.notes, *readout.notes]))
-    names = name_changes(readout, reader, past.look, look)
-    rows = _rows(readout, names)
-    sizes, now = table_sizes(readout, rows, names, past.look, look)
-    table = _table(readout, rows, sizes, names, next_xid)
-    events, pending = events_of(readout, reader, names.databases.at, past.look, look, next_xid)
-    touched = _tables(rows, names)
-    then = with_sizes(names.look, now)
-    return Indexed(table, touched, events, readout.wal, then, next_xid, pending, readout.left_out)
+    @property
+    def left_out(self) -> int:
+        """As in `Readout`."""
+        return self._readout.left_out
+
+    @cached_property
+    def ends(self) -> pa.Table:
+        """A row for each transaction, with the columns END_COLUMNS of the index."""
+        ends = self._readout.ends
+        durable = durable_write(self._readout, ends["lsn"], ends["write"])
+        return _as_table({
+            "lsn": ends["lsn"],
+            "length": (ends["end_lsn"] - ends["lsn"]).astype(np.uint32),
+            "write": durable,
+            "late": (durable - ends["write"]).astype(np.uint16),
+            "begin_at": ends["begin_at"],
+            "end_at": ends["end_at"],
+            "time_us": ends["time_us"] + POSTGRES_EPOCH_US,
+            "xid": full_xid(ends["xid"], self.next_xid),
+            "timeline": ends["timeline"],
+            "status": ends["status"].astype(np.uint8),
+            "back": np.where(ends["first_lsn"] > 0, ends["lsn"] - ends["first_lsn"], 0),
+            "subxids": _subxids(self._readout),
+        })  # fmt: skip
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The index: SCHEMA."""
+        names, rows = self._names, self._rows
+        listed = names.relations or [Relation(0, 0, "", "", "", 0)]
+        known = rows.relation >= 0
+        at = np.where(known, rows.relation, 0)
+        oid, of_database, parent = (
+            np.array([getattr(each, name) for each in listed], dtype=np.int64)[at] * known
+            for name in ("oid", "database", "parent")
+        )
+        of = self._readout.ends[rows.end]
+        database = np.where(known & (of_database > 0), of_database, of["database"])
+        ends = self.ends.take(pa.array(rows.end))
+        return _as_table({
+            **{name: ends.column(name) for name in END_COLUMNS},
+            "database_oid": database.astype(np.uint32),
+            "relation_oid": oid,
+            "database": _database_names(database, of["lsn"], self._databases),
+            "schema": _named([each.schema for each in listed], at, known),
+            "name": _named([each.name for each in listed], at, known),
+            "kind": _named([each.kind for each in listed], at, known),
+            "parent_oid": parent.astype(np.uint32),
+            "rows": self._sizes[0],
+            "inserted": rows.inserted,
+            "updated": rows.updated,
+            "deleted": rows.deleted,
+            "flags": rows.flags,
+        })  # fmt: skip
+
+    @cached_property
+    def tables(self) -> list[dict[str, Any]]:
+        """The tables that are in the index, and by what they were touched (FORMAT.md 3.7)."""
+        return _tables(self._rows, self._names, self._databases.now())
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened besides (FORMAT.md 3.7)."""
+        return self._events[0]
+
+    @property
+    def pending(self) -> list[Note]:
+        """Records that the events of the next interval may follow from."""
+        return self._events[1]
+
+    @cached_property
+    def look(self) -> Look | None:
+        """The catalogs at the end."""
+        return with_sizes(self._names.look, self._sizes[1])
+
+    @cached_property
+    def _reader(self) -> CatalogReader:
+        reader = CatalogReader()
+        for known in (self._past.look, self._later):
+            if known is not None:
+                reader.know(known)
+        for note in (*self._past.notes, *self._readout.notes):
+            reader.take(note)
+        return reader
+
+    @cached_property
+    def _naming(self) -> Naming:
+        return Naming.of(self._readout, self._reader)
+
+    @cached_property
+    def _databases(self) -> DatabaseNames:
+        return database_names(self._reader, self._naming, self._past.look, self._later)
+
+    @cached_property
+    def _names(self) -> Names:
+        return name_changes(self._readout, self._reader, self._naming, self._databases, self._past.look, self._later)
+
+    @cached_property
+    def _rows(self) -> _Rows:
+        return _rows(self._readout, self._names)
+
+    @cached_property
+    def _sizes(self) -> tuple[NDArray[np.int64], dict[tuple[int, int], int]]:
+        return table_sizes(self._readout, self._rows, self._names, self._past.look, self._later)
+
+    @cached_property
+    def _events(self) -> tuple[list[dict[str, Any]], list[Note]]:
+        return events_of(self._readout, self._reader, self._databases.at, self._past.look, self._later, self.next_xid)
 
 
 def with_timelines(ends: NDArray[np.void], notes: Sequence[Note]) -> NDArray[np.void]:
@@ -104,53 +196,6 @@ class _Rows:
     deleted: NDArray[np.uint64]
     moved: NDArray[np.uint64]
     flags: NDArray[np.uint8]
-
-
-def _table(
-    readout: Readout,
-    rows: _Rows,
-    sizes: NDArray[np.int64],
-    names: Names,
-    next_xid: int,
-) -> pa.Table:
-    of = readout.ends[rows.end]
-    durable = durable_write(readout, of["lsn"], of["write"])
-    relation = rows.relation
-    known = relation >= 0
-    at = np.where(known, relation, 0)
-    listed = names.relations or [Relation(0, 0, "", "", "", 0)]
-    numbers = {
-        name: np.array([getattr(each, name) for each in listed], dtype=np.int64)[at] * known
-        for name in ("oid", "database", "parent")
-    }
-    database = np.where(known & (numbers["database"] > 0), numbers["database"], of["database"])
-    columns = {
-        "lsn": of["lsn"],
-        "length": (of["end_lsn"] - of["lsn"]).astype(np.uint32),
-        "write": durable,
-        "late": (durable - of["write"]).astype(np.uint16),
-        "begin_at": of["begin_at"],
-        "end_at": of["end_at"],
-        "time_us": of["time_us"] + POSTGRES_EPOCH_US,
-        "xid": full_xid(of["xid"], next_xid),
-        "timeline": of["timeline"],
-        "status": of["status"].astype(np.uint8),
-        "back": np.where(of["first_lsn"] > 0, of["lsn"] - of["first_lsn"], 0),
-        "subxids": _subxids(readout).take(pa.array(rows.end)),
-        "database_oid": database.astype(np.uint32),
-        "relation_oid": numbers["oid"].astype(np.uint32),
-        "database": _database_names(database, of["lsn"], names.databases),
-        "schema": _named([each.schema for each in listed], at, known),
-        "name": _named([each.name for each in listed], at, known),
-        "kind": _named([each.kind for each in listed], at, known),
-        "parent_oid": numbers["parent"].astype(np.uint32),
-        "rows": sizes,
-        "inserted": rows.inserted,
-        "updated": rows.updated,
-        "deleted": rows.deleted,
-        "flags": rows.flags,
-    }  # fmt: skip
-    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
 
 
 def table_sizes(
@@ -205,10 +250,9 @@ def with_sizes(look: Look | None, sizes: dict[tuple[int, int], int]) -> Look | N
     return replace(look, relations=tuple(relations))
 
 
-def _tables(rows: _Rows, names: Names) -> list[dict[str, Any]]:
+def _tables(rows: _Rows, names: Names, databases: Mapping[int, str]) -> list[dict[str, Any]]:
     """Each table that was touched, and by what: so that who looks for one knows whether to look here."""
     found = []
-    databases = names.databases.now()
     for number in np.unique(rows.relation[rows.relation >= 0]).tolist():
         relation, here = names.relations[number], rows.relation == number
         found.append(
@@ -305,6 +349,11 @@ def _flags(changes: NDArray[np.void], transient: NDArray[np.bool_], starts: NDAr
         + CREATED * (~rewritten & made & ~gone)
     )
     return found
+
+
+def _as_table(columns: dict[str, Any]) -> pa.Table:
+    """A table of some columns of SCHEMA, with their types."""
+    return pa.table(columns, schema=pa.schema([SCHEMA.field(name) for name in columns]))
 
 
 def _named(

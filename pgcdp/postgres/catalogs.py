@@ -7,7 +7,7 @@ from typing import Any
 
 from pgcdp.errors import PgcdpError
 from pgcdp.postgres.agent_session import Session
-from pgcdp.postgres.relations import Look, Relation
+from pgcdp.postgres.relations import Look, Relation, catalogs_among
 from pgcdp.postgres.session import Dsn
 
 _RELATIONS_SQL = """
@@ -58,7 +58,8 @@ async def look(dsn: Dsn, before: Look | None, patience: float) -> tuple[Look, di
             continue
         relations.update({(row[0], row[1]): Relation(*row) for row in rows})
         schemas.update({(row[0], row[1]): row[2] for row in names})
-    return Look(lsn, {each.oid: each.name for each in found}, schemas, tuple(relations.values())), failed
+    databases = {each.oid: each.name for each in found}
+    return Look(lsn, databases, schemas, catalogs_among(relations.values()), tuple(relations.values())), failed
 
 
 async def _look_into(dsn: Dsn, database: str) -> tuple[list[Any], list[Any]]:

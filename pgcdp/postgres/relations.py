@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pgcdp.errors import DamageError
@@ -67,13 +67,19 @@ class Relation:
 class Look:
     """The catalogs of all databases as SQL showed them, not before `lsn`.
 
-    `databases`: names by OID; `schemas`: names by (database, OID).
+    `databases`: names by OID; `schemas`: names by (database, OID); `catalogs`: as `catalogs_among` the relations.
     """
 
     lsn: int
     databases: Mapping[int, str]
     schemas: Mapping[tuple[int, int], str]
-    relations: tuple[Relation, ...]
+    catalogs: Mapping[tuple[int, int], int]
+    relations: Sequence[Relation]
+
+
+def catalogs_among(relations: Iterable[Relation]) -> dict[tuple[int, int], int]:
+    """The OIDs of CATALOGS, by (database, file)."""
+    return {(each.database, each.file): each.oid for each in relations if each.oid in CATALOGS and each.file}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +149,7 @@ class CatalogReader:
         self._told = self._told or look.lsn
         self.schemas.update(look.schemas)
         self.databases.update(look.databases)
-        for relation in look.relations:
-            if relation.oid in CATALOGS:
-                self.catalogs[relation.database, relation.file] = relation.oid
+        self.catalogs.update(look.catalogs)
 
     def take(self, note: Note) -> None:
         """The next record."""

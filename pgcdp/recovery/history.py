@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pgcdp.errors import DamageError
 from pgcdp.intervals.indexing import Start, read_events
 from pgcdp.intervals.readout import read_nothing
-from pgcdp.intervals.transactions import Indexed, index_transactions
+from pgcdp.intervals.transactions import TransactionIndex
 from pgcdp.postgres.relations import Look
 from pgcdp.records import Rewind
 from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
@@ -126,19 +126,27 @@ class Transactions:
 
     def table(self, number: int | None, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:
         """The transaction index of an interval (columns of store.transactions.SCHEMA), or the parts `within`."""
-        if self._share(number):
-            return self._whole_table(number, columns, within)
-        wanted = None if columns is None else list(dict.fromkeys([*columns, "write", "lsn"]))
-        table = self._whole_table(number, wanted, within)
-        here = on_branch(table.column("write").to_numpy(), table.column("lsn").to_numpy(), self.branch)
-        table = table.filter(pa.array(here))
-        return table if columns is None else table.select(list(columns))
-
-    def _whole_table(self, number: int | None, columns: Sequence[str] | None, within: Ranges | None = None) -> pa.Table:
         if number is None:
-            table = self.tail().table
-            return table if columns is None else table.select(list(columns))
-        return read_transactions(self.intervals[number].path, columns, within)
+            return self._on_branch(None, lambda _: self.tail().table, columns)
+        path = self.intervals[number].path
+        return self._on_branch(number, lambda wanted: read_transactions(path, wanted, within), columns)
+
+    def _ends(self, number: int | None, columns: Sequence[str], within: Ranges | None = None) -> pa.Table:
+        """When and how transactions ended: columns END_COLUMNS of the index, at least a row for each transaction."""
+        if number is None:
+            return self._on_branch(None, lambda _: self.tail().ends, columns)
+        return self.table(number, columns, within)
+
+    def _on_branch(
+        self, number: int | None, read: Callable[[Sequence[str] | None], pa.Table], columns: Sequence[str] | None
+    ) -> pa.Table:
+        """Columns of what `read` gives of an interval, which may be more than asked for: what lies on the branch."""
+        whole = self._share(number)
+        table = read(columns if whole or columns is None else list(dict.fromkeys([*columns, "write", "lsn"])))
+        if not whole:
+            here = on_branch(table.column("write").to_numpy(), table.column("lsn").to_numpy(), self.branch)
+            table = table.filter(pa.array(here))
+        return table if columns is None else table.select(list(columns))
 
     def tables(self, number: int | None) -> list[dict[str, Any]]:
         """The tables that were touched in an interval, and by what (FORMAT.md 3.7)."""
@@ -172,11 +180,11 @@ class Transactions:
             rows = self.tail().wal if number is None else read_wal(self.intervals[number].path)
             return rows if self._share(number) else rows[on_branch(rows["write"], rows["from_lsn"], self.branch)]
 
-        ends = Ends(partial(self.table, number))
-        tops = cache(partial(_tops, ends, partial(self.table, number, ["subxids"])))
+        ends = Ends(partial(self._ends, number))
+        tops = cache(partial(_tops, ends, partial(self._ends, number, ["subxids"])))
         return Commits(ends, tops, self.happened(number), wal)
 
-    def _tail(self) -> Indexed:
+    def _tail(self) -> TransactionIndex:
         last = max(self.intervals, default=0)
         boundary = self.intervals[last].interval.boundary if last else self.store.baseline
         assert boundary is not None
@@ -185,12 +193,12 @@ class Transactions:
         opened = self.store.incoming(last + 1)
         intervals = [opened] if (opened / "index").exists() else []
         if not intervals and self.journal is None:
-            return index_transactions(read_nothing(), start.past, None, boundary.next_xid)
+            return TransactionIndex(read_nothing(), start.past, None, boundary.next_xid)
         rewinds = [rewind for rewind in self.rewinds() if rewind.begin > boundary.write]
         with place_below(scratch_of(self.store.set_id)) as place:
             tables = place / "wal"
             readout = start.read(intervals, rewinds, tables=tables, journal=self.journal, upto=self.upto)
-        return index_transactions(readout, start.past_of(rewinds), read_look(opened), boundary.next_xid)
+        return TransactionIndex(readout, start.past_of(rewinds), read_look(opened), boundary.next_xid)
 
 
 def _tops(ends: Ends, subxids: Callable[[], pa.Table]) -> dict[int, int]:

@@ -6,15 +6,17 @@ Names of relations as a look at the catalogs showed them lie beside it in the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgcdp.errors import DamageError
-from pgcdp.postgres.relations import Look, Relation
+from pgcdp.postgres.relations import CATALOGS, Look, Relation, catalogs_among
 from pgcdp.records import WAL_WRITE
 from pgcdp.store.frames import FileSummary
 from pgcdp.store.parquet import Ranges, read_table, write_table
@@ -54,6 +56,9 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of the transaction index."""
+
+END_COLUMNS = tuple(SCHEMA.names[: SCHEMA.names.index("database_oid")])
+"""Those that say of a transaction when and how it ended, not what it did."""
 
 CREATED, DROPPED, TRUNCATED, REWRITTEN = 1, 2, 4, 8
 """Bits of `flags`: what became of the table."""
@@ -126,9 +131,34 @@ def read_look(place: Path) -> Look | None:
     for key, name in _unpaired(facts[b"schemas"]):
         database, _, oid = key.partition("/")
         schemas[int(database), int(oid)] = name
-    columns = [table.column(name).to_pylist() for name in _LOOK_SCHEMA.names]
-    relations = tuple(Relation(*row) for row in zip(*columns, strict=True))
-    return Look(int(facts[b"lsn"]), databases, schemas, relations)
+    own = pa.array(np.isin(table.column("oid").to_numpy(), CATALOGS))
+    catalogs = catalogs_among(_Relations(table.filter(own)))
+    return Look(int(facts[b"lsn"]), databases, schemas, catalogs, _Relations(table))
+
+
+class _Relations(Sequence[Relation]):
+    """Those of a file, made when they are asked for: there can be tens of thousands, and many a question needs none."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    @cached_property
+    def _made(self) -> tuple[Relation, ...]:
+        columns = [self._table.column(name).to_pylist() for name in _LOOK_SCHEMA.names]
+        return tuple(Relation(*row) for row in zip(*columns, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, key: int) -> Relation: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[Relation]: ...
+    def __getitem__(self, key: int | slice) -> Relation | Sequence[Relation]:
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[Relation]:
+        return iter(self._made)
 
 
 def _pairs(names: Mapping[int, str] | Mapping[tuple[int, int], str]) -> bytes:

@@ -9,7 +9,7 @@ BEFORE = {(5, 100): "a", (5, 101): "b", (5, 2200): "public", (6, 100): "elsewher
 
 
 def look(*missing: tuple[int, int]) -> Look:
-    return Look(0, {5: "shop", 6: "other"}, {key: name for key, name in BEFORE.items() if key not in missing}, ())
+    return Look(0, {5: "shop", 6: "other"}, {key: name for key, name in BEFORE.items() if key not in missing}, {}, ())
 
 
 def named(drops: dict[int, SchemaDrop], *missing: tuple[int, int]) -> list[str]:
