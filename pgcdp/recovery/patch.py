@@ -1,7 +1,8 @@
 """What a view needs and no published interval has, copied into a frames file of the view's own (FORMAT.md 5).
 
-The writes of the open interval and of the journal, the last content of each block once; and a write whose WAL is blank
-from an LSN on. So neither the journal nor `incoming/` has to be kept for a view.
+Of the open interval the frames that hold the last content of a block, as they are stored; of the journal's writes the
+last content of each block, once; and a write whose WAL is blank from an LSN on. So neither the journal nor `incoming/`
+has to be kept for a view.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ class Patch:
 
     def append(self, data: bytes | memoryview) -> int:
         """Put bytes in; their position in the stream."""
+        return self._made().append(data)
+
+    def _made(self) -> FrameWriter:
         if self._writer is None:
             self._writer = FrameWriter.create(self.path, PATCH, self._set_id, 0)
-        return self._writer.append(data)
+        return self._writer
 
     def finish(self) -> bool:
         """Finish the file; whether there is one."""
@@ -87,8 +91,18 @@ class Patch:
                 opened.writes.close()
 
     def _copy_stored(self, left: NDArray[np.void], rows: NDArray[np.int64], writes: FrameReader) -> None:
-        for row in rows.tolist():
-            left["source"][row] = self.append(writes.read(int(left["source"][row]), int(left["count"][row]) * BLOCK))
+        """Copy the frames of which something is left, as they are. `rows` are in order of `source`."""
+        begin = left["source"][rows]
+        starts = np.array([entry.position for entry in writes.entries], dtype=np.uint64)
+        first = np.searchsorted(starts, begin, side="right") - 1
+        behind = np.searchsorted(starts, begin + left["count"][rows].astype(np.uint64) * BLOCK, side="left")
+        holds = np.zeros(len(starts) + 1, dtype=np.int64)
+        np.add.at(holds, first, 1)
+        np.subtract.at(holds, behind, 1)
+        copied = np.zeros(len(starts), dtype=np.uint64)
+        for number in np.flatnonzero(np.cumsum(holds)).tolist():  # those of one extent follow each other here as well
+            copied[number] = self._made().adopt(writes.frame(writes.entries[number]))
+        left["source"][rows] = copied[first] + (begin - starts[first])
 
     def _copy_journal(
         self, left: NDArray[np.void], rows: NDArray[np.int64], table: NDArray[np.void], runs: Iterable[BatchRun]

@@ -33,6 +33,7 @@ from pgcdp.store.frame_format import (
     MAX_FRAME_BYTES,
     Entry,
     FileSummary,
+    Frame,
     check_header,
     digest_of,
     file_header,
@@ -49,6 +50,7 @@ __all__ = [
     "HEADER_BYTES",
     "Entry",
     "FileSummary",
+    "Frame",
     "FrameReader",
     "FrameWriter",
     "check_unfinished",
@@ -245,6 +247,17 @@ class FrameWriter:
         codec = CODEC_ZSTD
         if len(stored) >= raw:
             stored, codec = bytes(content), CODEC_PLAIN
+        self._write_stored(codec, raw, stored)
+
+    def adopt(self, frame: Frame) -> int:
+        """Append a frame of another file without decompressing it; returns its position in this stream."""
+        if self.finished:
+            raise BugError(f"{self.path} is finished and takes no more bytes")
+        self._flush()
+        self._write_stored(frame.codec, frame.raw, frame.stored)
+        return self.entries[-1].position
+
+    def _write_stored(self, codec: int, raw: int, stored: bytes) -> None:
         self._write(frame_header(codec, self.flushed, raw, stored), stored)
         self.entries.append(Entry(self.flushed, self.file_bytes, raw, len(stored)))
         self.file_bytes += FRAME_HEADER_BYTES + len(stored)
@@ -389,11 +402,18 @@ class FrameReader:
             self._cached -= len(self._cache.popitem(last=False)[1])
         return raw
 
-    def _decompress(self, entry: Entry) -> bytes:
-        damage = DamageError(f"{self.path} has a damaged frame at offset {entry.offset}", HINT)
+    def frame(self, entry: Entry) -> Frame:
+        """A frame as it is stored, its checksum checked."""
         frame = read_frame(self._fd, entry.offset, entry.offset + FRAME_HEADER_BYTES + entry.stored)
         if frame is None or (frame.position, frame.raw, len(frame.stored)) != (entry.position, entry.raw, entry.stored):
-            raise damage
+            raise self._damaged(entry)
+        return frame
+
+    def _damaged(self, entry: Entry) -> DamageError:
+        return DamageError(f"{self.path} has a damaged frame at offset {entry.offset}", HINT)
+
+    def _decompress(self, entry: Entry) -> bytes:
+        frame, damage = self.frame(entry), self._damaged(entry)
         if frame.codec == CODEC_PLAIN:
             raw = frame.stored
         elif frame.codec == CODEC_ZSTD and frame.raw <= MAX_FRAME_BYTES:

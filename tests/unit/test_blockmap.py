@@ -95,7 +95,8 @@ class Scene:
             run_interval(self.world, number, "optimal", self.chooser, size)
         self.world.store = self.world.store.with_baseline(boundary(0, 0))
         self.capture(taken)
-        opened = fill(self.world, len(sizes) + 1, len(self.world.ops))
+        frame_bytes = self.chooser.choice([BLOCK, 3 * BLOCK + 512, 20 * BLOCK])  # a write may lie in several
+        opened = fill(self.world, len(sizes) + 1, len(self.world.ops), frame_bytes)
         opened.sync()
         opened.close()
         self.capture(behind)

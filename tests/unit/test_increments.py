@@ -94,9 +94,11 @@ def capture(world: World, ops: list[Op], chooser: random.Random) -> None:
     world.ops += ops
 
 
-def fill(world: World, number: int, upto: int) -> OpenInterval:
+def fill(world: World, number: int, upto: int, frame_bytes: int | None = None) -> OpenInterval:
     first = upto_of(world, number - 1) + 1
     opened = OpenInterval.open(world.store, number, first)
+    if frame_bytes is not None:
+        opened._writes._frame_bytes = frame_bytes
     for run in world.journal.batches(opened.last_write, upto):
         opened.append(run)
     return opened
