@@ -18,7 +18,7 @@ from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import losses, search
 from pgcdp.recovery.branches import beyond, branch_at, current_branch
 from pgcdp.recovery.history import Transactions
-from pgcdp.recovery.nearest import split_name
+from pgcdp.recovery.nearest import dotted_name, split_name
 from pgcdp.recovery.search import Known, Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.units import format_lsn, format_time, parse_lsn
@@ -145,7 +145,7 @@ def _schemas(told: Sequence[Json], deeds: Sequence[Deed]) -> list[str]:
     """Tables whose schema a statement does not say, as SCHEMA.NAME."""
     asked = {each.name for each in deeds if each.schema is None}
     tables = [table for each in told for table in each["tables"] if table["name"] in asked]
-    return sorted({f"{table['schema']}.{table['name']}" for table in tables})
+    return sorted({dotted_name(table["schema"], table["name"]) for table in tables})
 
 
 def line(told: Json) -> str:
@@ -157,7 +157,7 @@ def deed(table: Json) -> str:
     """What was done to a table in a few words."""
     words = [f"{table[name]} {name}" for name in ("inserted", "updated", "deleted") if table[name]]
     words += [name for name in ("truncated", "dropped", "rewritten") if table[name]]
-    name = ".".join(filter(None, (table["schema"], table["name"])))
+    name = dotted_name(table["schema"], table["name"])
     part = f" ({table['share']:.0%} of it)" if table["share"] >= 0.005 else ""
     return f"{name}: {', '.join(words) or 'created'}{part}"
 

@@ -11,6 +11,7 @@ import click
 from pgcdp import units
 from pgcdp.cli import options, screen
 from pgcdp.errors import TargetError, UsageError
+from pgcdp.recovery.nearest import dotted_name
 
 if TYPE_CHECKING:
     from pgcdp.records import Rewind
@@ -132,8 +133,7 @@ def _rows(told: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _name(table: Mapping[str, Any]) -> str:
-    name = ".".join(part for part in (table["schema"], table["name"]) if part)
-    return _dotted(table["database"], name)
+    return _dotted(table["database"], dotted_name(table["schema"], table["name"]))
 
 
 def _dotted(database: str | None, name: str) -> str:

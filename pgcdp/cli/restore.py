@@ -10,6 +10,7 @@ import click
 
 from pgcdp.cli import options, screen
 from pgcdp.errors import UsageError, VerificationFailed
+from pgcdp.recovery.nearest import dotted_name
 from pgcdp.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _show_cost(resolved: Mapping[str, Any]) -> None:
     lost = resolved["lost"]
     for each in lost["tables"][:TABLES]:
         counts = ", ".join(f"{each[what]} {what}" for what in ("inserted", "updated", "deleted") if each[what])
-        screen.note(f"lost in {each['database']}: {each['schema']}.{each['name']}: {counts or 'changed'}")
+        screen.note(f"lost in {each['database']}: {dotted_name(each['schema'], each['name'])}: {counts or 'changed'}")
     if len(lost["tables"]) > TABLES:
         screen.note(f"lost in {len(lost['tables']) - TABLES} more tables: --output json has all")
     if lost["transactions"]:

@@ -11,6 +11,7 @@ import click
 from pgcdp.cli import options, screen
 from pgcdp.cli.restore import announce
 from pgcdp.errors import UsageError
+from pgcdp.recovery.nearest import dotted_name
 from pgcdp.units import format_duration
 
 
@@ -98,9 +99,9 @@ def _asking(yes: bool, output: str) -> Callable[[Mapping[str, Any]], None]:
     def ask(told: Mapping[str, Any]) -> None:
         if output == "text":
             _difference(told)
-        found = told["difference"]
+        found, place = told["difference"], dotted_name(told["schema"], told["name"])
         options.confirm(
-            f"{found['deleted']} rows of {told['schema']}.{told['name']} will be inserted, {found['changed']} updated",
+            f"{found['deleted']} rows of {place} will be inserted, {found['changed']} updated",
             yes,
             output,
         )
@@ -110,7 +111,7 @@ def _asking(yes: bool, output: str) -> Callable[[Mapping[str, Any]], None]:
 
 def _render(value: Mapping[str, Any]) -> None:
     for told in value["tables"]:
-        place = f"{told['schema']}.{told['name']}"
+        place = dotted_name(told["schema"], told["name"])
         if told.get("put_back") is not None:
             done, kept = told["put_back"], told["difference"]["added"]
             if any(done.values()):
@@ -128,7 +129,7 @@ def _render(value: Mapping[str, Any]) -> None:
 
 def _difference(told: Mapping[str, Any]) -> None:
     found = told["difference"]
-    screen.text(f"{told['schema']}.{told['name']}: since then")
+    screen.text(f"{dotted_name(told['schema'], told['name'])}: since then")
     for name in ("deleted", "changed", "added"):
         shown = ["/".join(str(value) for value in row.values()) for row in found["samples"][name]]
         more = ", ..." if found[name] > len(shown) else ""

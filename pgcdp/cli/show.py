@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pgcdp.cli import options, screen
+from pgcdp.recovery.nearest import dotted_name
 from pgcdp.units import format_size
 
 
@@ -53,6 +54,6 @@ def _owner(each: Mapping[str, Any]) -> str:
     relation = each["relation"]
     if relation is None:
         return f"{size} of {each['file']} at {each['offset']}"
-    name = f"{relation['schema']}.{relation['name']}" if relation["name"] else "a relation without a known name"
+    name = dotted_name(relation["schema"], relation["name"]) if relation["name"] else "a relation without a known name"
     fork = "" if relation["fork"] == "main" else f", {relation['fork']}"
     return f"{size} of {each['file']}{fork}: page {relation['page']} of {name} in {relation['database']}"

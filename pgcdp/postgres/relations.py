@@ -24,7 +24,9 @@ PG_NAMESPACE = 2615
 NAMING = (PG_CLASS, PG_INHERITS, PG_NAMESPACE)
 CATALOGS = (PG_CLASS, PG_TABLESPACE, PG_DATABASE, PG_INHERITS, PG_NAMESPACE)
 
-_SCHEMAS = {11: "pg_catalog", 99: "pg_toast"}
+_SCHEMAS = {11: "pg_catalog", 99: "pg_toast", 2200: "public"}
+"""As initdb makes them. `public` may be called otherwise by now: until the first look at the catalogs, a moment behind
+`protect`, nothing says so."""
 FIRST_NORMAL = 16384
 """The first OID that is not one of the catalogs' own (FirstNormalObjectId)."""
 

@@ -162,7 +162,7 @@ def test_statements_hit_what_they_did(make_set: MakeSet, pg_binaries: Binaries) 
     ]
     for sql, nearest in (
         ("delete from elsewhere.orders", "public.orders, sales.orders, "),
-        ("delete from mixed case", "public.Mixed Case"),
+        ("delete from mixed case", 'public."Mixed Case"'),
         ("delete from ORDERZ.orders", "public.orders, sales.orders, "),
     ):
         with pytest.raises(TargetError, match=r"no table .* is known") as raised:
