@@ -86,7 +86,7 @@ class Transactions:
     @property
     def numbers(self) -> list[int | None]:
         """Intervals whose transactions are known, in order; None: what lies behind the last boundary."""
-        known = [*(number for number, each in self.intervals.items() if each.transactions is not None), None]
+        known = [*(number for number, each in self.intervals.items() if each.indexed), None]
         return [number for number in known if self._share(number) is not False]
 
     def history(self) -> History:
@@ -94,7 +94,7 @@ class Transactions:
         unindexed = {
             number: each.interval.to_time_ns
             for number, each in self.intervals.items()
-            if each.transactions is None and self._share(number) is not False
+            if not each.indexed and self._share(number) is not False
         }
         return History(self.numbers, self.commits, self.summary, unindexed, self._partly, self._opened)
 

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     import sqlite_utils
 
 FILE_NAME = "catalog.db"
-SCHEMA_VERSION = 2
-
-Transactions = dict[str, Any] | None
-"""As `Bundle.transactions`."""
+SCHEMA_VERSION = 3
 
 
 class Catalog:
@@ -74,7 +71,9 @@ class Catalog:
             {"number": int, "write": int, "time_ns": int, "content": str}, pk="number", if_not_exists=True
         )
         self._db.table("intervals").create(
-            {"number": int, "to_time_ns": int, "content": str, "checksum": str}, pk="number", if_not_exists=True
+            {"number": int, "to_time_ns": int, "content": str, "transactions": str, "checksum": str},
+            pk="number",
+            if_not_exists=True,
         )
         self._db.table("history").create(
             {"name": str, "kind": str, "time_ns": int, "interval": int, "content": str}, pk="name", if_not_exists=True
@@ -84,10 +83,14 @@ class Catalog:
             self._connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _rows(self, sql: str, values: tuple[object, ...] = ()) -> list[dict[str, Any]]:
+        names, rows = self._select(sql, values)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def _select(self, sql: str, values: tuple[object, ...] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Names of columns, and the rows."""
         try:
             cursor = self._connection.execute(sql, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor]
+            return [column[0] for column in cursor.description], cursor.fetchall()
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from None
 
@@ -111,10 +114,12 @@ class Catalog:
     def put_interval(self, bundle: Bundle) -> None:
         """Mirror a published interval and its boundary; harmless when done twice."""
         interval = bundle.interval
-        content = json.dumps({"interval": asdict(interval), "transactions": bundle.transactions})
+        content = json.dumps(asdict(interval))
+        transactions = None if bundle.transactions is None else json.dumps(bundle.transactions)
         row = {"number": interval.number, "to_time_ns": interval.to_time_ns, "content": content}
         self.put_baseline(interval.boundary)
-        self._put("intervals", {**row, "checksum": _checksum(content)})
+        checksum = _checksum(content, transactions)
+        self._put("intervals", {**row, "transactions": transactions, "checksum": checksum})
 
     def remove_interval(self, number: int) -> None:
         """Forget an interval that was expired. Its boundary stays known."""
@@ -124,10 +129,16 @@ class Catalog:
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from None
 
-    def intervals(self) -> dict[int, tuple[Interval, Transactions]]:
-        """By number, in order: what each manifest says. A row that is not as it was written is left out."""
-        rows = self._rows("select number, content, checksum from intervals order by number")
-        return {row["number"]: _interval(row) for row in rows if _checksum(row["content"]) == row["checksum"]}
+    def intervals(self) -> dict[int, tuple[Interval, str | None]]:
+        """By number, in order: what each manifest says, of transactions as JSON (None: not indexed).
+
+        A row that is not as it was written is left out.
+        """
+        rows = self._select("select content, transactions, checksum from intervals order by number")[1]
+        whole = [(content, said) for content, said, checksum in rows if _checksum(content, said) == checksum]
+        # Parsed as one text: there can be ten thousand, and each call of a parser costs.
+        found = map(_interval, json.loads(f"[{','.join(content for content, _ in whole)}]"))
+        return {interval.number: (interval, said) for interval, (_, said) in zip(found, whole, strict=True)}
 
     def remember(self, kind: HistoryKind, time_ns: int, content: dict[str, Any]) -> None:
         """Add to the history: its file first, durably, then the row. Content may name an "interval"."""
@@ -161,16 +172,14 @@ def _entry(row: dict[str, Any]) -> dict[str, Any]:
     return {**cast("dict[str, Any]", json.loads(row["content"])), "time_ns": row["time_ns"]}
 
 
-def _checksum(content: str) -> str:
-    return xxhash.xxh3_64_hexdigest(content.encode())
+def _checksum(content: str, transactions: str | None) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{content}\n{transactions}".encode())
 
 
-def _interval(row: dict[str, Any]) -> tuple[Interval, Transactions]:
-    content = json.loads(row["content"])
-    interval = content["interval"]
-    rewinds = tuple(Rewind(**each) for each in interval["rewinds"])
-    found = Interval(**{**interval, "boundary": Boundary(**interval["boundary"]), "rewinds": rewinds})
-    return found, content["transactions"]
+def _interval(content: dict[str, Any]) -> Interval:
+    content["boundary"] = Boundary(**content["boundary"])
+    content["rewinds"] = tuple(Rewind(**each) for each in content["rewinds"])
+    return Interval(**content)
 
 
 def _damaged(path: Path, error: Exception) -> DamageError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ class Store:
 
 
 def _numbers(directory: Path) -> list[int]:
-    return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"\d{10}", name))
+    return sorted(int(name) for name in os.listdir(directory) if len(name) == 10 and name.isascii() and name.isdigit())
 
 
 def _only_begun(path: Path) -> bool:

@@ -5,12 +5,13 @@ What is in the catalog is not looked at here; whoever opens the `Bundle` compare
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pgcdp.errors import DamageError
 from pgcdp.records import Interval
@@ -21,11 +22,26 @@ from pgcdp.store.layout import Store
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published interval; `path` is its directory, `transactions` what `Bundle.transactions` says."""
+    """A published interval. `said`: JSON of what `Bundle.transactions` says; None when it was not indexed."""
 
     interval: Interval
-    path: Path
-    transactions: dict[str, Any] | None
+    store: Store
+    said: str | None
+
+    @property
+    def indexed(self) -> bool:
+        """Whether its transactions are known."""
+        return self.said is not None
+
+    @property
+    def transactions(self) -> dict[str, Any] | None:
+        """As `Bundle.transactions`. Parsed when it is asked for: of ten thousand intervals few are."""
+        return None if self.said is None else cast("dict[str, Any]", json.loads(self.said))
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.store.interval(self.interval.number)
 
 
 def published(store: Store, but: Collection[int] = ()) -> dict[int, Published]:
@@ -35,14 +51,15 @@ def published(store: Store, but: Collection[int] = ()) -> dict[int, Published]:
     found = {}
     for number in numbers:
         if number in mirrored:
-            found[number] = Published(mirrored[number][0], store.interval(number), mirrored[number][1])
+            found[number] = Published(mirrored[number][0], store, mirrored[number][1])
         else:
             bundle = Bundle.open(store, number)
-            found[number] = Published(bundle.interval, bundle.path, bundle.transactions)
+            said = None if bundle.transactions is None else json.dumps(bundle.transactions)
+            found[number] = Published(bundle.interval, store, said)
     return found
 
 
-def _mirrored(store: Store) -> dict[int, tuple[Interval, dict[str, Any] | None]]:
+def _mirrored(store: Store) -> dict[int, tuple[Interval, str | None]]:
     """What the catalog has; nothing when there is none or it cannot be read: the manifests say the same."""
     if not os.path.exists(store.path / FILE_NAME):
         return {}
