@@ -24,6 +24,7 @@ from pgcdp.opening import (
     production_places,
     scratch_place,
 )
+from pgcdp.postgres.cluster import Binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
@@ -63,9 +64,10 @@ def clone(
     source = open_source(set_name, store)
     point = point_of(source, target, before)
     # What lies on both sides is read in the WAL behind the last boundary, which may be long: the clone opens meanwhile.
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(2) as beside:
+        binaries = beside.submit(binaries_of, source, set_name)
         looked = beside.submit(between, source.copy(), point)
-        made, recovery = _open(source, root, set_name, point, name, access, ttl, progress)
+        made, recovery = _open(source, root, set_name, point, binaries.result, name, access, ttl, progress)
         try:
             if not looked.done():
                 progress(Progress("reading which transactions are in and out"))
@@ -81,6 +83,7 @@ def _open(
     root: Path,
     set_name: str | None,
     point: RecoveryPoint,
+    binaries: Callable[[], Binaries],
     name: str | None,
     access: Access | None,
     ttl: float | None,
@@ -101,7 +104,7 @@ def _open(
     )
     if any(each.name == wanted.name and each.place != wanted.place for each in cloned.find_every(root)):
         raise UsageError(f"another set has a clone {wanted.name}", "choose another --name")
-    binaries, hide = binaries_of(source, set_name), production_places(source, set_name)
+    hide = production_places(source, set_name)
     while True:
         try:
             return clone_opening.create(source, wanted, binaries, hide, progress)
@@ -152,10 +155,9 @@ def step(
     came, went = source.again(lambda: (_beyond(source, point, found.point), _beyond(source, found.point, point)))
     rewinds = [rewind for rewind in source.rewinds() if first.write < (rewind.end or 0) <= last.write]
     onward = point == last
-    moved, recovery = clone_opening.move(
-        source, found, point, binaries_of(source, found.set_name),
-        production_places(source, found.set_name), progress,
-    )  # fmt: skip
+    binaries = binaries_of(source, found.set_name)  # before anything is taken down
+    hide = production_places(source, found.set_name)
+    moved, recovery = clone_opening.move(source, found, point, lambda: binaries, hide, progress)
     resolved = between(source, point)
     return {
         "name": moved.name,

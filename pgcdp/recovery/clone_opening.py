@@ -8,7 +8,7 @@ import shutil
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -50,12 +50,13 @@ class NameTaken(PreconditionError):
 def create(
     source: Source,
     clone: Clone,
-    binaries: Binaries,
+    binaries: Callable[[], Binaries],
     hide: Sequence[Path] = (),
     progress: Report = silent,
 ) -> tuple[Clone, sandbox.Recovery]:
     """Open `clone.point` at `clone.place`, which must not exist. Nothing is left of it when that fails.
 
+    `binaries` are asked for when they are needed: to look at them takes as long as to open the view.
     Raises NameTaken, PreconditionError for a port that is taken, DamageError for stored bytes that are wrong.
     """
     with _listening(clone.access.port) as listener:
@@ -83,7 +84,7 @@ def move(
     source: Source,
     clone: Clone,
     point: RecoveryPoint,
-    binaries: Binaries,
+    binaries: Callable[[], Binaries],
     hide: Sequence[Path] = (),
     progress: Report = silent,
 ) -> tuple[Clone, sandbox.Recovery]:
@@ -113,7 +114,7 @@ def move(
 def _open(
     source: Source,
     clone: Clone,
-    binaries: Binaries,
+    binaries: Callable[[], Binaries],
     hide: Sequence[Path],
     listener: socket.socket | None,
     progress: Report,
@@ -125,7 +126,7 @@ def _open(
         pgdata = scratch.leave_mounted(source, clone.place, files, progress)
         progress(Progress("starting postgres on it"))
         box = sandbox.start(
-            pgdata, settings, parent=clone.place, binaries=binaries, hide=hide,
+            pgdata, settings, parent=clone.place, binaries=binaries(), hide=hide,
             override=_settings(clone.access), hba=_hba(clone.access, settings), name="postgres",
         )  # fmt: skip
     except Exception as error:

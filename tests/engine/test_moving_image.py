@@ -192,7 +192,11 @@ def test_a_question_that_comes_too_late_changes_nothing(history: Callable[[int, 
 
 def reads_its_image(pid: int) -> bool:
     """Whether a thread waits for the answer of a FUSE server, which its image comes from."""
-    return any("request_wait_answer" in (task / "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            if "request_wait_answer" in (task / "wchan").read_text():
+                return True
+    return False
 
 
 def image_through_views(show_map: ShowMap, scene: Scene, below: Path) -> int:
