@@ -199,7 +199,8 @@ def planned_volumes(request: ProtectRequest, paths: SetPaths, pgdata: Path) -> I
                 f"the {name} volume needs exactly one of a device and a size", f"give {by_device} DEV or {by_size} 20G"
             )
         if device is not None:
-            backing, count = Path(os.path.realpath(device)), volumes.check_device(device, request.yes)
+            # By the name that was given: what /dev/vg/lv leads to is another number after the next boot.
+            backing, count = Path(os.path.abspath(device)), volumes.check_device(device, request.yes)
         else:
             backing, count = paths.volumes / f"{name}.img", (size or 0) // volumes.SECTOR * volumes.SECTOR
         least = volumes.LEAST_BYTES[request.fs]

@@ -299,7 +299,7 @@ def _release_plain(config: Config) -> None:
     for volume in reversed(config.volumes):
         volumes.unmount(_below(config, volume, place))
     for volume in config.volumes:
-        for device in volumes.loops_over(volume.backing):
+        for device in volumes.loops_over(Path(os.path.realpath(volume.backing))):
             volumes.detach_loop(device)
     if place.is_dir():
         place.rmdir()

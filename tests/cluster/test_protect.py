@@ -361,6 +361,26 @@ def test_a_given_device(house: House) -> None:
     assert house.count() == 1000
 
 
+def test_a_device_is_known_by_the_name_that_was_given(house: House) -> None:
+    """After a boot /dev/vg/lv leads to another number, and the number that it had may be somebody else's disk."""
+    image, other, name = house.root / "disk", house.root / "other", house.root / "lv"
+    volumes.make_image(image, 384 * MIB)
+    volumes.make_image(other, 384 * MIB)
+    name.symlink_to(volumes.attach_loop(image))
+    config = protect.protect(house.request(size=None, volume=name))
+    attach.down(config)
+    volumes.detach_loop(name.readlink())
+    usurper = volumes.attach_loop(other)  # most likely with the number that has just become free
+    name.unlink()
+    name.symlink_to(volumes.attach_loop(image))
+    attach.up(config)
+    assert house.count() == 1000
+    protect.unprotect(config)
+    volumes.detach_loop(name.readlink())
+    volumes.detach_loop(usurper)
+    assert not any(other.read_bytes()), "another disk was written to"
+
+
 # --- refused, and nothing changed
 
 Change = Callable[[House], ProtectRequest]
