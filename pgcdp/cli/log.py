@@ -124,7 +124,9 @@ def candidates(failure: TargetError) -> list[str]:
 def _rows(told: Mapping[str, Any]) -> list[list[str]]:
     head = [told["time"], str(told["xid"]), told["status"], str(told["write"]), told["lsn"]]
     cells = [(_name(table), _did(table), _share(table["share"])) for table in told["tables"]]
-    cells += [(f"{gone['what']} {_dotted(gone['database'], gone['name'])}", "dropped", "-") for gone in told["objects"]]
+    cells += [
+        (f"{gone['what']} {_in_database(gone['database'], gone['name'])}", "dropped", "-") for gone in told["objects"]
+    ]
     shown = []
     for each in cells or [("-", "-", "-")]:
         shown.append([*head, *each])
@@ -133,10 +135,10 @@ def _rows(told: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _name(table: Mapping[str, Any]) -> str:
-    return _dotted(table["database"], dotted_name(table["schema"], table["name"]))
+    return _in_database(table["database"], dotted_name(table["schema"], table["name"]))
 
 
-def _dotted(database: str | None, name: str) -> str:
+def _in_database(database: str | None, name: str) -> str:
     return f"{database}:{name}" if database else name
 
 

@@ -115,7 +115,7 @@ class Catalog:
         """Mirror a published interval and its boundary; harmless when done twice."""
         interval = bundle.interval
         content = json.dumps(asdict(interval))
-        transactions = None if bundle.transactions is None else json.dumps(bundle.transactions)
+        transactions = said_of(bundle)
         row = {"number": interval.number, "to_time_ns": interval.to_time_ns, "content": content}
         self.put_baseline(interval.boundary)
         checksum = _checksum(content, transactions)
@@ -130,7 +130,7 @@ class Catalog:
             raise _damaged(self.path, error) from None
 
     def intervals(self) -> dict[int, tuple[Interval, str | None]]:
-        """By number, in order: what each manifest says, of transactions as JSON (None: not indexed).
+        """By number, in order: what each manifest says, of transactions as `said_of`.
 
         A row that is not as it was written is left out.
         """
@@ -166,6 +166,11 @@ class Catalog:
     def close(self) -> None:
         """Close the database. Harmless when done twice."""
         self._connection.close()
+
+
+def said_of(bundle: Bundle) -> str | None:
+    """JSON of what `Bundle.transactions` says; None when it was not indexed."""
+    return None if bundle.transactions is None else json.dumps(bundle.transactions)
 
 
 def _entry(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from typing import Any, cast
 from pgcdp.errors import DamageError
 from pgcdp.records import Interval
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import FILE_NAME, Catalog
+from pgcdp.store.catalog import FILE_NAME, Catalog, said_of
 from pgcdp.store.layout import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published interval. `said`: JSON of what `Bundle.transactions` says; None when it was not indexed."""
+    """A published interval. `said`: as `catalog.said_of`."""
 
     interval: Interval
     store: Store
@@ -51,11 +51,11 @@ def published(store: Store, but: Collection[int] = ()) -> dict[int, Published]:
     found = {}
     for number in numbers:
         if number in mirrored:
-            found[number] = Published(mirrored[number][0], store, mirrored[number][1])
+            interval, said = mirrored[number]
+            found[number] = Published(interval, store, said)
         else:
             bundle = Bundle.open(store, number)
-            said = None if bundle.transactions is None else json.dumps(bundle.transactions)
-            found[number] = Published(bundle.interval, store, said)
+            found[number] = Published(bundle.interval, store, said_of(bundle))
     return found
 
 
