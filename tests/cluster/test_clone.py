@@ -28,6 +28,7 @@ from pgcdp.recovery.clone import Access
 from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf, bad_lines, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
+from tests.results import keep_result
 from tests.waiting import wait_until
 
 SETTINGS = {"autovacuum": "off"}
@@ -432,6 +433,4 @@ def test_clones_side_by_side_at_different_points(make_set: MakeSet, binaries_of:
 def test_twenty_clones_side_by_side(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
     told = many(found, 20)
-    results = os.environ.get("PGCDP_RESULTS")
-    if results:
-        (Path(results) / "twenty-clones.json").write_text(json.dumps(told, indent=1) + "\n")
+    keep_result("twenty-clones", told)

@@ -6,11 +6,8 @@ pg_waldump of a copy of the WAL that pg_receivewal took.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +17,7 @@ from tests.cluster.test_postgres_truth import ALLOWED, SETTINGS
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.load import Ack, Commit, Load, check_prefix, keep_wal
+from tests.results import keep_result
 
 
 def commits_at(found: ProtectedSet, point: RecoveryPoint, acks: list[Ack], order: list[Commit]) -> int:
@@ -72,7 +70,4 @@ def test_neighbours_in_one_write_are_on_the_right_sides(make_set: MakeSet, binar
 def test_many_transactions_exactly_before(make_set: MakeSet, pg_binaries: Binaries, fs: str) -> None:
     found = make_set(pg_binaries, fs=fs, settings=SETTINGS, allowed=ALLOWED)
     rows = run_points(found, points=100, commits=10000, seed=pg_binaries.major)
-    results = os.environ.get("PGCDP_RESULTS")
-    if results:
-        place = Path(results) / f"exactly-before-pg{pg_binaries.major}-{fs}.json"
-        place.write_text(json.dumps(rows, indent=1) + "\n")
+    keep_result(f"exactly-before-pg{pg_binaries.major}-{fs}", rows)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +16,7 @@ from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.load import Load
 from tests.moments import scratch_below
+from tests.results import keep_result
 
 BARE = {"wal_init_zero": "off", "wal_recycle": "off", "max_wal_size": "64MB", "min_wal_size": "32MB"}
 """A new WAL segment is a hole: what the filesystem notes of it comes behind the data."""
@@ -110,7 +108,4 @@ def test_many_commits_are_there_with_their_writes(
 ) -> None:
     found = make_set(pg_binaries, fs=fs, settings={**SETTINGS, **(BARE if bare else {})}, allowed=ALLOWED)
     rows = run_commits(found, 42, 5000, seed=pg_binaries.major)
-    results = os.environ.get("PGCDP_RESULTS")
-    if results:
-        place = Path(results) / f"first-write-pg{pg_binaries.major}-{fs}-{'bare' if bare else 'zeroed'}.json"
-        place.write_text(json.dumps(rows) + "\n")
+    keep_result(f"first-write-pg{pg_binaries.major}-{fs}-{'bare' if bare else 'zeroed'}", rows)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
+from tests.results import keep_result
 
 SETTINGS = {"max_wal_size": "512MB", "checkpoint_timeout": "5min", "autovacuum": "off", "shared_buffers": "256MB"}
 ALLOWED = [r"checkpoints are occurring too frequently"]
@@ -134,9 +133,7 @@ def test_the_bad_statement_is_found_among_many(make_set: MakeSet, binaries_of: B
 def test_the_bad_statement_is_found_among_ten_million(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15), settings=SETTINGS, allowed=ALLOWED, size=6 << 30)
     told = run_many(found, 10_000_000)
-    results = os.environ.get("PGCDP_RESULTS")
-    if results:
-        (Path(results) / "ten-million.json").write_text(json.dumps(told, indent=1) + "\n")
+    keep_result("ten-million", told)
     assert max(*told["find_seconds"].values(), told["before_seconds"]) < 1.0, told
 
 

@@ -7,10 +7,7 @@ pg_receivewal took. Half of the points lie at, just before or just after delicat
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 
@@ -24,6 +21,7 @@ from tests.fix_postgres import postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.load import Ack, Commit, Load, check_prefix, keep_wal
 from tests.moments import Moments, scratch_below
+from tests.results import keep_result
 
 SETTINGS = {
     "max_prepared_transactions": "10",
@@ -91,8 +89,5 @@ def test_any_write_opens_under_postgres(make_set: MakeSet, pg_binaries: Binaries
 def test_fifty_writes_open_under_postgres(make_set: MakeSet, pg_binaries: Binaries, fs: str) -> None:
     found = make_set(pg_binaries, fs=fs, settings=SETTINGS, allowed=ALLOWED)
     rows = run_truth(found, points=50, commits=6000, seed=100 + pg_binaries.major)
-    results = os.environ.get("PGCDP_RESULTS")
-    if results:
-        place = Path(results) / f"postgres-truth-pg{pg_binaries.major}-{fs}.json"
-        place.write_text(json.dumps(rows, indent=1) + "\n")
+    keep_result(f"postgres-truth-pg{pg_binaries.major}-{fs}", rows)
     assert len(rows) == 50

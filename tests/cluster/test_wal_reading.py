@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -30,6 +29,7 @@ from pgcdp.store.layout import Store
 from pgcdp.units import format_lsn, parse_lsn
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
+from tests.results import keep_result
 from tests.waiting import wait_until
 
 MAGIC_15 = b"\x10\xd1"
@@ -274,12 +274,9 @@ def test_long_workloads_are_those_of_pg_waldump(make_set: MakeSet, pg_binaries: 
     expected = compare(found, begin, end)
     counts = Counter(each.status for each in expected)
     assert set(counts) == set(ENDS.values())
-    results = os.environ.get("PGCDP_RESULTS")
-    if results:
-        place = Path(results) / f"waldump-pg{pg_binaries.major}.json"
-        rows = sum(sum(change.values()) for each in expected for change in each.changes.values())
-        told = {"wal_bytes": end - begin, "rows": rows, "intervals": len(api.info(found.name)["intervals"]), **counts}
-        place.write_text(json.dumps(told) + "\n")
+    rows = sum(sum(change.values()) for each in expected for change in each.changes.values())
+    told = {"wal_bytes": end - begin, "rows": rows, "intervals": len(api.info(found.name)["intervals"]), **counts}
+    keep_result(f"waldump-pg{pg_binaries.major}", told)
 
 
 def restart_on_a_new_timeline(found: ProtectedSet) -> None:
