@@ -383,6 +383,27 @@ def test_links_lead_to_its_own_places(pg_binaries: Binaries, make_cluster: MakeC
     assert (fingerprint(wal), fingerprint(space)) == before
 
 
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_relations_file_that_lies_elsewhere_is_refused_and_not_written(
+    pg_binaries: Binaries, make_cluster: MakeCluster, place: Path, replayed: bool
+) -> None:
+    live = make_cluster(pg_binaries)
+    live.sql("create table t as select generate_series(1, 1000) as n")
+    live.sql("checkpoint")
+    if replayed:  # recovery opens the file, and cannot write through the link
+        live.sql("update t set n = n + 1")
+    [(file,)] = live.sql("select pg_relation_filepath('t')")
+    copy, elsewhere = live.crash_copy(place / "copy"), place / "elsewhere"
+    shutil.move(copy / file, elsewhere)
+    (copy / file).symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+
+    with pytest.raises(PreconditionError, match=f"{file} leads to {elsewhere}, which is not part of what was restored"):
+        sandbox.start(copy, live.settings(), parent=place)
+    assert elsewhere.read_bytes() == before
+    assert cluster.find_postmaster(copy) is None
+
+
 def test_a_link_in_place_of_a_file_is_not_written_through(
     pg15: Binaries, make_cluster: MakeCluster, place: Path
 ) -> None:
