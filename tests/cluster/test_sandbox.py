@@ -393,7 +393,7 @@ def test_a_relations_file_that_lies_elsewhere_is_refused_and_not_written(
     if replayed:  # recovery opens the file, and cannot write through the link
         live.sql("update t set n = n + 1")
     [(file,)] = live.sql("select pg_relation_filepath('t')")
-    copy, elsewhere = live.crash_copy(place / "copy"), place / "elsewhere"
+    copy, elsewhere = live.crash_copy(place / "copy"), place / "copy-elsewhere"
     shutil.move(copy / file, elsewhere)
     (copy / file).symlink_to(elsewhere)
     before = elsewhere.read_bytes()
