@@ -56,6 +56,7 @@ class Machine:
         self._command = [str(program), f"--fuse={root / 'fuse'}", f"--tear={tear}", f"--cache={cache}"]
         self._command += [f"{disk.name}={root / 'backing' / disk.name}" for disk in disks]
         self._process: subprocess.Popen[bytes] | None = None
+        self._cut = False
 
     def assemble(self) -> None:
         """New disks with fresh filesystems, mounted."""
@@ -70,6 +71,11 @@ class Machine:
                 self.place(disk.name).mkdir()
                 volumes.make_filesystem(self.device(disk.name), disk.fs, 0, 0, zeroed=True)
         self._mount()
+
+    @property
+    def dead(self) -> bool:
+        """Whether the power is gone, or may go at any moment."""
+        return self._cut or self._process is None or self._process.poll() is not None
 
     def place(self, name: str) -> Path:
         """Where a disk is mounted."""
@@ -96,10 +102,12 @@ class Machine:
 
         Gives what became of each disk's unsynced writes: unsynced, and of these kept, torn, lost.
         """
+        self._cut = True
         return self._ask(f"cut {seed}")
 
     def arm(self, seed: int, disk: str, syncs: int) -> None:
         """Cut the power in place of the n-th sync of a disk from now on: see `fallen`."""
+        self._cut = True
         self._tell(f"cut {seed} {disk} {syncs}")
 
     def fallen(self) -> dict[str, dict[str, int]]:
@@ -122,16 +130,21 @@ class Machine:
         if self._process is not None:
             self._process.communicate(timeout=60)  # it ends with its input
             code, self._process = self._process.returncode, None
+            volumes.unmount_lazily(self.root / "fuse")  # nothing, unless it was killed
             assert code == 0, f"the power-cut device ended with {code}"
 
     def on(self) -> None:
         """The power is back: the disks with what is durable, their filesystems mounted."""
         self._start()
+        self._cut = False
         self._mount()
 
     def _start(self) -> None:
         assert self._process is None
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
+        # In a session of its own: whoever interrupts the tests must not take the disks away from what cleans up.
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", start_new_session=True
+        )
         self.status()
         for disk in self.disks:
             link = self.device(disk.name)

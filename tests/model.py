@@ -489,11 +489,11 @@ class Store:
         raise Wrong(f"no interval holds write {write}")
 
 
-def read_store(root: Path) -> Store:
-    """Section 3: everything published. Raises Wrong."""
+def read_store(root: Path, *, intervals: bool = True) -> Store:
+    """Section 3: everything published, or without the intervals. Raises Wrong."""
     described = read_json(root / "store.json")
     volumes = sorted(described["volumes"], key=lambda volume: int(volume["number"]))
-    directories = sorted(path for path in (root / "intervals").iterdir() if path.name.isdigit())
+    directories = sorted(path for path in (root / "intervals").iterdir() if path.name.isdigit() and intervals)
     return Store(
         root=root,
         volumes=[str(volume["name"]) for volume in volumes],
