@@ -10,6 +10,8 @@ import mmap
 import os
 import random
 import struct
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ import psycopg
 from pgcdp import api, service
 from pgcdp.errors import PgcdpError
 from pgcdp.records import Target
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import Catalog
+from pgcdp.store.image_lock import image_held
+from pgcdp.store.layout import Store
 from tests.fix_power import Machine
 from tests.fix_sets import ProtectedSet, _reap
 from tests.model import Wrong, apply, read_interval, read_journal, read_json, read_store, require
@@ -58,9 +64,12 @@ class Witness:
         self._write = int(read_json(found.store / "store.json")["baseline"]["write"])
         self._interval = 0
 
-    def follow(self) -> None:
-        """Take in what was published since."""
-        while (directory := self._found.store / "intervals" / f"{self._interval + 1:010}").exists():
+    def follow(self, upto: int) -> None:
+        """Take in what was published since, at most up to a boundary."""
+        while (
+            self._interval < upto
+            and (directory := self._found.store / "intervals" / f"{self._interval + 1:010}").exists()
+        ):
             writes = read_interval(directory).writes
             require(writes[0].number == self._write + 1, f"{directory} begins with write {writes[0].number}")
             for write in writes:
@@ -70,7 +79,7 @@ class Witness:
 
     def assert_volumes(self) -> None:
         """The volumes, which nothing serves now, are what store and journal say."""
-        self.follow()
+        self.follow(sys.maxsize)
         expected = [bytearray(volume) for volume in self._volumes]
         last = self._write
         for write in read_journal(self._found.config.journal).writes:
@@ -83,15 +92,17 @@ class Witness:
             require(different is None, f"volume {volume.name}: block {different} is not what was captured")
 
     def assert_image(self) -> None:
-        """The backup image, which does not move now, is the newest boundary."""
-        self.follow()
-        store = read_store_image(self._found.store)
-        require(store == self._volumes, f"the image is not boundary {self._interval}")
+        """The backup image is what it says: a boundary, at which it is held while it is read."""
+        with image_held(Store.open(self._found.store)):
+            wait_until(lambda: self._image_state()["state"] == "at", what="an image that has moved")
+            boundary = int(self._image_state()["boundary"])
+            self.follow(boundary)
+            require(self._interval == boundary, f"the image is at boundary {boundary}, {self._interval} was published")
+            image = read_store(self._found.store, intervals=False).image()
+        require(image == self._volumes, f"the image is not boundary {boundary}")
 
-
-def read_store_image(path: Path) -> list[bytearray]:
-    """The backup image, each block checked against its sum."""
-    return read_store(path, intervals=False).image()
+    def _image_state(self) -> dict[str, Any]:
+        return read_json(self._found.store / "image" / "state.json")
 
 
 def first_different_block(device: Path, content: bytearray) -> int | None:
@@ -134,6 +145,7 @@ class PowerTruth:
         self.load = load
         self.witness = Witness(found)
         self.cuts = 0
+        self._on_since = time.monotonic()
         self._rng = random.Random(seed)
 
     def round(self, verify: bool = True) -> dict[str, Any]:
@@ -148,6 +160,7 @@ class PowerTruth:
         self.load.pause()
         acknowledged = self.load.acknowledged() - before
         self.machine.on()
+        self._on_since = time.monotonic()
         with judged("down"):
             api.down(self.found.name)
         with judged("volume", *BROKEN):
@@ -162,14 +175,14 @@ class PowerTruth:
 
     def _cut(self) -> tuple[str, dict[str, dict[str, int]]]:
         seed = self._rng.getrandbits(32)
-        before = self.machine.status()
         pass_time(0.2 + self._rng.random())
         if self._rng.random() < 0.5:
             return "at once", self.machine.cut(seed)
-        after = self.machine.status()
-        syncs = {name: after[name]["syncs"] - before[name]["syncs"] for name in after}
-        disk = self._rng.choice([name for name, count in syncs.items() if count])  # else it is waited for in vain
-        self.machine.arm(seed, disk, self._rng.randint(1, 2 * syncs[disk]))
+        # By the rate of each disk since it is on, so that none is waited for in vain.
+        seconds = time.monotonic() - self._on_since
+        rates = {name: disk["syncs"] / seconds for name, disk in self.machine.status().items() if disk["syncs"] > 2}
+        disk = self._rng.choice(list(rates))
+        self.machine.arm(seed, disk, self._rng.randint(1, 1 + int(2 * rates[disk])))
         return f"sync of {disk}", self.machine.fallen()
 
     def _newest(self) -> int:
@@ -182,8 +195,7 @@ class PowerTruth:
         with judged("agent"):
             self._await_agent()
             assert api.cut(self.found.name)["number"] > boundary, "no new interval was published"
-            self.load.pause()  # so that the agent has nothing to cut, and the image rests
-            api.cut(self.found.name)
+            self.load.pause()  # so that what is read stays as it is, nearly
         with judged("image", *BROKEN):
             self.witness.assert_image()
         if verify:
@@ -211,8 +223,17 @@ class PowerTruth:
     def _check(self) -> None:
         wrong = [each for each in api.check(self.found.name, full=True)["checks"] if not each["ok"]]
         assert not wrong, wrong
-        known = [each["number"] for each in api.info(self.found.name)["intervals"]]
-        assert known == list(range(1, self._newest() + 1)), "the catalog lacks intervals"
+        wait_until(self._catalog_is_whole, timeout=PATIENCE, what="the catalog has every interval")
+
+    def _catalog_is_whole(self) -> bool:
+        """It has what each manifest says. A cut that the period asked for may just be under way."""
+        store = Store.open(self.found.store)
+        catalog = Catalog.open(store)
+        try:
+            known = {number: interval for number, (interval, _) in catalog.intervals().items()}
+        finally:
+            catalog.close()
+        return known == {number: Bundle.open(store, number).interval for number in store.interval_numbers()}
 
 
 @contextmanager
