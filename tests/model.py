@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,8 @@ def read_frames(path: Path, *, finished: bool = True) -> Frames:
             require(not finished, f"{path}: frame at offset {at}")
             return Frames(content.decode(), set_id, interval, bytes(stream), len(directory) // 24)
         codec, data, stored = frame
+        if codec == 255 and not finished:  # it was just being finished
+            return Frames(content.decode(), set_id, interval, bytes(stream), len(directory) // 24)
         if codec == 255:
             break
         directory += struct.pack("<QQII", len(stream), at, len(data), stored)
@@ -430,6 +432,18 @@ def read_interval(directory: Path) -> StoredInterval:
         forward_map=forward_map,
         manifest=read_json(directory / "manifest.json"),
     )
+
+
+def read_open_interval(directory: Path) -> list[Write]:
+    """The writes of `incoming/NNNNNNNNNN` of which index and data are there. Raises Wrong."""
+    data, index = (read_frames(directory / name, finished=False) for name in ("writes", "index"))
+    stream = index.stream[: len(index.stream) // 64 * 64]
+    whole, end = 0, 0
+    for data_length, position in struct.iter_unpack("<4xI40xQ8x", stream):
+        if data_length and position + data_length > len(data.stream):
+            break
+        whole, end = whole + 64, position + data_length if data_length else end
+    return read_index(replace(index, stream=stream[:whole]), data.stream[:end])
 
 
 def _blocks(extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:

@@ -29,7 +29,7 @@ from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from tests.fix_power import Machine
 from tests.fix_sets import ProtectedSet, _reap
-from tests.model import Wrong, apply, read_interval, read_journal, read_json, read_store, require
+from tests.model import Wrong, apply, read_interval, read_journal, read_json, read_open_interval, read_store, require
 from tests.survivors import Survivors
 from tests.waiting import pass_time, wait_until
 
@@ -58,9 +58,9 @@ class Witness:
     """The volumes as the model makes them: the first image, and the writes of each interval as it is published."""
 
     def __init__(self, found: ProtectedSet) -> None:
-        store = read_store(found.store)
         self._found = found
-        self._volumes = store.image_at_boundary(0)
+        with self._image_at():
+            self._volumes = read_store(found.store).image_at_boundary(0)
         self._write = int(read_json(found.store / "store.json")["baseline"]["write"])
         self._interval = 0
 
@@ -81,10 +81,12 @@ class Witness:
         """The volumes, which nothing serves now, are what store and journal say."""
         self.follow(sys.maxsize)
         expected = [bytearray(volume) for volume in self._volumes]
+        opened = self._found.store / "incoming" / f"{self._interval + 1:010}"
+        stored = read_open_interval(opened) if opened.exists() else []
         last = self._write
-        for write in read_journal(self._found.config.journal).writes:
-            if write.number > self._write:
-                require(write.number == last + 1, f"write {write.number} follows {last} in the journal")
+        for write in [*stored, *read_journal(self._found.config.journal).writes]:
+            if write.number > last:
+                require(write.number == last + 1, f"write {write.number} follows {last}")
                 apply(expected, write)
                 last = write.number
         for volume, content in zip(self._found.config.volumes, expected, strict=True):
@@ -93,13 +95,18 @@ class Witness:
 
     def assert_image(self) -> None:
         """The backup image is what it says: a boundary, at which it is held while it is read."""
-        with image_held(Store.open(self._found.store)):
-            wait_until(lambda: self._image_state()["state"] == "at", what="an image that has moved")
-            boundary = int(self._image_state()["boundary"])
+        with self._image_at() as boundary:
             self.follow(boundary)
             require(self._interval == boundary, f"the image is at boundary {boundary}, {self._interval} was published")
             image = read_store(self._found.store, intervals=False).image()
         require(image == self._volumes, f"the image is not boundary {boundary}")
+
+    @contextmanager
+    def _image_at(self) -> Iterator[int]:
+        """The image held where it is, when it has got there: the boundary."""
+        with image_held(Store.open(self._found.store)):
+            wait_until(lambda: self._image_state()["state"] == "at", what="an image that has moved")
+            yield int(self._image_state()["boundary"])
 
     def _image_state(self) -> dict[str, Any]:
         return read_json(self._found.store / "image" / "state.json")
