@@ -6,7 +6,7 @@ Three walls, each enough against another danger:
 
 1. a configuration of its own (`sandbox_settings`): lines that were appended without fsync are NUL bytes in a crash
    image, and a Debian-style configuration names production's own directory;
-2. links out of the data directory (pg_wal, tablespaces) are led to its own mounts, or it refuses to start;
+2. links out of the data directory (pg_wal, tablespaces) are led to its own mounts, or it is refused;
 3. namespaces (`isolate`): whatever the WAL or the data still name outside cannot be written.
 """
 
