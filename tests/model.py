@@ -435,8 +435,11 @@ def read_interval(directory: Path) -> StoredInterval:
 
 
 def read_open_interval(directory: Path) -> list[Write]:
-    """The writes of `incoming/NNNNNNNNNN` of which index and data are there. Raises Wrong."""
-    data, index = (read_frames(directory / name, finished=False) for name in ("writes", "index"))
+    """The writes of `incoming/NNNNNNNNNN` of which index and data are there; none when it was just being made."""
+    try:
+        data, index = (read_frames(directory / name, finished=False) for name in ("writes", "index"))
+    except (FileNotFoundError, struct.error, Wrong):
+        return []
     stream = index.stream[: len(index.stream) // 64 * 64]
     whole, end = 0, 0
     for data_length, position in struct.iter_unpack("<4xI40xQ8x", stream):

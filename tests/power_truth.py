@@ -82,9 +82,8 @@ class Witness:
         self.follow(sys.maxsize)
         expected = [bytearray(volume) for volume in self._volumes]
         opened = self._found.store / "incoming" / f"{self._interval + 1:010}"
-        stored = read_open_interval(opened) if opened.exists() else []
         last = self._write
-        for write in [*stored, *read_journal(self._found.config.journal).writes]:
+        for write in [*read_open_interval(opened), *read_journal(self._found.config.journal).writes]:
             if write.number > last:
                 require(write.number == last + 1, f"write {write.number} follows {last}")
                 apply(expected, write)
