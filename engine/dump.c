@@ -58,13 +58,11 @@ static int parse(int argc, char **argv, bool whole, struct dump_options *out)
     return out->journal ? 0 : usage("%s is missing", "--journal DIR");
 }
 
-#define STALE_ATTEMPTS 100 /* a live journal is recycled under its readers */
-
 static int open_journal(struct jr **jr, const char *directory)
 {
     struct err e;
     int rc = JR_STALE;
-    for (int i = 0; i < STALE_ATTEMPTS && rc == JR_STALE; i++)
+    for (int i = 0; i < JR_STALE_ATTEMPTS && rc == JR_STALE; i++)
         rc = jr_open(jr, directory, NULL, &e);
     if (rc == -ENOENT || rc == -ENOTDIR) {
         err_hint(&e, "give the journal directory of a volume set");
@@ -78,7 +76,7 @@ static int open_journal(struct jr **jr, const char *directory)
 static int next_batch(struct jr **jr, const char *directory, uint64_t *seen, struct jr_batch *batch, struct err *e)
 {
     int rc = jr_next(*jr, batch, e);
-    for (int i = 0; i < STALE_ATTEMPTS && rc == JR_STALE; i++) {
+    for (int i = 0; i < JR_STALE_ATTEMPTS && rc == JR_STALE; i++) {
         struct jr *again;
         if ((rc = jr_open(&again, directory, NULL, e)) == 0) {
             jr_close(*jr);
