@@ -79,8 +79,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         sides: dict[str, Protected] = {}
-        wanted = sorted(map(float, arguments.gb.split(",")), reverse=True)  # a large one needs room twice while it is made
-        for number, gb in enumerate(wanted):
+        # The largest first: it needs its room twice while it is made.
+        for number, gb in enumerate(sorted(map(float, arguments.gb.split(",")), reverse=True)):
             side = prepare(gb, arguments.seconds, stack.enter_context(fresh_root()), FIRST_PORT + number)
             stack.callback(side.destroy)
             sides[f"{gb:g}"] = side
