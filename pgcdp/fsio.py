@@ -52,12 +52,17 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
     sync_directory(path.parent)
 
 
-def write_atomic(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replace a file by rename: whoever reads it sees the old or the new content, also after a power cut."""
+def write_atomic(path: Path, content: bytes, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+    """Replace a file by rename: whoever reads it sees the old or the new content, also after a power cut.
+
+    `owner`: user and group that it has from the beginning.
+    """
     temporary = path.with_name(f".{path.name}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         write_all(fd, content, 0)
+        if owner is not None:
+            os.fchown(fd, *owner)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -147,8 +147,11 @@ def put(place: Path, pg_wal: Path, user: User) -> None:
     """Give a stopped cluster all noted history files, and take from it what it would archive a second time."""
     noted = archived(place)
     for path in histories(place):
-        if not (pg_wal / path.name).exists():
-            _write(pg_wal / path.name, path.read_bytes(), user)
+        there = pg_wal / path.name
+        if not there.exists():
+            _write(there, path.read_bytes(), user)
+        elif there.stat().st_uid != user.uid:  # killed before it was given to Postgres, as versions before did it
+            os.chown(there, user.uid, user.gid)
     status = pg_wal / "archive_status"
     for path in sorted(pg_wal.iterdir()):
         if noted.holds(path.name):
@@ -206,5 +209,4 @@ def _parent(history: str) -> tuple[int, int]:
 
 
 def _write(path: Path, content: bytes, user: User) -> None:
-    write_atomic(path, content)
-    os.chown(path, user.uid, user.gid)
+    write_atomic(path, content, owner=(user.uid, user.gid))

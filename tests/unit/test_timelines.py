@@ -63,6 +63,16 @@ def test_what_was_archived_since_is_not_archived_again(tmp_path: Path, kept: Pat
     assert then.told() == {seg(1, n): "done" for n in range(2, 6)}
 
 
+def test_a_history_file_that_a_kill_left_to_root_is_given_to_postgres(tmp_path: Path, kept: Path) -> None:
+    """Postgres cannot read it otherwise, and `up` could never finish the rewind."""
+    now = Cluster(tmp_path / "now").has({}, ["00000002.history", "00000003.history"])
+    timelines.keep(now.pg_wal, kept, True)
+    then = Cluster(tmp_path / "then").has({}, ["00000002.history"])
+    nobody = user_with_id(65534)
+    timelines.put(kept, then.pg_wal, nobody)
+    assert [path.stat().st_uid for path in sorted(then.pg_wal.glob("*.history"))] == [nobody.uid] * 2
+
+
 def test_an_idle_archiver_has_no_notes_left(tmp_path: Path, kept: Path) -> None:
     """What was recycled was archived, though nothing is left that says so."""
     now = Cluster(tmp_path / "now").has({seg(1, 8): "", seg(1, 9): ""})
