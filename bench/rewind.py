@@ -27,7 +27,7 @@ RATE = 200
 
 def rewind(side: Protected, mark: str) -> dict[str, Any]:
     """One rewind; what `restore --in-place` tells of it."""
-    return dict(side.pgcdp("restore", "bench", "--target-name", mark, "--in-place", "--yes"))
+    return side.pgcdp("restore", "bench", "--target-name", mark, "--in-place", "--yes")
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

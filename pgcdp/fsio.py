@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from pgcdp import proc
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -172,7 +173,7 @@ class FileLock:
                 break
             except BlockingIOError:
                 holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
-                if not _has_ended(holder) or time.monotonic() > deadline:
+                if not holder.isdecimal() or proc.exists(int(holder)) or time.monotonic() > deadline:
                     os.close(self._fd)
                     raise PreconditionError(
                         f"{path} is locked by {owner}, process {holder}",
@@ -195,10 +196,6 @@ class FileLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-def _has_ended(pid: str) -> bool:
-    return pid.isdecimal() and not Path("/proc", pid).exists()
 
 
 def json_checksum(content: Mapping[str, object]) -> str:

@@ -263,7 +263,7 @@ def _open_timeline(config: Config, doing: Pending, progress: Report) -> None:
     """Start Postgres once by itself, so that it comes up on a timeline never used before; done when it has."""
     pgdata, facts = config.pgdata, config.cluster
     place, pg_wal, user = config.store / TIMELINES, config.pgdata / "pg_wal", proc.user_named(config.cluster.owner)
-    if cluster.find_postmaster(pgdata) is not None:  # what a kill has left of that start
+    if cluster.find_started(pgdata) is not None:  # what a kill has left of that start
         with suppress(PreconditionError):  # in the midst of recovery it does not end cleanly
             cluster.stop(pgdata, attach.STOP_SECONDS)
     control = cluster.read_control(pgdata)

@@ -28,7 +28,6 @@ from pgcdp.progress import Progress, Report, silent
 DEAD_OPTIONS = frozenset({"ro", "emergency_ro", "shutdown"})
 """Mount options that tell that a filesystem has given up after I/O errors (pgcdp never mounts a set read-only)."""
 BUSY_SECONDS = 20.0
-UNSAID_SECONDS = 5.0
 STOP_SECONDS = 600.0
 """A shutdown checkpoint of large shared buffers takes minutes on slow disks."""
 T = TypeVar("T")
@@ -255,7 +254,7 @@ def start_cluster(config: Config, progress: Report = silent) -> None:
     One that runs is left alone; one that hangs in its shutdown is ended and started anew.
     """
     facts = config.cluster
-    running = _found_postmaster(config)
+    running = cluster.find_started(config.pgdata)
     if running is not None and running.state == "stopping":
         progress(Progress("ending a Postgres that does not stop"))
         with contextlib.suppress(ProcessLookupError):
@@ -269,16 +268,6 @@ def start_cluster(config: Config, progress: Report = silent) -> None:
     else:
         _drop_stale_locks(config)
         cluster.start(facts.command_line, config.pgdata, proc.user_named(facts.owner), facts.log_file)
-
-
-def _found_postmaster(config: Config) -> cluster.Postmaster | None:
-    """The one that runs; one that a killed command has just started may not have said so yet in postmaster.pid."""
-    deadline = time.monotonic() + UNSAID_SECONDS
-    while True:
-        running = cluster.find_postmaster(config.pgdata)
-        if running is not None or not cluster.find_processes(config.pgdata) or time.monotonic() > deadline:
-            return running
-        time.sleep(0.05)
 
 
 def _drop_stale_locks(config: Config) -> None:

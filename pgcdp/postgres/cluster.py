@@ -24,6 +24,8 @@ from pgcdp.proc import User
 
 OLDEST, NEWEST = 13, 18
 _POLL = 0.02
+UNSAID_SECONDS = 5.0
+"""How long a postmaster may take from its start to its postmaster.pid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,19 @@ def start(
     begin = log_file.stat().st_size if log_file is not None and log_file.exists() else 0
     pid = proc.spawn(argv, output=log_file, user=user, env=environment())
     return wait_ready(pgdata, pid, log_file, begin, timeout)
+
+
+def find_started(pgdata: Path) -> Postmaster | None:
+    """The postmaster of a data directory; one that a killed command has just started is given time to say so.
+
+    It is a process without postmaster.pid until then, and a second one would be refused by its socket.
+    """
+    deadline = time.monotonic() + UNSAID_SECONDS
+    while True:
+        running = find_postmaster(pgdata)
+        if running is not None or not find_processes(pgdata) or time.monotonic() > deadline:
+            return running
+        time.sleep(_POLL)
 
 
 def wait_ready(pgdata: Path, pid: int, log_file: Path | None, log_begin: int = 0, timeout: float = 300.0) -> Postmaster:
