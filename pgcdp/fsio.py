@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -156,6 +157,10 @@ def free_space(path: Path) -> int:
     return usage.f_bavail * usage.f_frsize
 
 
+LEFT_SECONDS = 5.0
+"""How long the lock of a process that has ended is waited for: a child that it was starting has it until its exec."""
+
+
 class FileLock:
     """An exclusive flock, held until `release()` or the end of the process; a context manager.
 
@@ -165,14 +170,20 @@ class FileLock:
     def __init__(self, path: Path, owner: str, *, wait: bool = False) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
-            raise PreconditionError(
-                f"{path} is locked by {owner}, process {holder}", "only one may run for a set; stop the other one first"
-            ) from None
+        deadline = time.monotonic() + LEFT_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
+                if not _has_ended(holder) or time.monotonic() > deadline:
+                    os.close(self._fd)
+                    raise PreconditionError(
+                        f"{path} is locked by {owner}, process {holder}",
+                        "only one may run for a set; stop the other one first",
+                    ) from None
+            time.sleep(0.02)
         with suppress(OSError):  # a full disk: whose it is cannot be told then, but it is held
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
@@ -190,6 +201,10 @@ class FileLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _has_ended(pid: str) -> bool:
+    return pid.isdecimal() and not Path("/proc", pid).exists()
 
 
 def json_checksum(content: Mapping[str, object]) -> str:

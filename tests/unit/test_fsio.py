@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import FileLock, json_checksum, punch_hole, read_all, read_json, write_atomic, write_json
+from tests.waiting import pass_time
 
 
 def test_json_comes_back(tmp_path: Path) -> None:
@@ -55,6 +59,37 @@ def test_second_lock_is_refused_with_the_holder(tmp_path: Path) -> None:
     ):
         FileLock(tmp_path / "lock", "the agent")
     FileLock(tmp_path / "lock", "the agent").release()
+
+
+BEGINS_A_CHILD = """
+import os, sys
+from pathlib import Path
+from pgcdp.fsio import FileLock
+lock = FileLock(Path(sys.argv[1]), "a command")
+if os.fork() == 0:
+    os.close(1)
+    os.read(0, 1)
+    os._exit(0)
+print("begun", flush=True)
+os.waitpid(-1, 0)
+"""
+
+
+def test_a_killed_command_does_not_keep_its_lock_while_a_child_of_it_begins(tmp_path: Path) -> None:
+    """A child has its parent's files until it is another program."""
+    words = [sys.executable, "-P", "-c", BEGINS_A_CHILD, str(tmp_path / "lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert command.stdin is not None
+        assert command.stdout.readline() == b"begun\n"
+        command.kill()
+        command.wait()
+        with ThreadPoolExecutor(1) as beside:
+            lock = beside.submit(FileLock, tmp_path / "lock", "a command")
+            pass_time(0.1)
+            assert not lock.done()
+            command.stdin.close()
+            lock.result(timeout=4).release()
 
 
 def test_hole_reads_as_zeros_and_gives_space_back(tmp_path: Path) -> None:
