@@ -16,9 +16,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pgcdp import log
@@ -27,6 +28,7 @@ from pgcdp.capture.attach import syncfs
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.filemap import FileMap, FileMapper, places_of
 from pgcdp.capture.journal import Journal
+from pgcdp.capture.outside import Looker, Outside
 from pgcdp.config import Config, load_config
 from pgcdp.errors import BugError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
@@ -111,9 +113,10 @@ class Agent:
         self.merging: asyncio.Future[None] | None = None
         self.merged_upto = -1  # the newest interval when it was looked last
         self.not_merged = ""
-        self.files = FileMapper(
-            places_of(config.pgdata, {number: volume.mountpoint for number, volume in enumerate(config.volumes)})
-        )
+        mountpoints = [volume.mountpoint for volume in config.volumes]
+        self.looker = Looker(config.pgdata, mountpoints)
+        self.outside: list[Outside] | None = None  # as the last look found; None before the first one
+        self.files = FileMapper(places_of(config.pgdata, dict(enumerate(mountpoints))))
 
     # --- life
 
@@ -315,6 +318,7 @@ class Agent:
         self._catch_up(self.stages.store, self.catalog)
         self.stages.published = self._remember
         self.stages.file_map = self._map_files
+        self.stages.outside = self._look_outside
 
     def _wait_for_views(self, text: str) -> None:
         self.waiting = text
@@ -358,6 +362,30 @@ class Agent:
         if self.status is None or self._pressed(self.status):  # it would wait for the room that is made here
             return None
         return self.files.soon(FILES_SECONDS, FILES_SHARE)
+
+    def _look_outside(self) -> list[Outside] | None:
+        """What of the cluster is not captured (truth 8), or was not at the boundary before: the interval lacks both.
+
+        None when there is no time to look.
+        """
+        if self.status is None or self._pressed(self.status):
+            return None
+        found = self.looker.soon(FILES_SECONDS)
+        if found is None:
+            return None
+        before = self._outside_before() if self.outside is None else self.outside
+        for each in set(found) - set(before):
+            logger.warning("%s lies outside of the set, in %s: it is not captured", each.name, each.place)
+        self.outside = found
+        return sorted({*before, *found}, key=lambda each: each.name)
+
+    def _outside_before(self) -> list[Outside]:
+        """What the last agent has found, as the newest interval tells it."""
+        stages = self.stages
+        if stages is None or stages.newest is None or stages.newest.number == 0:
+            return []
+        told = Bundle.open(stages.store, stages.newest.number).interval.outside
+        return [Outside(name, Path(place)) for name, place in told or ()]
 
     def _remember(self, bundle: Bundle) -> None:
         assert self.catalog is not None
@@ -613,7 +641,13 @@ class Agent:
             "look_seconds": round(time.monotonic() - self.whole_look_at),
             "no_look": self.no_look,
             "waiting": self.waiting,
+            "outside": outside_json(self.outside),
         }
+
+
+def outside_json(found: Sequence[Outside] | None) -> list[dict[str, str]] | None:
+    """What lies outside of a set."""
+    return None if found is None else [{"name": each.name, "place": os.fspath(each.place)} for each in found]
 
 
 def facts(config: Config) -> dict[str, Any]:

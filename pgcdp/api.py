@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
 from pgcdp.recovery.places import scratch_of
+from pgcdp.recovery.restored_spaces import Restored
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -259,27 +261,34 @@ def restore(
     *,
     to_image: Path | None = None,
     to_directory: Path | None = None,
+    tablespaces: Mapping[str, Path] = MappingProxyType({}),
     store: Path | None = None,
     before: str | None = None,
     announce: Announce | None = None,
     progress: Report = silent,
 ) -> Json:
-    """Write the recovery point to image files or make a startable data directory."""
+    """Write the recovery point to image files or make a startable data directory.
+
+    `tablespaces`: where those of a directory go, by name or OID; the others go beside it.
+    """
     started = time.monotonic()
     source = open_source(set_name, store)
     point = point_of(source, target, before)
     resolved = between(source, point)
     if announce is not None:
         announce(resolved)
+    spaces: list[Restored] = []
     if to_image is not None:
         place, size = to_image, writing.to_image(source, point, to_image, progress)
     else:
         assert to_directory is not None
-        place, size = to_directory, writing.to_directory(source, point, to_directory, progress)
+        place = to_directory
+        size, spaces = writing.to_directory(source, point, to_directory, progress, tablespaces)
     result: Json = {
         **resolved,
         "to": str(place),
         "bytes": size,
+        "tablespaces": [{"oid": each.oid, "name": each.name, "directory": str(each.place)} for each in spaces],
         "seconds": round(time.monotonic() - started, 3),
     }
     if store is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from pgcdp import rewinding, service
 from pgcdp.capture.engine import EngineStatus, run_engine
+from pgcdp.capture.outside import Outside, find_outside
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import free_space
@@ -22,6 +23,7 @@ from pgcdp.records import BLOCK, Check
 from pgcdp.recovery import merged
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
+from pgcdp.store.published import published
 from pgcdp.store.scrub import check_store
 from pgcdp.units import format_size
 
@@ -46,6 +48,7 @@ def examine(config: Config, engine: EngineStatus | None, full: bool, progress: R
         ("capture", lambda: _capture(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config)),
+        ("data outside the set", lambda: _outside(config)),
         ("role", lambda: _role(config, engine)),
         ("space", lambda: _space(config)),
         ("journal", lambda: _journal(config, engine, full)),
@@ -118,7 +121,6 @@ def _agent(config: Config) -> Iterator[Finding]:
 def _settings(config: Config) -> Iterator[Finding]:
     with session.connect(session.Dsn.of(config)) as connection:
         values = {row["name"]: row["setting"] for row in session.settings(connection)["settings"]}
-        outside = session.outside(connection, config.pgdata)
     for name, why in (
         ("fsync", "a crash image of such a cluster need not be consistent"),
         ("full_page_writes", "pages torn in a crash image cannot be repaired"),
@@ -131,11 +133,29 @@ def _settings(config: Config) -> Iterator[Finding]:
         yield _passed(
             "setting wal_init_zero", "warning: off; a commit can be found one or two writes later than it was"
         )
-    if outside:
-        places = ", ".join(f"{name} at {place}" for name, place in outside.items())
-        yield _failed("data outside the set", f"not captured: {places}", "move it into the data directory")
-    else:
-        yield _passed("data outside the set", "none")
+
+
+def _outside(config: Config) -> Iterator[Finding]:
+    """What nobody captures now, and which intervals lack what nobody captured then (truth 8)."""
+    name = "data outside the set"
+    found = find_outside(config.pgdata, [volume.mountpoint for volume in config.volumes])
+    if found:
+        places = ", ".join(f"{each.name} in {each.place}" for each in found)
+        yield _failed(name, f"not captured: {places}", _takes_in(config, found))
+    store = Store.open(config.store, config.set_id_bytes)
+    lacking = [number for number, each in published(store).items() if each.interval.outside]
+    if lacking:
+        yield _passed(name, f"warning: {len(lacking)} intervals are incomplete, the last one is {lacking[-1]}")
+    elif not found:
+        yield _passed(name, "none")
+
+
+def _takes_in(config: Config, found: Sequence[Outside]) -> str:
+    spaces = [each.name.removeprefix("pg_tblspc/") for each in found if each.name.startswith("pg_tblspc/")]
+    if len(spaces) < len(found):
+        return "stop the cluster and move it into the data directory"
+    options = " ".join(f"--tablespace {space}=SIZE" for space in spaces)
+    return f"pgcdp protect {config.name} {options} takes it into the set; or move its tables to another tablespace"
 
 
 def _role(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:

@@ -69,6 +69,7 @@ def status(set_name: str) -> Json:
             "limit": config.journal_limit,
         },
         "recovery_window": opened or {"from_time": None, "to_time": None, "from_write": None, "to_write": None},
+        "outside": agent.get("outside"),
         "volumes": [
             {
                 "name": volume.name,
@@ -145,8 +146,14 @@ def interval_json(interval: Interval, verified: Json | None) -> Json:
         "blocks_changed": interval.blocks_changed,
         "stored": interval.stored,
         "restorable_by_write": True,
+        "outside": outside_json(interval.outside),
         "verified": verified,
     }
+
+
+def outside_json(outside: tuple[tuple[str, str], ...] | None) -> list[Json] | None:
+    """What of the cluster an interval lacks; None: that was not known when it ended."""
+    return None if outside is None else [{"name": name, "place": place} for name, place in outside]
 
 
 def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:

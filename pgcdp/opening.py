@@ -77,12 +77,22 @@ def point_of(source: Source, target: Target, before: str | None) -> RecoveryPoin
 
 
 def between(source: Source, point: RecoveryPoint) -> Json:
-    """What a point resolved to: {"recovery_point", "last_in", "first_out", "out", "also_out"}."""
+    """What a point resolved to: {"recovery_point", "last_in", "first_out", "out", "also_out", "outside"}."""
     try:
         told = around_json(source, point)
     except (DamageError, PreconditionError) as error:  # the point itself may be right
         told = {"last_in": None, "first_out": None, "out": None, "also_out": [], "unknown": error.message}
-    return {"recovery_point": point_json(point), **told}
+    return {"recovery_point": point_json(point), **told, "outside": lacking(source, point)}
+
+
+def lacking(source: Source, point: RecoveryPoint) -> list[Json]:
+    """Data of the cluster that no recovery point has where this one lies: nobody captured it.
+
+    Of a point in the open interval it is what the last boundary told.
+    """
+    intervals = source.intervals()
+    known = [each for each in intervals if point.interval is None or each.number == point.interval]
+    return [{"name": name, "place": place} for name, place in (known[-1].outside or ())] if known else []
 
 
 def scratch_place(source: Source) -> Path:

@@ -202,7 +202,10 @@ class Rewind:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A published interval, as its manifest tells it. Writes are `from_write` to `to_write`, both included."""
+    """A published interval, as its manifest tells it. Writes are `from_write` to `to_write`, both included.
+
+    `outside`: data of the cluster that was captured by nobody when it ended, [name, place]; None: that was not known.
+    """
 
     number: int
     from_write: int
@@ -215,6 +218,7 @@ class Interval:
     blocks_changed: int
     stored: dict[str, int]
     rewinds: tuple[Rewind, ...] = ()
+    outside: tuple[tuple[str, str], ...] | None = None
 
 
 TargetKind = Literal["write", "boundary", "time", "xid", "lsn", "name", "newest"]

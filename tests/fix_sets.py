@@ -26,6 +26,7 @@ from pgcdp import api, opening, service
 from pgcdp.capture import attach, engine
 from pgcdp.capture.attach import kill_and_wait
 from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.volumes import backing_bytes
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError
 from pgcdp.postgres import session
@@ -34,7 +35,7 @@ from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone, sandbox
 from pgcdp.recovery.restore import remove
 from pgcdp.recovery.sandbox import Sandbox
-from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 from tests.beside import repeated
 from tests.fix_engine import _may_flush, _plain_program
@@ -142,8 +143,11 @@ class ProtectedSet:
             point = source.resolve(point)
         with (
             mounted(source, point, scratch_below(self.root)) as pgdata,
-            sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=self.binaries) as box,
-        ):
+            sandbox.start(
+                pgdata, source.settings(point), parent=pgdata.parent, binaries=self.binaries,
+                elsewhere=elsewhere(source, pgdata),
+            ) as box,
+        ):  # fmt: skip
             yield box
 
     def verify(self, write: int, **options: Any) -> dict[str, Any]:
@@ -246,7 +250,7 @@ _PIECE = 4 << 20
 
 def first_difference(volume: Path, image: Path) -> int | None:
     """Offset of the first block in which a backing and an image differ; None when they are equal."""
-    size = volume.stat().st_size
+    size = backing_bytes(volume)
     if image.stat().st_size != size:
         return min(size, image.stat().st_size)
     zeros = bytes(_PIECE)

@@ -12,10 +12,40 @@ from pgcdp.cli.status import render
 from pgcdp.errors import UsageError
 
 
+def backing(text: str) -> tuple[Path | None, int | None]:
+    """A block device, or a size. Raises UsageError."""
+    if text.startswith("/"):
+        return Path(text), None
+    try:
+        return None, units.parse_size(text)
+    except UsageError:
+        raise UsageError(
+            f'"{text}" is neither a block device nor a size', "give /dev/NAME or a size such as 20G"
+        ) from None
+
+
+def tablespace(text: str) -> tuple[str, tuple[Path | None, int | None]]:
+    """NAME=DEV|SIZE. Raises UsageError."""
+    name, equals, what = text.rpartition("=")
+    if not equals or not name:
+        raise UsageError(f'"{text}" names no tablespace and its volume', "give NAME=/dev/NAME or NAME=20G")
+    return name, backing(what)
+
+
+def filesystem(text: str) -> tuple[str, str]:
+    """Of which volume ("" for all), and which filesystem. Raises UsageError."""
+    volume, equals, fs = text.rpartition("=")
+    if fs not in ("ext4", "xfs") or (equals and not volume):
+        raise UsageError(f'"{text}" is no filesystem', "give ext4 or xfs, for one of several volumes VOLUME=xfs")
+    return volume, fs
+
+
 @click.command(
     epilog=options.examples(
         "pgcdp protect main --pgdata /var/lib/postgresql/15/main --store /backup/main --size 20G",
         "pgcdp protect main --pgdata /srv/pg --store /backup/main --volume /dev/vg0/pg --fs xfs",
+        "pgcdp protect main --pgdata /srv/pg --store /backup/main --size 20G --wal-volume /dev/vg1/wal "
+        "--tablespace fast=/dev/nvme1n1 --tablespace archive=200G --fs archive=xfs",
         "pgcdp protect new --pgdata /srv/new --store /backup/new --size 5G --initdb --port 5433 --cut 1min --cut 256M",
     )
 )
@@ -36,7 +66,28 @@ from pgcdp.errors import UsageError
 )
 @click.option("--volume", type=click.Path(path_type=Path), metavar="DEV", help="Block device to take as the volume.")
 @click.option("--size", type=units.parse_size, metavar="SIZE", help="Or make it: a file of this size, fully allocated.")
-@click.option("--fs", type=click.Choice(["ext4", "xfs"]), default="ext4", show_default=True, help="Its filesystem.")
+@click.option(
+    "--wal-volume",
+    type=backing,
+    metavar="DEV|SIZE",
+    help="A volume of its own for pg_wal: a block device, or a file of this size. It is mounted where pg_wal lies, in "
+    "DIR or elsewhere.",
+)
+@click.option(
+    "--tablespace",
+    "tablespaces",
+    type=tablespace,
+    multiple=True,
+    metavar="NAME=DEV|SIZE",
+    help="The same for a tablespace, by name or OID; it keeps its path. Each one outside DIR must be named.",
+)
+@click.option(
+    "--fs",
+    type=filesystem,
+    multiple=True,
+    metavar="[VOLUME=]ext4|xfs",
+    help="Filesystem of the volumes, or of one: data, wal, or the name of a tablespace. Default: ext4.",
+)
 @click.option(
     "--journal",
     type=click.Path(path_type=Path),
@@ -68,7 +119,9 @@ def command(
     store: Path,
     volume: Path | None,
     size: int | None,
-    fs: str,
+    wal_volume: tuple[Path | None, int | None] | None,
+    tablespaces: tuple[tuple[str, tuple[Path | None, int | None]], ...],
+    fs: tuple[tuple[str, str], ...],
     journal: Path | None,
     journal_limit: int | None,
     cut: tuple[str, ...],
@@ -82,8 +135,11 @@ def command(
     From then on every write of it can be restored. The cluster is stopped, its data directory moves to a volume that
     is mounted at the same path, and it is started again as it ran before. If any step fails, all is put back. The
     settings are written to SET.toml, where every one can be changed later.
+
+    pg_wal and tablespaces can have volumes of their own, on any disks; all volumes share one write order.
     """
     from pgcdp import api
+    from pgcdp.capture.planning import Backing
 
     if volume is not None and size is not None:
         raise UsageError("--volume and --size cannot be given together", "a block device has a size of its own")
@@ -93,8 +149,11 @@ def command(
         question = f"a new cluster will be made in {pgdata}, on a volume of its own"
     else:
         question = f"the cluster in {pgdata} will be stopped and moved to a volume of its own"
-    if volume is not None:
-        question += f"; everything on {volume} will be lost"
+    wal_device, wal_size = wal_volume or (None, None)
+    devices = [volume, wal_device, *(device for _, (device, _) in tablespaces)]
+    lost = [str(device) for device in devices if device is not None]
+    if lost:
+        question += f"; everything on {' and '.join(lost)} will be lost"
     options.confirm(question, yes, output)
     with screen.progress(output) as progress:
         value = api.protect(
@@ -103,7 +162,11 @@ def command(
             store.absolute(),
             volume=volume,
             size=size,
-            fs=fs,
+            wal_volume=wal_device,
+            wal_size=wal_size,
+            tablespaces=tuple((name, Backing(*what)) for name, what in tablespaces),
+            fs=dict(fs).get("", "ext4"),
+            fs_of=tuple((name, what) for name, what in fs if name),
             journal=None if journal is None else journal.absolute(),
             journal_limit=journal_limit,
             cut=cut,

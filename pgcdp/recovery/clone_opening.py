@@ -126,7 +126,8 @@ def _open(
         pgdata = scratch.leave_mounted(source, clone.place, files, progress)
         progress(Progress("starting postgres on it"))
         box = sandbox.start(
-            pgdata, settings, parent=clone.place, binaries=binaries(), hide=hide,
+            pgdata, settings, parent=clone.place, binaries=binaries(),
+            elsewhere=scratch.elsewhere(source, pgdata), hide=hide,
             override=_settings(clone.access), hba=_hba(clone.access, settings), name="postgres",
         )  # fmt: skip
     except Exception as error:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pgcdp import proc
-from pgcdp.capture import volumes
+from pgcdp.capture import places, volumes
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import free_space
 from pgcdp.intervals.applying import FileTarget
@@ -86,26 +86,29 @@ def leave_mounted(source: Source, scratch: Path, files: list[Path], progress: Re
 def _mount_all(stack: ExitStack, source: Source, scratch: Path, files: list[Path], mode: str, progress: Report) -> Path:
     """Mount, and have `stack` take it all back."""
     file_of = {volume.name: file for volume, file in zip(source.store.volumes, files, strict=True)}
-    place = scratch / "mnt"
-    place.mkdir(mode=0o700)
-    for name, where in _mount_order(source, place):
+    for name, where in _layout(source, scratch).items():
         progress(Progress(f"mounting volume {name}"))
+        where.mkdir(mode=0o700, exist_ok=True)
         device = volumes.attach_loop(file_of[name], mode)
         stack.callback(volumes.detach_loop, device)
         _mount(device, where, source.store.extra["filesystems"][name])
         stack.callback(volumes.unmount, where)
-    return place
+    return scratch / places.DATA_DIRECTORY
 
 
-def _mount_order(source: Source, place: Path) -> list[tuple[str, Path]]:
-    """Volumes with their places, the data directory's first."""
-    pgdata = Path(source.store.extra["pgdata"])
-    found = []
-    for name, mountpoint in source.store.extra["mountpoints"].items():
-        if not Path(mountpoint).is_relative_to(pgdata):
-            raise PreconditionError(f"volume {name} lies at {mountpoint}, outside {pgdata}", "use --to-image")
-        found.append((name, place / Path(mountpoint).relative_to(pgdata)))
-    return sorted(found, key=lambda entry: len(entry[1].parts))
+def elsewhere(source: Source, pgdata: Path) -> dict[Path, Path]:
+    """Where a recovery point that is mounted at `pgdata` has production's directories: {production's: its own}.
+
+    The links of the cluster name production's (`recovery.links`).
+    """
+    where = _layout(source, pgdata.parent)
+    return {Path(source.store.extra["mountpoints"][name]): place for name, place in where.items()}
+
+
+def _layout(source: Source, scratch: Path) -> dict[str, Path]:
+    extra = source.store.extra
+    mountpoints = {name: Path(place) for name, place in extra["mountpoints"].items()}
+    return places.layout(Path(extra["pgdata"]), mountpoints, scratch)
 
 
 def _mount(device: Path, where: Path, fs: str) -> None:

@@ -23,7 +23,7 @@ from pgcdp.fsio import publish_directory, read_json, write_json
 from pgcdp.records import EXTENT, INDEX, Boundary, Interval, Rewind
 from pgcdp.store.frames import FileSummary, FrameReader
 from pgcdp.store.layout import Store, boundary_from
-from pgcdp.store.open_interval import SETTINGS, OpenInterval, OpenSnapshot, read_open
+from pgcdp.store.open_interval import OUTSIDE, SETTINGS, OpenInterval, OpenSnapshot, read_open
 from pgcdp.store.rewinds import pair, said_in
 
 __all__ = ["Bundle", "Increments", "OpenInterval", "OpenSnapshot", "publish", "read_open"]
@@ -89,6 +89,7 @@ def publish(
     index = opened.index()
     walls = index["wall_ns"]
     rewinds = rewinds_of(opened)
+    outside = read_json(place / OUTSIDE)["outside"] if (place / OUTSIDE).exists() else None
     write_json(
         place / "manifest.json",
         {
@@ -114,6 +115,7 @@ def publish(
             },
             "transactions": indexed.summary if indexed else None,
             **({"rewinds": [asdict(rewind) for rewind in rewinds]} if rewinds else {}),
+            "outside": outside,
             "files": {
                 name: {"bytes": s.bytes, "checksum": s.checksum, "length": s.length} for name, s in files.items()
             },
@@ -126,7 +128,8 @@ def publish(
         },
     )
     opened.close()
-    (place / "boundary.json").unlink(missing_ok=True)
+    for name in ("boundary.json", OUTSIDE):
+        (place / name).unlink(missing_ok=True)
     publish_directory(place, store.interval(opened.number))
     return Bundle.open(store, opened.number)
 
@@ -169,11 +172,12 @@ class Bundle:
         if manifest.get("set_id") != store.set_id.hex() or manifest.get("number") != number:
             raise DamageError(f"{place} is not that of interval {number} of this set (offset 0)", _still(number))
         try:
-            names = [name for name in Interval.__dataclass_fields__ if name not in ("boundary", "rewinds")]
+            names = [name for name in Interval.__dataclass_fields__ if name not in ("boundary", "rewinds", "outside")]
             interval = Interval(
                 **{name: manifest[name] for name in names},
                 boundary=boundary_from(manifest["boundary"], place),
                 rewinds=tuple(Rewind(**each) for each in manifest.get("rewinds", ())),
+                outside=_outside(manifest.get("outside")),
             )
             sizes = {name: int(manifest["files"][name]["bytes"]) for name in (*CONTENTS, "settings.json")}
         except (KeyError, TypeError):
@@ -276,6 +280,10 @@ class Bundle:
         first, last = self.interval.from_write, self.interval.to_write
         if not np.array_equal(numbers, np.arange(first, last + 1)):
             raise DamageError(f"{self.path / 'index'} does not hold writes {first} to {last} (offset 64)")
+
+
+def _outside(said: list[list[str]] | None) -> tuple[tuple[str, str], ...] | None:
+    return None if said is None else tuple((name, place) for name, place in said)
 
 
 def _spans(extents: NDArray[np.void]) -> NDArray[np.int64]:

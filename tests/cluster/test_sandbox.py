@@ -364,7 +364,7 @@ def test_links_lead_to_its_own_places(pg_binaries: Binaries, make_cluster: MakeC
     assert list(found.tablespaces.values()) == [space]
     live.stop()
     copy = live.crash_copy(place / "copy")
-    own = {"pg_wal": place / "copy-wal", f"pg_tblspc/{next(iter(found.tablespaces))}": place / "copy-space"}
+    own = {wal: place / "copy-wal", space: place / "copy-space"}
     for source, target in zip((wal, space), own.values(), strict=True):
         proc.run(["cp", "-a", str(source), str(target)])
     before = fingerprint(wal), fingerprint(space)
@@ -373,7 +373,7 @@ def test_links_lead_to_its_own_places(pg_binaries: Binaries, make_cluster: MakeC
         sandbox.start(copy, settings, parent=place)
     assert (copy / "pg_wal").readlink() == wal, "nothing was changed"
 
-    with sandbox.start(copy, settings, parent=place, links=own) as box:
+    with sandbox.start(copy, settings, parent=place, elsewhere=own) as box:
         assert (copy / "pg_wal").readlink() == place / "copy-wal"
         assert value(box, "select count(*) from t") == 1000
         with box.connect() as connection:

@@ -1,0 +1,57 @@
+"""The links of a restored data directory that Postgres follows: pg_wal, tablespaces, and what somebody moved by hand.
+
+They bear production's paths. Followed as they are, whatever runs on the copy reads and writes production's own files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pgcdp.errors import PreconditionError
+from pgcdp.postgres.cluster import FOLLOWED
+
+
+def own_places(pgdata: Path, elsewhere: Mapping[Path, Path]) -> dict[Path, Path]:
+    """Each link that leads out of a restored data directory, and where it shall lead: {link: place}.
+
+    `elsewhere`: where production's directories are in the copy, {production's: its own}; the data directory's own may
+    be among them. Links that lead to a place inside already are not told. Raises PreconditionError, with nothing
+    changed, for one that leads to what was not restored.
+    """
+    root = Path(os.path.realpath(pgdata))
+    was = next((place for place, own in elsewhere.items() if Path(os.path.realpath(own)) == root), root)
+    found: dict[Path, Path] = {}
+    for link in symbolic_links(pgdata):
+        name = link.relative_to(pgdata)
+        named = Path(os.path.normpath((was / name).parent / os.readlink(link)))
+        place = _own(named, elsewhere)
+        if place is not None:
+            found[link] = place
+        elif not Path(os.path.realpath(link)).is_relative_to(root) and FOLLOWED.fullmatch(name.parts[0]):
+            raise PreconditionError(
+                f"{link} leads to {os.readlink(link)}, which is not part of what was restored",
+                "that data lies outside of the protected volumes; see pgcdp check",
+            )
+    return found
+
+
+def _own(named: Path, elsewhere: Mapping[Path, Path]) -> Path | None:
+    holding = [place for place in elsewhere if named.is_relative_to(place)]
+    if not holding:
+        return None
+    place = max(holding, key=lambda each: len(each.parts))
+    return elsewhere[place] / named.relative_to(place)
+
+
+def symbolic_links(directory: Path) -> list[Path]:
+    """All of them below a directory; none is followed."""
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                found.append(Path(entry.path))
+            elif entry.is_dir(follow_symlinks=False):
+                found += symbolic_links(Path(entry.path))
+    return found

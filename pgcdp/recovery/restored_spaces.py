@@ -1,0 +1,86 @@
+"""Tablespaces of a data directory that is restored: where each goes, and what would lead back to production's.
+
+A restored cluster that is started beside production must not touch production's tablespaces: they bear the same files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgcdp import proc
+from pgcdp.errors import PreconditionError, UsageError
+from pgcdp.postgres import cluster
+from pgcdp.units import format_lsn
+
+_CREATE = re.compile(r"desc: CREATE (\d+) \"?(.*?)\"?\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A tablespace: `copy` is where it is mounted, `place` where it goes. `name` is None when it is not known."""
+
+    oid: int
+    name: str | None
+    copy: Path
+    place: Path
+
+
+def planned(
+    links: Mapping[Path, Path],
+    found: Path,
+    settings: Mapping[str, Any] | None,
+    wanted: Mapping[str, Path],
+    place: Path,
+    beside: Path,
+) -> list[Restored]:
+    """What becomes of the tablespaces among `links` (`links.own_places`) of the mounted `found`, in order of OID.
+
+    One that lies in the data directory itself stays there. Raises UsageError for a name in `wanted` that is none, or a
+    directory that cannot be used.
+    """
+    names = {int(space["oid"]): str(space["name"]) for space in (settings or {}).get("tablespaces", ())}
+    oids = {int(link.name): own for link, own in links.items() if link.parent == found / "pg_tblspc"}
+    chosen: dict[int, Path] = {}
+    for word, directory in wanted.items():
+        matching = [oid for oid in oids if word in (str(oid), names.get(oid))]
+        if not matching:
+            known = ", ".join(f"{names.get(oid, '?')} ({oid})" for oid in sorted(oids)) or "none"
+            raise UsageError(f'there is no tablespace "{word}" at this point', f"there are: {known}")
+        if not directory.parent.is_dir():
+            raise UsageError(f"{directory.parent} is no directory", f"make it first: mkdir -p {directory.parent}")
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UsageError(f"{directory} is not empty", "name a directory that does not exist, or remove it first")
+        chosen[matching[0]] = directory
+    restored = []
+    for oid, own in sorted(oids.items()):
+        inside = place / own.relative_to(found) if own.is_relative_to(found) else None
+        restored.append(Restored(oid, names.get(oid), own, chosen.get(oid) or inside or beside / str(oid)))
+    return restored
+
+
+def refuse_created(found: Path, wal: Path) -> None:
+    """Raises PreconditionError when recovery of the mounted `found`, with its WAL in `wal`, would make a tablespace.
+
+    The record bears production's path: a Postgres that replays it links to it again, whatever was restored. Where the
+    programs of that version are missing, no production can be beside it, and nothing is looked for.
+    """
+    try:
+        binaries = cluster.find_binaries(int((found / "PG_VERSION").read_text()))
+        control = cluster.read_control(found)
+        program = str(binaries.path("pg_waldump"))
+    except (PreconditionError, OSError, ValueError):
+        return
+    words = ["--path", str(wal), "--timeline", str(control.timeline), "--rmgr=Tablespace"]
+    told = proc.run([program, *words, "--start", format_lsn(control.redo_lsn)], check=False).stdout
+    for line in told.splitlines():
+        made = _CREATE.search(line)
+        if made is not None:
+            raise PreconditionError(
+                f"recovery of this point makes tablespace {made[1]} in {made[2]}, production's own: a copy that is "
+                "started would write there",
+                "choose a point behind the next boundary, or before it was made; pgcdp clone opens this one",
+            )
