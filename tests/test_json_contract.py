@@ -118,8 +118,8 @@ STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "
 
 LOST: Shape = {"database": str, "schema": str, "name": str, "inserted": int, "updated": int, "deleted": int}
 IN_PLACE: Shape = {
-    **RESOLVED, "to": str, "bytes": int, "set": str, "undo": Maybe(str), "boundary": int, "timeline": int, "verified": bool,
-    "down_seconds": float,
+    **RESOLVED, "to": str, "bytes": int, "set": str, "undo": Maybe(str), "boundary": int, "timeline": int,
+    "verified": bool, "down_seconds": float,
     "lost": {"transactions": Maybe(int), "oldest": Maybe(END), "newest": Maybe(END), "tables": [LOST]},
     "followers": [{"kind": str, "name": str, "where": str, "command": str}],
 }  # fmt: skip
