@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pgcdp import cloning, doctor, rewinding, salvaging, service, transactions, verifying
+from pgcdp import cloning, doctor, extending, rewinding, salvaging, service, transactions, verifying
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.filemap import FileMapper, places_of
+from pgcdp.capture.planning import Backing
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.following import follow as follow
@@ -98,6 +99,21 @@ def protect(
     return status(set_name)
 
 
+def add_tablespaces(
+    set_name: str,
+    wanted: Sequence[tuple[str, Backing]],
+    *,
+    fs: str | None = None,
+    yes: bool = False,
+    progress: Report = silent,
+) -> Json:
+    """Take tablespaces, by name or OID, into a set that is protected, and cut a boundary that has them."""
+    extending.add_tablespaces(load_config(set_name), wanted, fs, yes, progress)
+    progress(Progress("cutting the boundary behind it"))
+    cut(set_name)
+    return status(set_name)
+
+
 def wait_baseline(config: Config, progress: Report) -> None:
     """Wait until the first backup image is complete. Raises what the agent says when it cannot go on."""
     while True:
@@ -144,6 +160,8 @@ def _end_agent(config: Config, progress: Report) -> None:
 
 def up(set_name: str, progress: Report = silent) -> Json:
     """Attach, mount, start Postgres and the agent."""
+    config = load_config(set_name)
+    extending.resume(config, progress)
     config = load_config(set_name)
     rewinding.resume(config, scratch_of(config.set_id_bytes), progress)
     attach.up(config, progress, lambda: service.start(config))

@@ -84,6 +84,11 @@ def status(set_name: str) -> Json:
 
 
 def _interrupted(config: Config) -> str | None:
+    if config.paths.extend_state.exists():
+        return (
+            "taking a tablespace into the set has not ended: unless its command still runs, "
+            f"pgcdp up {config.name} finishes it or puts everything back"
+        )
     left = rewinding.pending(config.paths)
     if left is None:
         return None

@@ -77,6 +77,7 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
     paths = config.paths
     with attach.hold(paths):
         left = pending(paths)
+        _refuse_before_volume(config, point)
         _refuse_minimal(config, point, below, progress)
         if left is not None and left.step in ("write", "start"):
             _log.warning("the rewind to write %d is given up for one to write %d", left.point.write, point.write)
@@ -122,6 +123,17 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Pending | 
             return None
         progress(Progress(f"finishing the rewind to write {left.point.write}"))
         return _finish(config, left, below, progress)
+
+
+def _refuse_before_volume(config: Config, point: RecoveryPoint) -> None:
+    """Raises PreconditionError for a point at which a volume held nothing yet: production had its data elsewhere."""
+    for name, since in Store.open(config.store, config.set_id_bytes).since.items():
+        if point.write < since:
+            raise PreconditionError(
+                f"volume {name} is in the set since write {since}: what lay in its place at write {point.write} was "
+                "captured by nobody",
+                "pgcdp clone and pgcdp salvage open points before that, as far as they were captured",
+            )
 
 
 def _refuse_minimal(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:

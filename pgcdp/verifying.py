@@ -47,7 +47,7 @@ def prove(
             sql=sql_file,
             checks=proving.own_checks(),
             binaries=binaries,
-            elsewhere=elsewhere(source, pgdata),
+            elsewhere=elsewhere(source, point, pgdata),
             hide=production_places(source, set_name),
             report=lambda name: progress(Progress(name)),
         )

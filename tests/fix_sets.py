@@ -145,7 +145,7 @@ class ProtectedSet:
             mounted(source, point, scratch_below(self.root)) as pgdata,
             sandbox.start(
                 pgdata, source.settings(point), parent=pgdata.parent, binaries=self.binaries,
-                elsewhere=elsewhere(source, pgdata),
+                elsewhere=elsewhere(source, point, pgdata),
             ) as box,
         ):  # fmt: skip
             yield box

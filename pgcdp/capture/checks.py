@@ -203,7 +203,9 @@ def planned_volumes(
         dict(request.fs_of),
     )
     if not request.initdb:
-        planning.check_places(found, pgdata)
+        mountpoints = [wish.mountpoint for wish in found]
+        planning.check_places([place for place in mountpoints if not place.is_relative_to(pgdata)], [pgdata])
+        planning.refuse_outside(pgdata, mountpoints)
     return tuple(planning.planned(found, paths.volumes, request.yes))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,10 +100,10 @@ def wishes(
         raise _left_out(f"pg_wal is a link to {link}, outside the data directory", link, "--wal-volume SIZE")
     taken = {DATA, WAL}
     for name, backing in tablespaces:
-        space = _named(name, spaces)
+        space = space_named(name, spaces)
         if any(each.mountpoint == space.location for each in found):
             raise UsageError(f"{space} is named twice", "give each tablespace one volume")
-        volume = _volume_name(space, taken)
+        volume = volume_name(space, taken)
         taken.add(volume)
         found.append(Wish(volume, backing, f"--tablespace {name}", fs_of.get(name, fs), space.location))
     for space in spaces:
@@ -117,7 +117,8 @@ def wishes(
     return found
 
 
-def _named(name: str, spaces: Sequence[Space]) -> Space:
+def space_named(name: str, spaces: Sequence[Space]) -> Space:
+    """The tablespace that is meant by a name or OID. Raises UsageError."""
     for space in spaces:
         if space.called(name):
             return space
@@ -132,18 +133,18 @@ def _left_out(what: str, place: Path, option: str) -> PreconditionError:
     return PreconditionError(what, f"give it a volume of its own: {option}, or a block device; it has {size}")
 
 
-def _volume_name(space: Space, taken: set[str]) -> str:
+def volume_name(space: Space, taken: Collection[str]) -> str:
+    """How the volume of a tablespace is called."""
     plain = re.sub("[^a-z0-9_-]", "-", (space.name or "").lower())[:28]
     found = f"{SPACE}{plain}" if re.search("[a-z0-9]", plain) else f"{SPACE}{space.oid}"
     return f"{SPACE}{space.oid}" if found in taken else found
 
 
-def check_places(found: Sequence[Wish], pgdata: Path) -> None:
-    """Each place can be moved aside as a whole, and nothing of the cluster is left out.
+def check_places(places: Sequence[Path], others: Sequence[Path]) -> None:
+    """Each place can be moved aside as a whole; none lies in another or in one of `others`.
 
     Raises PreconditionError.
     """
-    places = [wish.mountpoint for wish in found if not wish.mountpoint.is_relative_to(pgdata)]
     for place in places:
         if place.is_symlink() or not place.is_dir():
             what = f"a link to {os.readlink(place)}" if place.is_symlink() else "no directory"
@@ -158,10 +159,11 @@ def check_places(found: Sequence[Wish], pgdata: Path) -> None:
             )
         for mount in volumes.mounts_below(Path(os.path.realpath(place))):
             raise PreconditionError(f"{mount.mountpoint} is mounted inside {place}", "umount it, or move its content")
-        for other in (*places, pgdata):
+        for other in (*places, *others):
             if other != place and (place in other.parents or other in place.parents):
-                raise PreconditionError(f"{other} lies inside {place}", "move one of them out of the other")
-    refuse_outside(pgdata, [wish.mountpoint for wish in found])
+                raise PreconditionError(
+                    f"{place} and {other} lie in each other", "move one of them out of the other, and change its link"
+                )
 
 
 def refuse_outside(pgdata: Path, mountpoints: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ import click
 from pgcdp import units
 from pgcdp.cli import options, screen
 from pgcdp.cli.status import render
+from pgcdp.config import list_sets
 from pgcdp.errors import UsageError
 
 
@@ -46,6 +47,7 @@ def filesystem(text: str) -> tuple[str, str]:
         "pgcdp protect main --pgdata /srv/pg --store /backup/main --volume /dev/vg0/pg --fs xfs",
         "pgcdp protect main --pgdata /srv/pg --store /backup/main --size 20G --wal-volume /dev/vg1/wal "
         "--tablespace fast=/dev/nvme1n1 --tablespace archive=200G --fs archive=xfs",
+        "pgcdp protect main --tablespace late=50G",
         "pgcdp protect new --pgdata /srv/new --store /backup/new --size 5G --initdb --port 5433 --cut 1min --cut 256M",
     )
 )
@@ -54,14 +56,12 @@ def filesystem(text: str) -> tuple[str, str]:
     "--pgdata",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    required=True,
     help="Data directory of the cluster. It keeps this path.",
 )
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    required=True,
     help="Where backup images and intervals are kept; best on other disks than the cluster's.",
 )
 @click.option("--volume", type=click.Path(path_type=Path), metavar="DEV", help="Block device to take as the volume.")
@@ -115,8 +115,8 @@ def filesystem(text: str) -> tuple[str, str]:
 @options.output_option
 def command(
     set_name: str,
-    pgdata: Path,
-    store: Path,
+    pgdata: Path | None,
+    store: Path | None,
     volume: Path | None,
     size: int | None,
     wal_volume: tuple[Path | None, int | None] | None,
@@ -136,11 +136,20 @@ def command(
     is mounted at the same path, and it is started again as it ran before. If any step fails, all is put back. The
     settings are written to SET.toml, where every one can be changed later.
 
-    pg_wal and tablespaces can have volumes of their own, on any disks; all volumes share one write order.
+    pg_wal and tablespaces can have volumes of their own, on any disks; all volumes share one write order. Of a set that
+    is protected already, --tablespace alone takes a new tablespace in; the cluster is stopped while that is copied.
     """
     from pgcdp import api
     from pgcdp.capture.planning import Backing
 
+    if pgdata is None and store is None and tablespaces and set_name in list_sets():
+        given = {"--volume": volume, "--size": size, "--wal-volume": wal_volume, "--journal": journal,
+                 "--journal-limit": journal_limit, "--cut": cut or None, "--initdb": initdb or None}  # fmt: skip
+        _take_in(set_name, tablespaces, fs, [name for name, value in given.items() if value is not None], yes, output)
+        return
+    if pgdata is None or store is None:
+        missing = "--pgdata" if pgdata is None else "--store"
+        raise UsageError(f"missing option {missing}", "only a set that is protected can be given a --tablespace alone")
     if volume is not None and size is not None:
         raise UsageError("--volume and --size cannot be given together", "a block device has a size of its own")
     if port is not None and not initdb:
@@ -172,6 +181,41 @@ def command(
             cut=cut,
             initdb=initdb,
             settings=() if port is None else (("port", str(port)),),
+            yes=True,
+            progress=progress,
+        )
+    screen.result(value, output, render)
+
+
+def _take_in(
+    set_name: str,
+    tablespaces: tuple[tuple[str, tuple[Path | None, int | None]], ...],
+    fs: tuple[tuple[str, str], ...],
+    others: list[str],
+    yes: bool,
+    output: str,
+) -> None:
+    """Tablespaces for a set that is protected."""
+    from pgcdp import api
+    from pgcdp.capture.planning import Backing
+
+    if others:
+        raise UsageError(
+            f"the set {set_name} is protected already: {others[0]} cannot be given", "give --tablespace alone"
+        )
+    if any(name for name, _ in fs):
+        raise UsageError("--fs is that of all new volumes here", "give --fs ext4 or --fs xfs")
+    names = ", ".join(name for name, _ in tablespaces)
+    question = f"the cluster of {set_name} will be stopped while tablespace {names} moves to a volume of its own"
+    lost = [str(device) for _, (device, _) in tablespaces if device is not None]
+    if lost:
+        question += f"; everything on {' and '.join(lost)} will be lost"
+    options.confirm(question, yes, output)
+    with screen.progress(output) as progress:
+        value = api.add_tablespaces(
+            set_name,
+            [(name, Backing(*what)) for name, what in tablespaces],
+            fs=dict(fs).get(""),
             yes=True,
             progress=progress,
         )

@@ -66,7 +66,7 @@ def to_directory(
     work, beside = place.parent / f".pgcdp-restore-{place.name}", place.with_name(f"{place.name}.tablespaces")
     _refuse_used(place, beside, work)
     with copied(source, point, work, progress) as found:
-        links = own_places(found, elsewhere(source, found))
+        links = own_places(found, elsewhere(source, point, found))
         refuse_created(found, links.get(found / "pg_wal", found / "pg_wal"))
         restored = planned(links, found, source.settings(point), spaces, place, beside)
         status = found.stat()

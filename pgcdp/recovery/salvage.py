@@ -64,7 +64,7 @@ def opened(
         progress(Progress("starting postgres on it"))
         box = sandbox.start(
             pgdata, source.settings(point), parent=pgdata.parent, binaries=binaries,
-            elsewhere=elsewhere(source, pgdata), hide=hide,
+            elsewhere=elsewhere(source, point, pgdata), hide=hide,
         )  # fmt: skip
         with box:
             yield box

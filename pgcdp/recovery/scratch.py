@@ -53,7 +53,7 @@ def mounted(
     with (
         place_below(below) as scratch,
         shown(source, point, scratch, progress, forgive=forgive) as files,
-        _mounted(source, scratch, files, volumes.WRITE_THROUGH, progress) as place,
+        _mounted(source, point, scratch, files, volumes.WRITE_THROUGH, progress) as place,
     ):
         yield place
 
@@ -64,29 +64,41 @@ def copied(source: Source, point: RecoveryPoint, below: Path, progress: Report =
     with place_below(below) as scratch:
         files = [scratch / f"{volume.name}.img" for volume in source.store.volumes]
         write_images(source, point, files, progress)
-        with _mounted(source, scratch, files, volumes.WRITE_BACK, progress) as place:
+        with _mounted(source, point, scratch, files, volumes.WRITE_BACK, progress) as place:
             yield place
 
 
 @contextmanager
-def _mounted(source: Source, scratch: Path, files: list[Path], mode: str, progress: Report) -> Iterator[Path]:
+def _mounted(
+    source: Source, point: RecoveryPoint, scratch: Path, files: list[Path], mode: str, progress: Report
+) -> Iterator[Path]:
     """The filesystems of all volumes, mounted below `scratch` as they belong together."""
     with ExitStack() as stack:
-        yield _mount_all(stack, source, scratch, files, mode, progress)
+        yield _mount_all(stack, source, point, scratch, files, mode, progress)
 
 
-def leave_mounted(source: Source, scratch: Path, files: list[Path], progress: Report = silent) -> Path:
+def leave_mounted(
+    source: Source, point: RecoveryPoint, scratch: Path, files: list[Path], progress: Report = silent
+) -> Path:
     """The filesystems of all volumes, mounted below `scratch` for good: `clear` ends that."""
     with ExitStack() as stack:
-        place = _mount_all(stack, source, scratch, files, volumes.WRITE_THROUGH, progress)
+        place = _mount_all(stack, source, point, scratch, files, volumes.WRITE_THROUGH, progress)
         stack.pop_all()
     return place
 
 
-def _mount_all(stack: ExitStack, source: Source, scratch: Path, files: list[Path], mode: str, progress: Report) -> Path:
+def _mount_all(
+    stack: ExitStack,
+    source: Source,
+    point: RecoveryPoint,
+    scratch: Path,
+    files: list[Path],
+    mode: str,
+    progress: Report,
+) -> Path:
     """Mount, and have `stack` take it all back."""
     file_of = {volume.name: file for volume, file in zip(source.store.volumes, files, strict=True)}
-    for name, where in _layout(source, scratch).items():
+    for name, where in _layout(source, point, scratch).items():
         progress(Progress(f"mounting volume {name}"))
         where.mkdir(mode=0o700, exist_ok=True)
         device = volumes.attach_loop(file_of[name], mode)
@@ -96,18 +108,21 @@ def _mount_all(stack: ExitStack, source: Source, scratch: Path, files: list[Path
     return scratch / places.DATA_DIRECTORY
 
 
-def elsewhere(source: Source, pgdata: Path) -> dict[Path, Path]:
-    """Where a recovery point that is mounted at `pgdata` has production's directories: {production's: its own}.
+def elsewhere(source: Source, point: RecoveryPoint, pgdata: Path) -> dict[Path, Path]:
+    """Where the recovery point that is mounted at `pgdata` has production's directories: {production's: its own}.
 
     The links of the cluster name production's (`recovery.links`).
     """
-    where = _layout(source, pgdata.parent)
+    where = _layout(source, point, pgdata.parent)
     return {Path(source.store.extra["mountpoints"][name]): place for name, place in where.items()}
 
 
-def _layout(source: Source, scratch: Path) -> dict[str, Path]:
-    extra = source.store.extra
-    mountpoints = {name: Path(place) for name, place in extra["mountpoints"].items()}
+def _layout(source: Source, point: RecoveryPoint, scratch: Path) -> dict[str, Path]:
+    """Without the volumes that had no data yet."""
+    extra, since = source.store.extra, source.store.since
+    mountpoints = {
+        name: Path(place) for name, place in extra["mountpoints"].items() if since.get(name, 0) <= point.write
+    }
     return places.layout(Path(extra["pgdata"]), mountpoints, scratch)
 
 

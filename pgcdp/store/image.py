@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, PreconditionError
 from pgcdp.fsio import SteadyWrites, punch_hole, read_all, read_json, sync_directory, write_all, write_json
-from pgcdp.records import BLOCK
+from pgcdp.records import BLOCK, Volume
 from pgcdp.store.layout import Store
 
 ZERO_SUM = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
@@ -339,6 +339,20 @@ class Image:
         """
         for files in self._files:
             files.close()
+
+
+def add_volume(store: Store, volume: Volume) -> Store:
+    """The store with one more volume that is all zeros at every boundary so far, durably. No agent may run."""
+    files = VolumeFiles(store.image, volume.name, volume.bytes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.ftruncate(files.fd, files.blocks * BLOCK)
+        os.ftruncate(files.sums_fd, files.blocks * 8)
+        os.fsync(files.fd)
+        os.fsync(files.sums_fd)
+    finally:
+        files.close()
+    sync_directory(store.image)
+    return store.with_volume(volume)
 
 
 def _split_zeros(block: int, data: bytes, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int, bytes | None]]:

@@ -105,6 +105,30 @@ class Store:
         store._write()
         return store
 
+    def with_volume(self, volume: Volume) -> Store:
+        """The same store with one more volume, written durably; its image must be there (`image.add_volume`)."""
+        store = replace(self, volumes=(*self.volumes, volume))
+        store._write()
+        return store
+
+    def mounted(self, name: str, mountpoint: Path, fs: str, since: int) -> Store:
+        """The same store, in which a volume holds data of the cluster at that place from write `since` on; durably."""
+        extra = {
+            **self.extra,
+            "mountpoints": {**self.extra["mountpoints"], name: os.fspath(mountpoint)},
+            "filesystems": {**self.extra["filesystems"], name: fs},
+            "since": {**self.since, name: since},
+        }
+        store = replace(self, extra=extra)
+        store._write()
+        return store
+
+    @property
+    def since(self) -> dict[str, int]:
+        """Of volumes that came later: the write from which on each holds data of the cluster."""
+        found: dict[str, int] = self.extra.get("since", {})
+        return found
+
     def lock(self) -> FileLock:
         """Lock the store for the one agent that may write to it. PreconditionError if another has it."""
         return FileLock(self.path / "lock", f"the agent of set {self.set_name}")

@@ -48,7 +48,7 @@ def prove(found: ProtectedSet, source: Source, point: RecoveryPoint, acks: list[
     with mounted(source, point, scratch_below(found.root)) as pgdata:
         box = sandbox.start(
             pgdata, source.settings(point), parent=pgdata.parent, binaries=found.binaries,
-            elsewhere=elsewhere(source, pgdata),
+            elsewhere=elsewhere(source, point, pgdata),
         )  # fmt: skip
         with box:
             judged = check_prefix(box, acks, order, point.time_ns)

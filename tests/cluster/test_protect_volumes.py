@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pgcdp import config as settings
+from pgcdp import proc
 from pgcdp.capture import attach, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.planning import Backing
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.postgres import cluster
+from pgcdp.postgres import cluster, session
 from pgcdp.progress import Progress
 from tests.fix_house import MIB, House, assert_as_before, run_until
 
@@ -136,6 +139,51 @@ def test_a_stopped_cluster_names_its_tablespaces_by_number(spread: Spread) -> No
     protect.unprotect(config)
     spread.house.start()
     spread.assert_plain()
+
+
+def test_a_cluster_of_debian_with_its_configuration_elsewhere(house: House) -> None:
+    """pg_ctlcluster knows it by /etc alone: what it starts, stops and says must be the same cluster on both sides."""
+    version, name = "15", f"pgcdp{os.getpid()}"
+    etc = Path("/etc/postgresql") / version / name
+    pgdata = house.root / "debian"
+    options = ["--datadir", str(pgdata), "--port", str(house.port + 1), "--socketdir", str(house.root / "socket")]
+    log = ["--logfile", str(house.root / "debian.log")]
+    proc.run(["pg_createcluster", "--user", "postgres", *options, *log, version, name])
+
+    def ctl(verb: str, *more: str) -> None:
+        proc.run(["pg_ctlcluster", version, name, verb, *more])
+
+    def count() -> tuple[int, ...] | None:
+        place = str(house.root / "socket")
+        user = proc.user_named("postgres")
+        with session.connect(session.Dsn(Path(place), house.port + 1, owner=user)) as connection:
+            return connection.execute("select count(*) from t").fetchone()
+
+    try:
+        ctl("start")
+        with session.connect(
+            session.Dsn(house.root / "socket", house.port + 1, owner=proc.user_named("postgres"))
+        ) as connection:
+            connection.execute("create table t as select generate_series(1, 100)")
+        config = protect.protect(house.request(pgdata=pgdata, wal_size=256 * MIB))
+        assert not (pgdata / "postgresql.conf").exists()
+        assert f"config_file={etc}/postgresql.conf" in " ".join(config.cluster.command_line)
+        assert count() == (100,)
+        ctl("stop", "-m", "fast")
+        ctl("start")
+        assert count() == (100,)
+        attach.down(config)
+        attach.up(config)
+        assert count() == (100,)
+        protect.unprotect(config)
+        assert count() == (100,)
+        ctl("stop", "-m", "fast")
+    finally:
+        cluster.kill_leftovers(pgdata)
+        with suppress(PgcdpError):
+            attach.discard(settings.load_config("main"))
+        proc.run(["pg_dropcluster", version, name], check=False)
+        shutil.rmtree(etc, ignore_errors=True)
 
 
 # --- refused
