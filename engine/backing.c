@@ -43,3 +43,20 @@ int volume_open(struct volume *v, const char *name, const char *path, struct err
     snprintf(v->path, sizeof v->path, "%s", path);
     return 0;
 }
+
+int volume_grow(struct volume *v, struct err *e)
+{
+    uint64_t size = 0;
+    int rc = io_size(v->fd, &size);
+    if (rc)
+        return err_sys(e, rc, "cannot tell the size of %s", v->path);
+    size -= size % BLOCK;
+    if (size < volume_size(v)) {
+        err_set(e, ERR_PRECONDITION, "the backing %s of volume %s has %lu bytes, less than its %lu", v->path, v->name, size,
+                volume_size(v));
+        err_hint(e, "a volume never becomes smaller; bring the backing back to its size");
+        return ERR_PRECONDITION;
+    }
+    __atomic_store_n(&v->size, size, __ATOMIC_RELEASE);
+    return 0;
+}

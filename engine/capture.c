@@ -273,7 +273,7 @@ static json_t *status(struct capture *c)
     json_t *volumes = json_array();
     for (unsigned i = 0; i < c->volume_count; i++)
         json_array_append_new(volumes, json_pack("{s:s, s:i, s:I, s:s, s:b}", "name", c->volumes[i].name, "number", (int)i,
-                                                 "bytes", (json_int_t)c->volumes[i].size, "backing", c->volumes[i].path,
+                                                 "bytes", (json_int_t)volume_size(&c->volumes[i]), "backing", c->volumes[i].path,
                                                  "open", front_open_count(c->front, i) > 0));
     json_t *errors = json_array();
     if (j.error[0])
@@ -304,6 +304,29 @@ static json_t *stop(struct capture *c, struct err *e, const char **kind)
         }
     front_stop(c->front);
     return json_pack("{s:b}", "stopping", 1);
+}
+
+/* {"volume":NAME}: its backing has become larger. */
+static json_t *grow(struct capture *c, const json_t *request, struct err *e, const char **kind)
+{
+    const char *name = json_string_value(json_object_get(request, "volume"));
+    for (unsigned i = 0; name && i < c->volume_count; i++) {
+        if (strcmp(name, c->volumes[i].name) != 0)
+            continue;
+        uint64_t size = 0;
+        if (vs_grow(c->set, i, &size, e))
+            return NULL;
+        __atomic_store_n(&c->volumes[i].size, size, __ATOMIC_RELEASE); /* for the status */
+        int rc = front_grown(c->front, i);
+        if (rc) {
+            err_sys(e, rc, "cannot tell the kernel the size of volume %s", name);
+            return NULL;
+        }
+        return json_pack("{s:I}", "bytes", (json_int_t)size);
+    }
+    *kind = "usage";
+    err_set(e, ERR_USAGE, "grow needs the name of a volume");
+    return NULL;
 }
 
 static json_t *not_durable(int rc, const char *command, struct err *e, const char **kind)
@@ -344,6 +367,8 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
     }
     if (strcmp(cmd, "sync") == 0)
         return vs_sync(c->set, &write, e) ? NULL : json_pack("{s:I}", "applied_write", (json_int_t)write);
+    if (strcmp(cmd, "grow") == 0)
+        return grow(c, request, e, kind);
     if (strcmp(cmd, "mark") == 0) {
         const char *name = json_string_value(json_object_get(request, "name"));
         int flags = mark_flags(json_object_get(request, "rewind"));

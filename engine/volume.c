@@ -317,10 +317,17 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
     memcpy(out->error, vs->error, sizeof out->error);
 }
 
+int vs_grow(struct volume_set *vs, unsigned volume, uint64_t *size, struct err *e)
+{
+    int rc = volume_grow(&vs->volumes[volume], e);
+    *size = volume_size(&vs->volumes[volume]);
+    return rc;
+}
+
 /* ---- life ---- */
 
 static const char *set_name(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].name; }
-static uint64_t set_size(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].size; }
+static uint64_t set_size(void *self, unsigned volume) { return volume_size(&((struct volume_set *)self)->volumes[volume]); }
 static void set_read(void *self, unsigned volume, uint64_t offset, size_t length, void *cookie)
 {
     reads_take(((struct volume_set *)self)->reads, volume, offset, length, cookie);

@@ -36,6 +36,9 @@ int vs_cut(struct volume_set *vs, uint64_t *durable_write);
 /* Everything durable at the call is on the volumes and synced when it returns 0. */
 int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e);
 
+/* Takes up what a volume's backing has become larger by, and tells its size. */
+int vs_grow(struct volume_set *vs, unsigned volume, uint64_t *size, struct err *e);
+
 /* Looks at once whether segments have become free (after jw_release). */
 void vs_wake(struct volume_set *vs);
 

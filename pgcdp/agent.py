@@ -5,7 +5,7 @@ One asyncio loop asks the engine how far the journal is, decides when to cut, an
 begun again from what is on disk: there is no state that only this process has.
 
 The socket takes a JSON object a line and answers with one: {"cmd":"status"}, {"cmd":"cut"}, {"cmd":"cut_at_shutdown"},
-{"cmd":"stop"}.
+{"cmd":"grow","volume","bytes"}, {"cmd":"stop"}.
 """
 
 from __future__ import annotations
@@ -575,6 +575,8 @@ class Agent:
                 return await self._cut()
             case "cut_at_shutdown":
                 return await self._cut_at_shutdown()
+            case "grow":
+                return await self._grow(int(request["volume"]), int(request["bytes"]))
             case "stop":
                 self._stop()
                 return {"stopping": True}
@@ -603,6 +605,13 @@ class Agent:
         while self.asking is not None:
             await asyncio.wait({self.asking})
         return {"waiting": True}
+
+    async def _grow(self, volume: int, size: int) -> dict[str, Any]:
+        """A volume, by number, is to become larger: the store is ready for it when this is answered."""
+        if self.stages is None or self.stages.baseline is not None:
+            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        await self._in_worker(self.stages.grow, volume, size)
+        return {"bytes": size}
 
     async def _until(self, happened: Callable[[], bool]) -> None:
         """Wait for a turn after which it has happened. Raises PgcdpError with what went wrong before it did."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pgcdp import cloning, doctor, extending, rewinding, salvaging, service, transactions, verifying
+from pgcdp import cloning, doctor, extending, growing, rewinding, salvaging, service, transactions, verifying
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -110,6 +110,7 @@ def add_tablespaces(
     """Take tablespaces, by name or OID, into a set that is protected, and cut a boundary that has them."""
     extending.add_tablespaces(load_config(set_name), wanted, fs, yes, progress)
     progress(Progress("cutting the boundary behind it"))
+    service.await_following(load_config(set_name).paths)
     cut(set_name)
     return status(set_name)
 
@@ -477,6 +478,18 @@ def check(set_name: str, full: bool = False, progress: Report = silent) -> Json:
     return {
         "ok": all(each.check.ok for each in found),
         "checks": [{**asdict(each.check), "kind": each.kind, "hint": each.hint} for each in found],
+    }
+
+
+def grow(set_name: str, size: int | None, volume: str | None = None, *, progress: Report = silent) -> Json:
+    """Give a volume more room, online; `volume` None: that of the data directory."""
+    done = growing.grow(load_config(set_name), size, volume, progress)
+    return {
+        "set": set_name,
+        "volume": done.volume,
+        "bytes": done.after,
+        "before": done.before,
+        "filesystem": {"before": done.filesystem_before, "after": done.filesystem_after},
     }
 
 

@@ -99,7 +99,7 @@ def add_tablespaces(
         service.start(config)
         attach.start_cluster(config, progress)
         progress(Progress("checking"))
-        _refuse_unready(config)
+        service.await_following(config.paths)
         for name, backing in wanted:
             _check(config, name, backing, fs or config.fs, overwrite)
         for name, backing in wanted:
@@ -132,14 +132,6 @@ def _recover(paths: SetPaths, progress: Report) -> None:
 
 
 # --- checks
-
-
-def _refuse_unready(config: Config) -> None:
-    state = service.ask(config.paths, "status")
-    if state["phase"] != "following" or state["error"]:
-        raise PreconditionError(
-            f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {config.name}"
-        )
 
 
 def _check(config: Config, name: str, backing: Backing, fs: str, overwrite: bool) -> Pending:
@@ -186,6 +178,7 @@ def _add(doing: Pending, progress: Report) -> Pending:
         _fill_with_zeros(volume.backing, progress)
     else:
         volumes.make_image(volume.backing, volume.bytes)
+    service.await_following(before.paths)
     progress(Progress("cutting"))  # so that what follows is an interval of its own
     service.ask(before.paths, "cut", timeout=None)
     attach.stop_cluster(before, progress)

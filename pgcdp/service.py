@@ -24,13 +24,13 @@ class AgentGone(PreconditionError):
     """No agent answers at the set's socket."""
 
 
-def ask(paths: SetPaths, command: str, timeout: float | None = 60.0) -> dict[str, Any]:
+def ask(paths: SetPaths, command: str, timeout: float | None = 60.0, **arguments: Any) -> dict[str, Any]:
     """One request to the set's agent. Raises AgentGone, or the error that it names."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
             door.settimeout(timeout)
             door.connect(os.fspath(paths.agent_socket))
-            door.sendall(json.dumps({"cmd": command}).encode() + b"\n")
+            door.sendall(json.dumps({"cmd": command, **arguments}).encode() + b"\n")
             with door.makefile("rb") as answers:
                 line = answers.readline()
     except TimeoutError:
@@ -48,6 +48,23 @@ def ask(paths: SetPaths, command: str, timeout: float | None = 60.0) -> dict[str
         kind = _BY_CODE.get(int(reply["error"]["code"]), PgcdpError)
         raise kind(str(reply["error"]["message"]), reply["error"]["hint"])
     return reply
+
+
+def await_following(paths: SetPaths) -> None:
+    """Wait until an agent that has just started follows the journal.
+
+    Raises PreconditionError when it does not, with what it says.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        state = ask(paths, "status")
+        if state["phase"] == "following" and not state["error"]:
+            return
+        if state["error"] or state["phase"] != "starting" or time.monotonic() > deadline:
+            raise PreconditionError(
+                f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {paths.name}"
+            )
+        time.sleep(0.05)
 
 
 def start(config: Config) -> None:

@@ -82,7 +82,7 @@ class ProtectedSet:
     def store(self) -> Path:
         return self.root / "store"
 
-    def protect(self, *, size: int, settings: dict[str, str], **options: Any) -> None:
+    def protect(self, *, size: int | None, settings: dict[str, str], **options: Any) -> None:
         """initdb behind capture, with checksums and no TCP; returns when the first boundary is there."""
         own = {"unix_socket_directories": str(self.sockets), "port": str(PORT), "listen_addresses": "", **settings}
         api.protect(

@@ -20,6 +20,7 @@ import pytest
 from pgcdp import config, service
 from pgcdp.capture import attach
 from pgcdp.errors import PgcdpError
+from pgcdp.growing import may_resize_ext4
 from pgcdp.postgres import cluster, session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -361,6 +362,17 @@ def test_check(protected: Protected) -> None:
     value = protected.json("check", "--full")
     assert fits(value, {"ok": bool, "checks": [{**CHECK, "kind": Maybe(str), "hint": Maybe(str)}]}) == []
     assert value["ok"] is True
+
+
+def test_grow(protected: Protected) -> None:
+    size = protected.json("status")["volumes"][0]["bytes"] + (64 << 20)
+    if not may_resize_ext4():
+        assert protected.json("grow", str(size), code=6)["error"]["kind"] == "precondition"
+        return
+    value = protected.json("grow", str(size))
+    room = {"before": int, "after": int}
+    assert fits(value, {"set": str, "volume": str, "bytes": int, "before": int, "filesystem": room}) == []
+    assert value["bytes"] == size
 
 
 def test_rebuild(protected: Protected) -> None:

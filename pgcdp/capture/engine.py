@@ -142,6 +142,10 @@ class EngineClient:
         """Put the begin or end record of a rewind in place into the write order; returns its write number."""
         return int(self.request("mark", name=name, rewind=what)["write"])
 
+    def grow(self, volume: str) -> int:
+        """Have a volume, by name, take up what its backing has become larger by; returns its bytes."""
+        return int(self.request("grow", volume=volume)["bytes"])
+
     def release(self, write: int) -> None:
         """The store holds all writes up to `write` durably: their segments may be used again."""
         self.request("release", write=write)

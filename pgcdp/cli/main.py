@@ -44,6 +44,7 @@ VERBS = (
     "verify",
     "check",
     "rebuild",
+    "grow",
     "demo",
     "agent",
 )

@@ -276,6 +276,10 @@ class Stages:
             write_look(self.opened.path, look)
             write_json(self.opened.path / SETTINGS, settings)
 
+    def grow(self, volume: int, size: int) -> None:
+        """A volume is to become larger; call it before anything is written there."""
+        self.store = self.image.grow(volume, size)
+
     def _some(self, runs: Iterator[BatchRun]) -> Iterator[BatchRun]:
         """The first STEP_BYTES of them."""
         taken = 0

@@ -109,14 +109,22 @@ class VolumeFiles:
         return os.fstat(self.fd).st_blocks * 512
 
     def check_size(self) -> None:
-        """Raises DamageError when a file is longer or shorter than the volume needs."""
+        """Raises DamageError when a file is shorter than the volume needs; longer it is while the volume grows."""
         for path, fd, size in (
             (self.path, self.fd, self.blocks * BLOCK),
             (self.sums_path, self.sums_fd, self.blocks * 8),
         ):
             found = os.fstat(fd).st_size
-            if found != size:
+            if found < size:
                 raise DamageError(f"{path} ends at offset {found} instead of {size}")
+
+    def grow(self, size: int) -> None:
+        """Longer files, durably: what is new is zeros."""
+        self.blocks = max(self.blocks, size // BLOCK)
+        os.ftruncate(self.fd, self.blocks * BLOCK)
+        os.ftruncate(self.sums_fd, self.blocks * 8)
+        os.fsync(self.fd)
+        os.fsync(self.sums_fd)
 
     def sums(self, block: int, count: int) -> NDArray[np.uint64]:
         """The sums of some blocks, those not yet written included."""
@@ -299,6 +307,13 @@ class Image:
             punch_hole(files.sums_fd, block * 8, count * 8)
         else:
             write_all(files.sums_fd, bytes(count * 8), block * 8)
+
+    def grow(self, volume: int, size: int) -> Store:
+        """A volume is to become larger: its image is, durably, before anything can be written there. The store then."""
+        if size > self.store.volumes[volume].bytes:
+            self._files[volume].grow(size)
+            self.store = self.store.with_bytes(volume, size)
+        return self.store
 
     def sync(self) -> None:
         """Make blocks and sums durable."""

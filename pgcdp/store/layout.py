@@ -111,6 +111,13 @@ class Store:
         store._write()
         return store
 
+    def with_bytes(self, number: int, size: int) -> Store:
+        """The same store with a larger volume, written durably; its image must have that size (`Image.grow`)."""
+        volumes = tuple(replace(each, bytes=size) if each.number == number else each for each in self.volumes)
+        store = replace(self, volumes=volumes)
+        store._write()
+        return store
+
     def mounted(self, name: str, mountpoint: Path, fs: str, since: int) -> Store:
         """The same store, in which a volume holds data of the cluster at that place from write `since` on; durably."""
         extra = {

@@ -40,6 +40,7 @@ def rows(found: ProtectedSet) -> int:
 
 def assert_in(found: ProtectedSet, place: Path) -> None:
     """It is on a volume of the set, and what is written there is captured."""
+    found.wait_following()
     assert rows(found) == 1000
     assert volumes.mount_at(place) is not None
     assert not (place / "lost+found").exists()
@@ -61,6 +62,7 @@ def place_name(found: ProtectedSet) -> str:
 
 def assert_out(found: ProtectedSet, place: Path) -> None:
     """As it was before."""
+    found.wait_following()
     assert rows(found) == 1000
     assert volumes.mount_at(place) is None
     assert [path.name for path in place.parent.iterdir()] == ["late"]

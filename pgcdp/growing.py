@@ -1,0 +1,173 @@
+"""Give a volume of a set more room, online: `pgcdp grow`. Every step may be repeated; killed anywhere, run it again.
+
+    backing -> store -> settings -> capture -> loop device -> filesystem
+
+In this order nothing is ever written where the next one has no place for it: the image has the new blocks, as zeros,
+before the filesystem can use any. What is new of the backing is zeros, too; up to where that is so, the store tells.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pgcdp import config as settings
+from pgcdp import proc, service
+from pgcdp.capture import attach, checks, volumes
+from pgcdp.capture.engine import EngineClient
+from pgcdp.config import Config, VolumeConfig
+from pgcdp.errors import PreconditionError, UsageError
+from pgcdp.fsio import free_space, sync_directory
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.store.layout import Store
+from pgcdp.units import format_size
+
+_BLKZEROOUT = 0x127F
+_PIECE = 1 << 30
+_CAP_SYS_RESOURCE = 24
+PROGRAMS = {"ext4": ("resize2fs", "e2fsprogs"), "xfs": ("xfs_growfs", "xfsprogs")}
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What was done: bytes of the volume, and of what its filesystem can hold, before and after."""
+
+    volume: str
+    before: int
+    after: int
+    filesystem_before: int
+    filesystem_after: int
+
+
+def grow(config: Config, size: int | None, name: str | None = None, progress: Report = silent) -> Grown:
+    """Make a volume larger: to `size` bytes, or, on a block device, to that device's. The cluster goes on meanwhile.
+
+    `name`: None for that of the data directory. Raises UsageError for a size or volume that cannot be meant,
+    PreconditionError for what must be mended first; nothing is changed then.
+    """
+    checks.check_root()
+    with attach.hold(config.paths):
+        attach.refuse_pending(config.paths)
+        number, volume = _volume(config, name)
+        _refuse_unready(config, volume)
+        store = Store.open(config.store, config.set_id_bytes)
+        known = store.volumes[number].bytes
+        wanted = _wanted(volume, size, known)
+        before = _filesystem_bytes(volume)
+        progress(Progress("making room in the backing"))
+        _extend_backing(volume, known, wanted, progress)
+        progress(Progress("growing the volume"))
+        service.ask(config.paths, "grow", volume=number, bytes=wanted)
+        changed = replace(volume, bytes=wanted)
+        rows = tuple(changed if each.name == volume.name else each for each in config.volumes)
+        settings.save_config(replace(config, volumes=rows))
+        _grow_device(config, volume, wanted)
+        progress(Progress("growing the filesystem"))
+        _grow_filesystem(config, volume)
+        return Grown(volume.name, known, wanted, before, _filesystem_bytes(volume))
+
+
+def _volume(config: Config, name: str | None) -> tuple[int, VolumeConfig]:
+    for number, volume in enumerate(config.volumes):
+        if volume.name == name or (name is None and volume.mountpoint == config.pgdata):
+            return number, volume
+    names = ", ".join(volume.name for volume in config.volumes)
+    raise UsageError(f'the set {config.name} has no volume "{name}"', f"it has: {names}")
+
+
+def _refuse_unready(config: Config, volume: VolumeConfig) -> None:
+    program, package = PROGRAMS[volume.fs]
+    if shutil.which(program) is None:
+        raise PreconditionError(f"{program} is not installed", f"apt-get install {package}")
+    if volume.fs == "ext4" and not may_resize_ext4():
+        raise PreconditionError(
+            "growing an ext4 that is mounted needs CAP_SYS_RESOURCE, which this process lacks",
+            "run it outside of the container, or give the container that capability",
+        )
+    if not attach.is_attached(config):
+        raise PreconditionError(f"the set {config.name} is not attached", f"pgcdp up {config.name}")
+    service.await_following(config.paths)
+
+
+def may_resize_ext4() -> bool:
+    """Whether the kernel lets this process grow an ext4 that is mounted (ext4_resize_begin asks for that)."""
+    told = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    return bool(int(told.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
+
+
+def _wanted(volume: VolumeConfig, size: int | None, known: int) -> int:
+    """The bytes to be, which may be those that it has: what a killed run has left of it is then finished."""
+    if volume.device:
+        found = volumes.backing_bytes(volume.backing) // volumes.SECTOR * volumes.SECTOR
+        if size is not None and size // volumes.SECTOR * volumes.SECTOR != found:
+            raise UsageError(
+                f"volume {volume.name} lies on {volume.backing}, which has {found} bytes",
+                f"make the device that large first (lvextend), then pgcdp grow --volume {volume.name} without a size",
+            )
+        wanted = found
+    elif size is None:
+        raise UsageError(f"volume {volume.name} lies on a file: to which size?", "give the new size, such as 40G")
+    else:
+        wanted = size // volumes.SECTOR * volumes.SECTOR
+    if wanted < known:
+        raise UsageError(
+            f"volume {volume.name} has {format_size(known)}, {format_size(wanted)} would be less",
+            "a volume never becomes smaller; for that, unprotect and protect again",
+        )
+    return wanted
+
+
+def _extend_backing(volume: VolumeConfig, known: int, wanted: int, progress: Report) -> None:
+    """All of it is there, and what is new is zeros."""
+    fd = os.open(volume.backing, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if volume.device:
+            for at in range(known, wanted, _PIECE):
+                fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", at, min(_PIECE, wanted - at)))
+                progress(Progress("filling the device with zeros", min(at + _PIECE, wanted) - known, wanted - known))
+        elif (more := wanted - os.fstat(fd).st_size) > 0:
+            free = free_space(volume.backing.parent)
+            if free < more:
+                raise PreconditionError(
+                    f"{volume.backing.parent} has {format_size(free)} free, {format_size(more)} are needed",
+                    "free space there, or choose a smaller size",
+                )
+            os.posix_fallocate(fd, 0, wanted)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if not volume.device:
+        sync_directory(volume.backing.parent)
+
+
+def _grow_device(config: Config, volume: VolumeConfig, wanted: int) -> None:
+    """Capture, the file that it shows, and the loop device over that have the new size."""
+    EngineClient(config.paths.control).grow(volume.name)
+    file = config.paths.fuse / volume.name
+    found = file.stat().st_size
+    (device,) = volumes.loops_over(file)
+    proc.run(["losetup", "--set-capacity", os.fspath(device)])
+    shown = int((Path("/sys/block") / device.name / "size").read_text()) * 512
+    if not found == shown == wanted:
+        raise PreconditionError(
+            f"{file} has {found} bytes and {device} {shown}, instead of {wanted}",
+            f"pgcdp down {config.name} and pgcdp up {config.name}, then run this again",
+        )
+
+
+def _grow_filesystem(config: Config, volume: VolumeConfig) -> None:
+    if volume.fs == "xfs":
+        proc.run(["xfs_growfs", "-d", os.fspath(volume.mountpoint)])
+    else:
+        (device,) = volumes.loops_over(config.paths.fuse / volume.name)
+        proc.run(["resize2fs", os.fspath(device)])
+    volumes.sync_filesystem(volume.mountpoint)
+
+
+def _filesystem_bytes(volume: VolumeConfig) -> int:
+    told = os.statvfs(volume.mountpoint)
+    return told.f_blocks * told.f_frsize
