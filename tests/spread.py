@@ -30,12 +30,16 @@ def spread_set(
     size: int = 256 * MIB,
     settings: dict[str, str] | None = None,
     allowed: list[str] | None = None,
+    wal_inside: bool = False,
     **options: Any,
 ) -> ProtectedSet:
-    """The set, capturing. The data directory's volume has `size` bytes, each other one 304 MiB."""
+    """The set, capturing. The data directory's volume has `size` bytes, each other one 304 MiB.
+
+    `wal_inside`: pg_wal is no link, its volume is mounted in the data directory.
+    """
     found = make_set(binaries, protect=False, allowed=allowed or [])
     wal, fast, slow = make_disk(304 * MIB), make_disk(304 * MIB), make_disk(304 * MIB, host="xfs")
-    _make_cluster(found, settings or {})
+    _make_cluster(found, settings or {}, wal_inside)
     api.protect(
         found.name, found.pgdata, found.store, size=size, yes=True, wal_volume=wal, bindir=binaries.directory,
         tablespaces=(("fast", Backing(fast, None)), ("slow", Backing(slow, None))), fs_of=(("slow", "xfs"),),
@@ -49,14 +53,14 @@ def place_of(found: ProtectedSet, name: str) -> Path:
     return found.root / "elsewhere" / name
 
 
-def _make_cluster(found: ProtectedSet, settings: dict[str, str]) -> None:
+def _make_cluster(found: ProtectedSet, settings: dict[str, str], wal_inside: bool) -> None:
     user = postgres_user()
     places = [found.pgdata, *(place_of(found, name) for name in ("", "wal", *SPACES))]
     for place in places:
         place.mkdir(mode=0o700)
         os.chown(place, user.uid, user.gid)
-    waldir = f"--waldir={place_of(found, 'wal')}"
-    cluster.initdb(found.binaries, found.pgdata, user, "--data-checksums", "--auth=trust", "--no-sync", waldir)
+    waldir = () if wal_inside else (f"--waldir={place_of(found, 'wal')}",)
+    cluster.initdb(found.binaries, found.pgdata, user, "--data-checksums", "--auth=trust", "--no-sync", *waldir)
     own = {"unix_socket_directories": str(found.sockets), "port": str(PORT), "listen_addresses": "", **settings}
     with (found.pgdata / "postgresql.conf").open("a") as file:
         file.writelines(f"{name} = '{value}'\n" for name, value in own.items())

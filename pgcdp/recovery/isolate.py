@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     _call("unshare", _libc.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET))
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _loopback_up()
-    _drop_unneeded(needed)
+    _drop_unneeded(needed, keep)
     _read_only_but(keep)
     for path in dict.fromkeys(os.path.realpath(each) for each in (*order["hide"], *sockets)):
         _hide(path, keep, needed)
@@ -118,12 +118,16 @@ def _mounts() -> Iterable[tuple[str, str, str]]:
             yield os.fsdecode(point), os.fsdecode(kind), os.fsdecode(source)
 
 
-def _drop_unneeded(needed: list[str]) -> None:
-    """Detach mounts of loop devices and FUSE that hold nothing needed, here only."""
+def _drop_unneeded(needed: list[str], keep: list[str]) -> None:
+    """Detach mounts of loop devices and FUSE that hold nothing needed, here only.
+
+    What is mounted inside of a directory that is kept is a part of that: pg_wal's volume in the data directory.
+    """
     for point, kind, source in reversed(list(_mounts())):
         if not (source.startswith("/dev/loop") or kind.startswith("fuse")):
             continue
-        if point != "/" and not any(_below(path, point) for path in needed):
+        holds = any(_below(path, point) for path in needed) or any(_below(point, each) for each in keep)
+        if point != "/" and not holds:
             _libc.umount2(os.fsencode(point), MNT_DETACH)  # gone already when what it lies on went before
 
 

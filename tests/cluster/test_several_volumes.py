@@ -64,7 +64,11 @@ def counts(connection: psycopg.Connection[tuple[int]]) -> list[int]:
     return found
 
 
-def test_every_way_back(spread: ProtectedSet) -> None:
+@pytest.mark.parametrize("wal", ["a link", "inside"])
+def test_every_way_back(make_disk: MakeDisk, make_set: MakeSet, binaries_of: BindirOf, wal: str) -> None:
+    """Also with a volume that is mounted inside of another, where a sandbox must keep it."""
+    inside = wal == "inside"
+    spread = spread_set(make_set, make_disk, binaries_of(15), settings={"autovacuum": "off"}, wal_inside=inside)
     _, full = fill(spread)
     spread.sql("delete from in_slow where n > 100")
     api.cut(spread.name)
@@ -110,7 +114,10 @@ def test_every_way_back(spread: ProtectedSet) -> None:
     with spread.connect() as session:
         assert counts(session) == [10, 10, 100, 100]
     assert volumes.mounts_below(spread.root) == []
-    assert (spread.pgdata / "pg_wal").readlink() == place_of(spread, "wal")
+    if inside:
+        assert not (spread.pgdata / "pg_wal").is_symlink()
+    else:
+        assert (spread.pgdata / "pg_wal").readlink() == place_of(spread, "wal")
     cluster.stop(spread.pgdata)
 
 
