@@ -30,7 +30,7 @@ from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
-from pgcdp.recovery.rewind import most_bytes, write_back
+from pgcdp.recovery.rewind import check_devices, most_bytes, write_back
 from pgcdp.recovery.scratch import mounted
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import TIMELINES, Store
@@ -228,6 +228,7 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
         client = attach.start_capture(config, progress, captured=lambda: service.start(config))
         devices = attach.attach_devices(config, progress)
         name = point_name(doing.point.write, doing.point.lsn)
+        check_devices(source_of(config, client.status()), devices)
         client.rewind_record("begin", name)
         source = source_of(config, EngineClient(config.paths.control).status())
         with _agent_kept(config):

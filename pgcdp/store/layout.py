@@ -131,6 +131,12 @@ class Store:
         return store
 
     @property
+    def in_use(self) -> tuple[Volume, ...]:
+        """The volumes of the set: all but the last one where that was put back, or is on its way (`extending`)."""
+        places = self.extra.get("mountpoints")
+        return self.volumes if places is None else tuple(each for each in self.volumes if each.name in places)
+
+    @property
     def since(self) -> dict[str, int]:
         """Of volumes that came later: the write from which on each holds data of the cluster."""
         found: dict[str, int] = self.extra.get("since", {})

@@ -55,6 +55,17 @@ def assert_in(found: ProtectedSet, place: Path) -> None:
     assert api.verify(found.name, Target("newest"))["ok"]
 
 
+def there_and_back(found: ProtectedSet) -> None:
+    """A rewind while the store has a volume that was put back: production has no device for it."""
+    point = found.durable()
+    found.sql("create table behind as select 1 as n")
+    told = api.rewind(found.name, Target("write", point), agree=lambda told: None, prove=False)
+    assert found.sql("select to_regclass('behind')") == [(None,)]
+    api.rewind(found.name, Target("name", name=told["undo"]), agree=lambda told: None, prove=False)
+    assert found.sql("select n from behind") == [(1,)]
+    found.wait_following()
+
+
 def place_name(found: ProtectedSet) -> str:
     oid = found.sql("select oid from pg_tablespace where spcname = 'late'")[0][0]
     return f"pg_tblspc/{oid}"
@@ -170,6 +181,7 @@ def test_killed_it_is_in_or_out(late: tuple[ProtectedSet, Path], step: str, engi
     if STEPS.index(step) < STEPS.index("switching to the volume"):
         assert_out(found, place)
         if step == "copying the tablespace":
+            there_and_back(found)
             with pytest.raises(PreconditionError, match=r"without data from an earlier run, of 100663296 bytes"):
                 api.add_tablespaces(found.name, [("late", Backing(None, 320 * MIB))])
         api.add_tablespaces(found.name, [("late", Backing(None, 96 * MIB))])
