@@ -50,7 +50,8 @@ struct capture {
 
 static const char USAGE[] =
     "usage: pgcdp-engine capture --set-id HEX --journal DIR [--create] --fuse DIR --control SOCKET\n"
-    "                            [--segment-bytes N] [--journal-limit N] NAME=PATH [NAME=PATH ...]\n";
+    "                            [--segment-bytes N] [--journal-limit N] NAME[:BYTES]=PATH ...\n"
+    "BYTES of the backing are shown; without, all of it.\n";
 
 static int parse_set_id(const char *text, uint8_t out[16])
 {
@@ -108,7 +109,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
                        c->segment_bytes);
     for (int i = optind; i < argc; i++)
         if (!strchr(argv[i], '='))
-            return err_set(e, ERR_USAGE, "\"%s\" is not NAME=PATH", argv[i]);
+            return err_set(e, ERR_USAGE, "\"%s\" is not NAME[:BYTES]=PATH", argv[i]);
     return 0;
 }
 
@@ -117,12 +118,19 @@ static int open_volumes(struct capture *c, int argc, char **argv, struct err *e)
     for (int i = optind; i < argc; i++) {
         char *equals = strchr(argv[i], '=');
         if (!equals || c->volume_count == MAX_VOLUMES)
-            return err_set(e, ERR_USAGE, "\"%s\" is not NAME=PATH, or there are more than %u", argv[i], MAX_VOLUMES);
+            return err_set(e, ERR_USAGE, "\"%s\" is not NAME[:BYTES]=PATH, or there are more than %u", argv[i], MAX_VOLUMES);
         *equals = '\0';
+        uint64_t size = 0;
+        char *colon = strchr(argv[i], ':');
+        if (colon) {
+            *colon = '\0';
+            if (parse_bytes(colon + 1, &size) || size == 0 || size % BLOCK)
+                return err_set(e, ERR_USAGE, "\"%s\" bytes of volume %s are no multiple of 4096", colon + 1, argv[i]);
+        }
         for (unsigned k = 0; k < c->volume_count; k++)
             if (strcmp(c->volumes[k].name, argv[i]) == 0)
                 return err_set(e, ERR_USAGE, "volume %s is named twice", argv[i]);
-        int rc = volume_open(&c->volumes[c->volume_count], argv[i], equals + 1, e);
+        int rc = volume_open(&c->volumes[c->volume_count], argv[i], equals + 1, size, e);
         if (rc)
             return rc;
         c->volume_count++;
@@ -306,26 +314,27 @@ static json_t *stop(struct capture *c, struct err *e, const char **kind)
     return json_pack("{s:b}", "stopping", 1);
 }
 
-/* {"volume":NAME}: its backing has become larger. */
+/* {"volume":NAME,"bytes":N}: so many of its backing are to be shown, which has become larger. */
 static json_t *grow(struct capture *c, const json_t *request, struct err *e, const char **kind)
 {
     const char *name = json_string_value(json_object_get(request, "volume"));
-    for (unsigned i = 0; name && i < c->volume_count; i++) {
+    json_int_t bytes = json_integer_value(json_object_get(request, "bytes"));
+    for (unsigned i = 0; name && bytes > 0 && i < c->volume_count; i++) {
         if (strcmp(name, c->volumes[i].name) != 0)
             continue;
-        uint64_t size = 0;
-        if (vs_grow(c->set, i, &size, e))
+        if (volume_grow(&c->volumes[i], (uint64_t)bytes, e)) {
+            *kind = "precondition";
             return NULL;
-        __atomic_store_n(&c->volumes[i].size, size, __ATOMIC_RELEASE); /* for the status */
+        }
         int rc = front_grown(c->front, i);
         if (rc) {
             err_sys(e, rc, "cannot tell the kernel the size of volume %s", name);
             return NULL;
         }
-        return json_pack("{s:I}", "bytes", (json_int_t)size);
+        return json_pack("{s:I}", "bytes", bytes);
     }
     *kind = "usage";
-    err_set(e, ERR_USAGE, "grow needs the name of a volume");
+    err_set(e, ERR_USAGE, "grow needs the name of a volume and its bytes");
     return NULL;
 }
 

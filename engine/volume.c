@@ -317,13 +317,6 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
     memcpy(out->error, vs->error, sizeof out->error);
 }
 
-int vs_grow(struct volume_set *vs, unsigned volume, uint64_t *size, struct err *e)
-{
-    int rc = volume_grow(&vs->volumes[volume], e);
-    *size = volume_size(&vs->volumes[volume]);
-    return rc;
-}
-
 /* ---- life ---- */
 
 static const char *set_name(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].name; }
@@ -376,13 +369,13 @@ static int start_threads(struct volume_set *vs)
     return -rc;
 }
 
-int vs_start(struct volume_set **out, const struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
+int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
              struct err *e)
 {
     struct volume_set *vs = calloc(1, sizeof *vs);
     if (!vs)
         return err_sys(e, -ENOMEM, "volume set");
-    memcpy(vs->volumes, volumes, count * sizeof *volumes);
+    vs->volumes = volumes;
     vs->count = count;
     vs->jw = jw;
     vs->last_write = vs->durable_write = vs->applied_write = vs->synced_write = last_write;

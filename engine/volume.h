@@ -21,8 +21,9 @@ struct volume_status {
     char error[256]; /* newest failure of a volume, or "" */
 };
 
-/* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on. */
-int vs_start(struct volume_set **out, const struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
+/* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on.
+ * The `volumes` stay where they are until vs_free; they may grow meanwhile. */
+int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
              struct err *e);
 
 struct backend vs_backend(struct volume_set *vs);
@@ -35,9 +36,6 @@ int vs_cut(struct volume_set *vs, uint64_t *durable_write);
 
 /* Everything durable at the call is on the volumes and synced when it returns 0. */
 int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e);
-
-/* Takes up what a volume's backing has become larger by, and tells its size. */
-int vs_grow(struct volume_set *vs, unsigned volume, uint64_t *size, struct err *e);
 
 /* Looks at once whether segments have become free (after jw_release). */
 void vs_wake(struct volume_set *vs);

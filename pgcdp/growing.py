@@ -4,6 +4,7 @@
 
 In this order nothing is ever written where the next one has no place for it: the image has the new blocks, as zeros,
 before the filesystem can use any. What is new of the backing is zeros, too; up to where that is so, the store tells.
+Capture shows as much of a backing as the settings say, so that one that somebody made larger holds nothing behind that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import os
 import shutil
 import struct
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from pgcdp.units import format_size
 _BLKZEROOUT = 0x127F
 _PIECE = 1 << 30
 _CAP_SYS_RESOURCE = 24
+DEVICE_SECONDS = 5.0
+"""How long the kernel may take to see the size that capture shows: an answer from before may come behind its notice."""
 PROGRAMS = {"ext4": ("resize2fs", "e2fsprogs"), "xfs": ("xfs_growfs", "xfsprogs")}
 
 
@@ -56,7 +60,8 @@ def grow(config: Config, size: int | None, name: str | None = None, progress: Re
         _refuse_unready(config, volume)
         store = Store.open(config.store, config.set_id_bytes)
         known = store.volumes[number].bytes
-        wanted = _wanted(volume, size, known)
+        _refuse_beyond(config, number, known)
+        wanted = _wanted(config, volume, size, known)
         before = _filesystem_bytes(volume)
         progress(Progress("making room in the backing"))
         _extend_backing(volume, known, wanted, progress)
@@ -93,13 +98,27 @@ def _refuse_unready(config: Config, volume: VolumeConfig) -> None:
     service.await_following(config.paths)
 
 
+def _refuse_beyond(config: Config, number: int, known: int) -> None:
+    """What is behind the store's end is made zeros: nothing may be able to lie there.
+
+    Raises PreconditionError where an engine of before shows more.
+    """
+    volume = EngineClient(config.paths.control).status().volumes[number]
+    if volume.bytes > known:
+        raise PreconditionError(
+            f"capture shows {volume.bytes} bytes of volume {volume.name}, of which the store has {known}",
+            f"pgcdp down {config.name} and pgcdp up {config.name}, then run this again; where its filesystem was made "
+            "larger by hand already, it does not mount then: make it smaller before, or unprotect and protect again",
+        )
+
+
 def may_resize_ext4() -> bool:
     """Whether the kernel lets this process grow an ext4 that is mounted (ext4_resize_begin asks for that)."""
     told = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
     return bool(int(told.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
 
 
-def _wanted(volume: VolumeConfig, size: int | None, known: int) -> int:
+def _wanted(config: Config, volume: VolumeConfig, size: int | None, known: int) -> int:
     """The bytes to be, which may be those that it has: what a killed run has left of it is then finished."""
     if volume.device:
         found = volumes.backing_bytes(volume.backing) // volumes.SECTOR * volumes.SECTOR
@@ -116,7 +135,8 @@ def _wanted(volume: VolumeConfig, size: int | None, known: int) -> int:
     if wanted < known:
         raise UsageError(
             f"volume {volume.name} has {format_size(known)}, {format_size(wanted)} would be less",
-            "a volume never becomes smaller; for that, unprotect and protect again",
+            "a volume never becomes smaller; for that, unprotect and protect again. A grow that was killed is finished by "
+            f"pgcdp grow {config.name} --volume {volume.name} {settings.exact_size(known)}",
         )
     return wanted
 
@@ -129,14 +149,16 @@ def _extend_backing(volume: VolumeConfig, known: int, wanted: int, progress: Rep
             for at in range(known, wanted, _PIECE):
                 fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", at, min(_PIECE, wanted - at)))
                 progress(Progress("filling the device with zeros", min(at + _PIECE, wanted) - known, wanted - known))
-        elif (more := wanted - os.fstat(fd).st_size) > 0:
-            free = free_space(volume.backing.parent)
+        elif wanted > known:
+            os.ftruncate(fd, known)  # what a killed run has left, or somebody else: nothing of the volume lies there
+            free, more = free_space(volume.backing.parent), wanted - known
             if free < more:
                 raise PreconditionError(
                     f"{volume.backing.parent} has {format_size(free)} free, {format_size(more)} are needed",
                     "free space there, or choose a smaller size",
                 )
-            os.posix_fallocate(fd, 0, wanted)
+            # Behind the end alone: where it is emulated, it reads and writes again what others write meanwhile.
+            os.posix_fallocate(fd, known, more)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -146,17 +168,22 @@ def _extend_backing(volume: VolumeConfig, known: int, wanted: int, progress: Rep
 
 def _grow_device(config: Config, volume: VolumeConfig, wanted: int) -> None:
     """Capture, the file that it shows, and the loop device over that have the new size."""
-    EngineClient(config.paths.control).grow(volume.name)
+    EngineClient(config.paths.control).grow(volume.name, wanted)
     file = config.paths.fuse / volume.name
-    found = file.stat().st_size
     (device,) = volumes.loops_over(file)
-    proc.run(["losetup", "--set-capacity", os.fspath(device)])
-    shown = int((Path("/sys/block") / device.name / "size").read_text()) * 512
-    if not found == shown == wanted:
-        raise PreconditionError(
-            f"{file} has {found} bytes and {device} {shown}, instead of {wanted}",
-            f"pgcdp down {config.name} and pgcdp up {config.name}, then run this again",
-        )
+    deadline = time.monotonic() + DEVICE_SECONDS
+    while True:
+        found = file.stat().st_size  # has the kernel ask for it, which the loop device does not
+        proc.run(["losetup", "--set-capacity", os.fspath(device)])
+        shown = int((Path("/sys/block") / device.name / "size").read_text()) * 512
+        if found == shown == wanted:
+            return
+        if time.monotonic() > deadline:
+            raise PreconditionError(
+                f"{file} has {found} bytes and {device} {shown}, instead of {wanted}",
+                f"pgcdp down {config.name} and pgcdp up {config.name}, then run this again",
+            )
+        time.sleep(0.1)
 
 
 def _grow_filesystem(config: Config, volume: VolumeConfig) -> None:

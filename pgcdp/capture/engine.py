@@ -142,9 +142,9 @@ class EngineClient:
         """Put the begin or end record of a rewind in place into the write order; returns its write number."""
         return int(self.request("mark", name=name, rewind=what)["write"])
 
-    def grow(self, volume: str) -> int:
-        """Have a volume, by name, take up what its backing has become larger by; returns its bytes."""
-        return int(self.request("grow", volume=volume)["bytes"])
+    def grow(self, volume: str, size: int) -> None:
+        """Have a volume, by name, show so many bytes of its backing, which has become larger."""
+        self.request("grow", volume=volume, bytes=size)
 
     def release(self, write: int) -> None:
         """The store holds all writes up to `write` durably: their segments may be used again."""
@@ -226,7 +226,7 @@ def capture_command(config: Config, create: bool) -> list[str]:
         "--journal-limit", str(config.journal_limit),
         "--fuse", os.fspath(paths.fuse),
         "--control", os.fspath(paths.control),
-        *(f"{volume.name}={volume.backing}" for volume in config.volumes),
+        *(f"{volume.name}:{volume.bytes}={volume.backing}" for volume in config.volumes),
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from pgcdp.recovery.view import shown
 
 
 def write_images(source: Source, point: RecoveryPoint, files: list[Path], progress: Report) -> int:
-    """Materialize into new sparse files, synced."""
+    """Materialize into new sparse files, synced; one for each volume of the store."""
     need = sum(os.stat(source.store.image / f"{v.name}.img").st_blocks * 512 for v in source.store.volumes)
     have = free_space(files[0].parent)
     if have < need:
@@ -30,12 +30,14 @@ def write_images(source: Source, point: RecoveryPoint, files: list[Path], progre
         )
     with ExitStack() as stack:
         fds = []
-        for volume, file in zip(source.store.volumes, files, strict=True):
-            fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, fd)
-            os.ftruncate(fd, volume.bytes)
-            fds.append(fd)
+        for file in files:
+            fds.append(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            stack.callback(os.close, fds[-1])
         with source.held():
+            if len(source.store.volumes) != len(files):
+                raise PreconditionError("the set has got another volume meanwhile", "run this again")
+            for fd, volume in zip(fds, source.store.volumes, strict=True):
+                os.ftruncate(fd, volume.bytes)
             source.materialize(point, FileTarget(fds), progress)
         for fd in fds:
             os.fsync(fd)

@@ -119,10 +119,11 @@ class VolumeFiles:
                 raise DamageError(f"{path} ends at offset {found} instead of {size}")
 
     def grow(self, size: int) -> None:
-        """Longer files, durably: what is new is zeros."""
-        self.blocks = max(self.blocks, size // BLOCK)
-        os.ftruncate(self.fd, self.blocks * BLOCK)
-        os.ftruncate(self.sums_fd, self.blocks * 8)
+        """Longer files, durably: what is new is zeros, also where they are longer than they must be."""
+        before, self.blocks = self.blocks, max(self.blocks, size // BLOCK)
+        for fd, unit in ((self.fd, BLOCK), (self.sums_fd, 8)):
+            os.ftruncate(fd, before * unit)
+            os.ftruncate(fd, self.blocks * unit)
         os.fsync(self.fd)
         os.fsync(self.sums_fd)
 

@@ -12,9 +12,10 @@ import pytest
 
 from pgcdp import api
 from pgcdp.capture import volumes
-from pgcdp.errors import PgcdpError
+from pgcdp.errors import PgcdpError, UsageError
 from pgcdp.growing import may_resize_ext4
 from pgcdp.records import Target
+from pgcdp.recovery.scratch import mounted
 from tests.fix_disks import MakeDisk
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import KILLED, MakeSet, ProtectedSet
@@ -61,7 +62,7 @@ def test_under_load_with_points_on_both_sides(make_set: MakeSet, binaries_of: Bi
     load.prepare()
     postmaster = found.sql("select pg_postmaster_start_time()")
     with keep_wal(found.address(), found.binaries, postgres_user(), found.root / "wal") as copy:
-        begin = found.durable()
+        begin, source = found.durable(), found.source()
         clone = api.clone(found.name, Target("write", begin), name="before")
         load.start()
         load.wait_for(200)
@@ -82,6 +83,9 @@ def test_under_load_with_points_on_both_sides(make_set: MakeSet, binaries_of: Bi
     (found.pgdata / "filler").write_bytes(os.urandom(os.statvfs(found.pgdata).f_bavail * 4096 * 9 // 10))
     assert (found.pgdata / "filler").stat().st_size > filler
     full = found.durable()
+    source.durable_write = full  # who opened the store before still reaches what lies behind its old end
+    with mounted(source, found.source().resolve(Target("write", full)), found.root) as copy_of:
+        assert (copy_of / "filler").stat().st_size > filler
     (found.pgdata / "filler").unlink()
     api.cut(found.name)
     with psycopg.connect(clone["dsn"]) as session:
@@ -189,10 +193,33 @@ def test_a_device_that_has_become_larger(make_disk: MakeDisk, make_set: MakeSet,
     with disk.open("ab") as file:
         file.write(os.urandom(96 * MIB))
     subprocess.run(["losetup", "--set-capacity", device], check=True)
+    api.down(found.name)
+    api.up(found.name)
+    assert [each.bytes for each in found.engine.status().volumes] == [304 * MIB], "no place to write that no image has"
+    found.wait_following()
     with pytest.raises(PgcdpError, match="which has 419430400 bytes"):
         api.grow(found.name, 512 * MIB)
     assert api.grow(found.name, None)["bytes"] == 400 * MIB
     assert_grown(found, 400 * MIB)
+    api.down(found.name)
+    found.assert_volume_is_newest()
+    api.up(found.name)
+
+
+def test_a_file_that_was_made_larger(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """By a killed run that was to make it larger still, or by hand: what is there is no part of the volume."""
+    found = make_set(binaries_of(15), fs="xfs", size=304 * MIB)
+    with found.config.volumes[0].backing.open("ab") as file:
+        file.write(os.urandom(128 * MIB))
+    api.down(found.name)
+    api.up(found.name)
+    assert [each.bytes for each in found.engine.status().volumes] == [304 * MIB]
+    found.wait_following()
+    assert api.grow(found.name, 352 * MIB)["bytes"] == 352 * MIB
+    assert_grown(found, 352 * MIB)
+    with pytest.raises(UsageError, match="would be less") as caught:
+        api.grow(found.name, 320 * MIB)
+    assert "pgcdp grow main --volume data 352M" in str(caught.value.hint)
     api.down(found.name)
     found.assert_volume_is_newest()
     api.up(found.name)
