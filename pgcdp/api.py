@@ -39,6 +39,7 @@ from pgcdp.opening import (
     scratch_place,
 )
 from pgcdp.postgres import role, session
+from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.followers import followers
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Target
@@ -297,12 +298,15 @@ def restore(
     if announce is not None:
         announce(resolved)
     spaces: list[Restored] = []
+    programs: Binaries | None = None
     if to_image is not None:
         place, size = to_image, writing.to_image(source, point, to_image, progress)
     else:
         assert to_directory is not None
         place = to_directory
-        size, spaces = writing.to_directory(source, point, to_directory, progress, tablespaces)
+        with suppress(PreconditionError):  # a store can be restored where there are none, if production is not there
+            programs = binaries_of(source, set_name)
+        size, spaces = writing.to_directory(source, point, to_directory, progress, tablespaces, programs)
     result: Json = {
         **resolved,
         "to": str(place),

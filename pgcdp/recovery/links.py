@@ -37,6 +37,45 @@ def own_places(pgdata: Path, elsewhere: Mapping[Path, Path]) -> dict[Path, Path]
     return found
 
 
+def lead_inside(trees: Mapping[Path, Path], elsewhere: Mapping[Path, Path]) -> None:
+    """Lead the links in `trees`, {a part of a restored cluster: where it is copied to}, to what they led to there.
+
+    The first tree is the data directory. For what somebody moved by hand, not for pg_wal and the tablespaces, which are
+    left as they are. A relative link that stays in its tree is right already. Raises PreconditionError, with nothing
+    changed, for one that Postgres would follow to what is not copied: production's own.
+    """
+    change: dict[Path, Path] = {}
+    pgdata = next(iter(trees))
+    for tree in trees:
+        for link in symbolic_links(tree):
+            if tree == pgdata and link.relative_to(tree).parts[0] in ("pg_wal", "pg_tblspc"):
+                continue
+            named = _named(link, elsewhere)
+            own = _own(named, elsewhere)
+            if own is None and tree == pgdata:
+                continue  # `own_places` has judged it
+            target = None if own is None else _own(own, trees)
+            if own is None or target is None:
+                raise PreconditionError(
+                    f"{link} leads to {named}, which is production's own and no part of what is restored",
+                    "put what it leads to in its place, or restore with --to-image",
+                )
+            if os.path.isabs(os.readlink(link)) or not own.is_relative_to(tree):
+                change[link] = target
+    for link, target in change.items():
+        status = link.lstat()
+        link.unlink()
+        link.symlink_to(target)
+        os.chown(link, status.st_uid, status.st_gid, follow_symlinks=False)
+
+
+def _named(link: Path, elsewhere: Mapping[Path, Path]) -> Path:
+    """Where a link of the copy leads in production, which has the same directories in other places."""
+    at = link.parent
+    was = {own: place for place, own in elsewhere.items()}
+    return Path(os.path.normpath((_own(at, was) or at) / os.readlink(link)))
+
+
 def _own(named: Path, elsewhere: Mapping[Path, Path]) -> Path | None:
     holding = [place for place in elsewhere if named.is_relative_to(place)]
     if not holding:

@@ -17,9 +17,10 @@ from pgcdp.capture import copying
 from pgcdp.config import set_of_pgdata
 from pgcdp.errors import UsageError
 from pgcdp.fsio import sync_directory
+from pgcdp.postgres.cluster import Binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
-from pgcdp.recovery.links import own_places
+from pgcdp.recovery.links import lead_inside, own_places
 from pgcdp.recovery.restored_spaces import Restored, planned, refuse_created
 from pgcdp.recovery.scratch import copied, elsewhere, write_images
 from pgcdp.recovery.source import Source
@@ -56,18 +57,23 @@ def to_directory(
     place: Path,
     progress: Report = silent,
     spaces: Mapping[str, Path] = MappingProxyType({}),
+    binaries: Binaries | None = None,
 ) -> tuple[int, list[Restored]]:
     """Make `place` a data directory that can be started. Returns the bytes of its files, and where tablespaces are.
 
     It must not exist, or be empty, or be what a killed restore left. A pg_wal that lay elsewhere is inside of it;
-    tablespaces go where `spaces` says, by name or OID, the others to a directory beside it. Raises UsageError for a
-    tablespace that is none, PreconditionError for what would use production's own files once it was started.
+    tablespaces go where `spaces` says, by name or OID, the others to a directory beside it. `binaries` are Postgres's
+    programs of its version, where there are any. Raises UsageError for a tablespace that is none, PreconditionError for
+    what would use production's own files once it was started.
     """
     work, beside = place.parent / f".pgcdp-restore-{place.name}", place.with_name(f"{place.name}.tablespaces")
     _refuse_used(place, beside, work)
     with copied(source, point, work, progress) as found:
-        links = own_places(found, elsewhere(source, point, found))
-        refuse_created(found, links.get(found / "pg_wal", found / "pg_wal"))
+        production = elsewhere(source, point, found)
+        links = own_places(found, production)
+        refuse_created(
+            found, links.get(found / "pg_wal", found / "pg_wal"), binaries, Path(source.store.extra["pgdata"])
+        )
         restored = planned(links, found, source.settings(point), spaces, place, beside)
         status = found.stat()
         control = found / "global" / "pg_control"
@@ -80,6 +86,7 @@ def to_directory(
             (found / "pg_wal").unlink()
             (found / "pg_wal").mkdir()
             trees[wal] = place / "pg_wal"
+        lead_inside(trees, production)
         for each in restored:
             (found / "pg_tblspc" / str(each.oid)).unlink()
             (found / "pg_tblspc" / str(each.oid)).symlink_to(each.place)

@@ -14,9 +14,11 @@ from typing import Any
 from pgcdp import proc
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.postgres import cluster
+from pgcdp.postgres.control import Control
 from pgcdp.units import format_lsn
 
 _CREATE = re.compile(r"desc: CREATE (\d+) \"?(.*?)\"?\s*$")
+_NO_FILE = re.compile(r"could not find file \"([0-9A-F]{24})\"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +64,22 @@ def planned(
     return restored
 
 
-def refuse_created(found: Path, wal: Path) -> None:
+def refuse_created(found: Path, wal: Path, binaries: cluster.Binaries | None, production: Path) -> None:
     """Raises PreconditionError when recovery of the mounted `found`, with its WAL in `wal`, would make a tablespace.
 
-    The record bears production's path: a Postgres that replays it links to it again, whatever was restored. Where the
-    programs of that version are missing, no production can be beside it, and nothing is looked for.
+    The record bears production's path: a Postgres that replays it links to it again, whatever was restored. Raised
+    also when that cannot be told, unless `production`, its data directory, is not on this machine: nothing of it can
+    be written then.
     """
     try:
-        binaries = cluster.find_binaries(int((found / "PG_VERSION").read_text()))
-        control = cluster.read_control(found)
-        program = str(binaries.path("pg_waldump"))
-    except (PreconditionError, OSError, ValueError):
-        return
-    words = ["--path", str(wal), "--timeline", str(control.timeline), "--rmgr=Tablespace"]
-    told = proc.run([program, *words, "--start", format_lsn(control.redo_lsn)], check=False).stdout
+        told = _tablespace_records(wal, cluster.read_control(found), binaries)
+    except PreconditionError as error:
+        if not production.exists():
+            return
+        raise PreconditionError(
+            f"whether recovery of this point makes a tablespace in production's place is not known: {error.message}",
+            error.hint or "pgcdp clone opens this point, or restore it with --to-image",
+        ) from None
     for line in told.splitlines():
         made = _CREATE.search(line)
         if made is not None:
@@ -84,3 +88,31 @@ def refuse_created(found: Path, wal: Path) -> None:
                 "started would write there",
                 "choose a point behind the next boundary, or before it was made; pgcdp clone opens this one",
             )
+
+
+def _tablespace_records(wal: Path, control: Control, binaries: cluster.Binaries | None) -> str:
+    """What pg_waldump tells of them, from the redo point up to where recovery ends. Raises PreconditionError."""
+    if binaries is None:
+        raise PreconditionError(
+            "PostgreSQL of its version is not found", "install it, or name its directory in PGCDP_PG_BINDIRS"
+        )
+    program = binaries.path("pg_waldump")
+    words = ["--path", str(wal), "--timeline", str(control.timeline), "--rmgr=Tablespace"]
+    environment = {**cluster.environment(), "LC_ALL": "C"}
+    done = proc.run([str(program), *words, "--start", format_lsn(control.redo_lsn)], check=False, env=environment)
+    if done.returncode and not _at_the_end(done.stderr, control):
+        raise PreconditionError(f"{program} failed: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def _at_the_end(said: str, control: Control) -> bool:
+    """Whether pg_waldump ended where recovery does: at what is no record, or where the next segment does not exist."""
+    missing = _NO_FILE.search(said)
+    if missing is not None:
+        return _segment(missing[1], control.wal_segment_size) != control.redo_lsn // control.wal_segment_size
+    return "error in WAL record at" in said
+
+
+def _segment(name: str, size: int) -> int:
+    """The number of the WAL segment with this file name."""
+    return int(name[8:16], 16) * ((1 << 32) // size) + int(name[16:24], 16)

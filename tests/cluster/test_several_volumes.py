@@ -175,7 +175,11 @@ def test_images_mount_beside_production(spread: ProtectedSet) -> None:
     volumes.unmount(mountpoint)
 
 
-def test_a_tablespace_made_anew_in_its_place(spread: ProtectedSet) -> None:
+def no_programs(*named: object) -> None:
+    raise PreconditionError("no programs", "install them")
+
+
+def test_a_tablespace_made_anew_in_its_place(spread: ProtectedSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recovery that replays CREATE TABLESPACE links to production's directory again, whatever the link was before."""
     api.cut(spread.name)
     spread.sql("drop tablespace fast")
@@ -191,6 +195,11 @@ def test_a_tablespace_made_anew_in_its_place(spread: ProtectedSet) -> None:
     assert spread.sql("select count(*) from t") == [(1000,)]
     with pytest.raises(PreconditionError, match=r"makes tablespace \d+ in .*/fast, production's own:"):
         api.restore(spread.name, Target("write", point), to_directory=spread.root / "restored")
+    with monkeypatch.context() as without:
+        without.setattr(api, "binaries_of", no_programs)
+        with pytest.raises(PreconditionError, match="is not known: PostgreSQL of its version is not found"):
+            api.restore(spread.name, Target("write", point), to_directory=spread.root / "restored")
+    assert not (spread.root / "restored").exists()
     api.cut(spread.name)
     api.restore(spread.name, Target("newest"), to_directory=spread.root / "restored")
 
