@@ -34,7 +34,7 @@
 struct capture {
     const char *journal, *fuse_dir, *socket;
     uint8_t set_id[16];
-    bool has_set_id, create;
+    bool has_set_id, create, put_back;
     uint64_t segment_bytes, limit;
 
     struct volume volumes[MAX_VOLUMES];
@@ -50,8 +50,9 @@ struct capture {
 
 static const char USAGE[] =
     "usage: pgcdp-engine capture --set-id HEX --journal DIR [--create] --fuse DIR --control SOCKET\n"
-    "                            [--segment-bytes N] [--journal-limit N] NAME[:BYTES]=PATH ...\n"
-    "BYTES of the backing are shown; without, all of it.\n";
+    "                            [--segment-bytes N] [--journal-limit N] [--put-back] NAME[:BYTES]=PATH ...\n"
+    "BYTES of the backing are shown; without, all of it. With --put-back the journal may hold writes to one volume more,\n"
+    "which is given up: they are not replayed.\n";
 
 static int parse_set_id(const char *text, uint8_t out[16])
 {
@@ -79,6 +80,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
                                             {"create", no_argument, NULL, 'c'},
                                             {"segment-bytes", required_argument, NULL, 'b'},
                                             {"journal-limit", required_argument, NULL, 'l'},
+                                            {"put-back", no_argument, NULL, 'p'},
                                             {"fuse", required_argument, NULL, 'f'},
                                             {"control", required_argument, NULL, 'k'},
                                             {NULL, 0, NULL, 0}};
@@ -89,6 +91,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
         case 's': rc = parse_set_id(optarg, c->set_id); c->has_set_id = true; break;
         case 'j': c->journal = optarg; break;
         case 'c': c->create = true; break;
+        case 'p': c->put_back = true; break;
         case 'b': rc = parse_bytes(optarg, &c->segment_bytes); break;
         case 'l': rc = parse_bytes(optarg, &c->limit); break;
         case 'f': c->fuse_dir = optarg; break;
@@ -173,6 +176,8 @@ static int replay_record(struct capture *c, const struct fmt_record *r, const ui
 {
     if (r->kind == FMT_MARK || r->kind == FMT_FLUSH)
         return 0;
+    if (c->put_back && r->volume == c->volume_count)
+        return 0; /* its backing may be what made it be given up */
     if (r->volume >= c->volume_count || r->offset + r->length > c->volumes[r->volume].size) {
         err_set(e, ERR_PRECONDITION, "write %lu of the journal lies outside volume %u", r->number, r->volume);
         err_hint(e, "give the same volumes in the same order as when it was written");

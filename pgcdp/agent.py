@@ -300,6 +300,7 @@ class Agent:
         else:
             store = Store.create(config.store, config.name, config.set_id_bytes, list(status.volumes), facts(config))
         self.store_lock = store.lock()
+        store = without_put_back(store, config)
         self.stages = Stages.open(
             store,
             Journal(config.journal, config.set_id_bytes),
@@ -652,6 +653,14 @@ class Agent:
             "waiting": self.waiting,
             "outside": outside_json(self.outside),
         }
+
+
+def without_put_back(store: Store, config: Config) -> Store:
+    """The store without what it noted of a volume that was put back at the last moment, with the store perhaps away."""
+    for volume in store.volumes[len(config.volumes) :]:
+        if volume in store.in_use:
+            store = store.unmounted(volume.name)
+    return store
 
 
 def outside_json(found: Sequence[Outside] | None) -> list[dict[str, str]] | None:

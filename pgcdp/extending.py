@@ -5,20 +5,21 @@ filesystem is made and the tablespace copied through the capture layer, while Po
 what is written. The step lies in the set's state directory, durably, before it begins:
 
     add      volume in the store, capture with it, filesystem, copy       | put back
-    switch   the old directory aside, the volume in its place, Postgres   | finished
+    switch   the old directory aside, the volume in its place, Postgres   | finished; put back when Postgres does not start
+    back     the old directory in its place again                        | put back
     remove   the old directory                                           | finished
 
-What is put back leaves a volume in the store that nothing is written to; the next one takes its number.
+What is put back leaves a volume in the store that nothing is written to; the next one takes its number. Putting back
+needs nothing of the new volume and nothing of the store: what is in the journal for that volume is left out of the replay.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
-import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,30 +27,32 @@ from pgcdp import config as settings
 from pgcdp import fsio, log, service
 from pgcdp.capture import attach, checks, places, planning, volumes
 from pgcdp.capture.copying import copy_tree, measure
-from pgcdp.capture.engine import EngineClient, spawn_capture
+from pgcdp.capture.engine import EngineClient, EngineGone, spawn_capture
 from pgcdp.capture.planning import Backing, Wish
 from pgcdp.config import Config, SetPaths, VolumeConfig
-from pgcdp.errors import PreconditionError, UsageError
+from pgcdp.errors import PgcdpError, PreconditionError, UsageError
+from pgcdp.postgres import cluster
+from pgcdp.postgres.control import State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Volume
-from pgcdp.store.image import add_volume
+from pgcdp.store.image import add_volume, grow_volume
 from pgcdp.store.layout import Store
 
 _log = log.get(__name__)
-
-_BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
-_PIECE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
     """A volume on its way into the set. `before` are the settings without it, `after` those with it, which is their
-    last volume; `since`: the write from which on it holds the tablespace, once that is known."""
+    last volume. `captured`: whether the journal may hold writes to it; `since`: the write from which on it holds the
+    tablespace, `checkpoint`: the LSN of the one at which Postgres was stopped, once these are known."""
 
     step: str
     before: Config
     after: Config
+    captured: bool = False
     since: int = 0
+    checkpoint: int = 0
 
     @property
     def volume(self) -> VolumeConfig:
@@ -62,20 +65,30 @@ class Pending:
             "step": self.step,
             "before": settings.render_config(self.before),
             "after": settings.render_config(self.after),
+            "captured": self.captured,
             "since": self.since,
+            "checkpoint": self.checkpoint,
         }
         fsio.write_json(self.before.paths.extend_state, content)
 
 
 def pending(paths: SetPaths) -> Pending | None:
-    """What a kill or an error has left. Raises DamageError when its file is not whole."""
+    """What a kill or an error has left. Raises DamageError when its file is not whole.
+
+    The settings are those of SET.toml, where it can be read: what was changed there since holds.
+    """
     file = paths.extend_state
     try:
         content = fsio.read_json(file)
     except FileNotFoundError:
         return None
     before, after = (settings.parse_config(content[name], paths.name, file, paths.root) for name in ("before", "after"))
-    return Pending(content["step"], before, after, content["since"])
+    volume = after.volumes[-1]
+    with suppress(PgcdpError):
+        now = settings.load_config(paths.name)
+        kept = tuple(each for each in now.volumes if each.name != volume.name)
+        before, after = replace(now, volumes=kept), replace(now, volumes=(*kept, volume))
+    return Pending(content["step"], before, after, content["captured"], content["since"], content["checkpoint"])
 
 
 def add_tablespaces(
@@ -107,11 +120,11 @@ def add_tablespaces(
             doing.save()
             try:
                 doing = _add(doing, progress)
+                doing.save()
             except BaseException:
-                _put_back(doing, progress)
+                _give_up(doing, progress)
                 raise
-            doing.save()
-            config = _finish(doing, progress)
+            config = _finish(pending(config.paths) or doing, progress)
     return config
 
 
@@ -125,7 +138,7 @@ def _recover(paths: SetPaths, progress: Report) -> None:
     left = pending(paths)
     if left is None:
         return
-    if left.step == "add":
+    if left.step in ("add", "back"):
         _put_back(left, progress)
     else:
         _finish(left, progress)
@@ -147,11 +160,11 @@ def _check(config: Config, name: str, backing: Backing, fs: str, overwrite: bool
     volume = unused[0].name if unused else planning.volume_name(space, [each.name for each in store.volumes])
     wish = Wish(volume, backing, f"--tablespace {name}", fs, space.location)
     (made,) = planning.planned([wish], config.paths.volumes, overwrite)
-    if unused and made.bytes != unused[0].bytes:
+    if unused and made.bytes < unused[0].bytes:
         raise PreconditionError(
             f"the set has a volume {volume} without data from an earlier run, of {unused[0].bytes} bytes; this one has "
             f"{made.bytes}",
-            f"give it the same size: --tablespace {name}={settings.exact_size(unused[0].bytes)}",
+            f"give it that size or a larger one: --tablespace {name}={settings.exact_size(unused[0].bytes)}",
         )
     for place in (places.before(space.location, config.name), places.plain(space.location, config.name)):
         if os.path.lexists(place):
@@ -182,13 +195,18 @@ def _add(doing: Pending, progress: Report) -> Pending:
     progress(Progress("cutting"))  # so that what follows is an interval of its own
     service.ask(before.paths, "cut", timeout=None)
     attach.stop_cluster(before, progress)
+    stopped = cluster.read_control(before.pgdata)
     service.stop(before)
     attach.detach(before, progress)
-    _add_to_store(doing)
+    reused = _add_to_store(doing)
+    doing = replace(doing, captured=True, checkpoint=stopped.checkpoint_lsn)
+    doing.save()
     client = attach.start_capture(after, progress, captured=lambda: service.start(before))
     device = attach.attach_devices(after, progress)[-1]
-    _discard(device, volume.bytes)  # what an earlier run has left in the image
-    _copy_to(doing, device, progress)
+    if reused:
+        _discard(device, volume.bytes)  # what an earlier run has left in the image
+    with service.kept(before):
+        _copy_to(doing, device, progress)
     return replace(doing, step="switch", since=client.cut())
 
 
@@ -197,9 +215,7 @@ def _fill_with_zeros(device: Path, progress: Report) -> None:
     size = volumes.backing_bytes(device)
     fd = os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
     try:
-        for at in range(0, size, _PIECE):
-            fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", at, min(_PIECE, size - at)))
-            progress(Progress("filling the device with zeros", min(at + _PIECE, size), size))
+        volumes.zero_out(fd, 0, size, lambda done: progress(Progress(volumes.ZEROING, done, size)))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -208,18 +224,22 @@ def _fill_with_zeros(device: Path, progress: Report) -> None:
 def _discard(device: Path, size: int) -> None:
     fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("<QQ", 0, size))
+        volumes.discard(fd, 0, size)
     finally:
         os.close(fd)
 
 
-def _add_to_store(doing: Pending) -> None:
+def _add_to_store(doing: Pending) -> bool:
+    """The store has the volume; whether it had it before, from a run that was put back."""
     store = Store.open(doing.before.store, doing.before.set_id_bytes)
     number = len(doing.before.volumes)
-    if len(store.volumes) > number:
-        return
     with store.lock():
-        add_volume(store, Volume(number, doing.volume.name, doing.volume.bytes))
+        if len(store.volumes) == number:
+            add_volume(store, Volume(number, doing.volume.name, doing.volume.bytes))
+            return False
+        if doing.volume.bytes > store.volumes[number].bytes:
+            grow_volume(store, number, doing.volume.bytes)
+    return True
 
 
 def _copy_to(doing: Pending, device: Path, progress: Report) -> None:
@@ -251,23 +271,14 @@ def _finish(doing: Pending, progress: Report) -> Config:
     config, place = doing.after, doing.volume.mountpoint
     aside = places.before(place, config.name)
     if doing.step == "switch":
-        progress(Progress("switching to the volume"))
-        service.stop(config)
-        store = Store.open(config.store, config.set_id_bytes)
-        with store.lock():
-            store.mounted(doing.volume.name, place, doing.volume.fs, doing.since)
-        if not aside.exists():
-            place.rename(aside)
-        if not place.exists():
-            status = aside.stat()
-            place.mkdir(mode=0o700)
-            os.chown(place, status.st_uid, status.st_gid)
-            os.chmod(place, stat.S_IMODE(status.st_mode))
-        fsio.sync_directory(place.parent)
-        settings.save_config(config)
-        attach.attach(config, progress, captured=lambda: service.start(config))
-        service.start(config)
-        attach.start_cluster(config, progress)
+        try:
+            _switch(doing, aside, progress)
+        except (PgcdpError, OSError):
+            if _untouched(doing):  # no client was served since: the old directory holds all of it
+                doing = replace(doing, step="back")
+                doing.save()
+                _put_back(doing, progress)
+            raise
         doing = replace(doing, step="remove")
         doing.save()
     progress(Progress("removing the old copy"))
@@ -278,23 +289,55 @@ def _finish(doing: Pending, progress: Report) -> Config:
     return config
 
 
+def _switch(doing: Pending, aside: Path, progress: Report) -> None:
+    config, place = doing.after, doing.volume.mountpoint
+    progress(Progress("switching to the volume"))
+    service.stop(config)
+    settings.save_config(config)
+    if not aside.exists():
+        place.rename(aside)
+    if not place.exists():
+        status = aside.stat()
+        place.mkdir(mode=0o700)
+        os.chown(place, status.st_uid, status.st_gid)
+        os.chmod(place, stat.S_IMODE(status.st_mode))
+    fsio.sync_directory(place.parent)
+    attach.attach(config, progress, captured=lambda: service.start(config))
+    service.stop(config)
+    store = Store.open(config.store, config.set_id_bytes)
+    with store.lock():
+        store.mounted(doing.volume.name, place, doing.volume.fs, doing.since)
+    service.start(config)
+    attach.start_cluster(config, progress)
+
+
+def _untouched(doing: Pending) -> bool:
+    """Whether Postgres has not come up since it was stopped for this."""
+    try:
+        control = cluster.read_control(doing.after.pgdata)
+    except PgcdpError:  # not mounted: nobody knows
+        return False
+    return control.state == State.SHUT_DOWN and control.checkpoint_lsn == doing.checkpoint
+
+
+def _give_up(doing: Pending, progress: Report) -> None:
+    left = pending(doing.before.paths) or doing
+    if left.step != "add":  # it stands in the file, but whether for good is not known: a kill must not lead forward
+        left = replace(left, step="add")
+        left.save()
+    _put_back(left, progress)
+
+
 def _put_back(doing: Pending, progress: Report) -> None:
     """Production runs as before, without the volume. May be repeated."""
     before, volume = doing.before, doing.volume
     progress(Progress("putting everything back"))
     _log.warning("the tablespace in %s is not taken into %s", volume.mountpoint, before.name)
-    volumes.unmount(_scratch(doing))
-    if _scratch(doing).is_dir():
-        _scratch(doing).rmdir()
-    client = EngineClient(before.paths.control)
-    if client.alive() or _captured_with(doing):
-        # Its writes may be in the journal only: they are brought to the volume, or the next replay would miss it.
-        if not client.alive():
-            attach.clean_leftovers(doing.after, progress)
-            spawn_capture(doing.after)
-        service.start(before)  # unmounting may wait for room in the journal
-        if len(client.status().volumes) > len(before.volumes):
-            attach.detach(doing.after, progress)
+    _unmount_scratch(doing)
+    if doing.captured:
+        _capture_without(doing, progress)
+    if doing.step == "back":
+        _switch_back(doing)
     if not volume.device:
         volume.backing.unlink(missing_ok=True)
     attach.attach(before, progress, captured=lambda: service.start(before))
@@ -303,14 +346,47 @@ def _put_back(doing: Pending, progress: Report) -> None:
     _forget(before.paths)
 
 
-def _captured_with(doing: Pending) -> bool:
-    """Whether capture can have run with the volume: it is in the store, and its backing is whole."""
-    store = Store.open(doing.before.store, doing.before.set_id_bytes)
+def _unmount_scratch(doing: Pending) -> None:
+    where = _scratch(doing)
     try:
-        whole = volumes.backing_bytes(doing.volume.backing) == doing.volume.bytes
-    except OSError:
-        return False
-    return whole and len(store.volumes) > len(doing.before.volumes)
+        volumes.unmount(where)
+    except PgcdpError as error:  # its volume may be what fails
+        _log.warning("%s", error)
+        volumes.unmount_lazily(where)
+    if where.is_dir():
+        where.rmdir()
+
+
+def _capture_without(doing: Pending, progress: Report) -> None:
+    """Capture runs without the new volume, whatever has become of that: its writes need not get there any more."""
+    before, client = doing.before, EngineClient(doing.before.paths.control)
+    if client.alive():
+        if len(client.status().volumes) == len(before.volumes):
+            return
+        service.start(before)  # unmounting may wait for room in the journal
+        try:
+            attach.end_postgres(doing.after, progress)
+            attach.detach(doing.after, progress)
+        except (PgcdpError, OSError) as error:
+            _log.warning("capture with the new volume does not end cleanly: %s", error)
+            with suppress(EngineGone):
+                attach.kill_and_wait(client.status().pid)
+    if not client.alive():
+        attach.clean_leftovers(doing.after, progress)
+        spawn_capture(before, put_back=True)
+
+
+def _switch_back(doing: Pending) -> None:
+    """The old directory is in its place again; nothing is mounted there. What the store says, the agent corrects."""
+    before, place = doing.before, doing.volume.mountpoint
+    aside = places.before(place, before.name)
+    service.stop(before)
+    if aside.exists():
+        if place.exists():
+            place.rmdir()  # the mount point
+        aside.rename(place)
+        fsio.sync_directory(place.parent)
+    settings.save_config(before)
 
 
 def _forget(paths: SetPaths) -> None:

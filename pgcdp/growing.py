@@ -9,10 +9,8 @@ Capture shows as much of a backing as the settings say, so that one that somebod
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import struct
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +26,6 @@ from pgcdp.progress import Progress, Report, silent
 from pgcdp.store.layout import Store
 from pgcdp.units import format_size
 
-_BLKZEROOUT = 0x127F
-_PIECE = 1 << 30
 _CAP_SYS_RESOURCE = 24
 DEVICE_SECONDS = 5.0
 """How long the kernel may take to see the size that capture shows: an answer from before may come behind its notice."""
@@ -146,9 +142,8 @@ def _extend_backing(volume: VolumeConfig, known: int, wanted: int, progress: Rep
     fd = os.open(volume.backing, os.O_RDWR | os.O_CLOEXEC)
     try:
         if volume.device:
-            for at in range(known, wanted, _PIECE):
-                fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", at, min(_PIECE, wanted - at)))
-                progress(Progress("filling the device with zeros", min(at + _PIECE, wanted) - known, wanted - known))
+            more = wanted - known
+            volumes.zero_out(fd, known, more, lambda done: progress(Progress(volumes.ZEROING, done, more)))
         elif wanted > known:
             os.ftruncate(fd, known)  # what a killed run has left, or somebody else: nothing of the volume lies there
             free, more = free_space(volume.backing.parent), wanted - known

@@ -13,10 +13,8 @@ rewind takes its place, such as the one back to where it began.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,7 +38,6 @@ _log = log.get(__name__)
 
 CUT_SECONDS = 600.0
 """How long the boundary at the shutdown checkpoint may take to be stored."""
-AGENT_SECONDS = 1.0
 SPARE_BYTES = 64 << 20
 
 
@@ -231,7 +228,7 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
         check_devices(source_of(config, client.status()), devices)
         client.rewind_record("begin", name)
         source = source_of(config, EngineClient(config.paths.control).status())
-        with _agent_kept(config):
+        with service.kept(config):
             try:
                 written = write_back(source, doing.point, devices, below, progress)
             except OSError as error:
@@ -251,25 +248,6 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
     attach.start_cluster(config, progress)
     _forget(config.paths)
     return doing
-
-
-@contextmanager
-def _agent_kept(config: Config) -> Iterator[None]:
-    """An agent runs inside: without one, what is written waits for room in the journal without end."""
-    ended = threading.Event()
-
-    def keep() -> None:
-        while not ended.wait(AGENT_SECONDS):
-            with suppress(PgcdpError):
-                service.start(config)
-
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        keeper.join()
 
 
 def _open_timeline(config: Config, doing: Pending, progress: Report) -> None:

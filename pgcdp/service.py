@@ -8,7 +8,10 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pgcdp.config import Config, SetPaths
@@ -16,6 +19,8 @@ from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, T
 
 _BY_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
 START_SECONDS = 60.0
+KEEP_SECONDS = 1.0
+"""How often `kept` looks whether the agent runs."""
 _children: list[subprocess.Popen[bytes]] = []
 """Agents that this process started: kept, so that their ends are collected when the next one starts."""
 
@@ -90,6 +95,25 @@ def start(config: Config) -> None:
         os.close(log)
     _children[:] = [*(each for each in _children if each.poll() is None), child]
     _await(config, child, begin)
+
+
+@contextmanager
+def kept(config: Config) -> Iterator[None]:
+    """An agent runs inside: without one, what is written waits for room in the journal without end."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(KEEP_SECONDS):
+            with suppress(PgcdpError):
+                start(config)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
 
 
 def _await(config: Config, child: subprocess.Popen[bytes], begin: int) -> None:

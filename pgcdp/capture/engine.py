@@ -214,7 +214,7 @@ def find_engine() -> Path:
     return program
 
 
-def capture_command(config: Config, create: bool) -> list[str]:
+def capture_command(config: Config, create: bool, put_back: bool = False) -> list[str]:
     """The command line that captures the volumes of a set, numbered in their order."""
     paths = config.paths
     return [
@@ -222,6 +222,7 @@ def capture_command(config: Config, create: bool) -> list[str]:
         "--set-id", config.set_id,
         "--journal", os.fspath(config.journal),
         *(["--create"] if create else []),
+        *(["--put-back"] if put_back else []),
         "--segment-bytes", str(config.segment_size),
         "--journal-limit", str(config.journal_limit),
         "--fuse", os.fspath(paths.fuse),
@@ -230,15 +231,17 @@ def capture_command(config: Config, create: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def spawn_capture(config: Config, create: bool = False, timeout: float = 3600.0) -> EngineClient:
+def spawn_capture(
+    config: Config, create: bool = False, timeout: float = 3600.0, *, put_back: bool = False
+) -> EngineClient:
     """Start capture in a session of its own and wait until it answers (after it replayed the journal).
 
-    Its output goes to the set's engine log, 0600. Raises what the engine died of, by its exit code.
+    With `put_back` the journal may hold writes to one volume behind the set's last, which is given up. Its output goes to the set's engine log, 0600. Raises what the engine died of, by its exit code.
     """
     paths = config.paths
     for directory in (paths.state, paths.run, paths.fuse, config.journal):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return _start(capture_command(config, create), paths.control, paths.engine_log, timeout)[0]
+    return _start(capture_command(config, create, put_back), paths.control, paths.engine_log, timeout)[0]
 
 
 def _start(

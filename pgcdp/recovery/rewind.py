@@ -7,10 +7,8 @@ the volume. Killed anywhere, writing back begins anew, with what it wrote among 
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,6 +18,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from pgcdp.capture.volumes import discard
 from pgcdp.errors import PreconditionError
 from pgcdp.intervals.applying import run_index
 from pgcdp.intervals.extents import forward_map, spans
@@ -37,7 +36,6 @@ GAP_BLOCKS = 16
 AT_A_TIME = 16
 ZERO_BLOCKS = 16
 """Zeros of at least so many blocks are discarded, which is journalled without data."""
-_BLKDISCARD = 0x1277
 
 
 def may_differ(source: Source, point: RecoveryPoint, place: Path) -> NDArray[np.void]:
@@ -185,7 +183,7 @@ def _bring(device: int, view: int, ours: mmap.mmap, theirs: mmap.mmap, block: in
         written = 0
         for begin, end, zeros in _runs(np.any(now != wanted, axis=1), np.logical_not(np.any(wanted, axis=1))):
             if zeros:
-                fcntl.ioctl(device, _BLKDISCARD, struct.pack("<QQ", at + begin * BLOCK, (end - begin) * BLOCK))
+                discard(device, at + begin * BLOCK, (end - begin) * BLOCK)
                 continue
             piece = their_bytes[begin * BLOCK : end * BLOCK]
             if os.pwrite(device, piece, at + begin * BLOCK) != len(piece):

@@ -361,14 +361,22 @@ def add_volume(store: Store, volume: Volume) -> Store:
     """The store with one more volume that is all zeros at every boundary so far, durably. No agent may run."""
     files = VolumeFiles(store.image, volume.name, volume.bytes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
-        os.ftruncate(files.fd, files.blocks * BLOCK)
-        os.ftruncate(files.sums_fd, files.blocks * 8)
-        os.fsync(files.fd)
-        os.fsync(files.sums_fd)
+        files.grow(volume.bytes)
     finally:
         files.close()
     sync_directory(store.image)
     return store.with_volume(volume)
+
+
+def grow_volume(store: Store, number: int, size: int) -> Store:
+    """The store with a larger volume, durably; what is new is zeros. No agent may run."""
+    volume = store.volumes[number]
+    files = VolumeFiles(store.image, volume.name, volume.bytes, os.O_RDWR)
+    try:
+        files.grow(size)
+    finally:
+        files.close()
+    return store.with_bytes(number, size)
 
 
 def _split_zeros(block: int, data: bytes, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int, bytes | None]]:

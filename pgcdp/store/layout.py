@@ -130,6 +130,14 @@ class Store:
         store._write()
         return store
 
+    def unmounted(self, name: str) -> Store:
+        """The same store, in which a volume holds nothing: what `mounted` noted is taken back, durably."""
+        noted = {key: self.extra.get(key, {}) for key in ("mountpoints", "filesystems", "since")}
+        without = {key: {each: value for each, value in rows.items() if each != name} for key, rows in noted.items()}
+        store = replace(self, extra={**self.extra, **without})
+        store._write()
+        return store
+
     @property
     def in_use(self) -> tuple[Volume, ...]:
         """The volumes of the set: all but the last one where that was put back, or is on its way (`extending`)."""

@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from pgcdp import api, extending
-from pgcdp.capture import volumes
+from pgcdp import config as settings
+from pgcdp.capture import attach, volumes
 from pgcdp.capture.planning import Backing
+from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError
-from pgcdp.progress import Progress
+from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Target
 from tests.cluster.test_outside import NOISE, new_space
 from tests.fix_disks import MakeDisk
@@ -183,12 +186,62 @@ def test_killed_it_is_in_or_out(late: tuple[ProtectedSet, Path], step: str, engi
         if step == "copying the tablespace":
             there_and_back(found)
             with pytest.raises(PreconditionError, match=r"without data from an earlier run, of 100663296 bytes"):
-                api.add_tablespaces(found.name, [("late", Backing(None, 320 * MIB))])
-        api.add_tablespaces(found.name, [("late", Backing(None, 96 * MIB))])
+                api.add_tablespaces(found.name, [("late", Backing(None, 64 * MIB))])
+        api.add_tablespaces(found.name, [("late", Backing(None, 128 * MIB))])
     assert_in(found, place)
     api.down(found.name)
     found.assert_volume_is_newest()
     api.up(found.name)
+
+
+def test_put_back_without_the_new_volume(late: tuple[ProtectedSet, Path]) -> None:
+    """Its disk may be what failed: production comes up all the same, though the journal has writes to it."""
+    found, place = late
+    found.sql("create table more tablespace late as select repeat('x', 1000) from generate_series(1, 20000)")
+    done = subprocess.run([sys.executable, "-c", RUNNER, STEPS[2]], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found.kill_engine()
+    (found.config.paths.volumes / "ts-late.img").unlink()
+    api.up(found.name)
+    assert_out(found, place)
+    found.kill_engine()
+    api.up(found.name)
+    assert_out(found, place)
+
+
+def test_settings_changed_meanwhile_hold(late: tuple[ProtectedSet, Path]) -> None:
+    found, place = late
+    done = subprocess.run([sys.executable, "-c", RUNNER, STEPS[4]], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    settings.save_config(replace(found.config, compression_level=2))
+    api.up(found.name)
+    assert_in(found, place)
+    assert found.config.compression_level == 2
+
+
+def test_postgres_that_does_not_start_puts_back(
+    late: tuple[ProtectedSet, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the switch, too, as long as it has served nobody."""
+    found, place = late
+    start, switched = attach.start_cluster, False
+
+    def fail(config: Config, progress: Report = silent) -> None:
+        nonlocal switched
+        if len(config.volumes) > 1:
+            switched = True
+            raise PreconditionError("it does not start", "mend it")
+        start(config, progress)
+
+    monkeypatch.setattr(attach, "start_cluster", fail)
+    with pytest.raises(PreconditionError, match="it does not start"):
+        api.add_tablespaces(found.name, [("late", Backing(None, 96 * MIB))])
+    monkeypatch.undo()
+    assert switched
+    assert extending.pending(found.config.paths) is None
+    assert_out(found, place)
+    api.add_tablespaces(found.name, [("late", Backing(None, 96 * MIB))])
+    assert_in(found, place)
 
 
 def test_a_failure_puts_back(late: tuple[ProtectedSet, Path], monkeypatch: pytest.MonkeyPatch) -> None:
