@@ -367,7 +367,7 @@ class Agent:
     def _look_outside(self) -> list[Outside] | None:
         """What of the cluster is not captured (truth 8), or was not at the boundary before: the interval lacks both.
 
-        None when there is no time to look.
+        None when there is no time to look, or not every volume is mounted.
         """
         if self.status is None or self._pressed(self.status):
             return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from pgcdp import rewinding, service
 from pgcdp.capture.engine import EngineStatus, run_engine
-from pgcdp.capture.outside import Outside, find_outside
+from pgcdp.capture.outside import Outside, all_mounted, find_outside
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import free_space
@@ -138,15 +138,23 @@ def _settings(config: Config) -> Iterator[Finding]:
 def _outside(config: Config) -> Iterator[Finding]:
     """What nobody captures now, and which intervals lack what nobody captured then (truth 8)."""
     name = "data outside the set"
-    found = find_outside(config.pgdata, [volume.mountpoint for volume in config.volumes])
+    mountpoints = [volume.mountpoint for volume in config.volumes]
+    attached = all_mounted(mountpoints)
+    found = find_outside(config.pgdata, mountpoints) if attached else []
     if found:
         places = ", ".join(f"{each.name} in {each.place}" for each in found)
         yield _failed(name, f"not captured: {places}", _takes_in(config, found))
     store = Store.open(config.store, config.set_id_bytes)
-    lacking = [number for number, each in published(store).items() if each.interval.outside]
+    told = {number: each.interval.outside for number, each in published(store).items()}
+    lacking = [number for number, outside in told.items() if outside]
+    unknown = [number for number, outside in told.items() if outside is None]
+    if not attached:
+        yield _passed(name, "not looked for: the volumes are not mounted")
     if lacking:
         yield _passed(name, f"warning: {len(lacking)} intervals are incomplete, the last one is {lacking[-1]}")
-    elif not found:
+    if unknown:
+        yield _passed(name, f"warning: of {len(unknown)} intervals it is not known, the last one is {unknown[-1]}")
+    if attached and not (found or lacking or unknown):
         yield _passed(name, "none")
 
 

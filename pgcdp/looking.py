@@ -11,7 +11,7 @@ from pgcdp import rewinding, service
 from pgcdp.capture import volumes
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError, TargetError
-from pgcdp.opening import engine_status, open_source, source_of
+from pgcdp.opening import engine_status, open_source, outside_json, source_of
 from pgcdp.postgres import cluster
 from pgcdp.records import Interval, RecoveryPoint
 from pgcdp.recovery import instant
@@ -154,11 +154,6 @@ def interval_json(interval: Interval, verified: Json | None) -> Json:
         "outside": outside_json(interval.outside),
         "verified": verified,
     }
-
-
-def outside_json(outside: tuple[tuple[str, str], ...] | None) -> list[Json] | None:
-    """What of the cluster an interval lacks; None: that was not known when it ended."""
-    return None if outside is None else [{"name": name, "place": place} for name, place in outside]
 
 
 def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:

@@ -85,14 +85,19 @@ def between(source: Source, point: RecoveryPoint) -> Json:
     return {"recovery_point": point_json(point), **told, "outside": lacking(source, point)}
 
 
-def lacking(source: Source, point: RecoveryPoint) -> list[Json]:
-    """Data of the cluster that no recovery point has where this one lies: nobody captured it.
+def lacking(source: Source, point: RecoveryPoint) -> list[Json] | None:
+    """Data of the cluster that no recovery point has where this one lies: nobody captured it. None: it is not known.
 
-    Of a point in the open interval it is what the last boundary told.
+    Of a point in the open interval it is what the last boundary told; at boundary 0 there was none.
     """
     intervals = source.intervals()
     known = [each for each in intervals if point.interval is None or each.number == point.interval]
-    return [{"name": name, "place": place} for name, place in (known[-1].outside or ())] if known else []
+    return outside_json(known[-1].outside) if known else []
+
+
+def outside_json(outside: tuple[tuple[str, str], ...] | None) -> list[Json] | None:
+    """What of the cluster an interval lacks; None: that was not known when it ended."""
+    return None if outside is None else [{"name": name, "place": place} for name, place in outside]
 
 
 def scratch_place(source: Source) -> Path:

@@ -96,7 +96,7 @@ STATUS: Shape = {
     "volumes": [{"name": str, "device": Maybe(str), "backing": str, "mountpoint": str, "bytes": int}],
 }
 END: Shape = {"xid": int, "time": TIME, "lsn": LSN, "write": int, "status": str}
-RESOLVED: Shape = {"recovery_point": POINT, "seconds": float, "outside": [OUTSIDE],
+RESOLVED: Shape = {"recovery_point": POINT, "seconds": float, "outside": Maybe([OUTSIDE]),
                    "last_in": Maybe(END), "first_out": Maybe(END), "out": Maybe(int), "also_out": [END]}  # fmt: skip
 RESTORE: Shape = {
     **RESOLVED,

@@ -46,6 +46,11 @@ def find_outside(pgdata: Path, mountpoints: Iterable[Path]) -> list[Outside]:
     return sorted(_walk("", real, 0, own, foreign), key=lambda found: found.name)
 
 
+def all_mounted(mountpoints: Iterable[Path]) -> bool:
+    """Whether each volume is mounted: else there is nothing to look at, and nothing found means nothing."""
+    return all(volumes.mount_at(place) is not None for place in mountpoints)
+
+
 class Looker:
     """Looks again and again, without ever waiting long for a filesystem."""
 
@@ -57,6 +62,7 @@ class Looker:
     def soon(self, patience: float) -> list[Outside] | None:
         """What `find_outside` tells from now on, if it does within `patience` seconds; None when it does not.
 
+        None, too, unless every volume is mounted all the while.
         It is found by a thread of its own: the filesystem may wait for a journal that only the caller can make room in.
         """
         if self._running is not None and self._running.is_alive():
@@ -68,8 +74,11 @@ class Looker:
         return self._found
 
     def _run(self) -> None:
+        _, mountpoints = self._where
         try:
-            self._found = find_outside(*self._where)
+            if all_mounted(mountpoints):
+                found = find_outside(*self._where)
+                self._found = found if all_mounted(mountpoints) else None
         except OSError as error:
             log.warning("it is not known whether data lies outside of the volumes: %s", error)
 

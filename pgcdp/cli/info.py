@@ -32,6 +32,9 @@ def _render(value: Mapping[str, Any]) -> None:
     for name, place in dict.fromkeys((each["name"], each["place"]) for row in lacking for each in row["outside"]):
         numbers = [int(row["number"]) for row in lacking if {"name": name, "place": place} in row["outside"]]
         screen.text(f"INCOMPLETE without {name} in {place}, outside of the set: interval {_ranges(numbers)}")
+    unknown = [int(row["number"]) for row in value["intervals"] if row["outside"] is None]
+    if unknown:
+        screen.text(f"whether data lay outside of the set is not known: interval {_ranges(unknown)}")
     if value["marks"]:
         screen.text()
         rows = [

@@ -178,7 +178,9 @@ def announce(resolved: Mapping[str, Any]) -> None:
     note = resolved["recovery_point"]["note"]
     if note:
         screen.note(f"note: {note}")
-    for each in resolved["outside"]:
+    if resolved["outside"] is None:
+        screen.note("whether data lay outside of the set then is not known")
+    for each in resolved["outside"] or ():
         screen.note(f"INCOMPLETE: {each['name']} lay outside of the set, in {each['place']}: it is not in here")
     if resolved["out"] is None:
         screen.note(f"not all transactions around it are known: {resolved['unknown']}")

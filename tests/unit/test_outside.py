@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pgcdp.capture.outside import Outside, find_outside
+from pgcdp.capture import outside
+from pgcdp.capture.outside import Looker, Outside, find_outside
 
 Change = Callable[[Path, Path], Path]
 
@@ -86,3 +87,10 @@ def test_looking_writes_nothing(pgdata: Path, tmp_path: Path) -> None:
         os.utime(directory, ns=(1, os.stat(directory).st_mtime_ns))
     find_outside(pgdata, [pgdata, tmp_path / "space"])
     assert {os.stat(directory).st_atime_ns for directory in directories} == {1}
+
+
+def test_nothing_is_known_of_what_is_not_mounted(pgdata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty mount point is not a cluster without tablespaces."""
+    assert Looker(pgdata, [pgdata]).soon(60) is None
+    monkeypatch.setattr(outside, "all_mounted", lambda mountpoints: True)
+    assert Looker(pgdata, [pgdata]).soon(60) == [Outside("pg_tblspc/16390", tmp_path / "space")]
