@@ -13,6 +13,7 @@ rewind takes its place, such as the one back to where it began.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -74,8 +75,7 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
     paths = config.paths
     with attach.hold(paths):
         left = pending(paths)
-        _refuse_before_volume(config, point)
-        _refuse_minimal(config, point, below, progress)
+        _refuse_point(config, point, below, progress)
         if left is not None and left.step in ("write", "start"):
             _log.warning("the rewind to write %d is given up for one to write %d", left.point.write, point.write)
             begun = time.monotonic()
@@ -122,24 +122,29 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Pending | 
         return _finish(config, left, below, progress)
 
 
-def _refuse_before_volume(config: Config, point: RecoveryPoint) -> None:
-    """Raises PreconditionError for a point at which a volume held nothing yet: production had its data elsewhere."""
-    for name, since in Store.open(config.store, config.set_id_bytes).since.items():
-        if point.write < since:
-            raise PreconditionError(
-                f"volume {name} is in the set since write {since}: what lay in its place at write {point.write} was "
-                "captured by nobody",
-                "pgcdp clone and pgcdp salvage open points before that, as far as they were captured",
-            )
-
-
-def _refuse_minimal(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
-    """Raises PreconditionError for a point from whose WAL Postgres does not come up on a new timeline."""
-    with mounted(source_of(config, engine_status(config)), point, below, progress) as pgdata:
+def _refuse_point(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
+    """Raises PreconditionError for a point to which production cannot be brought."""
+    source = source_of(config, engine_status(config))
+    with mounted(source, point, below, progress) as pgdata:
+        _refuse_before_volume(source.store, point, pgdata)
         if cluster.read_control(pgdata).wal_level == 0:
             raise PreconditionError(
                 f"wal_level was minimal at write {point.write}: Postgres cannot come up on a new timeline there",
                 "pgcdp clone and pgcdp restore --to-directory open it; rewind to where wal_level was replica",
+            )
+
+
+def _refuse_before_volume(store: Store, point: RecoveryPoint, pgdata: Path) -> None:
+    """Where a tablespace lay that came into the set later: nobody has captured what it held. Before it was made, there
+    is nothing to bring back."""
+    for name, since in store.since.items():
+        place = store.extra["mountpoints"][name]
+        links = [os.readlink(link) for link in (pgdata / "pg_tblspc").iterdir() if link.is_symlink()]
+        if point.write < since and any(os.path.normpath(link) == os.path.normpath(place) for link in links):
+            raise PreconditionError(
+                f"volume {name} is in the set since write {since}: what the tablespace in {place} held at write "
+                f"{point.write} was captured by nobody",
+                f"choose a point from write {since} on, or one before that tablespace was made",
             )
 
 

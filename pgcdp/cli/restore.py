@@ -99,6 +99,8 @@ def command(
         raise UsageError(
             "--tablespace-map needs --to-directory", "images and production have tablespaces where they are"
         )
+    if len(dict(tablespaces)) < len(tablespaces):
+        raise UsageError("--tablespace-map names a tablespace twice", "give each one directory")
     if in_place:
         return _rewind(set_name, store, target, before, yes, output)
     name = options.pick_set_or_store(set_name, store)

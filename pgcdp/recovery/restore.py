@@ -21,7 +21,7 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.links import lead_inside, own_places
-from pgcdp.recovery.restored_spaces import Restored, planned, refuse_created
+from pgcdp.recovery.restored_spaces import Restored, planned, refuse_created, refuse_shared
 from pgcdp.recovery.scratch import copied, elsewhere, write_images
 from pgcdp.recovery.source import Source
 
@@ -37,10 +37,10 @@ def to_image(source: Source, point: RecoveryPoint, place: Path, progress: Report
         raise UsageError(f"{place.parent} is no directory", f"make it first: mkdir -p {place.parent}")
     partial = place.with_name(place.name + ".partial")
     remove(partial)
-    single = len(source.store.volumes) == 1
+    single = len(source.store.in_use) == 1
     if not single:
         partial.mkdir(mode=0o700)
-    files = [partial if single else partial / f"{volume.name}.img" for volume in source.store.volumes]
+    files = [partial if single else partial / f"{volume.name}.img" for volume in source.store.in_use]
     try:
         written = write_images(source, point, files, progress)
         partial.rename(place)
@@ -68,6 +68,7 @@ def to_directory(
     """
     work, beside = place.parent / f".pgcdp-restore-{place.name}", place.with_name(f"{place.name}.tablespaces")
     _refuse_used(place, beside, work)
+    refuse_shared(spaces, place, beside)
     with copied(source, point, work, progress) as found:
         production = elsewhere(source, point, found)
         links = own_places(found, production)

@@ -31,6 +31,19 @@ class Restored:
     place: Path
 
 
+def refuse_shared(wanted: Mapping[str, Path], place: Path, beside: Path) -> None:
+    """Raises UsageError unless each tablespace, by name or OID, has a directory of its own, in no other's."""
+    taken = {"the data directory": place, "the tablespaces without a directory": beside}
+    for word, directory in wanted.items():
+        for other, there in taken.items():
+            if directory.is_relative_to(there) or there.is_relative_to(directory):
+                raise UsageError(
+                    f"{directory} for tablespace {word} and {there} for {other} lie in each other",
+                    "give each a directory of its own",
+                )
+        taken[word] = directory
+
+
 def planned(
     links: Mapping[Path, Path],
     found: Path,
@@ -56,6 +69,8 @@ def planned(
             raise UsageError(f"{directory.parent} is no directory", f"make it first: mkdir -p {directory.parent}")
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UsageError(f"{directory} is not empty", "name a directory that does not exist, or remove it first")
+        if matching[0] in chosen:
+            raise UsageError(f"tablespace {word} is named twice", "by its name or by its OID")
         chosen[matching[0]] = directory
     restored = []
     for oid, own in sorted(oids.items()):

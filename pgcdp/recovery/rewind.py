@@ -46,7 +46,10 @@ def may_differ(source: Source, point: RecoveryPoint, place: Path) -> NDArray[np.
     now = source.again(lambda: _changed(source))
     extents = blockmap.flatten([now, make_map(source, point, place).extents])
     # A volume that was put back is in the store and in none of production's devices.
-    return blockmap.within(extents, [volume.bytes // BLOCK for volume in source.store.in_use])
+    extents = blockmap.within(extents, [volume.bytes // BLOCK for volume in source.store.in_use])
+    # One that came later was zeros then. It stays as it is, since it could not be mounted.
+    later = [each.number for each in source.store.volumes if source.store.since.get(each.name, 0) > point.write]
+    return extents[~np.isin(extents["volume"], later)]
 
 
 def _changed(source: Source) -> NDArray[np.void]:

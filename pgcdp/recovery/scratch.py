@@ -20,8 +20,8 @@ from pgcdp.recovery.view import shown
 
 
 def write_images(source: Source, point: RecoveryPoint, files: list[Path], progress: Report) -> int:
-    """Materialize into new sparse files, synced; one for each volume of the store."""
-    need = sum(os.stat(source.store.image / f"{v.name}.img").st_blocks * 512 for v in source.store.volumes)
+    """Materialize into new sparse files, synced; one for each volume of the set (`Store.in_use`)."""
+    need = sum(os.stat(source.store.image / f"{v.name}.img").st_blocks * 512 for v in source.store.in_use)
     have = free_space(files[0].parent)
     if have < need:
         raise PreconditionError(
@@ -34,14 +34,16 @@ def write_images(source: Source, point: RecoveryPoint, files: list[Path], progre
             fds.append(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             stack.callback(os.close, fds[-1])
         with source.held():
-            if len(source.store.volumes) != len(files):
+            wanted = source.store.in_use
+            if len(wanted) != len(files):
                 raise PreconditionError("the set has got another volume meanwhile", "run this again")
-            for fd, volume in zip(fds, source.store.volumes, strict=True):
+            for fd, volume in zip(fds, wanted, strict=True):
                 os.ftruncate(fd, volume.bytes)
-            source.materialize(point, FileTarget(fds), progress)
+            put_back = {each.number for each in source.store.volumes} - {each.number for each in wanted}
+            source.materialize(point, FileTarget(fds, put_back), progress)
         for fd in fds:
             os.fsync(fd)
-    return sum(volume.bytes for volume in source.store.volumes)
+    return sum(volume.bytes for volume in source.store.in_use)
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def mounted(
 def copied(source: Source, point: RecoveryPoint, below: Path, progress: Report = silent) -> Iterator[Path]:
     """The same in files of its own: every byte of it has been read and checked."""
     with place_below(below) as scratch:
-        files = [scratch / f"{volume.name}.img" for volume in source.store.volumes]
+        files = [scratch / f"{volume.name}.img" for volume in source.store.in_use]
         write_images(source, point, files, progress)
         with _mounted(source, point, scratch, files, volumes.WRITE_BACK, progress) as place:
             yield place
@@ -99,7 +101,8 @@ def _mount_all(
     progress: Report,
 ) -> Path:
     """Mount, and have `stack` take it all back."""
-    file_of = {volume.name: file for volume, file in zip(source.store.volumes, files, strict=True)}
+    # A view shows the volume that was put back, too, which is the last one.
+    file_of = {volume.name: file for volume, file in zip(source.store.volumes, files, strict=False)}
     for name, where in _layout(source, point, scratch).items():
         progress(Progress(f"mounting volume {name}"))
         where.mkdir(mode=0o700, exist_ok=True)

@@ -59,7 +59,7 @@ def assert_in(found: ProtectedSet, place: Path) -> None:
 
 
 def there_and_back(found: ProtectedSet) -> None:
-    """A rewind while the store has a volume that was put back: production has no device for it."""
+    """A rewind while the store has a volume that was put back: production has no device for it, and an image none."""
     point = found.durable()
     found.sql("create table behind as select 1 as n")
     told = api.rewind(found.name, Target("write", point), agree=lambda told: None, prove=False)
@@ -67,6 +67,9 @@ def there_and_back(found: ProtectedSet) -> None:
     api.rewind(found.name, Target("name", name=told["undo"]), agree=lambda told: None, prove=False)
     assert found.sql("select n from behind") == [(1,)]
     found.wait_following()
+    api.restore(found.name, Target("write", point), to_image=found.root / "image")
+    assert (found.root / "image").is_file()
+    (found.root / "image").unlink()
 
 
 def place_name(found: ProtectedSet) -> str:
@@ -90,7 +93,7 @@ def assert_out(found: ProtectedSet, place: Path) -> None:
 def test_a_tablespace_made_since_is_taken_in(late: tuple[ProtectedSet, Path], make_disk: MakeDisk, fs: str) -> None:
     """Also into points behind it, in a clone opened before it came, and out again with the rest."""
     found, place = late
-    before = found.durable()
+    first, before = api.info(found.name)["recovery_window"]["from_write"], found.durable()
     api.cut(found.name)
     found.sql("create table told as select 1 as n")
     outside = found.durable()
@@ -113,6 +116,12 @@ def test_a_tablespace_made_since_is_taken_in(late: tuple[ProtectedSet, Path], ma
     assert not any((found.root / "images" / "ts-late.img").read_bytes())
     with pytest.raises(PreconditionError, match="volume ts-late is in the set since write"):
         api.rewind(found.name, Target("write", before), agree=lambda told: None)
+    # Before it was made there was nothing in its place.
+    told = api.rewind(found.name, Target("write", first), agree=lambda told: None)
+    assert told["verified"]
+    assert found.sql("select count(*) from pg_tablespace where spcname = 'late'") == [(0,)]
+    assert api.rewind(found.name, Target("name", name=told["undo"]), agree=lambda told: None)["verified"]
+    assert rows(found) == 1000
     with pytest.raises(UsageError, match="is in the set already"):
         api.add_tablespaces(found.name, [("late", Backing(None, 304 * MIB))])
 

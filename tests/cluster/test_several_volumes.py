@@ -132,6 +132,9 @@ def test_a_restored_directory_has_its_own_of_everything(spread: ProtectedSet) ->
         api.restore(spread.name, target, to_directory=place, tablespaces={"none": chosen})
     with pytest.raises(UsageError, match="is not empty"):
         api.restore(spread.name, target, to_directory=place, tablespaces={"fast": place_of(spread, "fast")})
+    for given in ({"fast": chosen, "slow": chosen}, {"fast": place / "inside"}):
+        with pytest.raises(UsageError, match="lie in each other"):
+            api.restore(spread.name, target, to_directory=place, tablespaces=given)
     assert not place.exists()
     told = api.restore(spread.name, target, to_directory=place, tablespaces={"fast": chosen})
     oids = {where: oid for oid, where in cluster.tablespace_links(spread.pgdata).items()}
