@@ -34,7 +34,8 @@ int volume_open(struct volume *v, const char *name, const char *path, uint64_t s
     } else if (v->size == 0 || v->size % BLOCK) {
         rc = err_set(e, ERR_USAGE, "the backing %s has %lu bytes, not a multiple of 4096", path, v->size);
     } else if (size > v->size) {
-        rc = err_set(e, ERR_PRECONDITION, "the backing %s of volume %s has %lu bytes instead of %lu", path, name, v->size, size);
+        rc = err_set(e, ERR_PRECONDITION, "the backing %s of volume %s has %lu bytes instead of %lu", path, name, v->size,
+                     size);
         err_hint(e, "bring the backing back to its size; nothing is captured on a part of it");
     }
     if (rc) {

@@ -5,12 +5,12 @@ filesystem is made and the tablespace copied through the capture layer, while Po
 what is written. The step lies in the set's state directory, durably, before it begins:
 
     add      volume in the store, capture with it, filesystem, copy       | put back
-    switch   the old directory aside, the volume in its place, Postgres   | finished; put back when Postgres does not start
+    switch   the old directory aside, the volume in its place, Postgres   | finished, or put back if that does not start
     back     the old directory in its place again                        | put back
     remove   the old directory                                           | finished
 
 What is put back leaves a volume in the store that nothing is written to; the next one takes its number. Putting back
-needs nothing of the new volume and nothing of the store: what is in the journal for that volume is left out of the replay.
+needs nothing of the new volume or of the store: what is in the journal for that volume is left out of the replay.
 """
 
 from __future__ import annotations

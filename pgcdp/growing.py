@@ -131,7 +131,7 @@ def _wanted(config: Config, volume: VolumeConfig, size: int | None, known: int) 
     if wanted < known:
         raise UsageError(
             f"volume {volume.name} has {format_size(known)}, {format_size(wanted)} would be less",
-            "a volume never becomes smaller; for that, unprotect and protect again. A grow that was killed is finished by "
+            "a volume never becomes smaller; for that, unprotect and protect again. One that was killed is finished by "
             f"pgcdp grow {config.name} --volume {volume.name} {settings.exact_size(known)}",
         )
     return wanted

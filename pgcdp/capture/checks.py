@@ -112,21 +112,6 @@ def check_name(paths: SetPaths) -> None:
         )
 
 
-def check_mounts(pgdata: Path) -> None:
-    """The data directory must lie wholly on an ordinary filesystem, without mounts."""
-    if volumes.mount_at(pgdata) is not None:
-        raise PreconditionError(
-            f"{pgdata} is a mount point, which cannot be moved aside",
-            "move the cluster into a directory below the mount point first",
-        )
-    below = volumes.mounts_below(pgdata)
-    if below:
-        raise PreconditionError(
-            f"{below[0].mountpoint} is mounted inside the data directory",
-            f"umount it, or move its content into {pgdata}",
-        )
-
-
 def check_places(request: ProtectRequest, places: Sequence[Path], journal: Path) -> None:
     """Store and journal: outside the cluster's directories, apart from each other, empty or absent.
 
@@ -227,7 +212,7 @@ def check(request: ProtectRequest) -> Plan:
     if request.initdb:
         facts, running = _facts_of_new(request, pgdata, paths), False
     else:
-        check_mounts(pgdata)
+        planning.refuse_mounts(pgdata, "move the cluster into a directory below the mount point first")
         facts, running = _facts_of_existing(request, pgdata, paths)
     if not running:
         check_port(request, facts)

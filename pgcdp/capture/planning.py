@@ -152,18 +152,20 @@ def check_places(places: Sequence[Path], others: Sequence[Path]) -> None:
                 f"{place} is {what}, and cannot become a mount point",
                 "stop the cluster and let its own link name the directory itself",
             )
-        if volumes.mount_at(place) is not None:
-            raise PreconditionError(
-                f"{place} is a mount point, which cannot be moved aside",
-                "stop the cluster, move it into a directory below the mount point, and change its link",
-            )
-        for mount in volumes.mounts_below(Path(os.path.realpath(place))):
-            raise PreconditionError(f"{mount.mountpoint} is mounted inside {place}", "umount it, or move its content")
+        refuse_mounts(place, "stop the cluster, move it into a directory below the mount point, and change its link")
         for other in (*places, *others):
             if other != place and (place in other.parents or other in place.parents):
                 raise PreconditionError(
                     f"{place} and {other} lie in each other", "move one of them out of the other, and change its link"
                 )
+
+
+def refuse_mounts(place: Path, hint: str) -> None:
+    """Raises PreconditionError, with `hint` for a mount point, unless a directory lies wholly on one filesystem."""
+    if volumes.mount_at(place) is not None:
+        raise PreconditionError(f"{place} is a mount point, which cannot be moved aside", hint)
+    for mount in volumes.mounts_below(Path(os.path.realpath(place))):
+        raise PreconditionError(f"{mount.mountpoint} is mounted inside {place}", "umount it, or move its content there")
 
 
 def refuse_outside(pgdata: Path, mountpoints: Sequence[Path]) -> None:

@@ -40,9 +40,9 @@ def own_places(pgdata: Path, elsewhere: Mapping[Path, Path]) -> dict[Path, Path]
 def lead_inside(trees: Mapping[Path, Path], elsewhere: Mapping[Path, Path]) -> None:
     """Lead the links in `trees`, {a part of a restored cluster: where it is copied to}, to what they led to there.
 
-    The first tree is the data directory. For what somebody moved by hand; the links to tablespaces are left as they are,
-    pg_wal is none any more. A relative link that stays in its tree is right already. Raises PreconditionError, with nothing
-    changed, for one that Postgres would follow to what is not copied: production's own.
+    The first tree is the data directory. For what somebody moved by hand: the links to tablespaces are left as they
+    are, pg_wal is none any more. A relative link that stays in its tree is right already. Raises PreconditionError,
+    with nothing changed, for one that Postgres would follow to what is not copied: production's own.
     """
     change: dict[Path, Path] = {}
     pgdata = next(iter(trees))
