@@ -41,7 +41,8 @@ ZERO_BLOCKS = 16
 def may_differ(source: Source, point: RecoveryPoint, place: Path) -> NDArray[np.void]:
     """The blocks in which a point can differ from what the volumes hold now: an array MAP_EXTENT.
 
-    Only those of the set's volumes are told. The kind is zeros where the point has them. Call it `held`; `place` is an empty directory, which gets what it needs.
+    Of the set's volumes only, and without those that came behind the point. The kind is zeros where the point has
+    them. Call it `held`; `place` is an empty directory, which gets what it needs.
     """
     now = source.again(lambda: _changed(source))
     extents = blockmap.flatten([now, make_map(source, point, place).extents])
