@@ -7,9 +7,8 @@ cleared away when its engine has ended, by whoever keeps all of these out. So a 
 of what the image's state says then.
 
 What the view shows now, only its engine knows: its status names the file of its map, and that names the files of
-intervals that it reads. Retention, when it comes, must not let go of an interval that one of these maps names, nor of
-one that a view will need because the image has yet to move over it: it looks here as a move does, with readers kept
-out meanwhile.
+intervals that it reads. Retention removes none of these files; it looks here as a move does, with readers kept out
+meanwhile (`recovery.sweeping`).
 """
 
 from __future__ import annotations
@@ -78,6 +77,16 @@ def registered(store: Store, control: Path, write: int) -> Iterator[Registered]:
         yield Registered(fd, file)
     finally:
         os.close(fd)
+
+
+def seen_views(store: Store) -> list[OpenView]:
+    """The same for those who only look: nothing is cleared away, and one that is being opened may be missing."""
+    found = []
+    for file in sorted(_directory(store).glob("*")):
+        with suppress(FileNotFoundError):
+            if _is_locked(file):
+                found.append(_read(file))
+    return found
 
 
 def open_views(store: Store) -> list[OpenView]:

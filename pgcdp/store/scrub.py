@@ -21,6 +21,7 @@ from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK
+from pgcdp.store.base import check_base, read_base
 from pgcdp.store.bundle import CONTENTS, Bundle
 from pgcdp.store.frames import HEADER_BYTES, Entry, FrameReader, check_unfinished
 from pgcdp.store.history import history_names, read_history
@@ -106,18 +107,22 @@ class _Scrub:
     def check_intervals(self) -> None:
         """Manifests and their files; each interval begins where the one before ends."""
         behind: tuple[int, int] | None = None
-        for number in self.store.interval_numbers():
-            path = self.store.interval(number)
+        with _noting(self, self.store.bases, "boundaries behind the oldest one can still be restored"):
+            check_base(self.store)
+            base = read_base(self.store)
+            behind = (base.number, base.write) if base is not None and base.number else None
+        for span in self.store.spans():
+            number, path = span.last, self.store.place(span)
             try:
-                bundle = Bundle.open(self.store, number)
+                bundle = Bundle.at(self.store, span)
             except DamageError as damage:
                 self.note(path / "manifest.json", 0, damage.message, _from_boundary(number))
                 behind = None
                 continue
             interval = bundle.interval
-            if behind is not None and (number, interval.from_write) != (behind[0] + 1, behind[1] + 1):
+            if behind is not None and (span.first, interval.from_write) != (behind[0] + 1, behind[1] + 1):
                 message = f"interval {number} from write {interval.from_write} does not follow interval {behind[0]}"
-                self.note(path / "manifest.json", 0, message, _from_boundary(number - 1))
+                self.note(path / "manifest.json", 0, message, _from_boundary(span.first - 1))
             behind = number, interval.to_write
             self.bundles[number] = bundle
             if self.full:
@@ -242,9 +247,8 @@ class _Scrub:
                 continue
             begin, count = extents["block"], extents["count"]
             if np.any((extents["volume"] == volume) & (begin <= block) & (block < begin + count)):
-                return (
-                    f"boundary {number - 1} and everything before it can still be restored; later points lack the block"
-                )
+                before = self.bundles[number].interval.first - 1
+                return f"boundary {before} and everything before it can still be restored; later points lack the block"
         return "no point can be restored without this block, since no interval changed it"
 
 
@@ -300,6 +304,8 @@ def _still_restorable(bundle: Bundle, name: str, entry: Entry | None = None) -> 
             if whole
             else f"every boundary can still be restored, single writes of interval {number} cannot"
         )
+    if name == "forward":
+        return "every boundary can still be restored, if the image is at a later one"
     if name in ("writes", "index"):
         return f"every boundary can still be restored, single writes of interval {number} cannot"
     return "every boundary and write can still be restored if nothing else is damaged"
