@@ -29,6 +29,7 @@ from pgcdp.capture.filemap import FileMap, FileMapper, places_of
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import BugError, PgcdpError, PreconditionError
+from pgcdp.expiring import policy_of
 from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
@@ -39,7 +40,9 @@ from pgcdp.postgres.catalogs import look
 from pgcdp.postgres.control import State
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Settings
+from pgcdp.records import Span
 from pgcdp.recovery import clone
+from pgcdp.recovery.expiring import AnotherRuns, Run, expiring
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.recovery.merged import merge_due
 from pgcdp.store.bundle import Bundle
@@ -63,6 +66,8 @@ FILES_SECONDS = 5.0
 """How long a boundary waits for the filesystems to say whose their blocks are; not at all while the journal fills."""
 FILES_SHARE = 0.05
 """Part of the time that may go into asking them."""
+EXPIRE_SECONDS = 60.0
+"""How often it is looked whether the policy lets go of something, besides at each boundary."""
 CLONES_SECONDS = 5.0
 """How often it looks for clones whose time is over."""
 SHUTDOWN_SECONDS = 600.0
@@ -111,6 +116,9 @@ class Agent:
         self.merging: asyncio.Future[None] | None = None
         self.merged_upto = -1  # the newest interval when it was looked last
         self.not_merged = ""
+        self.expired_at = -EXPIRE_SECONDS
+        self.not_expired = ""
+        self.damaged: set[Span] = set()  # what retention could not read: tried again when the agent starts anew
         self.files = FileMapper(
             places_of(config.pgdata, {number: volume.mountpoint for number, volume in enumerate(config.volumes)})
         )
@@ -229,11 +237,47 @@ class Agent:
         return STALLED_TICK_SECONDS if status.state == "stalled" else TICK_SECONDS
 
     def _merge_soon(self, stages: Stages) -> None:
-        """Old intervals' increments are merged in the background, since nothing waits for it."""
+        """Old intervals' increments are merged, and old points let go of, in the background: nothing waits for it."""
         number = stages.newest.number if stages.newest is not None else -1
-        if number != self.merged_upto and (self.merging is None or self.merging.done()):
+        if self.merging is not None and not self.merging.done():
+            return
+        loop = asyncio.get_running_loop()
+        if number != self.merged_upto:
             self.merged_upto = number
-            self.merging = asyncio.get_running_loop().run_in_executor(self.merger, self._merge, stages.store)
+            self.expired_at = -EXPIRE_SECONDS  # ages count back from the newest boundary: now some are old enough
+            self.merging = loop.run_in_executor(self.merger, self._merge, stages.store)
+        elif time.monotonic() - self.expired_at >= EXPIRE_SECONDS:
+            self.expired_at = time.monotonic()
+            self.merging = loop.run_in_executor(self.merger, self._expire, stages.store)
+
+    def _expire(self, store: Store) -> None:
+        """Let go of what the settings say, as they are now."""
+        try:
+            config = load_config(self.config.name)
+            policy = policy_of(config)
+            if policy.keeps_all:
+                self.not_expired = ""
+                return
+            with expiring(store):
+                done = Run(
+                    store, policy, level=config.compression_level, stop=self.stopping.is_set, damaged=self.damaged
+                ).run()
+        except AnotherRuns:
+            return
+        except Exception as error:  # capture must not lose its agent for it
+            problem = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        else:
+            left = f"{len(self.damaged)} intervals are damaged and stay as they are" if self.damaged else ""
+            problem = "; ".join(done.failed) or left
+            if done.base is not None or done.joins or done.thin:
+                logger.info(
+                    "retention: %s, %d joined, single writes of %d gone, %d bytes came back",
+                    "the base stays" if done.base is None else f"boundary {done.base} is the oldest",
+                    len(done.joins), len(done.thin), done.bytes,
+                )  # fmt: skip
+        if problem and problem != self.not_expired:
+            logger.warning("retention: %s", problem)
+        self.not_expired = problem
 
     def _merge(self, store: Store) -> None:
         try:
@@ -324,9 +368,9 @@ class Agent:
         if store.baseline is not None:
             catalog.put_baseline(store.baseline)
         known = catalog.intervals()
-        for number in store.interval_numbers():
-            if number not in known:
-                catalog.put_interval(Bundle.open(store, number))
+        for span in store.spans():
+            if span.last not in known or known[span.last][0].span != span:
+                catalog.put_interval(Bundle.at(store, span))
 
     def _leave_room(self) -> None:
         """What was taken is made durable and given free: the next agent goes on from there, and what is written between
@@ -613,6 +657,7 @@ class Agent:
             "look_seconds": round(time.monotonic() - self.whole_look_at),
             "no_look": self.no_look,
             "waiting": self.waiting,
+            "not_expired": self.not_expired,
         }
 
 

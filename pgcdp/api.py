@@ -20,6 +20,8 @@ from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.filemap import FileMapper, places_of
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
+from pgcdp.expiring import expire as expire
+from pgcdp.expiring import expire_look as expire_look
 from pgcdp.following import follow as follow
 from pgcdp.intervals.policy import parse_policy
 from pgcdp.looking import info as info
@@ -48,6 +50,8 @@ from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.bundle import Bundle
+from pgcdp.store.catalog import Catalog
+from pgcdp.store.kept import keep_event, kept_marks
 from pgcdp.store.layout import Store
 from pgcdp.store.rebuild import rebuild as rebuild_catalog
 from pgcdp.units import format_time
@@ -167,14 +171,41 @@ def cut(set_name: str) -> Json:
     return interval_json(Bundle.open(Store.open(config.store), boundary).interval, None)
 
 
-def mark(set_name: str, name: str) -> Json:
-    """Put a named mark into the write order."""
+def mark(set_name: str, name: str, keep: bool = False) -> Json:
+    """Put a named mark into the write order; with `keep` retention never lets go of it."""
     config = load_config(set_name)
     client = EngineClient(config.paths.control)
     earlier: list[int] = []
     with suppress(PgcdpError, OSError):  # the mark itself needs no store
         earlier = [each["write"] for each in marks(open_source(set_name, None)) if each["name"] == name]
-    return {"set": set_name, "name": name, "write": client.mark(name), "earlier": earlier}
+    store = Store.open(config.store, config.set_id_bytes) if keep else None  # it must be there before the mark is
+    write = client.mark(name)
+    if store is not None:
+        _say_of_mark(store, name, write, keep=True)
+    return {"set": set_name, "name": name, "write": write, "earlier": earlier, "kept": keep}
+
+
+def unkeep(set_name: str, name: str) -> Json:
+    """Retention may let go of the marks of a name. Raises TargetError when none is kept."""
+    config = load_config(set_name)
+    store = Store.open(config.store, config.set_id_bytes)
+    kept = kept_marks(store)
+    found = [each for each in kept if each.name == name]
+    if not found:
+        names = ", ".join(dict.fromkeys(each.name for each in kept)) or "none"
+        raise TargetError(f'no mark "{name}" is kept', f"kept are: {names}")
+    for each in found:
+        _say_of_mark(store, name, each.write, keep=False)
+    writes = [each.write for each in found]
+    return {"set": set_name, "name": name, "write": writes[-1], "earlier": writes[:-1], "kept": False}
+
+
+def _say_of_mark(store: Store, name: str, write: int, keep: bool) -> None:
+    catalog = Catalog.open(store)
+    try:
+        catalog.remember("event", time.time_ns(), keep_event(name, write, keep))
+    finally:
+        catalog.close()
 
 
 # --- looking
@@ -210,7 +241,7 @@ def _show(set_name: str | None, source: Source, write: int) -> Json:
     names = {volume.number: volume.name for volume in source.store.volumes}
     holds: Json = {}
     if kind == Kind.MARK:
-        holds = {"mark": source.data(write).decode("utf-8", "replace")}
+        holds = {"mark": _name_of(source, write, point.interval)}
         if record["flags"]:
             holds = {"rewind": "begin" if record["flags"] == REWIND_BEGIN else "end", "to": holds["mark"]}
     elif kind == Kind.WRITE:
@@ -227,10 +258,21 @@ def _show(set_name: str | None, source: Source, write: int) -> Json:
     }
 
 
+def _name_of(source: Source, write: int, interval: int | None) -> str | None:
+    """The name of a mark, or the point of a rewind's begin or end record; None when it was not written down."""
+    try:
+        return source.data(write).decode("utf-8", "replace")
+    except TargetError:
+        return transactions.mark_in(source, write, interval)
+
+
 def _holds(set_name: str | None, source: Source, record: np.void, interval: int | None) -> Json:
     """What was recognised in the data of a write, and whose its blocks are."""
     write = int(record["number"])
-    holds = doctor.describe_data(source.data(write)) or transactions.wal_in(source, write, interval)
+    data = b""
+    with suppress(TargetError):  # retention let go of it: what was written down of it is told all the same
+        data = source.data(write)
+    holds = doctor.describe_data(data) or transactions.wal_in(source, write, interval)
     if interval is not None:
         return {**holds, "files": owners_in(source.store, interval, record)}
     if set_name is None:

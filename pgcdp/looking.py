@@ -18,6 +18,7 @@ from pgcdp.recovery import instant
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.catalog import Catalog
+from pgcdp.store.kept import kept_marks
 from pgcdp.units import format_lsn, format_time
 
 Json = dict[str, Any]
@@ -144,7 +145,8 @@ def interval_json(interval: Interval, verified: Json | None) -> Json:
         "bytes_written": interval.bytes_written,
         "blocks_changed": interval.blocks_changed,
         "stored": interval.stored,
-        "restorable_by_write": True,
+        "first": interval.first,
+        "restorable_by_write": interval.restorable_by_write,
         "verified": verified,
     }
 
@@ -160,7 +162,9 @@ def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:
 
 
 def marks(source: Source) -> list[Json]:
-    """Marks and restore points, newest first: {"name", "kind", "write", "lsn"}."""
+    """Marks and restore points, newest first: {"name", "kind", "write", "lsn", "kept"}."""
+
+    kept = {each.write for each in kept_marks(source.store)}
 
     def look() -> list[Json]:
         found = instant.marks(source.transactions().everywhere().history())
@@ -170,6 +174,7 @@ def marks(source: Source) -> list[Json]:
                 "kind": each.event["kind"],
                 "write": each.write,
                 "lsn": None if each.event["lsn"] is None else format_lsn(each.event["lsn"]),
+                "kept": each.write in kept,
             }
             for each in found
         ]

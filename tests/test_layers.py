@@ -44,6 +44,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.transactions": 7,
     "pgcdp.salvaging": 7,
     "pgcdp.rewinding": 7,
+    "pgcdp.expiring": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,

@@ -44,6 +44,7 @@ VERBS = (
     "verify",
     "check",
     "rebuild",
+    "expire",
     "demo",
     "agent",
 )
