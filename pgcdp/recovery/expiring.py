@@ -125,11 +125,7 @@ class Run:
 
     def run(self, now_ns: int | None = None) -> Done:
         """Do what the policy says, then make room if there is less than it says. Raises what planning raises."""
-        make_directory(self.store.aside)
-        clear_aside(self.store)
-        with suppress(DamageError):  # it mirrors the manifests; `rebuild` mends it
-            self._catalog = Catalog.open(self.store)
-        try:
+        with self._begun():
             now = time.time_ns() if now_ns is None else now_ns
             self._sweep()
             holding = holding_of(self.store)
@@ -137,10 +133,26 @@ class Run:
                 self._carry_out(plan(holding, self.policy, pins_of(self.store, holding), now))
                 self._sweep()
             self._make_room()
+        return self.done
+
+    def carry_out(self, found: Plan) -> Done:
+        """Do what a plan says, whatever the policy."""
+        with self._begun():
+            self._carry_out(found)
+            self._sweep()
+        return self.done
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        make_directory(self.store.aside)
+        clear_aside(self.store)
+        with suppress(DamageError):  # it mirrors the manifests; `rebuild` mends it
+            self._catalog = Catalog.open(self.store)
+        try:
+            yield
         finally:
             if self._catalog is not None:
                 self._catalog.close()
-        return self.done
 
     def _make_room(self) -> None:
         """The oldest goes until enough is free, or nothing else may go."""

@@ -23,11 +23,9 @@ def carry_out(found: ProtectedSet, plan: Plan) -> None:
     """What a policy would come to in months."""
     store = found.source().store
     with expiring(store):
-        run = Run(store, Policy())
-        run._carry_out(plan)
-        run._sweep()
-    assert not run.done.failed
-    assert not run.done.waiting
+        done = Run(store, Policy()).carry_out(plan)
+    assert not done.failed
+    assert not done.waiting
 
 
 def listed(found: ProtectedSet) -> list[dict[str, Any]]:
@@ -58,7 +56,7 @@ def test_boundaries_open_and_transactions_are_listed_after_all_kinds_of_expiry(
     rows, xids, numbers = {}, {}, []
     for step in range(8):
         with found.connect() as connection:
-            connection.execute("delete from t where id % 10 = %s", (step,))
+            connection.execute("delete from t where id %% 10 = %s", (step,))
             xids[step] = int(connection.execute(
                 "with gone as (insert into t select 5000 + n from generate_series(1, 7) n returning 1) "
                 "select txid_current(), count(*) from gone").fetchall()[0][0])  # fmt: skip
