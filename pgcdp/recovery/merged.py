@@ -4,8 +4,8 @@ A point n intervals back needs n backward increments; with these it reads at mos
 to the base of 16. They only say in which interval's increment a block's content is, so nothing is copied, and all of
 them are expendable: what is missing or damaged is made of what lies below it. The agent makes them in the background.
 
-What retention has joined is one interval and a layer of its own. A merged increment of the intervals that it was made
-of names files that go: it counts no more.
+What retention has joined is one interval and a layer of its own: what is merged never reaches over one. A merged
+increment of the intervals that it was made of names files that go, and is of no use any more.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def due(oldest: int, newest: int, merged: Collection[Span], fanout: int) -> Iter
 
 
 def known(store: Store) -> set[Span]:
-    """The spans that were merged, of single intervals that are still there."""
-    found = spans_in(store.merged)
-    return found - stale(store, found) if found else found
+    """The spans that were merged."""
+    return spans_in(store.merged)
 
 
 def stale(store: Store, merged: Collection[Span]) -> set[Span]:

@@ -231,6 +231,7 @@ def kill_at_every_step(years: Years, policy: Policy, stride: int) -> int:
     found = plan(holding, policy, pins_of(store, holding), NOW)
     assert found
     remains = points(carried_out(holding, found)) | {len(years.world.ops)}
+    rebuild(store)[0].close()
     before = place / "before"
     shutil.copytree(store.path, before, symlinks=True)
     years.expire(policy)
@@ -246,6 +247,10 @@ def kill_at_every_step(years: Years, policy: Policy, stride: int) -> int:
             break
         kills += 1
         assert check_store(store).ok, f"killed after {changes} changes"
+        as_stored = {span.last: Bundle.at(store, span).interval for span in store.spans()}
+        assert {number: each.interval for number, each in published(store).items()} == as_stored, (
+            "the catalog is behind"
+        )
         for write in sorted(remains):
             source = years.source()
             view = years.mapped(source.resolve(Target("write", write)))
