@@ -29,7 +29,7 @@ from pgcdp.capture.filemap import FileMap, FileMapper, places_of
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import BugError, PgcdpError, PreconditionError
-from pgcdp.expiring import policy_of
+from pgcdp.expiring import is_rewinding, policy_of
 from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
@@ -255,13 +255,14 @@ class Agent:
         try:
             config = load_config(self.config.name)
             policy = policy_of(config)
-            if policy.keeps_all:
+            if policy.keeps_all or is_rewinding(config):
                 self.not_expired = ""
                 return
             with expiring(store):
                 done = Run(
-                    store, policy, level=config.compression_level, stop=self.stopping.is_set, damaged=self.damaged
-                ).run()
+                    store, policy, level=config.compression_level, damaged=self.damaged,
+                    stop=lambda: self.stopping.is_set() or is_rewinding(config),
+                ).run()  # fmt: skip
         except AnotherRuns:
             return
         except Exception as error:  # capture must not lose its agent for it

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pgcdp.config import Config, load_config
+from pgcdp.errors import PreconditionError
 from pgcdp.fsio import free_space
 from pgcdp.progress import Report, silent
 from pgcdp.records import Interval
@@ -24,6 +25,11 @@ Json = dict[str, Any]
 def policy_of(config: Config) -> Policy:
     """What the settings of a set say."""
     return Policy(config.keep_writes, config.keep_boundaries, config.keep_hourly, config.keep_daily, config.least_free)
+
+
+def is_rewinding(config: Config) -> bool:
+    """Whether a rewind in place is under way, or was left: nothing is let go of then."""
+    return config.paths.rewind_state.exists()
 
 
 def expire_look(set_name: str) -> Json:
@@ -56,9 +62,17 @@ def expire(set_name: str, agree: Callable[[Json], None] = lambda told: None, pro
     agree(told)
     config = load_config(set_name)
     store = Store.open(config.store, config.set_id_bytes)
+    if is_rewinding(config):
+        raise PreconditionError(
+            "a rewind in place is not finished: it needs its recovery point",
+            f"unless its command still runs: pgcdp up {set_name} finishes it",
+        )
     with expiring(store):
         before = holding_of(store)
-        done = Run(store, policy_of(config), level=config.compression_level, progress=progress).run()
+        done = Run(
+            store, policy_of(config), level=config.compression_level, progress=progress,
+            stop=lambda: is_rewinding(config),
+        ).run()  # fmt: skip
     did = plan_json(before, Plan(done.base, tuple(done.joins), tuple(done.thin)))
     return {
         **_told(config, store, policy_of(config)),

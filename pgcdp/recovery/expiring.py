@@ -32,6 +32,9 @@ from pgcdp.store.thinning import thin
 
 log = logging.getLogger(__name__)
 
+STEPS = 64
+"""After so many steps what was let go of is removed."""
+
 
 @dataclass(slots=True)
 class Done:
@@ -121,7 +124,7 @@ class Run:
         self._catalog: Catalog | None = None
         self._commit = Quiet(store, stop, lambda: progress(Progress("waiting for who reads the image")))
         self._damaged = set[Span]() if damaged is None else damaged
-        self._full = set[Span]()
+        self._full = False
 
     def run(self, now_ns: int | None = None) -> Done:
         """Do what the policy says, then make room if there is less than it says. Raises what planning raises."""
@@ -144,7 +147,13 @@ class Run:
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
-        make_directory(self.store.aside)
+        try:
+            make_directory(self.store.aside)
+        except OSError as error:
+            raise PreconditionError(
+                f"{self.store.aside} cannot be made: {error.strerror}",
+                "give back some space by hand first",
+            ) from None
         clear_aside(self.store)
         with suppress(DamageError):  # it mirrors the manifests; `rebuild` mends it
             self._catalog = Catalog.open(self.store)
@@ -172,7 +181,7 @@ class Run:
             self._carry_out(found)
             self._sweep()
             if found.thin and self._steps() == before:  # no room, or damage
-                may_thin = False
+                may_thin = self._full = False
             elif self._steps() == before:
                 return
 
@@ -182,18 +191,16 @@ class Run:
     def _carry_out(self, found: Plan) -> None:
         if found.base is not None and not self.stop():
             self._step(Span(found.base, found.base), "moving the oldest boundary", self._move_base)
-        count = len(found.joins) + len(found.thin)
-        at = 0
-        for span in found.joins:
-            self._step(span, "joining intervals", self._join, at, count)
-            at += 1
-        for number in found.thin:
-            self._step(Span(number, number), "letting go of single writes", self._thin, at, count)
-            at += 1
+        steps = [(span, "joining intervals", self._join) for span in found.joins]
+        steps += [(Span(number, number), "letting go of single writes", self._thin) for number in found.thin]
+        for at, (span, what, work) in enumerate(steps, 1):
+            self._step(span, what, work, at - 1, len(steps))
+            if at % STEPS == 0:
+                self._sweep()  # what is made needs room, and this gives some
 
     def _step(self, span: Span, what: str, work: Callable[[Span], None], at: int = 0, count: int = 1) -> None:
         """One step; what is damaged, or finds no room, is left as it is and said."""
-        if self.stop() or span in self._damaged | self._full:
+        if self.stop() or self._full or span in self._damaged:
             return
         self.progress(Progress(what, at, count, "intervals"))
         try:
@@ -201,7 +208,7 @@ class Run:
         except Stopped:
             clear_aside(self.store)
         except _NotMirrored as error:
-            self._full.add(span)
+            self._full = True
             self._failed(span, error.message)
         except DamageError as damage:
             self._damaged.add(span)
@@ -209,8 +216,12 @@ class Run:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._full.add(span)
-            self._failed(span, f"{self.store.path} is full")
+            back = self.done.bytes
+            clear_aside(self.store)
+            self._sweep()
+            self._full = self.done.bytes == back
+            if self._full:  # all else would find no room either
+                self._failed(span, f"{self.store.path} is full")
 
     def _failed(self, span: Span, why: str) -> None:
         clear_aside(self.store)

@@ -64,6 +64,8 @@ class Quiet:
         while True:
             with image_to_move(self.store) as let_readers_in:
                 if let_readers_in is not None:
+                    if self.stop():  # asked with readers kept out: whoever looked before found what counts then
+                        raise Stopped
                     yield
                     return
             if self.stop():

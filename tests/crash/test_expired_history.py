@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from pgcdp.fsio import free_space
 from pgcdp.records import Target
 from pgcdp.recovery import merged
 from pgcdp.recovery.expiring import holding_of, pins_of
@@ -23,7 +26,7 @@ from pgcdp.store.retention import Policy, plan
 from pgcdp.store.scrub import check_store
 from tests.dying import dying_after
 from tests.unit.test_blockmap import served
-from tests.unit.test_expiring import NOW, Years, files_of
+from tests.unit.test_expiring import HOURLY, NOW, Years, files_of
 from tests.unit.test_increments import BLOCKS, apply_op
 from tests.unit.test_retention import carried_out, points
 
@@ -85,8 +88,8 @@ def by_kind(files: dict[str, int]) -> dict[str, int]:
     """Bytes by the name of the file; all of them as "all"."""
     found = {"all": sum(files.values())}
     for name, size in files.items():
-        kind = os.path.basename(name) if "/0" in name and "image" not in name else name.partition("/")[0]
-        kind = "merged" if name.startswith("merged/") else kind
+        kind = name.partition("/")[0]
+        kind = os.path.basename(name) if kind in ("intervals", "joined", "base") else kind
         found[kind] = found.get(kind, 0) + size
     return found
 
@@ -95,6 +98,34 @@ def test_a_few_hundred_intervals_expired_by_runs_that_are_killed(tmp_path: Path)
     told = expired_history(tmp_path, 240, Policy(HOUR, 4 * HOUR, 10 * HOUR, 14 * HOUR), 400)
     assert told["kills"]
     print(json.dumps(told))
+
+
+def test_a_full_disk_costs_no_point_and_room_is_made_on_it(tmp_path: Path) -> None:
+    """Somebody else fills the store's disk: what finds no room is left as it was, and gone on with later."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
+    try:
+        years = Years(disk, 41, [4] * 24, [5] * 11 + [60] * 2 + [5] * 11)
+        store, filler = years.store, disk / "filler"
+        holding = holding_of(store)
+        assert holding is not None
+        remains = points(carried_out(holding, plan(holding, HOURLY, pins_of(store, holding), NOW)))
+        for room in (0, 4096, 16384, 65536):
+            with filler.open("wb") as file, suppress(OSError):
+                os.posix_fallocate(file.fileno(), 0, max(1, free_space(disk) - room))
+            done = years.run(HOURLY)
+            assert all("is full" in each or "cannot be read" in each for each in done.failed)
+            assert done.failed or room
+            filler.unlink()
+            assert check_store(store).ok
+            found = holding_of(store)
+            assert found is not None
+            assert remains <= points(found) <= points(holding)
+        years.run(HOURLY)
+        assert_exactly(years, remains)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.soak
