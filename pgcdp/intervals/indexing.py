@@ -138,7 +138,8 @@ class Start:
         for span in reversed(spans):
             if Bundle.at(self.store, span).interval.from_write <= rewinds[-1].to_write:
                 return Past(newest_look(self.store, span.last), [])
-        return Past(None, [])
+        base = self.store.base_number()  # the rewind may have gone to the oldest boundary itself
+        return Past(newest_look(self.store, base) if base else None, [])
 
 
 def _more_than_a_header(known_to: int, lsn: int) -> bool:

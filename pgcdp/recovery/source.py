@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
 from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
-from pgcdp.store.base import base_settings, read_base
+from pgcdp.store.base import base_settings, missing_before, read_base
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
 from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
@@ -118,7 +118,8 @@ class Source:
                 return np.empty(0, dtype=np.int64)
             return np.asarray(Bundle.open(self.store, number).index()["wall_ns"], dtype=np.int64)
 
-        return Listing(base, intervals, intervals[-1].to_write if intervals else base.write, times)
+        newest = intervals[-1].to_write if intervals else base.write
+        return Listing(base, intervals, newest, times, missing=partial(missing_before, self.store))
 
     def resolve(self, target: Target) -> RecoveryPoint:
         """The recovery point of a target; TargetError when there is none, also inside a rewind in place.
@@ -331,13 +332,17 @@ class Source:
     # --- one write, wherever it is now
 
     def again(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` reads from here; anew when it missed something and the agent went on meanwhile."""
+        """What `attempt` reads from here; anew when it missed something and the agent went on meanwhile.
+
+        A long run of retention may take away something during each attempt: the last one is made while it is `held`.
+        """
         attempts = 0
         while True:
             before = self._stored()
             attempts += 1
             try:
-                return attempt()
+                with self.held() if attempts == ATTEMPTS else nullcontext():
+                    return attempt()
             except (FileNotFoundError, DamageError, PreconditionError) as error:
                 if attempts < ATTEMPTS and self._stored() != before:
                     continue

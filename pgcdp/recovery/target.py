@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.errors import BugError, TargetError
+from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.records import Boundary, Interval, RecoveryPoint, Target
 from pgcdp.recovery.instant import NO_HISTORY, History, Instant, at_lsn, at_name, at_time, at_xid
 from pgcdp.units import format_time
@@ -27,6 +27,7 @@ class Listing:
     `times(n)` gives the wall clock (int64 ns) of each write of interval n, `times(None)` of those behind the last
     boundary, up to `newest_write`. Until `quiet_until_ns` it is known that nothing else was written (the present while
     capture runs), so that a time between the newest write and that is the newest write. `history`: the transactions.
+    `missing(n, m)` names what should be between boundary n and interval m.
     """
 
     base: Boundary
@@ -35,6 +36,7 @@ class Listing:
     times: Callable[[int | None], NDArray[np.int64]]
     quiet_until_ns: int = 0
     history: History = NO_HISTORY
+    missing: Callable[[int, int], object] | None = None
 
 
 def resolve(target: Target, listing: Listing) -> RecoveryPoint:
@@ -81,10 +83,20 @@ def window(listing: Listing) -> tuple[RecoveryPoint, RecoveryPoint]:
 
 
 def _check(listing: Listing) -> None:
+    """Raises DamageError when something is missing between what is there."""
     number, write = listing.base.number, listing.base.write
     for interval in listing.intervals:
         if interval.first != number + 1 or interval.from_write != write + 1:
-            raise BugError(f"interval {interval.number} does not follow boundary {number} at write {write}")
+            what = "intervals are missing before it"
+            if interval.first == number + 1:
+                what = "one of both is not of this store"
+            elif listing.missing is not None:
+                what = f"{listing.missing(number, interval.first)} is missing (offset 0)"
+            raise DamageError(
+                f"interval {interval.number} from write {interval.from_write} does not follow boundary {number} at "
+                f"write {write}: {what}",
+                "bring it back from a copy of the store; pgcdp check --full tells what else is damaged",
+            )
         number, write = interval.number, interval.to_write
     if listing.newest_write < write:
         raise BugError(f"the newest write {listing.newest_write} lies before boundary {number} at write {write}")

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from pathlib import Path
 from pgcdp.errors import DamageError
 from pgcdp.fsio import write_all
 from pgcdp.store.layout import Store
+
+MOMENT_SECONDS = 1.0
+"""How long after its lock a file may lack its content, for who only looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,20 @@ def seen_views(store: Store) -> list[OpenView]:
     for file in sorted(_directory(store).glob("*")):
         with suppress(FileNotFoundError):
             if _is_locked(file):
-                found.append(_read(file))
+                found.append(_read_soon(file))
     return found
+
+
+def _read_soon(file: Path) -> OpenView:
+    """As `_read` of a file that may be being made: it is locked before it is written."""
+    until = time.monotonic() + MOMENT_SECONDS
+    while True:
+        try:
+            return _read(file)
+        except DamageError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def open_views(store: Store) -> list[OpenView]:

@@ -21,7 +21,7 @@ from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK
-from pgcdp.store.base import check_base, read_base
+from pgcdp.store.base import base_place, check_base, missing_before, read_base
 from pgcdp.store.bundle import CONTENTS, Bundle
 from pgcdp.store.frames import HEADER_BYTES, Entry, FrameReader, check_unfinished
 from pgcdp.store.history import history_names, read_history
@@ -107,10 +107,12 @@ class _Scrub:
     def check_intervals(self) -> None:
         """Manifests and their files; each interval begins where the one before ends."""
         behind: tuple[int, int] | None = None
-        with _noting(self, self.store.bases, "boundaries behind the oldest one can still be restored"):
+        place = (base_place(self.store) or self.store.bases) / "manifest.json"
+        with _noting(self, place, "every boundary and write can still be restored if nothing else is damaged"):
             check_base(self.store)
+        with _noting(self, place, "nothing can be restored until one of both is brought back from a copy of the store"):
             base = read_base(self.store)
-            behind = (base.number, base.write) if base is not None and base.number else None
+            behind = (base.number, base.write) if base is not None else None
         for span in self.store.spans():
             number, path = span.last, self.store.place(span)
             try:
@@ -121,8 +123,12 @@ class _Scrub:
                 continue
             interval = bundle.interval
             if behind is not None and (span.first, interval.from_write) != (behind[0] + 1, behind[1] + 1):
-                message = f"interval {number} from write {interval.from_write} does not follow interval {behind[0]}"
-                self.note(path / "manifest.json", 0, message, _from_boundary(span.first - 1))
+                message = f"interval {number} from write {interval.from_write} does not follow boundary {behind[0]}"
+                missing = missing_before(self.store, behind[0], span.first)
+                if missing is not None:
+                    message = f"{missing} is missing: {message}"
+                still = "nothing can be restored until what is missing is brought back from a copy of the store"
+                self.note(missing or path / "manifest.json", 0, message, still)
             behind = number, interval.to_write
             self.bundles[number] = bundle
             if self.full:
@@ -313,6 +319,10 @@ def _still_restorable(bundle: Bundle, name: str, entry: Entry | None = None) -> 
 
 def _total_bytes(store: Store) -> int:
     total = 0
-    for directory, _, names in os.walk(store.path):
-        total += sum(os.lstat(os.path.join(directory, name)).st_blocks * 512 for name in names)
+    for directory, below, names in os.walk(store.path):
+        if directory == os.fspath(store.path) and store.aside.name in below:
+            below.remove(store.aside.name)
+        for name in names:
+            with suppress(FileNotFoundError):  # the agent goes on meanwhile
+                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
     return total
