@@ -13,21 +13,25 @@ or WAL that went back lies between, or only one of them has a transaction index.
 
 Ages count back from the newest boundary (not later than now): a cluster that stands still loses nothing by it. An hour
 is looked at as a whole, in UTC: its boundaries go together when all of it is old enough. So each interval is joined
-once into an hour and once into a day, and a plan that was carried out leaves nothing to be done.
+once into an hour and once into a day, and a plan that was carried out leaves nothing to be done. Where days go but
+cannot be dropped, since a pin is older, they are joined when there are many (`_of_like_size`).
+
+Clocks are wrong at times. A boundary whose time cannot be right counts as young as it may be (`times_of`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal
 
 from pgcdp.records import BLOCK, Boundary, Interval, Span
 
 HOUR_NS = 3600 * 10**9
 DAY_NS = 24 * HOUR_NS
-AT_ONCE = 32
-"""So many intervals are thinned to make room, then it is looked how much came back: before, it is an estimate."""
+Step = tuple[Literal["base", "join", "thin"], Span]
+"""One step of a plan: what is done, and to which intervals (`base`: the one that ends at the new oldest boundary)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,14 @@ class Policy:
 class Pins:
     """What stays whatever its age: `points` by write number; `verified`, the newest verified boundary.
 
-    `at`: the boundary of the image. The interval that ends there, and all behind it, are not touched.
+    `at`: the boundary of the image. The interval that ends there, and all behind it, are not touched. `shown`: those of
+    the points that open views show; they read what lies behind, so that joining it gives nothing back.
     """
 
     at: int
     points: frozenset[int] = frozenset()
     verified: int | None = None
+    shown: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,67 +75,151 @@ class Plan:
     def __bool__(self) -> bool:
         return self.base is not None or bool(self.joins or self.thin)
 
+    def within(self, shown: Iterable[Plan]) -> Plan:
+        """What of this plan lets go of no more than plans that were shown."""
+        plans = list(shown)
+        base = max((each.base for each in plans if each.base is not None), default=None)
+        gone = {number for each in plans for number in each.thin}
+        gone |= {number for each in plans for span in each.joins for number in range(span.first, span.last + 1)}
+        joins = {span for each in plans for span in each.joins}
+        return Plan(
+            None if base is None or self.base is None or self.base > base else self.base,
+            tuple(span for span in self.joins if span in joins or span.last <= (base or 0)),
+            tuple(number for number in self.thin if number in gone or number <= (base or 0)),
+        )
+
 
 @dataclass(frozen=True)
 class Holding:
     """What a store holds: the oldest boundary and the intervals that follow it, joined and single.
 
-    `indexed`: numbers of those whose transactions are known.
+    `indexed`: numbers of those whose transactions are known. `latest_ns`: the latest time of what was let go of.
     """
 
     base: Boundary
     intervals: Sequence[Interval]
     indexed: Collection[int] = field(default_factory=frozenset)
+    latest_ns: int = 0
 
     def boundaries(self) -> list[Boundary]:
         """All that can be restored, in order."""
         return [self.base, *(each.boundary for each in self.intervals)]
 
 
-def plan(holding: Holding, policy: Policy, pins: Pins, now_ns: int) -> Plan:
-    """What of a store's holding a policy lets go of. `least_free` is not looked at (`relieve`)."""
-    boundaries = holding.boundaries()
-    now = min(now_ns, boundaries[-1].time_ns)
+def times_of(holding: Holding, now_ns: int) -> dict[int, int]:
+    """When each boundary was, by number; they never go back, and none is later than now.
+
+    A time later than now was of a clock that was ahead; one before something older, of a clock that was behind (1970,
+    until the network told it). Such a boundary is as young as the next one that may be right, or as now: nobody knows.
+    """
+    reached, right = holding.latest_ns if holding.latest_ns <= now_ns else 0, list[bool]()
+    for each, latest in [(holding.base, 0), *((one.boundary, one.to_time_ns) for one in holding.intervals)]:
+        reached = max(reached, latest if latest <= now_ns else 0)
+        right.append(reached <= each.time_ns <= now_ns)
+        reached = max(reached, each.time_ns if each.time_ns <= now_ns else 0)
+    found, after = dict[int, int](), now_ns
+    for each, is_right in zip(reversed(holding.boundaries()), reversed(right), strict=True):
+        after = each.time_ns if is_right else after
+        found[each.number] = after
+    return found
+
+
+def choose(
+    holding: Holding, policy: Policy, pins: Pins, now_ns: int, missing: int = 0, *,
+    may_make: bool = True, avoid: Collection[Step] = (),
+) -> tuple[list[Plan], bool]:  # fmt: skip
+    """All that would go now, in stages: what the policy says, and when that is done, what makes room; and which it is.
+
+    `missing`: bytes that shall come back. Without `may_make` nothing is made that needs room. `avoid`: what could not
+    be done. This is the one place where it is decided: for who looks and for who does it.
+    """
+    found = plan(holding, policy, pins, now_ns, avoid)
+    if not may_make:
+        found = Plan(found.base)
+    if found:
+        return [found], False
+    return relieve(holding, pins, missing, may_make=may_make, avoid=avoid), True
+
+
+def plan(holding: Holding, policy: Policy, pins: Pins, now_ns: int, avoid: Collection[Step] = ()) -> Plan:
+    """What of a store's holding a policy lets go of. `least_free` is not looked at (`relieve`).
+
+    An interval that cannot be thinned is joined with no other; where a join cannot be made, its parts are thinned.
+    """
+    times = times_of(holding, now_ns)
+    now = max(times.values())
     touched = [each for each in holding.intervals if each.number < pins.at]
-    whole = {each.number for each in touched if _keeps_writes(each, policy, pins, now)}
-    stay = _by_age(boundaries, policy, now) | _pinned(holding, pins)
+    whole = {each.number for each in touched if _keeps_writes(each, policy, pins, now, times)}
+    stay = _by_age(times, policy, now) | _pinned(holding, pins)
     stay |= _ends(each for each in holding.intervals if each.number >= pins.at or each.number in whole)
-    base = min(stay)
+    base = _base(holding, min(stay), avoid)
     behind = [each for each in touched if each.first > base]
-    joins = _joins(behind, stay | _seams(behind, holding.indexed))
-    gone = {number for span in joins for number in range(span.first, span.last + 1)}
+    runs = _runs(behind, stay | _seams(behind, holding.indexed) | _ends(_not_thinned(behind, avoid)))
+    runs = [run if _in_one_day(run, times) else _of_like_size(run) for run in runs]
+    joins = _spans(runs, avoid)
+    left = whole | {number for span in joins for number in range(span.first, span.last + 1)}
     thin = [
         each.number for each in behind
-        if each.restorable_by_write and each.number not in whole and each.number not in gone
+        if each.restorable_by_write and each.number not in left and ("thin", each.span) not in avoid
     ]  # fmt: skip
     return Plan(base if base > holding.base.number else None, tuple(joins), tuple(thin))
 
 
-def relieve(holding: Holding, pins: Pins, missing: int, may_thin: bool = True) -> Plan:
+def relieve(
+    holding: Holding, pins: Pins, missing: int, *, may_make: bool = True, avoid: Collection[Step] = ()
+) -> list[Plan]:
     """What to let go of so that about `missing` bytes come back, the oldest first; never what is pinned.
 
-    Single writes go before boundaries do (without `may_thin` they stay: thinning needs room first). The plan may give
-    less than is missing: look again when it was carried out. An empty one says that nothing else may go.
+    In stages: single writes first; then the oldest boundaries; then, when a pin keeps the base, boundaries behind it.
+    How much comes back is an estimate: look again between them. None at all: nothing else may go.
     """
-    if missing <= 0:
-        return Plan()
     touched = [each for each in holding.intervals if each.number < pins.at]
     thin, back = list[int](), 0
-    for each in touched if may_thin else ():
-        if back >= missing or len(thin) == AT_ONCE:
+    for each in touched if may_make else ():
+        if back >= missing:
             break
-        if each.restorable_by_write and not _holds_pin(each, pins):
+        if each.restorable_by_write and not _holds_pin(each, pins) and ("thin", each.span) not in avoid:
             thin.append(each.number)
             back += max(1, thinned_bytes(each))
-    if thin:  # what that gives is seen before anything else goes
-        return Plan(thin=tuple(thin))
     stay = _pinned(holding, pins) | _ends(each for each in holding.intervals if each.number >= pins.at)
-    base = None
+    base = holding.base.number
     for each in touched:
         if each.number > min(stay) or back >= missing:
             break
-        base, back = each.number, back + sum(each.stored.values())
-    return Plan(base)
+        base = each.number if ("base", each.span) not in avoid else base
+        back += sum(each.stored.values()) - (thinned_bytes(each) if each.number in thin else 0)
+    joins = list[Span]()
+    if may_make and back < missing:
+        behind = [each for each in touched if base < each.first and each.to_write <= min(pins.shown, default=1 << 64)]
+        runs = _runs(behind, stay | _seams(behind, holding.indexed) | _ends(_not_thinned(behind, avoid)))
+        joins = _by_pieces(runs, missing - back, avoid)
+    stages = [Plan(thin=tuple(thin)), Plan(base if base > holding.base.number else None), Plan(joins=tuple(joins))]
+    return [each for each in stages if each and missing > 0]
+
+
+def _by_pieces(runs: Iterable[Sequence[Interval]], missing: int, avoid: Collection[Step]) -> list[Span]:
+    """Joins of the oldest first, none of more than it takes, that give about so many bytes back."""
+    found, back = list[Span](), 0
+    for run in runs:
+        rest = list(_of_like_size(run))
+        while len(rest) > 1 and back < missing:
+            sizes, count = [_increments(each) for each in rest], 2
+            while count < len(rest) and (
+                sum(each.blocks_changed for each in rest[1:count]) < rest[0].blocks_changed
+                or back + sum(sizes[:count]) - max(sizes[:count]) < missing
+            ):
+                count += 1
+            span = Span(rest[0].first, rest[count - 1].number)
+            if ("join", span) not in avoid:
+                found.append(span)
+                back += sum(sizes[:count]) - max(sizes[:count])
+            rest = list(_of_like_size(rest[count:]))
+    return found
+
+
+def _increments(interval: Interval) -> int:
+    """Bytes that an interval takes when its single writes are gone; those of its forward increment are not known."""
+    return sum(size for name, size in interval.stored.items() if name not in ("writes", "index"))
 
 
 def thinned_bytes(interval: Interval) -> int:
@@ -140,11 +230,11 @@ def thinned_bytes(interval: Interval) -> int:
     return int(interval.stored["writes"] * (1 - kept))
 
 
-def _keeps_writes(interval: Interval, policy: Policy, pins: Pins, now: int) -> bool:
+def _keeps_writes(interval: Interval, policy: Policy, pins: Pins, now: int, times: Mapping[int, int]) -> bool:
     """Whether an interval's single writes stay, if they are there."""
     if not interval.restorable_by_write:
         return False
-    return _younger(interval.boundary.time_ns, policy.writes, now) or _holds_pin(interval, pins)
+    return _younger(times[interval.number], policy.writes, now) or _holds_pin(interval, pins)
 
 
 def _younger(time_ns: int, seconds: float | None, now: int) -> bool:
@@ -156,23 +246,29 @@ def _holds_pin(interval: Interval, pins: Pins) -> bool:
     return any(interval.from_write <= point < interval.to_write for point in pins.points)
 
 
-def _by_age(boundaries: Sequence[Boundary], policy: Policy, now: int) -> set[int]:
-    hour, day = _newest(boundaries, HOUR_NS), _newest(boundaries, DAY_NS)
+def _by_age(times: Mapping[int, int], policy: Policy, now: int) -> set[int]:
+    hour, day = _newest(times, HOUR_NS), _newest(times, DAY_NS)
     found = set()
-    for each in boundaries:
-        end_of_hour, end_of_day = ((each.time_ns // size + 1) * size for size in (HOUR_NS, DAY_NS))
+    for number, time_ns in times.items():
+        end_of_hour, end_of_day = ((time_ns // size + 1) * size for size in (HOUR_NS, DAY_NS))
         if (
             _younger(end_of_hour, policy.boundaries, now)
-            or (each.number in hour and _younger(end_of_day, policy.hourly, now))
-            or (each.number in day and _younger(end_of_day, policy.daily, now))
+            or (number in hour and _younger(end_of_day, policy.hourly, now))
+            or (number in day and _younger(end_of_day, policy.daily, now))
         ):
-            found.add(each.number)
+            found.add(number)
     return found
 
 
-def _newest(boundaries: Sequence[Boundary], size: int) -> set[int]:
+def _newest(times: Mapping[int, int], size: int) -> set[int]:
     """The newest boundary of each period."""
-    return set({each.time_ns // size: each.number for each in boundaries}.values())
+    return set({times[number] // size: number for number in sorted(times)}.values())
+
+
+def _base(holding: Holding, number: int, avoid: Collection[Step]) -> int:
+    """The newest boundary up to `number` that can be made the oldest one."""
+    there = [each.number for each in holding.intervals if each.number <= number and ("base", each.span) not in avoid]
+    return max([holding.base.number, *there])
 
 
 def _pinned(holding: Holding, pins: Pins) -> set[int]:
@@ -200,14 +296,41 @@ def _may_join(one: Interval, other: Interval, indexed: Collection[int]) -> bool:
     )
 
 
-def _joins(intervals: Sequence[Interval], stay: Collection[int]) -> list[Span]:
-    """Runs of intervals between boundaries that stay, where they are more than one."""
-    found: list[Span] = []
-    run: list[Interval] = []
+def _not_thinned(intervals: Iterable[Interval], avoid: Collection[Step]) -> list[Interval]:
+    return [each for each in intervals if ("thin", each.span) in avoid]
+
+
+def _runs(intervals: Sequence[Interval], stay: Collection[int]) -> list[Sequence[Interval]]:
+    """Runs of intervals between boundaries that stay."""
+    found, run = list[Sequence[Interval]](), list[Interval]()
     for each in intervals:
         run.append(each)
         if each.number in stay:
-            if len(run) > 1:
-                found.append(Span(run[0].first, each.number))
+            found.append(run)
             run = []
     return found
+
+
+def _in_one_day(run: Sequence[Interval], times: Mapping[int, int]) -> bool:
+    """Whether nothing will ever be added to what a run is joined to, but once to a day."""
+    return times[run[0].number] // DAY_NS == times[run[-1].number] // DAY_NS
+
+
+def _of_like_size(run: Sequence[Interval]) -> Sequence[Interval]:
+    """The end of a run from where on what is joined is not much larger than what it is joined with.
+
+    Days that go one by one behind an old pin would else be joined to what the others were joined to, each time anew. So
+    each block is copied a few times only, and the number of those that are left grows with the logarithm.
+    """
+    rest = sum(each.blocks_changed for each in run)
+    for at, each in enumerate(run):
+        rest -= each.blocks_changed
+        if rest >= each.blocks_changed:
+            return run[at:]
+    return run[-1:]
+
+
+def _spans(runs: Iterable[Sequence[Interval]], avoid: Collection[Step]) -> list[Span]:
+    """What can be joined, where a run is more than one interval."""
+    found = [Span(run[0].first, run[-1].number) for run in runs if len(run) > 1]
+    return [span for span in found if ("join", span) not in avoid]
