@@ -40,14 +40,13 @@ from pgcdp.postgres.catalogs import look
 from pgcdp.postgres.control import State
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Settings
-from pgcdp.records import Span
 from pgcdp.recovery import clone
-from pgcdp.recovery.expiring import AnotherRuns, Run, expiring
+from pgcdp.recovery.expiring import AnotherRuns, Run, Unreadable, expiring
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.recovery.merged import merge_due
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
+from pgcdp.store.mirroring import Mirror
 from pgcdp.units import format_lsn
 
 logger = log.get(__name__)
@@ -84,7 +83,7 @@ class Agent:
         self.engine = EngineClient(config.paths.control)
         self.policy = policy.parse_policy(config.cut)
         self.stages: Stages | None = None
-        self.catalog: Catalog | None = None
+        self.catalog: Mirror | None = None
         self.store_lock: FileLock | None = None
         self.status: EngineStatus | None = None
         self.session: Session | None = None
@@ -118,7 +117,7 @@ class Agent:
         self.not_merged = ""
         self.expired_at = -EXPIRE_SECONDS
         self.not_expired = ""
-        self.damaged: set[Span] = set()  # what retention could not read: tried again when the agent starts anew
+        self.unreadable = Unreadable()  # of what retention would let go of
         self.files = FileMapper(
             places_of(config.pgdata, {number: volume.mountpoint for number, volume in enumerate(config.volumes)})
         )
@@ -252,6 +251,7 @@ class Agent:
 
     def _expire(self, store: Store) -> None:
         """Let go of what the settings say, as they are now."""
+        run: Run | None = None
         try:
             config = load_config(self.config.name)
             policy = policy_of(config)
@@ -259,23 +259,22 @@ class Agent:
                 self.not_expired = ""
                 return
             with expiring(store):
-                done = Run(
-                    store, policy, level=config.compression_level, damaged=self.damaged,
+                run = Run(
+                    store, policy, level=config.compression_level, unreadable=self.unreadable,
                     stop=lambda: self.stopping.is_set() or is_rewinding(config),
-                ).run()  # fmt: skip
+                )  # fmt: skip
+                run.run()
         except AnotherRuns:
             return
         except Exception as error:  # capture must not lose its agent for it
             problem = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         else:
-            left = f"{len(self.damaged)} intervals are damaged and stay as they are" if self.damaged else ""
-            problem = "; ".join(done.failed) or left
-            if done.base is not None or done.joins or done.thin:
-                logger.info(
-                    "retention: %s, %d joined, single writes of %d gone, %d bytes came back",
-                    "the base stays" if done.base is None else f"boundary {done.base} is the oldest",
-                    len(done.joins), len(done.thin), done.bytes,
-                )  # fmt: skip
+            left = len(self.unreadable.steps())
+            problem = "; ".join(run.done.failed) or (
+                f"{left} intervals are damaged and stay as they are" if left else ""
+            )
+        if run is not None:  # also what was done before something was in the way
+            run.done.tell()
         if problem and problem != self.not_expired:
             logger.warning("retention: %s", problem)
         self.not_expired = problem
@@ -356,22 +355,13 @@ class Agent:
             synced=status.synced_write,
             released=status.released_write,
         )
-        self.catalog = Catalog.open(self.stages.store)
-        self._catch_up(self.stages.store, self.catalog)
+        self.catalog = Mirror(self.stages.store, make=True)
+        self.catalog.catch_up()
         self.stages.published = self._remember
         self.stages.file_map = self._map_files
 
     def _wait_for_views(self, text: str) -> None:
         self.waiting = text
-
-    def _catch_up(self, store: Store, catalog: Catalog) -> None:
-        """What was published just before a kill may be missing in the catalog."""
-        if store.baseline is not None:
-            catalog.put_baseline(store.baseline)
-        known = catalog.intervals()
-        for span in store.spans():
-            if span.last not in known or known[span.last][0].span != span:
-                catalog.put_interval(Bundle.at(store, span))
 
     def _leave_room(self) -> None:
         """What was taken is made durable and given free: the next agent goes on from there, and what is written between

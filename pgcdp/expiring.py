@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import time
 from collections.abc import Callable
 from typing import Any
 
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PreconditionError
-from pgcdp.fsio import free_space
 from pgcdp.progress import Report, silent
 from pgcdp.records import Interval
-from pgcdp.recovery.expiring import Run, expiring, holding_of, pins_of
+from pgcdp.recovery.choosing import Choice, holding_of, would_go
+from pgcdp.recovery.expiring import Run, expiring
 from pgcdp.recovery.sweeping import waiting_bytes
 from pgcdp.store.kept import kept_marks
 from pgcdp.store.layout import Store
 from pgcdp.store.open_views import seen_views
-from pgcdp.store.retention import Holding, Plan, Policy, plan, relieve, thinned_bytes
+from pgcdp.store.retention import Holding, Plan, Policy, thinned_bytes
 from pgcdp.units import format_time
 
 Json = dict[str, Any]
@@ -36,32 +38,32 @@ def expire_look(set_name: str) -> Json:
     """What `expire` would begin with: nothing is done."""
     config = load_config(set_name)
     store = Store.open(config.store, config.set_id_bytes)
-    policy, holding = policy_of(config), holding_of(store)
-    found, bytes_back = Plan(), waiting_bytes(store)
-    if holding is not None:
-        pins = pins_of(store, holding)
-        found = plan(holding, policy, pins, time.time_ns())
-        bytes_back += bytes_of(holding, found)
-        missing = policy.least_free - free_space(store.path) - bytes_back
-        if policy.least_free and not found:
-            found = relieve(holding, pins, missing)
-            bytes_back += bytes_of(holding, found)
+    return _look(config, store)[0]
+
+
+def _look(config: Config, store: Store) -> tuple[Json, Choice]:
+    policy = policy_of(config)
+    choice = would_go(store, policy, time.time_ns())
+    found = choice.together()
     return {
         **_told(config, store, policy),
         "dry_run": True,
-        **plan_json(holding, found),
-        "bytes": bytes_back,
+        **plan_json(choice.holding, found),
+        "bytes": waiting_bytes(store) + bytes_of(choice.holding, found),
         "waiting": None,
         "failed": [],
-    }
+    }, choice
 
 
 def expire(set_name: str, agree: Callable[[Json], None] = lambda told: None, progress: Report = silent) -> Json:
-    """Let go of what the policy says. `agree` is told what `expire_look` tells, and raises to stop it."""
-    told = expire_look(set_name)
-    agree(told)
+    """Let go of what the policy says. `agree` is told what `expire_look` tells, and raises to stop it.
+
+    What it was told goes, and nothing else, though more may be old enough by then or too little have come back.
+    """
     config = load_config(set_name)
     store = Store.open(config.store, config.set_id_bytes)
+    told, choice = _look(config, store)
+    agree(told)
     if is_rewinding(config):
         raise PreconditionError(
             "a rewind in place is not finished: it needs its recovery point",
@@ -71,7 +73,7 @@ def expire(set_name: str, agree: Callable[[Json], None] = lambda told: None, pro
         before = holding_of(store)
         done = Run(
             store, policy_of(config), level=config.compression_level, progress=progress,
-            stop=lambda: is_rewinding(config),
+            stop=lambda: is_rewinding(config), by=f"pgcdp expire, {_who()}", shown=choice.stages,
         ).run()  # fmt: skip
     did = plan_json(before, Plan(done.base, tuple(done.joins), tuple(done.thin)))
     return {
@@ -82,6 +84,17 @@ def expire(set_name: str, agree: Callable[[Json], None] = lambda told: None, pro
         "waiting": done.waiting or None,
         "failed": done.failed,
     }
+
+
+def _who() -> str:
+    """Who runs this command, as the history says it."""
+    name = os.environ.get("SUDO_USER")
+    if not name:
+        try:
+            name = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            name = str(os.getuid())
+    return f"user {name}"
 
 
 def _told(config: Config, store: Store, policy: Policy) -> Json:
@@ -150,10 +163,10 @@ def _runs(intervals: list[Interval]) -> list[list[Interval]]:
     return found
 
 
-def bytes_of(holding: Holding, found: Plan) -> int:
+def bytes_of(holding: Holding | None, found: Plan) -> int:
     """About how many bytes a plan gives back, at least: what joining saves is not known before."""
     back = 0
-    for each in holding.intervals:
+    for each in holding.intervals if holding is not None else ():
         if each.number <= (found.base or 0):
             back += sum(each.stored.values())
         elif _goes(each, found):

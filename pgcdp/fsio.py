@@ -159,14 +159,14 @@ def free_space(path: Path) -> int:
 class FileLock:
     """An exclusive flock, held until `release()` or the end of the process; a context manager.
 
-    Raises PreconditionError naming the holder's process id when somebody else has it.
+    Raises PreconditionError naming the holder's process id when somebody else has it; with `wait` it waits instead.
     """
 
-    def __init__(self, path: Path, owner: str) -> None:
+    def __init__(self, path: Path, owner: str, *, wait: bool = False) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self._fd)

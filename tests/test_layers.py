@@ -45,6 +45,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.salvaging": 7,
     "pgcdp.rewinding": 7,
     "pgcdp.expiring": 7,
+    "pgcdp.marking": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,

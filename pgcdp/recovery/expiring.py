@@ -10,30 +10,36 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, free_space, make_directory
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Span
+from pgcdp.recovery.choosing import Choice, would_go
 from pgcdp.recovery.joining import join
-from pgcdp.recovery.sweeping import Quiet, Stopped, clear_aside, sweep
-from pgcdp.store.base import publish_base, read_base
-from pgcdp.store.catalog import Catalog
-from pgcdp.store.image import read_state
-from pgcdp.store.kept import kept_marks, verified_boundaries
+from pgcdp.recovery.sweeping import Quiet, Swept, clear_aside, sweep
+from pgcdp.store.base import publish_base
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.kept import kept_marks
 from pgcdp.store.layout import Store
-from pgcdp.store.open_views import seen_views
-from pgcdp.store.published import published
-from pgcdp.store.retention import Holding, Pins, Plan, Policy, plan, relieve
-from pgcdp.store.thinning import thin
+from pgcdp.store.let_go import AGENT, say_let_go
+from pgcdp.store.mirroring import Mirror
+from pgcdp.store.open_views import OpenView, open_views, seen_views
+from pgcdp.store.retention import Plan, Policy, Step
+from pgcdp.store.thinning import Stop, Stopped, never, thin
 
 log = logging.getLogger(__name__)
 
 STEPS = 64
 """After so many steps what was let go of is removed."""
+AT_ONCE = 32
+"""So many intervals are thinned to make room, then it is looked how much came back: before, it is an estimate."""
+AGAIN_SECONDS = 6 * 3600.0
+"""What could not be read is tried again after so long: a disk may have been mended, a cable put in."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)
@@ -47,8 +53,42 @@ class Done:
     waiting: str = ""
     failed: list[str] = field(default_factory=list)
 
+    def steps(self) -> tuple[int | None, int, int]:
+        """Changes with each step."""
+        return self.base, len(self.joins), len(self.thin)
 
-class _NotMirrored(PgcdpError):
+    def tell(self) -> None:
+        """Write into the log what was done, if anything was."""
+        if self.base is not None or self.joins or self.thin:
+            log.info(
+                "retention: %s, %d joined, single writes of %d gone, %d bytes came back",
+                "the base stays" if self.base is None else f"boundary {self.base} is the oldest",
+                len(self.joins), len(self.thin), self.bytes,
+            )  # fmt: skip
+
+
+class Unreadable:
+    """Steps for which something could not be read. They are passed over for some hours, by all runs that share this."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since: dict[Step, float] = {}
+
+    def add(self, step: Step) -> None:
+        """It failed just now."""
+        self._since[step] = self._clock()
+
+    def steps(self) -> frozenset[Step]:
+        """What is not tried now."""
+        self._since = {step: at for step, at in self._since.items() if self._clock() - at < AGAIN_SECONDS}
+        return frozenset(self._since)
+
+
+class _NotNow(Exception):
+    """A step is left undone: what it would let go of is needed since the plan was made."""
+
+
+class _NotMirrored(Exception):
     """The catalog did not forget an interval: it would tell of single writes that are gone."""
 
 
@@ -57,62 +97,27 @@ class AnotherRuns(PreconditionError):
 
 
 @contextmanager
-def expiring(store: Store) -> Iterator[None]:
-    """One run at a time. Raises AnotherRuns."""
+def expiring(store: Store, *, wait: bool = False) -> Iterator[None]:
+    """One run at a time. Raises AnotherRuns, unless it shall wait for that."""
     try:
-        lock = FileLock(store.path / "expire.lock", f"another expire of set {store.set_name}")
+        lock = FileLock(store.path / "expire.lock", f"another expire of set {store.set_name}", wait=wait)
     except PreconditionError as error:
         raise AnotherRuns(error.message, "the agent lets go by itself when the settings say so; try again") from None
     with lock:
         yield
 
 
-def holding_of(store: Store) -> Holding | None:
-    """What a store holds; None while its first image is not complete."""
-    while True:
-        base = read_base(store)
-        known = published(store)
-        if read_base(store) == base:
-            break
-    if base is None:
-        return None
-    indexed = frozenset(number for number, each in known.items() if each.indexed)
-    return Holding(base, [each.interval for each in known.values()], indexed)
-
-
-def pins_of(store: Store, holding: Holding) -> Pins:
-    """What must stay now. Raises DamageError when what may say so is damaged."""
-    points = {kept.write for kept in kept_marks(store)} | {view.write for view in seen_views(store)}
-    there = {boundary.number for boundary in holding.boundaries()}
-    return Pins(
-        at=read_state(store).boundary,
-        points=frozenset(points),
-        verified=max(verified_boundaries(store) & there, default=None),
-    )
-
-
-def planned(store: Store, policy: Policy, now_ns: int, free: int | None = None) -> Plan:
-    """What a run would begin with. `free`: bytes that are free in the store (None: look)."""
-    holding = holding_of(store)
-    if holding is None:
-        return Plan()
-    pins = pins_of(store, holding)
-    found = plan(holding, policy, pins, now_ns)
-    if found or not policy.least_free:
-        return found
-    return relieve(holding, pins, policy.least_free - (free_space(store.path) if free is None else free))
-
-
 class Run:
-    """One run over a store. `stop` is asked between steps; call it inside of `expiring`.
+    """One run over a store, inside of `expiring`. `stop` is asked between steps and pieces of them.
 
-    `damaged`: what earlier runs could not read, and is not tried again; it gets what this one finds.
+    `unreadable`: what earlier runs could not read; it gets what this one finds. `by`: who lets go, for the history.
+    `shown`: only what these plans say goes (None: whatever the policy says).
     """
 
     def __init__(
-        self, store: Store, policy: Policy, *, level: int = 1,
-        stop: Callable[[], bool] = lambda: False, progress: Report = silent,
-        free: Callable[[Store], int] = lambda store: free_space(store.path), damaged: set[Span] | None = None,
+        self, store: Store, policy: Policy, *, level: int = 1, stop: Stop = never, progress: Report = silent,
+        free: Callable[[Store], int] = lambda store: free_space(store.path), unreadable: Unreadable | None = None,
+        by: str = AGENT, shown: Sequence[Plan] | None = None,
     ) -> None:  # fmt: skip
         self.store = store
         self.policy = policy
@@ -120,30 +125,86 @@ class Run:
         self.stop = stop
         self.progress = progress
         self.free = free
+        self.by = by
+        self.shown = shown
         self.done = Done()
-        self._catalog: Catalog | None = None
-        self._commit = Quiet(store, stop, lambda: progress(Progress("waiting for who reads the image")))
-        self._damaged = set[Span]() if damaged is None else damaged
-        self._full = False
+        self.unreadable = Unreadable() if unreadable is None else unreadable
+        self._mirror = Mirror(store)
+        self._quiet = Quiet(store, stop, lambda: progress(Progress("waiting for who reads the image")))
+        self._swept = Swept(0, "")
+        self._undone = set[Step]()
+        self._points = frozenset[int]()  # pinned when the plan was made
+        self._said: list[Plan] = []
+        self._unsaid: Plan | None = None
+        self._no_room = False
+        self._ended = False
 
     def run(self, now_ns: int | None = None) -> Done:
         """Do what the policy says, then make room if there is less than it says. Raises what planning raises."""
         with self._begun():
             now = time.time_ns() if now_ns is None else now_ns
             self._sweep()
-            holding = holding_of(self.store)
-            if holding is not None:
-                self._carry_out(plan(holding, self.policy, pins_of(self.store, holding), now))
-                self._sweep()
-            self._make_room()
+            while not self.stop() and not self._ended:
+                choice = self._choose(now)
+                stages = [stage if self.shown is None else stage.within(self.shown) for stage in choice.stages]
+                found = next((stage for stage in stages if stage), None)
+                if found is None:
+                    self._say_missing(choice)
+                    break
+                if not self._goes_on(found, choice):
+                    self._say_missing(choice)
+                    break
         return self.done
 
     def carry_out(self, found: Plan) -> Done:
         """Do what a plan says, whatever the policy."""
         with self._begun():
+            self._unsaid = found
+            self._points = self._pinned(seen_views(self.store))
             self._carry_out(found)
             self._sweep()
         return self.done
+
+    def _choose(self, now: int) -> Choice:
+        choice = would_go(
+            self.store, self.policy, now, self.free(self.store),
+            may_make=not self._no_room, avoid=self.unreadable.steps() | self._undone,
+        )  # fmt: skip
+        self._points = choice.pins.points if choice.pins is not None else frozenset()
+        return choice
+
+    def _goes_on(self, found: Plan, choice: Choice) -> bool:
+        """Carry out a stage, or what of it can be done before it is looked again; whether that was of use."""
+        makes_room = choice.makes_room
+        if makes_room and self._swept.unknown:
+            return False
+        if not any(found.within([said]) == found for said in self._said):
+            self._unsaid = found
+        piece = Plan(found.base, found.joins[:1], found.thin[:AT_ONCE]) if makes_room else found
+        before, back = self._state(), self.done.bytes
+        self._carry_out(piece)
+        self._sweep()
+        if self._no_room and self.done.bytes > back:
+            self._no_room = False
+        if makes_room and self.done.bytes == back and self.done.waiting:
+            return False  # to go on would only let go of more that an open view holds
+        return self._state() != before
+
+    def _state(self) -> object:
+        """Changes as long as there is a point in going on."""
+        return self.done.steps(), self.done.bytes, self._no_room, len(self._undone | self.unreadable.steps())
+
+    def _say_missing(self, choice: Choice) -> None:
+        missing = self.policy.least_free - self.free(self.store)
+        if not self.policy.least_free or missing <= 0:
+            return
+        if self.done.waiting:
+            why = f"what was let go of comes back later: {self.done.waiting}"
+        elif self.shown is not None and any(choice.stages):
+            why = "pgcdp expire again shows what else would go"
+        else:
+            why = "nothing else may be let go of" + (f", behind {choice.kept_for}" if choice.kept_for else "")
+        self.done.failed.append(f"{missing} bytes less than least_free are free, and {why}")
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
@@ -155,120 +216,151 @@ class Run:
                 "give back some space by hand first",
             ) from None
         clear_aside(self.store)
-        with suppress(DamageError):  # it mirrors the manifests; `rebuild` mends it
-            self._catalog = Catalog.open(self.store)
         try:
             yield
         finally:
-            if self._catalog is not None:
-                self._catalog.close()
-
-    def _make_room(self) -> None:
-        """The oldest goes until enough is free, or nothing else may go."""
-        may_thin = True
-        while self.policy.least_free and not self.stop():
-            missing = self.policy.least_free - self.free(self.store)
-            holding = holding_of(self.store)
-            if missing <= 0 or holding is None or self.done.waiting:
-                return
-            found = relieve(holding, pins_of(self.store, holding), missing, may_thin)
-            if not found:
-                self.done.failed.append(
-                    f"{missing} bytes less than least_free are free, and nothing else may be let go of"
-                )
-                return
-            before = self._steps()
-            self._carry_out(found)
-            self._sweep()
-            if found.thin and self._steps() == before:  # no room, or damage
-                may_thin = self._full = False
-            elif self._steps() == before:
-                return
-
-    def _steps(self) -> tuple[int | None, int]:
-        return self.done.base, len(self.done.thin)
+            self._mirror.close()
 
     def _carry_out(self, found: Plan) -> None:
-        if found.base is not None and not self.stop():
-            self._step(Span(found.base, found.base), "moving the oldest boundary", self._move_base)
-        steps = [(span, "joining intervals", self._join) for span in found.joins]
-        steps += [(Span(number, number), "letting go of single writes", self._thin) for number in found.thin]
-        for at, (span, what, work) in enumerate(steps, 1):
-            self._step(span, what, work, at - 1, len(steps))
+        if found.base is not None:
+            span = next(each for each in self.store.spans() if each.last == found.base)
+            self._step(("base", span), "moving the oldest boundary", self._move_base)
+        steps: list[Step] = [("join", span) for span in found.joins]
+        steps += [("thin", Span(number, number)) for number in found.thin]
+        for at, step in enumerate(steps, 1):
+            if step[0] == "join":
+                self._step(step, "joining intervals", self._join, at - 1, len(steps))
+            else:
+                self._step(step, "letting go of single writes", self._thin, at - 1, len(steps))
             if at % STEPS == 0:
                 self._sweep()  # what is made needs room, and this gives some
 
-    def _step(self, span: Span, what: str, work: Callable[[Span], None], at: int = 0, count: int = 1) -> None:
+    def _step(self, step: Step, what: str, work: Callable[[Span], None], at: int = 0, count: int = 1) -> None:
         """One step; what is damaged, or finds no room, is left as it is and said."""
-        if self.stop() or self._full or span in self._damaged:
+        if self.stop() or self._ended or (self._no_room and step[0] != "base"):
             return
         self.progress(Progress(what, at, count, "intervals"))
         try:
-            work(span)
+            work(step[1])
         except Stopped:
             clear_aside(self.store)
-        except _NotMirrored as error:
-            self._full = True
-            self._failed(span, error.message)
-        except DamageError as damage:
-            self._damaged.add(span)
-            self._failed(span, damage.message)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            back = self.done.bytes
+        except _NotNow as why:
             clear_aside(self.store)
-            self._sweep()
-            self._full = self.done.bytes == back
-            if self._full:  # all else would find no room either
-                self._failed(span, f"{self.store.path} is full")
+            self._undone.add(step)
+            log.info("intervals up to %d stay: %s", step[1].last, why)
+        except _NotMirrored as error:
+            self._ended = True
+            self._failed(step, str(error))
+        except DamageError as damage:
+            self.unreadable.add(step)
+            self._failed(step, damage.message)
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                raise
+            if error.errno in NO_ROOM:
+                self._found_no_room(step)
+            else:  # a sector that cannot be read must not keep all else from being let go of
+                self.unreadable.add(step)
+                self._failed(step, f"{error.filename or self.store.path}: {error.strerror}")
 
-    def _failed(self, span: Span, why: str) -> None:
+    def _found_no_room(self, step: Step) -> None:
+        back = self.done.bytes
         clear_aside(self.store)
-        self.done.failed.append(f"interval {span.last} stays as it is: {why}")
+        self._sweep()
+        if self.done.bytes > back:
+            return  # it is chosen again
+        self._ended = self._no_room
+        self._no_room = True
+        self._failed(step, f"{self.store.path} is full")
+
+    def _failed(self, step: Step, why: str) -> None:
+        clear_aside(self.store)
+        self.done.failed.append(f"interval {step[1].last} stays as it is: {why}")
         log.warning("%s", self.done.failed[-1])
 
+    # --- the steps
+
     def _move_base(self, span: Span) -> None:
-        found = next(each for each in self.store.spans() if each.last == span.last)
-        publish_base(self.store, found, self._commit)
+        bundle = Bundle.at(self.store, span)
+        publish_base(self.store, span, lambda: self._commit(-1, bundle.interval.to_write))
         self.done.base = span.last
 
     def _join(self, span: Span) -> None:
-        bundle = join(self.store, span, self.level, self._commit)
-        self._mirror(lambda catalog: catalog.put_interval(bundle))
+        first = next(each for each in self.store.spans() if each.first == span.first)
+        begin = Bundle.at(self.store, first).interval.from_write - 1
+        end = Bundle.open(self.store, span.last).interval.to_write
+        bundle = join(self.store, span, self.level, lambda: self._commit(begin, end), self.stop)
         self.done.joins.append(span)
+        self._put(bundle)
 
     def _thin(self, span: Span) -> None:
+        interval = Bundle.at(self.store, span).interval
+
         @contextmanager
         def commit() -> Iterator[None]:
-            with self._commit():  # the catalog forgets it first: what it mirrors may be behind, never ahead
-                if self._catalog is not None:
-                    try:
-                        self._catalog.remove_interval(span.last)
-                    except DamageError as error:
-                        raise _NotMirrored(error.message) from None
+            with self._commit(interval.from_write - 1, interval.to_write):
+                try:  # first: what the catalog mirrors may be behind, never ahead
+                    self._mirror.forget(span.last)
+                except PgcdpError as error:
+                    raise _NotMirrored(error.message) from None
                 yield
 
-        bundle = thin(self.store, span, self.level, commit)
-        self._mirror(lambda catalog: catalog.put_interval(bundle))
+        bundle = thin(self.store, span, self.level, commit, self.stop)
         self.done.thin.append(span.last)
+        self._put(bundle)
 
-    def _mirror(self, work: Callable[[Catalog], None]) -> None:
-        if self._catalog is not None:
+    @contextmanager
+    def _commit(self, begin: int, end: int) -> Iterator[None]:
+        """Points between two writes go inside. A clone may have been opened there since the plan was made, or a mark
+        kept: both hold the image while they look, so that they are either seen here or find that it is gone.
+        """
+        self._say()
+        with self._quiet():
             try:
-                work(self._catalog)
+                pinned = self._pinned(open_views(self.store))
             except PgcdpError as error:
-                log.warning("%s", error.message)
-                self._catalog = None
+                raise _NotNow(error.message) from None
+            needed = [point for point in pinned - self._points if begin < point < end]
+            if needed:
+                raise _NotNow(f"write {needed[0]} is needed since just now")
+            yield
+
+    def _pinned(self, views: Sequence[OpenView]) -> frozenset[int]:
+        return frozenset({view.write for view in views} | {each.write for each in kept_marks(self.store)})
+
+    def _say(self) -> None:
+        """In the history, once for all that was decided."""
+        found, self._unsaid = self._unsaid, None
+        if found is None:
+            return
+        try:
+            name, time_ns, content = say_let_go(self.store, time.time_ns(), self.by, found)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._unsaid = found  # room is what this is about to make
+            return
+        self._said.append(found)
+        self._mirrored(lambda: self._mirror.put_history(name, "event", time_ns, content))
+
+    def _put(self, bundle: Bundle) -> None:
+        self._mirrored(lambda: self._mirror.put_interval(bundle))
+
+    def _mirrored(self, work: Callable[[], None]) -> None:
+        """What the catalog lacks then, is read from the manifests."""
+        try:
+            work()
+        except PgcdpError as error:
+            log.warning("%s", error.message)
 
     def _sweep(self) -> None:
         self.progress(Progress("removing what was let go of"))
-        swept = sweep(self.store, self.stop)
-        self.done.bytes += swept.bytes
-        self.done.waiting = swept.waiting
-        self._mirror(self._forget)
+        self._swept = sweep(self.store, self.stop)
+        self.done.bytes += self._swept.bytes
+        self.done.waiting = self._swept.waiting
+        self._mirrored(self._forget)
 
-    def _forget(self, catalog: Catalog) -> None:
-        known = catalog.intervals().keys()  # first: the agent may publish one now
+    def _forget(self) -> None:
+        known = self._mirror.intervals().keys()  # first: the agent may publish one now
         for number in known - set(self.store.interval_numbers()):
-            catalog.remove_interval(number)
+            self._mirror.forget(number)

@@ -26,24 +26,35 @@ from pgcdp.recovery.blockmap import flatten, layer
 from pgcdp.store.bundle import CONTENTS, EVENTS, Bundle
 from pgcdp.store.frames import DEFAULT_LEVEL, FileSummary, FrameReader, FrameWriter
 from pgcdp.store.layout import Store
-from pgcdp.store.thinning import Commit
-from pgcdp.store.transactions import RELATIONS, TRANSACTIONS, read_transactions, read_wal, write_transactions, write_wal
+from pgcdp.store.thinning import Commit, Stop, Stopped, never
+from pgcdp.store.transactions import (
+    RELATIONS,
+    TRANSACTIONS,
+    WAL,
+    read_transactions,
+    read_wal,
+    write_transactions,
+    write_wal,
+)
 
 PIECE_BYTES = 1 << 20
 _COUNTS = ("inserted", "updated", "deleted")
 
 
-def join(store: Store, span: Span, level: int = DEFAULT_LEVEL, commit: Commit = nullcontext) -> Bundle:
+def join(
+    store: Store, span: Span, level: int = DEFAULT_LEVEL, commit: Commit = nullcontext, stop: Stop = never
+) -> Bundle:
     """Publish the intervals of a span as one, durably. What they were stays until it is removed, and counts no more.
 
     One process at a time; nothing may be there under its name in `Store.aside`. Raises DamageError when what it reads
-    is damaged, and has changed nothing that counts then. Needs memory for the maps, 32 bytes an extent.
+    is damaged, Stopped when `stop` says so, and has changed nothing that counts then. Needs memory for the maps, 32
+    bytes an extent.
     """
     parts = [Bundle.at(store, each) for each in store.spans() if span.first <= each.first and each.last <= span.last]
     _check_parts(parts, span)
     work = store.aside / span.file_name
     make_directory(work)
-    increments, blocks = _increments(store, parts, work, level)
+    increments, blocks = _increments(store, parts, work, level, stop)
     files = {made.name: _entry(made) for made in increments}
     files |= {made.name: _entry(made) for made in _transactions(parts, work)}
     for name, bundle in (("settings.json", parts[-1]), (RELATIONS, _newest_with(parts, RELATIONS))):
@@ -78,14 +89,16 @@ def _entry(made: FileSummary) -> dict[str, Any]:
 # --- increments
 
 
-def _increments(store: Store, parts: Sequence[Bundle], work: Path, level: int) -> tuple[list[FileSummary], int]:
+def _increments(
+    store: Store, parts: Sequence[Bundle], work: Path, level: int, stop: Stop
+) -> tuple[list[FileSummary], int]:
     """Contents and maps of both increments, synced, and how many blocks they name."""
     backward = flatten([layer(part.backward_map(), at) for at, part in reversed(list(enumerate(parts)))])
     forward = flatten([layer(part.forward_map(), at) for at, part in enumerate(parts)])
     made = []
     for name, extents, open_of in (("backward", backward, Bundle.backward), ("forward", forward, Bundle.forward)):
         with _writer(store, parts[-1], work, name, level) as writer:
-            table = _copy(extents, parts, open_of, writer)
+            table = _copy(extents, parts, open_of, writer, stop)
             made.append(writer.finish())
         with _writer(store, parts[-1], work, f"{name}.map", level) as writer:
             writer.append(table.tobytes())
@@ -103,8 +116,9 @@ def _writer(store: Store, last: Bundle, work: Path, name: str, level: int) -> It
 
 
 def _copy(
-    extents: NDArray[np.void], parts: Sequence[Bundle], open_of: Callable[[Bundle], FrameReader], writer: FrameWriter
-) -> NDArray[np.void]:
+    extents: NDArray[np.void], parts: Sequence[Bundle], open_of: Callable[[Bundle], FrameReader], writer: FrameWriter,
+    stop: Stop,
+) -> NDArray[np.void]:  # fmt: skip
     """Copy what a map over `parts` names, part by part in the order of each one's stream: each frame is read once.
 
     Returns the map over the copy.
@@ -122,6 +136,8 @@ def _copy(
             for row in data[at:end].tolist():
                 table["source"][row] = writer.length
                 for begin, length in _pieces(int(extents["position"][row]), int(extents["count"][row]) * BLOCK):
+                    if stop():
+                        raise Stopped
                     writer.append(content.read(begin, length))
         at = end
     return table
@@ -140,7 +156,7 @@ def _transactions(parts: Sequence[Bundle], work: Path) -> list[FileSummary]:
     if parts[0].transactions is None:
         return []
     for part in parts:
-        for name in (EVENTS, TRANSACTIONS):
+        for name in (EVENTS, TRANSACTIONS, WAL):
             part.check_file(name)
     table = pa.concat_tables([read_transactions(part.path) for part in parts]).unify_dictionaries().combine_chunks()
     wal = np.concatenate([read_wal(part.path) for part in parts])

@@ -2,7 +2,8 @@
 
 What counts is said by manifests and names (`Store.spans`), so what does not count may lie there for any time. It goes
 when neither a restore, which holds the image, nor an open view can read it: a view's map names the files that it reads.
-A directory goes by a rename out of the way first, so that nobody ever finds a part of one.
+It goes by a rename out of the way first, so that nobody ever finds a part of a directory, and readers are kept out no
+longer than the renames take.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.layout import Store, numbers_in, spans_in
 from pgcdp.store.open_views import OpenView, open_views
 from pgcdp.store.published import published
-from pgcdp.store.thinning import GONE, leftovers
+from pgcdp.store.thinning import GONE, Stop, Stopped, leftovers, never
 
 MOMENT_SECONDS = 2.0
 """How long a view may take to tell which map it shows."""
@@ -39,14 +40,15 @@ Named = frozenset[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What was removed, and for what the rest waits: "" when there is none."""
+    """What was removed, and for what the rest waits: "" when there is none.
+
+    `unknown`: what comes back is not known yet, since a reader holds the image or a view does not tell what it reads.
+    Else what waits is what open views read.
+    """
 
     bytes: int
     waiting: str
-
-
-class Stopped(Exception):
-    """A run was told to stop while it waited."""
+    unknown: bool = False
 
 
 class Quiet:
@@ -56,7 +58,7 @@ class Quiet:
     `say` hears when it has to wait.
     """
 
-    def __init__(self, store: Store, stop: Callable[[], bool], say: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, store: Store, stop: Stop, say: Callable[[], None] = lambda: None) -> None:
         self.store, self.stop, self.say = store, stop, say
 
     @contextmanager
@@ -80,7 +82,7 @@ def clear_aside(store: Store) -> None:
         _remove(path)
 
 
-def sweep(store: Store, stop: Callable[[], bool] = lambda: False) -> Swept:
+def sweep(store: Store, stop: Stop = never) -> Swept:
     """Remove all that counts no more and that nobody reads. One process at a time. Raises OSError."""
     make_directory(store.aside)
     freed, waiting = 0, ""
@@ -89,17 +91,21 @@ def sweep(store: Store, stop: Callable[[], bool] = lambda: False) -> Swept:
         some, left = left[:AT_ONCE], left[AT_ONCE:]
         with image_to_move(store) as let_readers_in:
             if let_readers_in is None:
-                return Swept(freed, "a reader holds the image")
+                return Swept(freed, "a reader holds the image", unknown=True)
             try:
                 named = named_by_views(store)
             except PgcdpError as error:
-                return Swept(freed, error.message)
+                return Swept(freed, error.message, unknown=True)
+            moved = set[Path]()
             for path in some:
                 if _is_named(path, named):
                     waiting = "an open view reads some of it"
                 else:
                     freed += size_of(path)
-                    _out_of_the_way(store, path)
+                    os.rename(path, store.aside / f"gone-{path.parent.name}-{path.name}")
+                    moved.add(path.parent)
+        for parent in moved:  # first: else a power cut could bring back the name of what is half removed
+            sync_directory(parent)
         clear_aside(store)
     return Swept(freed, waiting)
 
@@ -120,7 +126,8 @@ def _let_go(store: Store) -> Iterator[Path]:
     yield from (path for path in [*joined, *plain] if path not in counts)
     yield from (store.merged / span.file_name for span in stale(store, spans_in(store.merged)))
     for each in published(store).values():
-        if not each.interval.restorable_by_write and any((each.path / name).exists() for name in GONE):
+        gone = ("forward",) if each.interval.restorable_by_write else GONE
+        if any((each.path / name).exists() for name in gone):
             yield from leftovers(Bundle.at(store, each.interval.span))
 
 
@@ -167,17 +174,11 @@ def _is_named(path: Path, named: Named) -> bool:
 
 def size_of(path: Path) -> int:
     """Bytes that a file or a directory of files takes on disk."""
+    total = 0
     with suppress(FileNotFoundError):
-        return sum(each.lstat().st_blocks * 512 for each in (path.iterdir() if path.is_dir() else [path]))
-    return 0
-
-
-def _out_of_the_way(store: Store, path: Path) -> None:
-    if path.is_dir():
-        os.rename(path, store.aside / f"gone-{path.parent.name}-{path.name}")
-    else:
-        path.unlink()
-    sync_directory(path.parent)
+        for each in path.iterdir() if path.is_dir() else [path]:
+            total += each.lstat().st_blocks * 512
+    return total
 
 
 def _remove(path: Path) -> None:

@@ -8,13 +8,13 @@ Whoever opened the interval before, reads on in files that are there until it is
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 
 from pgcdp.errors import BugError, PgcdpError
-from pgcdp.fsio import sync_directory, write_json
+from pgcdp.fsio import read_json, sync_directory, write_json
 from pgcdp.records import BLOCK, EXTENT_DATA, Span
 from pgcdp.store.bundle import CATALOG_NOTES, CONTENTS, WAL_STATE, Bundle
 from pgcdp.store.frames import DEFAULT_LEVEL, FrameWriter
@@ -29,20 +29,41 @@ GONE = ("writes", CATALOG_NOTES, WAL_STATE)
 Commit = Callable[[], AbstractContextManager[object]]
 """Inside it, what was made is published: with readers kept out of the image (`recovery.sweeping.Quiet`)."""
 
+Stop = Callable[[], bool]
+"""Whether to stop, asked between pieces of long work; then Stopped is raised."""
 
-def thin(store: Store, span: Span, level: int = DEFAULT_LEVEL, commit: Commit = nullcontext) -> Bundle:
+
+class Stopped(Exception):
+    """A run was told to stop while it waited, or in the middle of a step: nothing of that counts."""
+
+
+def never() -> bool:
+    """A `Stop` that goes on."""
+    return False
+
+
+def thin(
+    store: Store, span: Span, level: int = DEFAULT_LEVEL, commit: Commit = nullcontext, stop: Stop = never
+) -> Bundle:
     """Let go of an interval's single writes, durably; harmless when it was done. Its old files stay (`leftovers`).
 
-    One process at a time. Raises DamageError when what it reads is damaged, and has changed nothing then.
+    One process at a time. Raises DamageError when what it reads is damaged, and has changed nothing then; nor has it
+    when it raises anything else, unless the manifest says that the writes are gone.
     """
     bundle = Bundle.at(store, span)
     if not bundle.interval.restorable_by_write:
         return bundle
     try:
-        forward = copy_forward(bundle, bundle.path / "forward", store.set_id, level)
-    except (PgcdpError, OSError):
-        (bundle.path / "forward").unlink(missing_ok=True)
+        return _thin(store, bundle, level, commit, stop)
+    except BaseException:
+        with suppress(OSError, PgcdpError):  # the manifest may be replaced, and what failed came behind it
+            if read_json(bundle.path / "manifest.json")["restorable_by_write"]:
+                (bundle.path / "forward").unlink(missing_ok=True)
         raise
+
+
+def _thin(store: Store, bundle: Bundle, level: int, commit: Commit, stop: Stop) -> Bundle:
+    forward = copy_forward(bundle, bundle.path / "forward", store.set_id, level, stop)
     sync_directory(bundle.path)
     manifest = dict(bundle.manifest)
     files = {name: entry for name, entry in manifest["files"].items() if name not in GONE}
@@ -57,13 +78,13 @@ def thin(store: Store, span: Span, level: int = DEFAULT_LEVEL, commit: Commit = 
     }
     with commit():
         write_json(bundle.path / "manifest.json", manifest)
-    return Bundle.at(store, span)
+    return Bundle.at(store, bundle.interval.span)
 
 
-def copy_forward(bundle: Bundle, path: Path, set_id: bytes, level: int) -> dict[str, object]:
+def copy_forward(bundle: Bundle, path: Path, set_id: bytes, level: int, stop: Stop = never) -> dict[str, object]:
     """Copy what an interval's forward map names to a file, one behind the other in order of its source; synced.
 
-    Returns the file's entry in a manifest.
+    Returns the file's entry in a manifest. Raises Stopped.
     """
     extents = bundle.forward_map()
     data = extents[extents["kind"] == EXTENT_DATA]
@@ -73,6 +94,8 @@ def copy_forward(bundle: Bundle, path: Path, set_id: bytes, level: int) -> dict[
         with bundle.forward() as content:
             for source, count in zip(data["source"].tolist(), data["count"].tolist(), strict=True):
                 for begin in range(0, count * BLOCK, PIECE_BYTES):
+                    if stop():
+                        raise Stopped
                     writer.append(content.read(source + begin, min(PIECE_BYTES, count * BLOCK - begin)))
         made = writer.finish()
     finally:
@@ -83,8 +106,9 @@ def copy_forward(bundle: Bundle, path: Path, set_id: bytes, level: int) -> dict[
 
 
 def leftovers(bundle: Bundle) -> list[Path]:
-    """Files of a thinned interval that its manifest does not name any more."""
+    """Files of a thinned interval that its manifest does not name any more; of another, what a failed try left."""
     if bundle.interval.restorable_by_write:
-        return []
+        forward = bundle.path / "forward"
+        return [forward] if forward.exists() and not bundle.has("forward") else []
     names = set(bundle.manifest["files"]) | {"manifest.json"}
     return sorted(path for path in bundle.path.iterdir() if path.name not in names)

@@ -18,7 +18,7 @@ import pytest
 from pgcdp.fsio import free_space
 from pgcdp.records import Target
 from pgcdp.recovery import merged
-from pgcdp.recovery.expiring import holding_of, pins_of
+from pgcdp.recovery.choosing import holding_of, pins_of
 from pgcdp.store.history import add_history
 from pgcdp.store.kept import keep_event
 from pgcdp.store.rebuild import rebuild

@@ -13,17 +13,19 @@ import pytest
 
 from pgcdp.intervals.increments import close_interval, move_image
 from pgcdp.records import Span, Target
+from pgcdp.recovery.expiring import Run, expiring
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.recovery.sweeping import sweep, waiting_bytes
 from pgcdp.recovery.view import shown
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import Image
-from pgcdp.store.image_lock import image_to_move
+from pgcdp.store.image_lock import image_held, image_to_move
 from pgcdp.store.kept import kept_marks
+from pgcdp.store.layout import Store
 from pgcdp.store.open_views import seen_views
-from pgcdp.store.retention import Policy
+from pgcdp.store.retention import Plan, Policy
 from pgcdp.store.thinning import thin
-from tests.unit.test_expiring import EVERYTHING_OLD, MINUTE_NS, Years
+from tests.unit.test_expiring import EVERYTHING_OLD, MINUTE_NS, Years, files_of
 from tests.unit.test_increments import capture, fill, random_op
 
 
@@ -137,3 +139,46 @@ def test_a_view_that_does_not_tell_keeps_everything(years: Years, monkeypatch: p
         view.assert_right()
     assert years.expire(EVERYTHING_OLD).waiting == ""
     years.assert_sound()
+
+
+def test_an_open_view_does_not_switch_off_the_making_of_room(years: Years) -> None:
+    """Something waits for it; what does not, makes room. When nothing comes back any more, that is said."""
+    views = Views(years)
+    start = sum(files_of(years.store).values())
+
+    def free(store: Store) -> int:
+        return start - sum(files_of(store).values())
+
+    with views.stack:
+        view = views.open(46)  # it reads all increments behind boundary 5
+        with expiring(years.store):
+            assert Run(years.store, Policy()).carry_out(Plan(joins=(Span(6, 8),))).waiting
+        missing = free(years.store)
+        done = years.expire(Policy(least_free=missing + 1), free=free)
+        assert (done.thin, done.base, done.joins, done.failed) == ([1], None, [], [])
+        done = years.expire(Policy(least_free=1 << 40), free=free)
+        assert done.thin[0] == 2
+        assert done.thin[-1] == 11
+        assert done.base == 5
+        assert not done.joins
+        assert "bytes less than least_free are free, and what was let go of comes back later" in done.failed[-1]
+        view.assert_right()
+    assert years.expire(Policy(least_free=1 << 40), free=free).base == 11
+    assert not waiting_bytes(years.store)
+    years.assert_sound()
+
+
+def test_readers_that_hold_the_image_end_the_making_of_room(years: Years) -> None:
+    """What was let go of is still there: how much is missing is not known."""
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 100
+
+    with image_held(years.store):
+        thin(years.store, Span(1, 1))
+        done = years.expire(Policy(least_free=1 << 40), free=lambda store: 0, stop=stop)
+        assert (done.base, done.thin) == (None, [])
+        assert "a reader holds the image" in done.failed[-1]
+    assert len(asked) <= 100

@@ -21,7 +21,8 @@ from pgcdp.intervals.applying import apply_backward, apply_forward
 from pgcdp.intervals.increments import close_interval, move_image
 from pgcdp.records import BLOCK, Boundary, Position, RecoveryPoint, Span, Target
 from pgcdp.recovery import merged
-from pgcdp.recovery.expiring import Done, Run, expiring, holding_of, pins_of
+from pgcdp.recovery.choosing import holding_of, pins_of
+from pgcdp.recovery.expiring import Done, Run, expiring
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.sweeping import waiting_bytes
 from pgcdp.recovery.view import make_map
