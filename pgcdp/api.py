@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,10 @@ from pgcdp.expiring import expire_look as expire_look
 from pgcdp.following import follow as follow
 from pgcdp.intervals.policy import parse_policy
 from pgcdp.looking import info as info
-from pgcdp.looking import interval_json, marks
+from pgcdp.looking import interval_json
 from pgcdp.looking import status as status
+from pgcdp.marking import mark as mark
+from pgcdp.marking import unkeep as unkeep
 from pgcdp.opening import (
     Announce,
     between,
@@ -44,14 +46,13 @@ from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import restore as writing
+from pgcdp.recovery.expiring import AnotherRuns, expiring
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
 from pgcdp.recovery.places import scratch_of
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import Catalog
-from pgcdp.store.kept import keep_event, kept_marks
 from pgcdp.store.layout import Store
 from pgcdp.store.rebuild import rebuild as rebuild_catalog
 from pgcdp.units import format_time
@@ -169,43 +170,6 @@ def cut(set_name: str) -> Json:
     config = load_config(set_name)
     boundary = service.ask(config.paths, "cut", timeout=None)["boundary"]
     return interval_json(Bundle.open(Store.open(config.store), boundary).interval, None)
-
-
-def mark(set_name: str, name: str, keep: bool = False) -> Json:
-    """Put a named mark into the write order; with `keep` retention never lets go of it."""
-    config = load_config(set_name)
-    client = EngineClient(config.paths.control)
-    earlier: list[int] = []
-    with suppress(PgcdpError, OSError):  # the mark itself needs no store
-        earlier = [each["write"] for each in marks(open_source(set_name, None)) if each["name"] == name]
-    store = Store.open(config.store, config.set_id_bytes) if keep else None  # it must be there before the mark is
-    write = client.mark(name)
-    if store is not None:
-        _say_of_mark(store, name, write, keep=True)
-    return {"set": set_name, "name": name, "write": write, "earlier": earlier, "kept": keep}
-
-
-def unkeep(set_name: str, name: str) -> Json:
-    """Retention may let go of the marks of a name. Raises TargetError when none is kept."""
-    config = load_config(set_name)
-    store = Store.open(config.store, config.set_id_bytes)
-    kept = kept_marks(store)
-    found = [each for each in kept if each.name == name]
-    if not found:
-        names = ", ".join(dict.fromkeys(each.name for each in kept)) or "none"
-        raise TargetError(f'no mark "{name}" is kept', f"kept are: {names}")
-    for each in found:
-        _say_of_mark(store, name, each.write, keep=False)
-    writes = [each.write for each in found]
-    return {"set": set_name, "name": name, "write": writes[-1], "earlier": writes[:-1], "kept": False}
-
-
-def _say_of_mark(store: Store, name: str, write: int, keep: bool) -> None:
-    catalog = Catalog.open(store)
-    try:
-        catalog.remember("event", time.time_ns(), keep_event(name, write, keep))
-    finally:
-        catalog.close()
 
 
 # --- looking
@@ -495,10 +459,17 @@ def check(set_name: str, full: bool = False, progress: Report = silent) -> Json:
     }
 
 
-def rebuild(set_name: str) -> Json:
-    """The catalog anew from the store."""
+def rebuild(set_name: str, progress: Report = silent) -> Json:
+    """The catalog anew from the store. Waits while retention lets go of something, which it tells the catalog of."""
     config = load_config(set_name)
-    catalog, damages = rebuild_catalog(Store.open(config.store, config.set_id_bytes))
+    store = Store.open(config.store, config.set_id_bytes)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(expiring(store))
+        except AnotherRuns:
+            progress(Progress("waiting until retention has done what it is at"))
+            stack.enter_context(expiring(store, wait=True))
+        catalog, damages = rebuild_catalog(store)
     try:
         return {
             "set": set_name,

@@ -19,9 +19,15 @@ from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.kept import kept_marks
+from pgcdp.store.let_go import EXPIRE
 from pgcdp.units import format_lsn, format_time
 
 Json = dict[str, Any]
+
+EVENTS = 1000
+"""So many of the newest events are looked through for what retention did."""
+EXPIRED = 10
+"""So many of these are told."""
 
 
 def status(set_name: str) -> Json:
@@ -114,6 +120,7 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
     catalog = Catalog.open(source.store)
     try:
         rows = [interval_json(each, catalog.last_verification(each.number)) for each in source.intervals()]
+        events = catalog.history("event", EVENTS)
     finally:
         catalog.close()
     known: list[Json] | None = None
@@ -124,6 +131,18 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
         "recovery_window": window_json(first, last),
         "intervals": rows,
         "marks": known,
+        "expired": [_expired(each) for each in events if each.get("event") == EXPIRE][:EXPIRED],
+    }
+
+
+def _expired(event: Json) -> Json:
+    """What retention let go of, as the history says."""
+    return {
+        "time": format_time(event["time_ns"]),
+        "by": event["by"],
+        "oldest": event["base"],
+        "joined": [{"first": first, "last": last} for first, last in event["joined"]],
+        "thinned": [{"first": first, "last": last} for first, last in event["thinned"]],
     }
 
 

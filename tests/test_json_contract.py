@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -41,6 +42,8 @@ POINT: Shape = {"write": int, "lsn": Maybe(LSN), "interval": Maybe(int), "bounda
                 "note": Maybe(str)}  # fmt: skip
 WINDOW: Shape = {"from_time": TIME, "to_time": TIME, "from_write": int, "to_write": int}
 CHECK: Shape = {"name": str, "ok": bool, "seconds": float, "detail": str}
+RUNS = [{"first": int, "last": int}]
+EXPIRED: Shape = {"time": TIME, "by": str, "oldest": Maybe(int), "joined": RUNS, "thinned": RUNS}
 INTERVAL: Shape = {
     "number": int,
     "from_write": int,
@@ -255,7 +258,7 @@ def test_cut_and_info(protected: Protected) -> None:
     closed = protected.json("cut")
     assert fits(closed, INTERVAL) == []
     value = protected.json("info")
-    assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL]}) == []
+    assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL], "expired": [EXPIRED]}) == []
     assert value["intervals"][-1]["number"] >= closed["number"]
     assert protected.json("info", "--store", str(protected.directory / "store"))["set"] == "main"
     assert protected.text("info").count("\n") >= len(value["intervals"])
@@ -380,9 +383,13 @@ def test_check(protected: Protected) -> None:
 def test_expire(protected: Protected) -> None:
     """What would go, that it is asked about, that it goes, and that what is kept stays."""
     kept = protected.json("mark", "never", "--keep")
-    assert fits(kept, {"set": str, "name": str, "write": int, "earlier": [], "kept": bool}) == []
-    for _ in range(3):
-        protected.json("mark", "between")
+    mark = {"set": str, "name": str, "write": int, "earlier": [], "kept": bool, "existed": bool}
+    assert fits(kept, mark) == []
+    again = protected.json("mark", "never", "--keep")
+    assert (again["write"], again["existed"]) == (kept["write"], True), "one that is there is kept, none is set"
+    assert [each["write"] for each in protected.json("info")["marks"] if each["name"] == "never"] == [kept["write"]]
+    for step in range(3):
+        protected.json("mark", f"between-{step}")
         protected.json("cut")
     assert protected.json("expire")["thinned"] == [], "by default nothing goes"
     file = protected.directory / "root/etc/pgcdp/main.toml"
@@ -402,10 +409,18 @@ def test_expire(protected: Protected) -> None:
             assert protected.json("expire", "--yes", code=6)["error"]["kind"] == "precondition"
         done = protected.json("expire", "--yes")
         assert fits(done, EXPIRE) == []
+        refused = protected.json("mark", "between-0", "--keep", code=3)["error"]
+        assert "retention let go" in refused["message"], "there is nothing left to keep"
         assert not protected.json("expire", "--dry-run")["thinned"]
     finally:
         file.write_text(settings)
-    rows = protected.json("info")["intervals"]
+    info = protected.json("info")
+    assert fits(info, {"expired": [EXPIRED]}) == []
+    thinned = {n for each in info["expired"] for run in each["thinned"] for n in range(run["first"], run["last"] + 1)}
+    assert thinned == set(told["thinned"])
+    assert {each["by"] for each in info["expired"]} <= {"agent", f"pgcdp expire, user {getpass.getuser()}"}
+    assert "let go of by" in protected.text("info")
+    rows = info["intervals"]
     gone = [row for row in rows if not row["restorable_by_write"]]
     assert {row["number"] for row in gone} == set(told["thinned"])
     (home,) = [row for row in rows if row["from_write"] <= kept["write"] <= row["to_write"]]

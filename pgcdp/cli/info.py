@@ -35,6 +35,20 @@ def _render(value: Mapping[str, Any]) -> None:
             for each in value["marks"]
         ]
         screen.table(["mark", "kind", "write", "lsn", "kept"], rows)
+    if value["expired"]:
+        screen.text()
+        for each in value["expired"]:
+            screen.text(_let_go(each))
+
+
+def _let_go(event: Mapping[str, Any]) -> str:
+    """In words: how much went, and who did it."""
+    parts = [] if event["oldest"] is None else [f"all before boundary {event['oldest']}"]
+    for name, what in (("joined", "joined: intervals"), ("thinned", "without single writes: intervals")):
+        if event[name]:
+            runs = (f"{e['first']}-{e['last']}" if e["first"] < e["last"] else str(e["first"]) for e in event[name])
+            parts.append(f"{what} {', '.join(runs)}")
+    return f"let go of by {event['by']} ({event['time']}): {'; '.join(parts)}"
 
 
 def _kept(mark: Mapping[str, Any]) -> str:
