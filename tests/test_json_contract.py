@@ -409,7 +409,7 @@ def test_expire(protected: Protected) -> None:
             assert protected.json("expire", "--yes", code=6)["error"]["kind"] == "precondition"
         done = protected.json("expire", "--yes")
         assert fits(done, EXPIRE) == []
-        refused = protected.json("mark", "between-0", "--keep", code=3)["error"]
+        refused = protected.json("mark", "between-1", "--keep", code=3)["error"]
         assert "retention let go" in refused["message"], "there is nothing left to keep"
         assert not protected.json("expire", "--dry-run")["thinned"]
     finally:

@@ -294,7 +294,12 @@ class Run:
         self._put(bundle)
 
     def _thin(self, span: Span) -> None:
-        interval = Bundle.at(self.store, span).interval
+        bundle = Bundle.at(self.store, span)
+        interval = bundle.interval
+        if not interval.restorable_by_write:  # the catalog told otherwise
+            self._undone.add(("thin", span))
+            self._put(bundle)
+            return
 
         @contextmanager
         def commit() -> Iterator[None]:

@@ -203,16 +203,16 @@ def _by_pieces(runs: Iterable[Sequence[Interval]], missing: int, avoid: Collecti
     for run in runs:
         rest = list(_of_like_size(run))
         while len(rest) > 1 and back < missing:
-            sizes, count = [_increments(each) for each in rest], 2
-            while count < len(rest) and (
-                sum(each.blocks_changed for each in rest[1:count]) < rest[0].blocks_changed
-                or back + sum(sizes[:count]) - max(sizes[:count]) < missing
-            ):
+            size = largest = _increments(rest[0])
+            count, blocks = 1, 0
+            while count < len(rest) and (blocks < rest[0].blocks_changed or back + size - largest < missing):
+                blocks += rest[count].blocks_changed
+                size, largest = size + _increments(rest[count]), max(largest, _increments(rest[count]))
                 count += 1
             span = Span(rest[0].first, rest[count - 1].number)
             if ("join", span) not in avoid:
                 found.append(span)
-                back += sum(sizes[:count]) - max(sizes[:count])
+                back += size - largest
             rest = list(_of_like_size(rest[count:]))
     return found
 
