@@ -101,9 +101,11 @@ def sweep(store: Store, stop: Stop = never) -> Swept:
                 if _is_named(path, named):
                     waiting = "an open view reads some of it"
                 else:
-                    freed += size_of(path)
-                    os.rename(path, store.aside / f"gone-{path.parent.name}-{path.name}")
-                    moved.add(path.parent)
+                    size = size_of(path)
+                    with suppress(FileNotFoundError):  # merged increments also go by who merges
+                        os.rename(path, store.aside / f"gone-{path.parent.name}-{path.name}")
+                        freed += size
+                        moved.add(path.parent)
         for parent in moved:  # first: else a power cut could bring back the name of what is half removed
             sync_directory(parent)
         clear_aside(store)

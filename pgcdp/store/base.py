@@ -107,13 +107,20 @@ def base_settings(store: Store) -> dict[str, Any]:
     return read_json(place / "settings.json") if place else {}
 
 
-def check_base(store: Store) -> None:
-    """Read all that is kept of the oldest boundary. Raises DamageError, also when one copy is left."""
+def check_copies(store: Store) -> None:
+    """Read both copies of the oldest boundary. Raises DamageError, also when one is left."""
     place = base_place(store)
     if place is None:
         return
     for name in COPIES:
         boundary_from(_copy(store, place / name)["boundary"], place / name)
+
+
+def check_kept(store: Store) -> None:
+    """Read what is kept with the oldest boundary. Raises DamageError."""
+    place = base_place(store)
+    if place is None:
+        return
     for name, entry in _content(store, place)["files"].items():
         raw = (place / name).read_bytes() if (place / name).exists() else b""
         if len(raw) != entry["bytes"] or xxhash.xxh3_64_hexdigest(raw) != entry["checksum"]:

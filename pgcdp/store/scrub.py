@@ -21,7 +21,7 @@ from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK
-from pgcdp.store.base import base_place, check_base, missing_before, read_base
+from pgcdp.store.base import base_place, check_copies, check_kept, missing_before, read_base
 from pgcdp.store.bundle import CONTENTS, Bundle
 from pgcdp.store.frames import HEADER_BYTES, Entry, FrameReader, check_unfinished
 from pgcdp.store.history import history_names, read_history
@@ -109,7 +109,9 @@ class _Scrub:
         behind: tuple[int, int] | None = None
         place = (base_place(self.store) or self.store.bases) / "manifest.json"
         with _noting(self, place, "every boundary and write can still be restored if nothing else is damaged"):
-            check_base(self.store)
+            check_copies(self.store)
+        with _noting(self, place, f"every point behind boundary {self.store.base_number()} can still be restored"):
+            check_kept(self.store)
         with _noting(self, place, "nothing can be restored until one of both is brought back from a copy of the store"):
             base = read_base(self.store)
             behind = (base.number, base.write) if base is not None else None
@@ -123,7 +125,8 @@ class _Scrub:
                 continue
             interval = bundle.interval
             if behind is not None and (span.first, interval.from_write) != (behind[0] + 1, behind[1] + 1):
-                message = f"interval {number} from write {interval.from_write} does not follow boundary {behind[0]}"
+                before = f"{'interval' if behind[0] in self.bundles else 'boundary'} {behind[0]}"
+                message = f"interval {number} from write {interval.from_write} does not follow {before}"
                 missing = missing_before(self.store, behind[0], span.first)
                 if missing is not None:
                     message = f"{missing} is missing: {message}"

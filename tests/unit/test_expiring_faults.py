@@ -198,6 +198,15 @@ def test_one_bit_of_the_oldest_boundary_costs_nothing(based: Years, name: str) -
     assert check_store(based.store).ok
 
 
+def test_damage_in_what_is_kept_with_the_oldest_boundary_costs_no_other(based: Years) -> None:
+    file = based.store.bases / "0000000004" / "settings.json"
+    flip(file, 20)
+    (damage,) = check_store(based.store).damages
+    assert (damage.file, damage.still) == (file, "every point behind boundary 4 can still be restored")
+    source = based.source()
+    assert source.settings(source.resolve(Target("boundary", 5)))
+
+
 def test_an_oldest_boundary_that_is_lost_is_named(based: Years) -> None:
     for name in base.COPIES:
         flip(based.store.bases / "0000000004" / name)
@@ -464,6 +473,25 @@ def test_the_history_says_what_goes_before_it_goes(years: Years, monkeypatch: py
     assert seen[-1] == [told, {**told, "base": 1, "joined": [[2, 3], [4, 5]], "thinned": []}]
     years.expire(DROP_ALL, by="user ann")
     assert len(history_names(years.store)) == 2, "nothing is said of nothing"
+
+
+def test_what_was_done_before_something_is_in_the_way_is_logged(
+    years: Years, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(years.store, Policy(0.0))
+    plain = thin
+
+    def failing(store: Store, span: Span, *more: Any) -> Any:
+        if span.last == 3:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return plain(store, span, *more)
+
+    monkeypatch.setattr(steps, "thin", failing)
+    with pytest.raises(OSError, match="Read-only"):
+        run.run(NOW)
+    with caplog.at_level("INFO"):
+        run.done.tell()
+    assert "single writes of 2 gone" in caplog.text
 
 
 def test_what_an_agent_lets_go_of_on_a_day_is_one_event(years: Years) -> None:
