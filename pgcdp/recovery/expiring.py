@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, free_space, make_directory
@@ -135,7 +136,7 @@ class Run:
         self._undone = set[Step]()
         self._points = frozenset[int]()  # pinned when the plan was made
         self._said: list[Plan] = []
-        self._unsaid: Plan | None = None
+        self._unsaid: list[Plan] = []
         self._no_room = False
         self._ended = False
 
@@ -159,7 +160,7 @@ class Run:
     def carry_out(self, found: Plan) -> Done:
         """Do what a plan says, whatever the policy."""
         with self._begun():
-            self._unsaid = found
+            self._unsaid.append(found)
             self._points = self._pinned(seen_views(self.store))
             self._carry_out(found)
             self._sweep()
@@ -178,8 +179,8 @@ class Run:
         makes_room = choice.makes_room
         if makes_room and self._swept.unknown:
             return False
-        if not any(found.within([said]) == found for said in self._said):
-            self._unsaid = found
+        if not any(found.within([said]) == found for said in [*self._said, *self._unsaid]):
+            self._unsaid.append(found)
         piece = Plan(found.base, found.joins[:1], found.thin[:AT_ONCE]) if makes_room else found
         before, back = self._state(), self.done.bytes
         self._carry_out(piece)
@@ -218,6 +219,8 @@ class Run:
         clear_aside(self.store)
         try:
             yield
+            if self.done.steps() != Done().steps():
+                self._say()
         finally:
             self._mirror.close()
 
@@ -334,19 +337,16 @@ class Run:
         return frozenset({view.write for view in views} | {each.write for each in kept_marks(self.store)})
 
     def _say(self) -> None:
-        """In the history, once for all that was decided."""
-        found, self._unsaid = self._unsaid, None
-        if found is None:
-            return
-        try:
-            name, time_ns, content = say_let_go(self.store, time.time_ns(), self.by, found)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            self._unsaid = found  # room is what this is about to make
-            return
-        self._said.append(found)
-        self._mirrored(lambda: self._mirror.put_history(name, "event", time_ns, content))
+        """In the history, once for all that was decided; later where there is no room, which this is about to make."""
+        while self._unsaid:
+            try:
+                name, time_ns, content = say_let_go(self.store, time.time_ns(), self.by, self._unsaid[0])
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                return
+            self._said.append(self._unsaid.pop(0))
+            self._mirrored(partial(self._mirror.put_history, name, "event", time_ns, content))
 
     def _put(self, bundle: Bundle) -> None:
         self._mirrored(lambda: self._mirror.put_interval(bundle))

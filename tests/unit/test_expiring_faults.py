@@ -475,6 +475,23 @@ def test_the_history_says_what_goes_before_it_goes(years: Years, monkeypatch: py
     assert len(history_names(years.store)) == 2, "nothing is said of nothing"
 
 
+def test_what_finds_no_room_in_the_history_is_said_when_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    years = Years(tmp_path, 57, [6] * 6, [1500] * 6)
+    plain, tried = say_let_go, list[Plan]()
+
+    def say(store: Store, time_ns: int, by: str, found: Plan) -> Any:
+        tried.append(found)
+        if len(tried) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(store, time_ns, by, found)
+
+    monkeypatch.setattr(steps, "say_let_go", say)
+    assert years.expire(DROP_ALL).base == 5
+    assert [read_history(years.store, name)[2]["base"] for name in history_names(years.store)] == [5]
+
+
 def test_what_was_done_before_something_is_in_the_way_is_logged(
     years: Years, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
