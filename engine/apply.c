@@ -183,6 +183,9 @@ static void sync_and_mark(struct volume_set *vs)
     struct err e = {.message = ""};
     uint64_t applied = vs->applied_write; /* only this thread changes it */
     for (unsigned i = 0; i < vs->count && !vs->volume_failed; i++) {
+#ifdef WITHOUT_SYNC /* a test build only: the power cuts of the tests must notice */
+        break;
+#endif
         int rc = io_fdatasync(vs->volumes[i].fd);
         if (rc) {
             vs->volume_failed = true;

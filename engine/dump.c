@@ -61,12 +61,33 @@ static int parse(int argc, char **argv, bool whole, struct dump_options *out)
 static int open_journal(struct jr **jr, const char *directory)
 {
     struct err e;
-    int rc = jr_open(jr, directory, NULL, &e);
+    int rc = JR_STALE;
+    for (int i = 0; i < JR_STALE_ATTEMPTS && rc == JR_STALE; i++)
+        rc = jr_open(jr, directory, NULL, &e);
     if (rc == -ENOENT || rc == -ENOTDIR) {
         err_hint(&e, "give the journal directory of a volume set");
         rc = ERR_PRECONDITION;
     }
     return rc ? command_failed(&e, rc) : 0;
+}
+
+/* As jr_next; when what comes next was recycled meanwhile, the journal is opened again and read on behind `seen`, the last
+ * write that was given. */
+static int next_batch(struct jr **jr, const char *directory, uint64_t *seen, struct jr_batch *batch, struct err *e)
+{
+    int rc = jr_next(*jr, batch, e);
+    for (int i = 0; i < JR_STALE_ATTEMPTS && rc == JR_STALE; i++) {
+        struct jr *again;
+        if ((rc = jr_open(&again, directory, NULL, e)) == 0) {
+            jr_close(*jr);
+            *jr = again;
+            if ((rc = jr_seek(*jr, *seen + 1, e)) == 0)
+                rc = jr_next(*jr, batch, e);
+        }
+    }
+    if (rc == 1)
+        *seen = batch->first_write + batch->records - 1;
+    return rc;
 }
 
 /* ---- dump ---- */
@@ -149,8 +170,9 @@ int cmd_dump(int argc, char **argv)
     if (rc || (rc = open_journal(&jr, o.journal)))
         return rc;
     struct jr_batch batch;
+    uint64_t seen = o.from ? o.from - 1 : 0;
     rc = o.from ? jr_seek(jr, o.from, &e) : 0;
-    while (!rc && (rc = jr_next(jr, &batch, &e)) == 1 && batch.first_write <= o.to) {
+    while ((!rc || rc == JR_STALE) && (rc = next_batch(&jr, o.journal, &seen, &batch, &e)) == 1 && batch.first_write <= o.to) {
         dump_batch(&batch, &o);
         rc = 0;
     }
@@ -218,8 +240,9 @@ int cmd_check(int argc, char **argv)
         return rc;
     struct tally tally = {0};
     struct jr_batch batch;
+    uint64_t seen = 0;
     int exit_code = 0;
-    while ((rc = jr_next(jr, &batch, &e)) != 0) {
+    while ((rc = next_batch(&jr, o.journal, &seen, &batch, &e)) != 0) {
         uint64_t missing_to;
         if (rc == 1) {
             count_batch(&tally, &batch);
@@ -228,6 +251,7 @@ int cmd_check(int argc, char **argv)
         exit_code = command_failed(&e, rc);
         if (rc != JR_DAMAGE || !jr_pass_damage(jr, &missing_to))
             break;
+        seen = missing_to;
         tally.damages++;
     }
     if (rc == 0)

@@ -27,8 +27,9 @@
 /* Stored bytes are not what was written; the message names the segment file, the offset and the writes. */
 #define JR_DAMAGE ERR_DAMAGE
 
-/* The journal was recycled under a reader of a live journal: open it again. */
+/* The journal was recycled under a reader of a live journal: open it again, at most so many times in a row. */
 #define JR_STALE (-ESTALE)
+#define JR_STALE_ATTEMPTS 100
 
 struct jr;
 

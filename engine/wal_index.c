@@ -236,8 +236,6 @@ static int take_batch(struct index_run *run, const struct jr_batch *batch, struc
     return 0;
 }
 
-#define STALE_ATTEMPTS 100 /* a live journal is recycled under its readers */
-
 static int read_journal(struct index_run *run, const char *directory, struct err *e)
 {
     struct jr *jr;
@@ -258,7 +256,7 @@ static int read_journal(struct index_run *run, const char *directory, struct err
 static int take_journal(struct index_run *run, const char *directory, struct err *e)
 {
     int rc = JR_STALE;
-    for (int i = 0; i < STALE_ATTEMPTS && rc == JR_STALE; i++)
+    for (int i = 0; i < JR_STALE_ATTEMPTS && rc == JR_STALE; i++)
         rc = goes_on(run, run->seen + 1) ? read_journal(run, directory, e) : 0;
     return run->seen >= run->upto && rc == ERR_PRECONDITION ? 0 : rc; /* it is recycled behind `upto`: nothing to settle by */
 }

@@ -31,6 +31,7 @@ from pgcdp.capture.journal import Journal
 from pgcdp.capture.outside import Looker, Outside
 from pgcdp.config import Config, load_config
 from pgcdp.errors import BugError, PgcdpError, PreconditionError
+from pgcdp.expiring import is_rewinding, policy_of
 from pgcdp.fsio import FileLock
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
@@ -42,11 +43,12 @@ from pgcdp.postgres.control import State
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Settings
 from pgcdp.recovery import clone
+from pgcdp.recovery.expiring import AnotherRuns, Run, Unreadable, expiring
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.recovery.merged import merge_due
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
+from pgcdp.store.mirroring import Mirror
 from pgcdp.units import format_lsn
 
 logger = log.get(__name__)
@@ -65,6 +67,8 @@ FILES_SECONDS = 5.0
 """How long a boundary waits for the filesystems to say whose their blocks are; not at all while the journal fills."""
 FILES_SHARE = 0.05
 """Part of the time that may go into asking them."""
+EXPIRE_SECONDS = 60.0
+"""How often it is looked whether the policy lets go of something, besides at each boundary."""
 CLONES_SECONDS = 5.0
 """How often it looks for clones whose time is over."""
 SHUTDOWN_SECONDS = 600.0
@@ -81,7 +85,7 @@ class Agent:
         self.engine = EngineClient(config.paths.control)
         self.policy = policy.parse_policy(config.cut)
         self.stages: Stages | None = None
-        self.catalog: Catalog | None = None
+        self.catalog: Mirror | None = None
         self.store_lock: FileLock | None = None
         self.status: EngineStatus | None = None
         self.session: Session | None = None
@@ -116,6 +120,9 @@ class Agent:
         mountpoints = [volume.mountpoint for volume in config.volumes]
         self.looker = Looker(config.pgdata, mountpoints)
         self.outside: list[Outside] | None = None  # as the last look found; None before the first one
+        self.expired_at = -EXPIRE_SECONDS
+        self.not_expired = ""
+        self.unreadable = Unreadable()  # of what retention would let go of
         self.files = FileMapper(places_of(config.pgdata, dict(enumerate(mountpoints))))
 
     # --- life
@@ -232,11 +239,48 @@ class Agent:
         return STALLED_TICK_SECONDS if status.state == "stalled" else TICK_SECONDS
 
     def _merge_soon(self, stages: Stages) -> None:
-        """Old intervals' increments are merged in the background, since nothing waits for it."""
+        """Old intervals' increments are merged, and old points let go of, in the background: nothing waits for it."""
         number = stages.newest.number if stages.newest is not None else -1
-        if number != self.merged_upto and (self.merging is None or self.merging.done()):
+        if self.merging is not None and not self.merging.done():
+            return
+        loop = asyncio.get_running_loop()
+        if number != self.merged_upto:
             self.merged_upto = number
-            self.merging = asyncio.get_running_loop().run_in_executor(self.merger, self._merge, stages.store)
+            self.expired_at = -EXPIRE_SECONDS  # ages count back from the newest boundary: now some are old enough
+            self.merging = loop.run_in_executor(self.merger, self._merge, stages.store)
+        elif time.monotonic() - self.expired_at >= EXPIRE_SECONDS:
+            self.expired_at = time.monotonic()
+            self.merging = loop.run_in_executor(self.merger, self._expire, stages.store)
+
+    def _expire(self, store: Store) -> None:
+        """Let go of what the settings say, as they are now."""
+        run: Run | None = None
+        try:
+            config = load_config(self.config.name)
+            policy = policy_of(config)
+            if policy.keeps_all or is_rewinding(config):
+                self.not_expired = ""
+                return
+            with expiring(store):
+                run = Run(
+                    store, policy, level=config.compression_level, unreadable=self.unreadable,
+                    stop=lambda: self.stopping.is_set() or is_rewinding(config),
+                )  # fmt: skip
+                run.run()
+        except AnotherRuns:
+            return
+        except Exception as error:  # capture must not lose its agent for it
+            problem = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        else:
+            left = len(self.unreadable.steps())
+            problem = "; ".join(run.done.failed) or (
+                f"{left} intervals are damaged and stay as they are" if left else ""
+            )
+        if run is not None:  # also what was done before something was in the way
+            run.done.tell()
+        if problem and problem != self.not_expired:
+            logger.warning("retention: %s", problem)
+        self.not_expired = problem
 
     def _merge(self, store: Store) -> None:
         try:
@@ -315,23 +359,14 @@ class Agent:
             synced=status.synced_write,
             released=status.released_write,
         )
-        self.catalog = Catalog.open(self.stages.store)
-        self._catch_up(self.stages.store, self.catalog)
+        self.catalog = Mirror(self.stages.store, make=True)
+        self.catalog.catch_up()
         self.stages.published = self._remember
         self.stages.file_map = self._map_files
         self.stages.outside = self._look_outside
 
     def _wait_for_views(self, text: str) -> None:
         self.waiting = text
-
-    def _catch_up(self, store: Store, catalog: Catalog) -> None:
-        """What was published just before a kill may be missing in the catalog."""
-        if store.baseline is not None:
-            catalog.put_baseline(store.baseline)
-        known = catalog.intervals()
-        for number in store.interval_numbers():
-            if number not in known:
-                catalog.put_interval(Bundle.open(store, number))
 
     def _leave_room(self) -> None:
         """What was taken is made durable and given free: the next agent goes on from there, and what is written between
@@ -652,6 +687,7 @@ class Agent:
             "no_look": self.no_look,
             "waiting": self.waiting,
             "outside": outside_json(self.outside),
+            "not_expired": self.not_expired,
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,15 @@ from pgcdp.capture.filemap import FileMapper, places_of
 from pgcdp.capture.planning import Backing
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
+from pgcdp.expiring import expire as expire
+from pgcdp.expiring import expire_look as expire_look
 from pgcdp.following import follow as follow
 from pgcdp.intervals.policy import parse_policy
 from pgcdp.looking import info as info
-from pgcdp.looking import interval_json, marks
+from pgcdp.looking import interval_json
 from pgcdp.looking import status as status
+from pgcdp.marking import mark as mark
+from pgcdp.marking import unkeep as unkeep
 from pgcdp.opening import (
     Announce,
     between,
@@ -45,6 +49,7 @@ from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import restore as writing
+from pgcdp.recovery.expiring import AnotherRuns, expiring
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
 from pgcdp.recovery.places import scratch_of
 from pgcdp.recovery.restored_spaces import Restored
@@ -189,16 +194,6 @@ def cut(set_name: str) -> Json:
     return interval_json(Bundle.open(Store.open(config.store), boundary).interval, None)
 
 
-def mark(set_name: str, name: str) -> Json:
-    """Put a named mark into the write order."""
-    config = load_config(set_name)
-    client = EngineClient(config.paths.control)
-    earlier: list[int] = []
-    with suppress(PgcdpError, OSError):  # the mark itself needs no store
-        earlier = [each["write"] for each in marks(open_source(set_name, None)) if each["name"] == name]
-    return {"set": set_name, "name": name, "write": client.mark(name), "earlier": earlier}
-
-
 # --- looking
 
 
@@ -232,7 +227,7 @@ def _show(set_name: str | None, source: Source, write: int) -> Json:
     names = {volume.number: volume.name for volume in source.store.volumes}
     holds: Json = {}
     if kind == Kind.MARK:
-        holds = {"mark": source.data(write).decode("utf-8", "replace")}
+        holds = {"mark": _name_of(source, write, point.interval)}
         if record["flags"]:
             holds = {"rewind": "begin" if record["flags"] == REWIND_BEGIN else "end", "to": holds["mark"]}
     elif kind == Kind.WRITE:
@@ -249,10 +244,21 @@ def _show(set_name: str | None, source: Source, write: int) -> Json:
     }
 
 
+def _name_of(source: Source, write: int, interval: int | None) -> str | None:
+    """The name of a mark, or the point of a rewind's begin or end record; None when it was not written down."""
+    try:
+        return source.data(write).decode("utf-8", "replace")
+    except TargetError:
+        return transactions.mark_in(source, write, interval)
+
+
 def _holds(set_name: str | None, source: Source, record: np.void, interval: int | None) -> Json:
     """What was recognised in the data of a write, and whose its blocks are."""
     write = int(record["number"])
-    holds = doctor.describe_data(source.data(write)) or transactions.wal_in(source, write, interval)
+    data = b""
+    with suppress(TargetError):  # retention let go of it: what was written down of it is told all the same
+        data = source.data(write)
+    holds = doctor.describe_data(data) or transactions.wal_in(source, write, interval)
     if interval is not None:
         return {**holds, "files": owners_in(source.store, interval, record)}
     if set_name is None:
@@ -497,10 +503,17 @@ def grow(set_name: str, size: int | None, volume: str | None = None, *, progress
     }
 
 
-def rebuild(set_name: str) -> Json:
-    """The catalog anew from the store."""
+def rebuild(set_name: str, progress: Report = silent) -> Json:
+    """The catalog anew from the store. Waits while retention lets go of something, which it tells the catalog of."""
     config = load_config(set_name)
-    catalog, damages = rebuild_catalog(Store.open(config.store, config.set_id_bytes))
+    store = Store.open(config.store, config.set_id_bytes)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(expiring(store))
+        except AnotherRuns:
+            progress(Progress("waiting until retention has done what it is at"))
+            stack.enter_context(expiring(store, wait=True))
+        catalog, damages = rebuild_catalog(store)
     try:
         return {
             "set": set_name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -166,7 +166,7 @@ def step(
         **resolved,
         "from": point_json(found.point),
         "writes_passed": len(passed),
-        "writes": [look(source, write) for write in (passed[:SHOWN] if onward else passed[-SHOWN:])],
+        "writes": _looked_at(source, passed[:SHOWN] if onward else passed[-SHOWN:], look),
         "rewinds_passed": len(rewinds),
         "transactions_in": [end_json(end) for end in came[0]],
         "transactions_out": [end_json(end) for end in went[0]],
@@ -203,6 +203,15 @@ def _free_name(root: Path, below: Path, set_name: str) -> str:
     taken = {each.name for each in cloned.find_every(root)}
     taken |= {place.name.removeprefix("clone-") for place in below.glob("clone-*")}
     return next(name for number in range(1, len(taken) + 2) if (name := f"{set_name}-{number}") not in taken)
+
+
+def _looked_at(source: Source, writes: Sequence[int], look: Callable[[Source, int], Json]) -> list[Json]:
+    """The writes that were passed, without those of which retention let go."""
+    found = []
+    for write in writes:
+        with suppress(TargetError):
+            found.append(look(source, write))
+    return found
 
 
 def _target(source: Source, point: RecoveryPoint, count: int, commits: bool) -> Target:

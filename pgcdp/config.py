@@ -182,6 +182,11 @@ class Config:
     fs: Literal["ext4", "xfs"] = "ext4"
     compression_level: int = 1
     fence_after: float = 30.0
+    keep_writes: float | None = None
+    keep_boundaries: float | None = None
+    keep_hourly: float | None = None
+    keep_daily: float | None = None
+    least_free: int = 0
     root: Path = field(default_factory=lambda: root_directory())
 
     @property
@@ -208,6 +213,13 @@ def exact_size(count: int) -> str:
 def exact_duration(seconds: float) -> str:
     """A duration that `parse_duration` reads back to the same number."""
     return f"{int(seconds) if seconds == int(seconds) else seconds}s"
+
+
+def exact_period(seconds: float | None) -> str:
+    """As `exact_duration`, whole days as days; None is "all"."""
+    if seconds is None:
+        return "all"
+    return f"{int(seconds) // 86400}d" if seconds and seconds % 86400 == 0 else exact_duration(seconds)
 
 
 def _text(value: Any) -> str:
@@ -271,6 +283,16 @@ def _duration(value: Any) -> float:
     return seconds
 
 
+def _period(value: Any) -> float | None:
+    """Seconds, None for "all"."""
+    if value == "all":
+        return None
+    try:
+        return parse_duration(_text(value))
+    except UsageError:
+        raise ValueError from None
+
+
 def _parsed_size(text: str) -> int:
     try:
         return parse_size(text)
@@ -312,6 +334,7 @@ def _cut(value: Any) -> tuple[str, ...]:
 
 _SIZES = "a size such as 64M or 16G"
 _PATHS = "an absolute path"
+_PERIODS = '"all", or a period such as 12h or 7d'
 
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
@@ -338,6 +361,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("fence_after", _duration, exact_duration, "30s", "a period of at least 1s, such as 30s or 2min",
             "how long an open view may take to learn that the image moves; then it is fenced: reading it is an error",
             "agent"),
+    Setting("keep_writes", _period, exact_period, "all", _PERIODS,
+            "how far back, from the newest boundary, any single write can be restored", "now"),
+    Setting("keep_boundaries", _period, exact_period, "all", _PERIODS,
+            "how far back every boundary can be restored", "now"),
+    Setting("keep_hourly", _period, exact_period, "all", _PERIODS,
+            "how far back the newest boundary of each hour (UTC) can be restored", "now"),
+    Setting("keep_daily", _period, exact_period, "all", _PERIODS,
+            "how far back the newest boundary of each day (UTC) can be restored; nothing before that is kept", "now"),
+    Setting("least_free", _size(0, 1), exact_size, "0", "a size such as 20G, or 0",
+            "bytes that shall be free where the store is: below that the oldest goes before its time", "now"),
     Setting(
         "cluster.version", _number(13, 99), int, None, "a major version from 13", "major version of Postgres", "fixed"
     ),

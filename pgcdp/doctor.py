@@ -13,8 +13,9 @@ import numpy as np
 from pgcdp import rewinding, service
 from pgcdp.capture.engine import EngineStatus, run_engine
 from pgcdp.capture.outside import Outside, all_mounted, find_outside
-from pgcdp.config import Config
+from pgcdp.config import Config, exact_period
 from pgcdp.errors import DamageError, PgcdpError
+from pgcdp.expiring import policy_of
 from pgcdp.fsio import free_space
 from pgcdp.postgres import role, session
 from pgcdp.postgres.control import describe, find_control_blocks
@@ -25,9 +26,11 @@ from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from pgcdp.store.published import published
 from pgcdp.store.scrub import check_store
-from pgcdp.units import format_size
+from pgcdp.units import format_duration, format_size
 
 STORE_LEAST_FREE = 1 << 30
+RATE_SECONDS = 86400
+"""The time whose intervals tell how fast the store grows."""
 LOOK_LATE_SECONDS = 300
 """Age of the last look at all catalogs from which on it is told."""
 
@@ -51,6 +54,7 @@ def examine(config: Config, engine: EngineStatus | None, full: bool, progress: R
         ("data outside the set", lambda: _outside(config)),
         ("role", lambda: _role(config, engine)),
         ("space", lambda: _space(config)),
+        ("retention", lambda: _retention(config)),
         ("journal", lambda: _journal(config, engine, full)),
         ("store", lambda: _store(config, full, progress)),
     ]
@@ -198,10 +202,46 @@ def _space(config: Config) -> Iterator[Finding]:
     if free < STORE_LEAST_FREE:
         yield _failed("store space", f"{format_size(free)} free in {config.store}", "make room or move the store")
     else:
-        yield _passed("store space", f"{format_size(free)} free")
+        yield _passed("store space", f"{format_size(free)} free{_until_full(config, free)}")
     disks = {os.stat(place).st_dev for place in (config.store, config.journal)}
     if len(disks) == 1:
         yield _passed("store and journal", "warning: on one disk; what takes that disk takes both")
+
+
+def _until_full(config: Config, free: int) -> str:
+    """When the store is full at the rate of the last day, in words; "" when too little is known."""
+    known = list(published(Store.open(config.store, config.set_id_bytes)).values())
+    newest = known[-1].interval.to_time_ns if known else 0
+    recent = [each.interval for each in known if each.interval.to_time_ns > newest - RATE_SECONDS * 10**9]
+    seconds = (newest - min((each.from_time_ns for each in recent), default=newest)) / 1e9
+    stored = sum(sum(each.stored.values()) for each in recent)
+    if seconds < 60 or not stored:
+        return ""
+    until = free / (stored / seconds)
+    grows = f"{format_size(int(stored / seconds * 86400))} a day at the rate of the last {format_duration(seconds)}"
+    if until > 365 * 86400:
+        return f"; {grows}"
+    warn = "" if until > 7 * 86400 else "warning: "
+    return f"; {warn}{grows}: full in {format_duration(until)} unless something goes (docs/operations.md, retention)"
+
+
+def _retention(config: Config) -> Iterator[Finding]:
+    policy = policy_of(config)
+    if policy.keeps_all:
+        yield _passed("retention", "everything is kept; the settings keep_writes and so on would say for how long")
+        return
+    problem = ""
+    with suppress(service.AgentGone):
+        problem = service.ask(config.paths, "status").get("not_expired", "")
+    told = ", ".join(
+        f"{name} {exact_period(getattr(config, name))}"
+        for name in ("keep_writes", "keep_boundaries", "keep_hourly", "keep_daily")
+    )
+    if problem:
+        yield _failed("retention", problem, "pgcdp expire --dry-run tells what would go and what is kept")
+    else:
+        least = f", least_free {format_size(policy.least_free)}" if policy.least_free else ""
+        yield _passed("retention", told + least)
 
 
 def _journal(config: Config, engine: EngineStatus | None, full: bool) -> Iterator[Finding]:

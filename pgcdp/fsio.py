@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,15 @@ STEADY_BYTES = 8 << 20
 def sync_directory(path: Path) -> None:
     """fsync a directory, so that the names in it are durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """fsync a file that was written by its name."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -149,22 +159,23 @@ def free_space(path: Path) -> int:
 class FileLock:
     """An exclusive flock, held until `release()` or the end of the process; a context manager.
 
-    Raises PreconditionError naming the holder's process id when somebody else has it.
+    Raises PreconditionError naming the holder's process id when somebody else has it; with `wait` it waits instead.
     """
 
-    def __init__(self, path: Path, owner: str) -> None:
+    def __init__(self, path: Path, owner: str, *, wait: bool = False) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self._fd)
             raise PreconditionError(
                 f"{path} is locked by {owner}, process {holder}", "only one may run for a set; stop the other one first"
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: whose it is cannot be told then, but it is held
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the lock back; harmless when done twice."""

@@ -18,9 +18,16 @@ from pgcdp.recovery import instant
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.catalog import Catalog
+from pgcdp.store.kept import kept_marks
+from pgcdp.store.let_go import EXPIRE
 from pgcdp.units import format_lsn, format_time
 
 Json = dict[str, Any]
+
+EVENTS = 1000
+"""So many of the newest events are looked through for what retention did."""
+EXPIRED = 10
+"""So many of these are told."""
 
 
 def status(set_name: str) -> Json:
@@ -119,6 +126,7 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
     catalog = Catalog.open(source.store)
     try:
         rows = [interval_json(each, catalog.last_verification(each.number)) for each in source.intervals()]
+        events = catalog.history("event", EVENTS)
     finally:
         catalog.close()
     known: list[Json] | None = None
@@ -129,6 +137,18 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
         "recovery_window": window_json(first, last),
         "intervals": rows,
         "marks": known,
+        "expired": [_expired(each) for each in events if each.get("event") == EXPIRE][:EXPIRED],
+    }
+
+
+def _expired(event: Json) -> Json:
+    """What retention let go of, as the history says."""
+    return {
+        "time": format_time(event["time_ns"]),
+        "by": event["by"],
+        "oldest": event["base"],
+        "joined": [{"first": first, "last": last} for first, last in event["joined"]],
+        "thinned": [{"first": first, "last": last} for first, last in event["thinned"]],
     }
 
 
@@ -150,7 +170,8 @@ def interval_json(interval: Interval, verified: Json | None) -> Json:
         "bytes_written": interval.bytes_written,
         "blocks_changed": interval.blocks_changed,
         "stored": interval.stored,
-        "restorable_by_write": True,
+        "first": interval.first,
+        "restorable_by_write": interval.restorable_by_write,
         "outside": outside_json(interval.outside),
         "verified": verified,
     }
@@ -167,7 +188,9 @@ def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:
 
 
 def marks(source: Source) -> list[Json]:
-    """Marks and restore points, newest first: {"name", "kind", "write", "lsn"}."""
+    """Marks and restore points, newest first: {"name", "kind", "write", "lsn", "kept"}."""
+
+    kept = {each.write for each in kept_marks(source.store)}
 
     def look() -> list[Json]:
         found = instant.marks(source.transactions().everywhere().history())
@@ -177,6 +200,7 @@ def marks(source: Source) -> list[Json]:
                 "kind": each.event["kind"],
                 "write": each.write,
                 "lsn": None if each.event["lsn"] is None else format_lsn(each.event["lsn"]),
+                "kept": each.write in kept,
             }
             for each in found
         ]

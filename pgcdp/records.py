@@ -200,11 +200,26 @@ class Rewind:
     to_lsn: int | None = None
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """Intervals `first` to `last`, both included; `first` is `last` for a single one."""
+
+    first: int
+    last: int
+
+    @property
+    def file_name(self) -> str:
+        """FIRST-LAST, ten digits each."""
+        return f"{self.first:010d}-{self.last:010d}"
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A published interval, as its manifest tells it. Writes are `from_write` to `to_write`, both included.
 
     `outside`: data of the cluster that was captured by nobody when it ended, [name, place]; None: that was not known.
+    `covers`: how many intervals it is made of, the last of which bears its number; more than one when retention joined
+    them, and the boundaries between are gone. `restorable_by_write`: False when its single writes are gone.
     """
 
     number: int
@@ -219,6 +234,18 @@ class Interval:
     stored: dict[str, int]
     rewinds: tuple[Rewind, ...] = ()
     outside: tuple[tuple[str, str], ...] | None = None
+    covers: int = 1
+    restorable_by_write: bool = True
+
+    @property
+    def first(self) -> int:
+        """Number of the first interval that it is made of: it runs from boundary `first` - 1."""
+        return self.number - self.covers + 1
+
+    @property
+    def span(self) -> Span:
+        """The intervals that it is made of."""
+        return Span(self.first, self.number)
 
 
 TargetKind = Literal["write", "boundary", "time", "xid", "lsn", "name", "newest"]

@@ -94,6 +94,9 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
         doing = Pending("stop", point, name)
         doing.save(paths)
         try:
+            source = source_of(config, engine_status(config))
+            with source.held():  # from when it is pending on, retention lets go of nothing; it may have, before
+                source.refuse_let_go(point)
             _stop(config, name, progress)
         except BaseException:
             _put_back(config, progress)

@@ -195,6 +195,17 @@ def lost_json(source: Source, point: RecoveryPoint) -> Json:
     return source.again(look)
 
 
+def mark_in(source: Source, write: int, interval: int | None) -> str | None:
+    """The name of the mark that a write is, as the transaction index of its interval has it."""
+
+    def look() -> str | None:
+        known = source.transactions().everywhere()
+        events = known.happened(interval) if interval in known.numbers else []
+        return next((each["name"] for each in events if each["kind"] == "mark" and each["write"] == write), None)
+
+    return source.again(look)
+
+
 def wal_in(source: Source, write: int, interval: int | None) -> Json:
     """What WAL a write completed: {"wal": {"from_lsn", "to_lsn"}, "transactions": [...]}, empty when none."""
 

@@ -63,15 +63,16 @@ def prove(
 
 
 def at_random(source: Source, count: int) -> list[RecoveryPoint]:
-    """`count` writes of the recovery window, in order. Those inside of a rewind in place are no points.
+    """`count` writes that can be restored, in order. Those inside of a rewind in place are no points.
 
     Raises TargetError when there is none.
     """
-    first, last = source.window()
+    ranges = _restorable(source)
+    sizes = [last - first + 1 for first, last in ranges]
     chosen: dict[int, RecoveryPoint] = {}
-    wanted = min(count, last.write - first.write + 1)
+    wanted = min(count, sum(sizes))
     for _ in range(100 * wanted):
-        write = random.randint(first.write, last.write)
+        write = random.randint(*random.choices(ranges, sizes)[0])
         try:
             chosen[write] = source.resolve(Target("write", write))
         except TargetError:
@@ -81,6 +82,17 @@ def at_random(source: Source, count: int) -> list[RecoveryPoint]:
     if not chosen:
         raise TargetError("no write that was tried is a recovery point", "pgcdp info lists the boundaries")
     return [chosen[write] for write in sorted(chosen)]
+
+
+def _restorable(source: Source) -> list[tuple[int, int]]:
+    """The writes of the recovery window that retention did not let go of: first and last ones, not overlapping."""
+    listing = source.listing()
+    done = listing.base.write
+    found = [(done, done)]
+    for interval in listing.intervals:
+        found.append((interval.from_write if interval.restorable_by_write else interval.to_write, interval.to_write))
+        done = interval.to_write
+    return [*found, *([(done + 1, listing.newest_write)] if listing.newest_write > done else [])]
 
 
 def each_boundary(set_name: str, sql_file: Path | None = None, progress: Report = silent) -> Iterator[Json]:

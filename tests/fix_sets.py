@@ -61,6 +61,7 @@ class ProtectedSet:
     name: str = "main"
     fs: str = "ext4"
     allowed: list[str] = field(default_factory=list)
+    store_at: Path | None = None
 
     @property
     def config(self) -> Config:
@@ -80,7 +81,7 @@ class ProtectedSet:
 
     @property
     def store(self) -> Path:
-        return self.root / "store"
+        return self.store_at or self.root / "store"
 
     def protect(self, *, size: int | None, settings: dict[str, str], **options: Any) -> None:
         """initdb behind capture, with checksums and no TCP; returns when the first boundary is there."""
@@ -303,24 +304,29 @@ MakeSet = Callable[..., ProtectedSet]
 
 @pytest.fixture
 def make_set(own_root: Callable[[Path], None]) -> Iterator[MakeSet]:
-    """make_set(binaries, fs="ext4", size=512 << 20, settings={...}, cut=(...), journal_limit=...)"""
+    """make_set(binaries, fs="ext4", size=512 << 20, settings={...}, cut=(...), journal_limit=...)
+
+    `below`: where the set's own directory is made; `store_at`: the store, when it is not in that.
+    """
     made: list[ProtectedSet] = []
 
     def make(
         binaries: Binaries,
         *,
         fs: str = "ext4",
-        size: int = 768 << 20,
+        size: int | None = 768 << 20,
         settings: dict[str, str] | None = None,
         allowed: Sequence[str] = (),
         protect: bool = True,
+        below: Path = Path("/var/tmp"),
+        store_at: Path | None = None,
         **options: Any,
     ) -> ProtectedSet:
-        root = Path(tempfile.mkdtemp(prefix="pgcdp-set-", dir="/var/tmp"))
+        root = Path(tempfile.mkdtemp(prefix="pgcdp-set-", dir=below))
         root.chmod(0o755)
         user = postgres_user()
         own_root(root / "state")
-        found = ProtectedSet(root, binaries, fs=fs, allowed=list(allowed))
+        found = ProtectedSet(root, binaries, fs=fs, allowed=list(allowed), store_at=store_at)
         made.append(found)
         found.sockets.mkdir(mode=0o700)
         os.chown(found.sockets, user.uid, user.gid)

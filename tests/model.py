@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,8 @@ def read_frames(path: Path, *, finished: bool = True) -> Frames:
             require(not finished, f"{path}: frame at offset {at}")
             return Frames(content.decode(), set_id, interval, bytes(stream), len(directory) // 24)
         codec, data, stored = frame
+        if codec == 255 and not finished:  # it was just being finished
+            return Frames(content.decode(), set_id, interval, bytes(stream), len(directory) // 24)
         if codec == 255:
             break
         directory += struct.pack("<QQII", len(stream), at, len(data), stored)
@@ -432,6 +434,21 @@ def read_interval(directory: Path) -> StoredInterval:
     )
 
 
+def read_open_interval(directory: Path) -> list[Write]:
+    """The writes of `incoming/NNNNNNNNNN` of which index and data are there; none when it was just being made."""
+    try:
+        data, index = (read_frames(directory / name, finished=False) for name in ("writes", "index"))
+    except (FileNotFoundError, struct.error, Wrong):
+        return []
+    stream = index.stream[: len(index.stream) // 64 * 64]
+    whole, end = 0, 0
+    for data_length, position in struct.iter_unpack("<4xI40xQ8x", stream):
+        if data_length and position + data_length > len(data.stream):
+            break
+        whole, end = whole + 64, position + data_length if data_length else end
+    return read_index(replace(index, stream=stream[:whole]), data.stream[:end])
+
+
 def _blocks(extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:
     for extent in extents:
         for i in range(extent.count):
@@ -489,11 +506,11 @@ class Store:
         raise Wrong(f"no interval holds write {write}")
 
 
-def read_store(root: Path) -> Store:
-    """Section 3: everything published. Raises Wrong."""
+def read_store(root: Path, *, intervals: bool = True) -> Store:
+    """Section 3: everything published, or without the intervals. Raises Wrong."""
     described = read_json(root / "store.json")
     volumes = sorted(described["volumes"], key=lambda volume: int(volume["number"]))
-    directories = sorted(path for path in (root / "intervals").iterdir() if path.name.isdigit())
+    directories = sorted(path for path in (root / "intervals").iterdir() if path.name.isdigit() and intervals)
     return Store(
         root=root,
         volumes=[str(volume["name"]) for volume in volumes],

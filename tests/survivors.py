@@ -146,9 +146,13 @@ class Survivors:
             self._strange.append(repr(error))
 
     def _dying_volume(self, error: psycopg.Error) -> bool:
-        """A page of two blocks, the first cached and the second not: the kernel gives half of it, and no error."""
+        """A page of two blocks, the first cached and the second not: the kernel gives half of it, and no error.
+
+        Or the filesystem has given up already, which Postgres takes for a lack of privilege.
+        """
         short = isinstance(error, psycopg.errors.DataCorrupted) and "read only 4096 of 8192 bytes" in str(error)
-        return short and not self._cluster.capturing()
+        ended = isinstance(error, psycopg.errors.InsufficientPrivilege) and "Read-only file system" in str(error)
+        return (short or ended) and not self._cluster.capturing()
 
     def _transaction(self, connection: psycopg.Connection[Any], rng: random.Random, client: int, counter: int) -> None:
         account, teller, branch = rng.randint(1, 200_000), rng.randint(1, 20), rng.randint(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -20,8 +21,10 @@ import pytest
 from pgcdp import config, service
 from pgcdp.capture import attach
 from pgcdp.errors import PgcdpError
+from pgcdp.fsio import FileLock
 from pgcdp.growing import may_resize_ext4
 from pgcdp.postgres import cluster, session
+from pgcdp.store.layout import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
@@ -41,6 +44,8 @@ POINT: Shape = {"write": int, "lsn": Maybe(LSN), "interval": Maybe(int), "bounda
 WINDOW: Shape = {"from_time": TIME, "to_time": TIME, "from_write": int, "to_write": int}
 CHECK: Shape = {"name": str, "ok": bool, "seconds": float, "detail": str}
 OUTSIDE: Shape = {"name": str, "place": str}
+RUNS = [{"first": int, "last": int}]
+EXPIRED: Shape = {"time": TIME, "by": str, "oldest": Maybe(int), "joined": RUNS, "thinned": RUNS}
 INTERVAL: Shape = {
     "number": int,
     "from_write": int,
@@ -56,6 +61,7 @@ INTERVAL: Shape = {
     "bytes_written": int,
     "blocks_changed": int,
     "stored": {"writes": int, "backward": int, "forward": int, "index": int, "transactions": int},
+    "first": int,
     "restorable_by_write": bool,
     "outside": Maybe([OUTSIDE]),
     "verified": Maybe({"ok": bool}),
@@ -211,6 +217,26 @@ class Protected:
         )
 
 
+EXPIRE: Shape = {
+    "set": str,
+    "dry_run": bool,
+    "policy": {
+        "keep_writes": Maybe(float), "keep_boundaries": Maybe(float), "keep_hourly": Maybe(float),
+        "keep_daily": Maybe(float), "least_free": int,
+    },
+    "oldest": Maybe({"boundary": int, "time": TIME}),
+    "joined": [{"first": int, "last": int}],
+    "thinned": [int],
+    "boundaries": [int],
+    "writes": [{"from_write": int, "to_write": int, "from_time": TIME, "to_time": TIME}],
+    "kept": [{"name": str, "write": int}],
+    "views": [{"write": int}],
+    "bytes": int,
+    "waiting": Maybe(str),
+    "failed": [str],
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def protected() -> Iterator[Protected]:
     directory = Path(tempfile.mkdtemp(prefix="pgcdp-json-", dir="/var/tmp"))
@@ -242,7 +268,7 @@ def test_cut_and_info(protected: Protected) -> None:
     closed = protected.json("cut")
     assert fits(closed, INTERVAL) == []
     value = protected.json("info")
-    assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL]}) == []
+    assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL], "expired": [EXPIRED]}) == []
     assert value["intervals"][-1]["number"] >= closed["number"]
     assert protected.json("info", "--store", str(protected.directory / "store"))["set"] == "main"
     assert protected.text("info").count("\n") >= len(value["intervals"])
@@ -375,6 +401,60 @@ def test_grow(protected: Protected) -> None:
     assert value["bytes"] == size
 
 
+def test_expire(protected: Protected) -> None:
+    """What would go, that it is asked about, that it goes, and that what is kept stays."""
+    kept = protected.json("mark", "never", "--keep")
+    mark = {"set": str, "name": str, "write": int, "earlier": [], "kept": bool, "existed": bool}
+    assert fits(kept, mark) == []
+    again = protected.json("mark", "never", "--keep")
+    assert (again["write"], again["existed"]) == (kept["write"], True), "one that is there is kept, none is set"
+    assert [each["write"] for each in protected.json("info")["marks"] if each["name"] == "never"] == [kept["write"]]
+    for step in range(3):
+        protected.json("mark", f"between-{step}")
+        protected.json("cut")
+    assert protected.json("expire")["thinned"] == [], "by default nothing goes"
+    file = protected.directory / "root/etc/pgcdp/main.toml"
+    settings = file.read_text()
+    file.write_text(re.sub(r"(?m)^keep_writes = .*$", 'keep_writes = "0s"', settings))
+    store = Store.open(protected.directory / "store")
+    try:
+        with FileLock(store.path / "expire.lock", "a test"):  # the agent would do it, too
+            told = protected.json("expire", "--dry-run")
+            assert fits(told, EXPIRE) == []
+            assert told["thinned"]
+            assert told["bytes"]
+            assert told["policy"]["keep_writes"] == 0.0
+            assert {each["name"] for each in told["kept"]} == {"never"}
+            assert "single writes that go" in protected.text("expire", "--dry-run")
+            assert protected.json("expire", code=2)["error"]["hint"] == "add --yes, or run it on a terminal to be asked"
+            assert protected.json("expire", "--yes", code=6)["error"]["kind"] == "precondition"
+        done = protected.json("expire", "--yes")
+        assert fits(done, EXPIRE) == []
+        refused = protected.json("mark", "between-1", "--keep", code=3)["error"]
+        assert "retention let go" in refused["message"], "there is nothing left to keep"
+        assert not protected.json("expire", "--dry-run")["thinned"]
+    finally:
+        file.write_text(settings)
+    info = protected.json("info")
+    assert fits(info, {"expired": [EXPIRED]}) == []
+    thinned = {n for each in info["expired"] for run in each["thinned"] for n in range(run["first"], run["last"] + 1)}
+    assert thinned == set(told["thinned"])
+    assert {each["by"] for each in info["expired"]} <= {"agent", f"pgcdp expire, user {getpass.getuser()}"}
+    assert "let go of by" in protected.text("info")
+    rows = info["intervals"]
+    gone = [row for row in rows if not row["restorable_by_write"]]
+    assert {row["number"] for row in gone} == set(told["thinned"])
+    (home,) = [row for row in rows if row["from_write"] <= kept["write"] <= row["to_write"]]
+    assert home["restorable_by_write"]
+    assert fits(protected.json("show", str(gone[-1]["to_write"] - 1)), SHOW) == []
+    inside = ["restore", "--target-write", str(gone[-1]["to_write"] - 1), "--to-image", "/nothing"]
+    assert f"--target-boundary {gone[-1]['number']} (" in protected.json(*inside, code=3)["error"]["hint"]
+    assert protected.json("verify", "--target-boundary", str(gone[-1]["number"]))["ok"]
+    assert protected.json("check", "--full")["ok"]
+    assert protected.json("mark", "never", "--unkeep")["write"] == kept["write"]
+    assert protected.json("mark", "never", "--unkeep", code=3)["error"]["kind"] == "target"
+
+
 def test_rebuild(protected: Protected) -> None:
     value = protected.json("rebuild")
     assert fits(value, {"set": str, "intervals": int}) == []
@@ -434,7 +514,8 @@ def test_down_and_up(protected: Protected) -> None:
 def test_documented_keys_are_the_pinned_ones() -> None:
     text = (ROOT / "docs" / "json.md").read_text("utf-8")
     documented = set(re.findall(r'"(\w+)"', text))
-    for shape in (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, IN_PLACE, TRANSACTION, TABLE, CLONE, CLONES, STEP):
+    several = (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, IN_PLACE, TRANSACTION, TABLE, CLONE, CLONES, STEP)
+    for shape in (*several, EXPIRE):
         keys = set(shape)
         for inner in shape.values():
             keys |= set(inner) if isinstance(inner, Mapping) else set()

@@ -46,6 +46,8 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.rewinding": 7,
     "pgcdp.extending": 7,
     "pgcdp.growing": 7,
+    "pgcdp.expiring": 7,
+    "pgcdp.marking": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,

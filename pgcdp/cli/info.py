@@ -38,10 +38,28 @@ def _render(value: Mapping[str, Any]) -> None:
     if value["marks"]:
         screen.text()
         rows = [
-            [each["name"], each["kind"].replace("_", " "), str(each["write"]), each["lsn"] or "-"]
+            [each["name"], each["kind"].replace("_", " "), str(each["write"]), each["lsn"] or "-", _kept(each)]
             for each in value["marks"]
         ]
-        screen.table(["mark", "kind", "write", "lsn"], rows)
+        screen.table(["mark", "kind", "write", "lsn", "kept"], rows)
+    if value["expired"]:
+        screen.text()
+        for each in value["expired"]:
+            screen.text(_let_go(each))
+
+
+def _let_go(event: Mapping[str, Any]) -> str:
+    """In words: how much went, and who did it."""
+    parts = [] if event["oldest"] is None else [f"all before boundary {event['oldest']}"]
+    for name, what in (("joined", "joined: intervals"), ("thinned", "without single writes: intervals")):
+        if event[name]:
+            runs = (f"{e['first']}-{e['last']}" if e["first"] < e["last"] else str(e["first"]) for e in event[name])
+            parts.append(f"{what} {', '.join(runs)}")
+    return f"let go of by {event['by']} ({event['time']}): {'; '.join(parts)}"
+
+
+def _kept(mark: Mapping[str, Any]) -> str:
+    return "yes" if mark["kept"] else "-"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -59,9 +77,10 @@ def intervals_table(intervals: Sequence[Mapping[str, Any]]) -> None:
     """Intervals, each in a line."""
     rows = [
         [
-            str(row["number"]),
+            _numbers(row),
             f"{row['from_write']}-{row['to_write']}",
             str(row["to_time"]),
+            "any write" if row["restorable_by_write"] else "boundaries",
             str(row["reason"]),
             str(row["checkpoint_lsn"]),
             format_size(row["bytes_written"]),
@@ -70,7 +89,13 @@ def intervals_table(intervals: Sequence[Mapping[str, Any]]) -> None:
         ]
         for row in intervals
     ]
-    screen.table(["interval", "writes", "ends", "reason", "checkpoint", "written", "stored", "verified"], rows)
+    screen.table(
+        ["interval", "writes", "ends", "restores", "reason", "checkpoint", "written", "stored", "verified"], rows
+    )
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+    return f"{row['first']}-{row['number']}" if row["first"] < row["number"] else str(row["number"])
 
 
 def _verified(value: Any) -> str:

@@ -45,6 +45,7 @@ VERBS = (
     "check",
     "rebuild",
     "grow",
+    "expire",
     "demo",
     "agent",
 )

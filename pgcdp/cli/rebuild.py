@@ -17,4 +17,6 @@ def command(set_name: str | None, output: str) -> None:
     """
     from pgcdp import api
 
-    screen.result(api.rebuild(options.pick_set(set_name)), output)
+    with screen.progress(output) as progress:
+        value = api.rebuild(options.pick_set(set_name), progress)
+    screen.result(value, output)

@@ -58,7 +58,7 @@ def apply_backward(target: BlockTarget, bundle: Bundle) -> None:
 
 def apply_forward(target: BlockTarget, bundle: Bundle) -> None:
     """Bring the changed blocks of a state at boundary n-1 forward to boundary n."""
-    with bundle.writes() as content:
+    with bundle.forward() as content:
         apply_extents(target, bundle.forward_map(), content)
 
 

@@ -25,6 +25,7 @@ from pgcdp.intervals.transactions import Past, TransactionIndex
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.wal import PAGE, Manager, Note, is_checkpoint, of_database, opened_timeline, pack_notes, read_notes
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary, Rewind
+from pgcdp.store.base import places_back
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, Bundle, IndexFiles, rewinds_of
 from pgcdp.store.files import write_files
 from pgcdp.store.frames import FileSummary
@@ -133,13 +134,12 @@ class Start:
         """What is known of the catalogs behind the boundary; after a rewind, as they were where it went to."""
         if not rewinds or rewinds[-1].end is None:
             return self.past
-        numbers = [number for number in self.store.interval_numbers() if number <= self.boundary.number]
-        holds = [
-            number
-            for number in reversed(numbers)
-            if Bundle.open(self.store, number).interval.from_write <= rewinds[-1].to_write
-        ]
-        return Past(newest_look(self.store, holds[0]) if holds else None, [])
+        spans = [span for span in self.store.spans() if span.last <= self.boundary.number]
+        for span in reversed(spans):
+            if Bundle.at(self.store, span).interval.from_write <= rewinds[-1].to_write:
+                return Past(newest_look(self.store, span.last), [])
+        base = self.store.base_number()  # the rewind may have gone to the oldest boundary itself
+        return Past(newest_look(self.store, base) if base else None, [])
 
 
 def _more_than_a_header(known_to: int, lsn: int) -> bool:
@@ -157,9 +157,9 @@ def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -
 
 def newest_look(store: Store, number: int) -> Look | None:
     """The look at the catalogs that lies in interval `number` or the nearest one before it; a damaged one is passed."""
-    for each in range(number, 0, -1):
+    for place in places_back(store, number):
         try:
-            look = read_look(store.interval(each))
+            look = read_look(place)
         except DamageError as damage:
             log.warning("%s", damage)
             continue

@@ -225,6 +225,7 @@ class Stages:
             if self.store.baseline is None:
                 raise BugError("the image is at boundary 0, but the store knows none")
             return self.store.baseline
+        # retention leaves what ends at the image's boundary, and all behind it, as it is
         return Bundle.open(self.store, number).interval.boundary
 
     def _go_on_from(self, boundary: Boundary, released: int = 0) -> None:

@@ -49,19 +49,29 @@ def plan(
     published ones, in order. The second is `point`, or less when what follows is in no published interval.
     """
     by_number = {interval.number: interval for interval in intervals}
+    by_first = {interval.first: interval for interval in intervals}
     if moving_to is not None:
         write = _known(by_number, moving_to).to_write
     if point < write:
         return _back(by_number, moving_to or boundary, point), point
     steps = [Step("forward", moving_to)] if moving_to is not None else []
-    number = (moving_to or boundary) + 1
-    while write < point and number in by_number:
-        interval = by_number[number]
+    first = (moving_to or boundary) + 1
+    while write < point and first in by_first:
+        interval = by_first[first]
         if interval.to_write > point:
-            return [*steps, Step("writes", number)], point
-        steps.append(Step("forward", number))
-        number, write = number + 1, interval.to_write
+            return [*steps, _writes(interval, point)], point
+        steps.append(Step("forward", interval.number))
+        first, write = interval.number + 1, interval.to_write
     return steps, write
+
+
+def _writes(interval: Interval, point: int) -> Step:
+    if not interval.restorable_by_write:
+        raise TargetError(
+            f"write {point} lies in interval {interval.number}, of which only the boundaries are left",
+            f"--target-boundary {interval.number} is the nearest behind it",
+        )
+    return Step("writes", interval.number)
 
 
 def _back(by_number: dict[int, Interval], number: int, point: int) -> list[Step]:
@@ -71,9 +81,9 @@ def _back(by_number: dict[int, Interval], number: int, point: int) -> list[Step]
         steps.append(Step("backward", number))
         if interval.from_write <= point + 1:
             break
-        number -= 1
+        number = interval.first - 1
     if interval.from_write <= point:
-        steps.append(Step("writes", number))
+        steps.append(_writes(interval, point))
     return steps
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
 from pgcdp.recovery.ends import Ends
 from pgcdp.recovery.instant import Commits, History, is_lost
 from pgcdp.recovery.places import place_below, scratch_of
+from pgcdp.store.base import places_back
 from pgcdp.store.bundle import settings_behind
 from pgcdp.store.layout import Store
 from pgcdp.store.parquet import Ranges
@@ -167,8 +169,8 @@ class Transactions:
 
     def looks(self) -> Iterator[Look]:
         """All looks at the catalogs, newest first."""
-        last = max(self.store.interval_numbers(), default=0)
-        places = [self.store.incoming(last + 1), *(self.store.interval(number) for number in range(last, 0, -1))]
+        last = self.store.newest_number()
+        places = chain([self.store.incoming(last + 1)], places_back(self.store, last))
         yield from (look for look in map(read_look, places) if look is not None)
 
     def look(self) -> Look | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pgcdp.intervals.files import changed_files
 from pgcdp.postgres.relations import Look, Relation
 from pgcdp.postgres.wal import PAGE
 from pgcdp.records import BLOCK, INDEX
+from pgcdp.store.base import places_back
 from pgcdp.store.files import read_files
 from pgcdp.store.layout import Store
 from pgcdp.store.transactions import read_look
@@ -38,7 +40,7 @@ def owners_in(store: Store, interval: int, record: np.void) -> list[Json]:
     are bytes in the file, `earlier`: so it was at the boundary before. Raises DamageError.
     """
     table = read_files(store.interval(interval))
-    return [] if table is None else list(_told(table, record, [store.interval(n) for n in (interval, interval - 1)]))
+    return [] if table is None else list(_told(table, record, list(islice(places_back(store, interval), 2))))
 
 
 def owners_now(store: Store, files: FileMap, interval: int, record: np.void) -> list[Json]:
@@ -47,7 +49,7 @@ def owners_now(store: Store, files: FileMap, interval: int, record: np.void) -> 
     for name in record.dtype.names or ():
         index[name] = record[name]
     table = changed_files(forward_map(index), None, files)
-    return list(_told(table, record, [store.incoming(interval), store.interval(interval - 1)]))
+    return list(_told(table, record, [store.incoming(interval), *islice(places_back(store, interval - 1), 1)]))
 
 
 def _told(table: pa.Table, record: np.void, places: list[Any]) -> Iterator[Json]:

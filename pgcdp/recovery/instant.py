@@ -98,6 +98,11 @@ class History:
         """An interval's number."""
         return self.opened if number is None else number
 
+    def before(self, number: int | None) -> int:
+        """The number of the interval before one, 0 when there is none. Numbers have gaps where some were joined."""
+        known = [*self.unindexed, *(each for each in self.numbers if each is not None)]
+        return max((each for each in known if each < self.key(number)), default=0)
+
     def newest_first(self) -> Iterator[tuple[int | None, Commits]]:
         """All intervals with their transactions."""
         for number in reversed(self.numbers):
@@ -205,8 +210,8 @@ def _unseen_of(end: np.void, number: int | None, history: History) -> str | None
     missed = [event for event in _events_of(end, number, history) if is_lost(event) and event["lsn"] < int(end["lsn"])]
     if missed:
         unseen = f"WAL {format_lsn(missed[0]['lsn'])} to {format_lsn(missed[0]['end_lsn'])} was not seen whole"
-    elif history.key(number) - 1 in history.unindexed:
-        unseen = f"interval {history.key(number) - 1} is not indexed"
+    elif (before := history.before(number)) in history.unindexed:
+        unseen = f"interval {before} is not indexed"
     else:
         return None
     return f"{unseen}: whether it drops a database, and from where on, is not known"

@@ -13,17 +13,20 @@ from pgcdp.errors import PreconditionError
 from pgcdp.postgres.cluster import FOLLOWED
 
 
-def own_places(pgdata: Path, elsewhere: Mapping[Path, Path]) -> dict[Path, Path]:
+def own_places(
+    pgdata: Path, elsewhere: Mapping[Path, Path], *, below: Path | None = None, besides: Path | None = None
+) -> dict[Path, Path]:
     """Each link that leads out of a restored data directory, and where it shall lead: {link: place}.
 
     `elsewhere`: where production's directories are in the copy, {production's: its own}; the data directory's own may
-    be among them. Links that lead to a place inside already are not told. Raises PreconditionError, with nothing
-    changed, for one that leads to what was not restored.
+    be among them. Links that lead to a place inside already are not told. `below`, `besides`: only those in that
+    directory, or not those in it. Raises PreconditionError, with nothing changed, for one that leads to what was not
+    restored.
     """
     root = Path(os.path.realpath(pgdata))
     was = next((place for place, own in elsewhere.items() if Path(os.path.realpath(own)) == root), root)
     found: dict[Path, Path] = {}
-    for link in symbolic_links(pgdata):
+    for link in symbolic_links(below or pgdata, besides):
         name = link.relative_to(pgdata)
         named = Path(os.path.normpath((was / name).parent / os.readlink(link)))
         place = _own(named, elsewhere)
@@ -84,13 +87,13 @@ def _own(named: Path, elsewhere: Mapping[Path, Path]) -> Path | None:
     return elsewhere[place] / named.relative_to(place)
 
 
-def symbolic_links(directory: Path) -> list[Path]:
-    """All of them below a directory; none is followed."""
+def symbolic_links(directory: Path, besides: Path | None = None) -> list[Path]:
+    """All of them below a directory, but for those in `besides`; none is followed."""
     found = []
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_symlink():
                 found.append(Path(entry.path))
-            elif entry.is_dir(follow_symlinks=False):
-                found += symbolic_links(Path(entry.path))
+            elif entry.is_dir(follow_symlinks=False) and Path(entry.path) != besides:
+                found += symbolic_links(Path(entry.path), besides)
     return found

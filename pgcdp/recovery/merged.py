@@ -3,43 +3,32 @@
 A point n intervals back needs n backward increments; with these it reads at most thirty maps for each digit that n has
 to the base of 16. They only say in which interval's increment a block's content is, so nothing is copied, and all of
 them are expendable: what is missing or damaged is made of what lies below it. The agent makes them in the background.
+
+What retention has joined is one interval and a layer of its own: what is merged never reaches over one. A merged
+increment of the intervals that it was made of names files that go, and is of no use any more.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 
 from pgcdp.errors import DamageError
 from pgcdp.fsio import make_directory, sync_directory
-from pgcdp.records import MAP_EXTENT
+from pgcdp.records import MAP_EXTENT, Span
 from pgcdp.recovery.blockmap import Extents, flatten, layer
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameReader, FrameWriter
-from pgcdp.store.layout import Store
+from pgcdp.store.layout import Store, spans_in
 
 log = logging.getLogger(__name__)
 
 FANOUT = 16
 CONTENT = b"MRGD"
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
-    """Intervals `first` to `last`, which is `first` for a single one."""
-
-    first: int
-    last: int
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.first:010d}-{self.last:010d}"
 
 
 def cover(first: int, last: int, merged: Collection[Span], fanout: int) -> list[Span]:
@@ -69,24 +58,41 @@ def due(oldest: int, newest: int, merged: Collection[Span], fanout: int) -> Iter
 
 def known(store: Store) -> set[Span]:
     """The spans that were merged."""
-    names = os.listdir(store.merged) if store.merged.exists() else []
-    found = [re.fullmatch(r"(\d{10})-(\d{10})", name) for name in names]
-    return {Span(int(match[1]), int(match[2])) for match in found if match}
+    return spans_in(store.merged)
+
+
+def stale(store: Store, merged: Collection[Span]) -> set[Span]:
+    """Of merged spans those that hold an interval which retention joined or let go of."""
+    base = store.base_number()
+    gone = [*([Span(1, base)] if base else []), *store.joined_spans()]
+    return {span for span in merged if any(span.first <= each.last and each.first <= span.last for each in gone)}
 
 
 def backward_layers(store: Store, first: int, last: int) -> list[Extents]:
     """The backward increments of intervals `first` to `last` as layers, the lowest first; `source` is the interval.
 
-    Raises what `Bundle` raises.
+    `last` ends an interval and `first` is the first one of one. Raises what `Bundle` raises.
     """
-    return _layers(store, first, last, known(store))
+    joined = {span.last: span for span in store.joined_spans()}
+    ends = sorted(number for number, span in joined.items() if first <= number <= last)
+    merged, found = known(store), list[Extents]()
+    while last >= first:
+        single = ends[-1] if ends else first - 1
+        found += _layers(store, single + 1, last, merged)
+        if ends:
+            span = joined[ends.pop()]
+            found.append(layer(Bundle.at(store, span).backward_map(), span.last))
+            single = span.first - 1
+        last = single
+    return found
 
 
 def _layers(store: Store, first: int, last: int, merged: Collection[Span]) -> list[Extents]:
+    """The same of single intervals."""
     found: list[Extents] = []
     for span in cover(first, last, merged, FANOUT):
         if span.first == span.last:
-            found.append(layer(Bundle.open(store, span.last).backward_map(), span.last))
+            found.append(layer(Bundle.at(store, span).backward_map(), span.last))
             continue
         try:
             found.append(_read(store, span))
@@ -144,11 +150,15 @@ def merge_due(store: Store, stop: Callable[[], bool] = lambda: False) -> int:
 
     Raises DamageError for what could not be merged, after all the rest.
     """
-    numbers = store.interval_numbers()
+    spans = store.spans()
     done, damages = 0, []
-    for span in due(numbers[0], numbers[-1], known(store), FANOUT) if numbers else ():
+    wanted = list(due(spans[0].first, spans[-1].last, known(store), FANOUT)) if spans else []
+    without = stale(store, wanted)
+    for span in wanted:
         if stop():
             break
+        if span in without:
+            continue
         try:
             merge(store, span)
             done += 1

@@ -6,7 +6,7 @@ Three walls, each enough against another danger:
 
 1. a configuration of its own (`sandbox_settings`): lines that were appended without fsync are NUL bytes in a crash
    image, and a Debian-style configuration names production's own directory;
-2. links out of the data directory (pg_wal, tablespaces) are led to its own mounts, or it refuses to start;
+2. links out of the data directory (pg_wal, tablespaces) are led to its own mounts, or it is refused;
 3. namespaces (`isolate`): whatever the WAL or the data still name outside cannot be written.
 """
 
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,7 +207,18 @@ def start(
                 )
         prepare(found.path, found.user, moved)
         argv = _command(sandbox, settings, found.major, override, hba)
-        _run(sandbox, argv, timeout)
+        # To look at 100,000 files takes as long as to start postgres. Should a link among them lead outside, it cannot
+        # be written through meanwhile: the third wall. One that names production's directories is led there by that.
+        with ThreadPoolExecutor(1) as beside:
+            looked = beside.submit(own_places, found.path, moved, below=found.path / "base")
+            try:
+                _run(sandbox, argv, timeout)
+            except VerificationFailed:
+                if not looked.result():  # if it is a link, that is why
+                    raise
+                _lead(looked.result())
+                _run(sandbox, argv, timeout)
+            _lead(looked.result())
     except BaseException:
         sandbox.owns_data = False  # what cannot be started is not thrown away
         sandbox.destroy()
@@ -217,18 +229,26 @@ def start(
 def prepare(pgdata: Path, user: User, elsewhere: Mapping[Path, Path]) -> None:
     """Make a private copy fit to start: leftovers of the running cluster go, links lead as `elsewhere` tells.
 
-    Raises PreconditionError, before anything is changed, for a link that Postgres would follow out of the sandbox.
+    Raises PreconditionError, before anything is changed, for a link that Postgres would follow out of the sandbox;
+    files of relations are not looked at (`start` does).
     """
-    change = own_places(pgdata, elsewhere)
-    for link, place in change.items():
-        link.unlink()
-        link.symlink_to(place)
+    change = own_places(pgdata, elsewhere, besides=pgdata / "base")
+    _lead(change)
     for name in _LEFTOVERS:
         (pgdata / name).unlink(missing_ok=True)
     # ALTER SYSTEM's file is read whatever the command line says. It may be a link: never write through that.
     automatic = pgdata / "postgresql.auto.conf"
     automatic.unlink(missing_ok=True)
     _write_private(automatic, "", user)
+
+
+def _lead(change: Mapping[Path, Path]) -> None:
+    """Have each link lead to its place; whoever looks finds one or the other."""
+    for link, place in change.items():
+        fresh = link.with_name(f".pgcdp-{link.name}")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(place)
+        fresh.rename(link)
 
 
 def _refuse(found: cluster.DataDirectory) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -26,9 +26,10 @@ from pgcdp.intervals.applying import BlockTarget, apply_backward, apply_forward,
 from pgcdp.intervals.extents import spans
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Target
+from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
-from pgcdp.recovery.target import Listing, resolve, window
+from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
+from pgcdp.store.base import base_settings, missing_before, read_base
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
 from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.image_lock import image_held
@@ -83,19 +84,20 @@ class Source:
 
     def _listed(self) -> dict[int, Published]:
         """The published intervals by number, in order; none is read twice."""
-        self._published |= published(self.store, self._published)
+        self._published = published(self.store, self._published)
         return self._published
 
     def base(self) -> Boundary:
         """The oldest boundary. Raises TargetError while there is none."""
         if self.store.baseline is None:
             self.store = Store.open(self.store.path)
-        if self.store.baseline is None:
+        base = read_base(self.store)
+        if base is None:
             raise TargetError(
                 f"the first backup image of set {self.store.set_name} is not complete, nothing can be restored yet",
                 "pgcdp status tells how far it is",
             )
-        return self.store.baseline
+        return base
 
     def listing(self) -> Listing:
         """What can be restored now. Raises DamageError when the writes behind the last boundary cannot be read."""
@@ -109,19 +111,21 @@ class Source:
 
     def published(self) -> Listing:
         """What can be restored without looking behind the last boundary."""
-        base, intervals = self.base(), self.intervals()
+        base, intervals = self._chain()
 
         def times(number: int | None) -> NDArray[np.int64]:
             if number is None:
                 return np.empty(0, dtype=np.int64)
             return np.asarray(Bundle.open(self.store, number).index()["wall_ns"], dtype=np.int64)
 
-        return Listing(base, intervals, intervals[-1].to_write if intervals else base.write, times)
+        newest = intervals[-1].to_write if intervals else base.write
+        return Listing(base, intervals, newest, times, missing=partial(missing_before, self.store))
 
     def resolve(self, target: Target) -> RecoveryPoint:
         """The recovery point of a target; TargetError when there is none, also inside a rewind in place.
 
-        Damage behind the last boundary is raised only to those who want to go there.
+        Nor is there one where retention let go of single writes. Damage behind the last boundary is raised only to
+        those who want to go there.
         """
         point = self.place(target)
         stored = self.intervals()
@@ -129,7 +133,19 @@ class Source:
         if not stored or point.write > stored[-1].to_write:
             within = self.rewinds()
         refuse_inside(point.write, within)
+        self.refuse_let_go(point)
         return point
+
+    def refuse_let_go(self, point: RecoveryPoint) -> None:
+        """Raises TargetError for a point that needs single writes of which retention let go."""
+        refuse_let_go(point, self.published())
+
+    def _chain(self) -> tuple[Boundary, list[Interval]]:
+        """The oldest boundary and what follows it, of one moment."""
+        while True:
+            base, intervals = self.base(), self.intervals()
+            if self.base() == base:
+                return base, intervals
 
     def rewinds(self) -> list[Rewind]:
         """All rewinds in place up to the newest write, in order; the last one may not have ended."""
@@ -154,7 +170,7 @@ class Source:
         return stored + pair(said)
 
     def place(self, target: Target) -> RecoveryPoint:
-        """As `resolve`; a write inside a rewind in place is given, too."""
+        """As `resolve`; a write inside a rewind in place is given, too, and one that is not kept by itself any more."""
         if target.kind == "newest" and not target.exclusive:
             return self.window()[1]
 
@@ -283,8 +299,7 @@ class Source:
 
     def _number(self) -> int:
         """Number of the interval that is open now."""
-        numbers = self.store.interval_numbers()
-        return numbers[-1] + 1 if numbers else 1
+        return self.store.newest_number() + 1
 
     def _last_entry(self) -> np.void | None:
         """The last entry of the open interval's index; None when it is empty or was published just now."""
@@ -303,7 +318,7 @@ class Source:
         number, held = self._number(), self._end()
         if self.store.baseline is None or held >= released:
             return
-        before = Bundle.open(self.store, number - 1).interval.boundary if number > 1 else self.store.baseline
+        before = Bundle.at(self.store, Span(number - 1, number - 1)).interval.boundary if number > 1 else self.base()
         held = max(held, before.write)
         if held < released and number == self._number():
             path = self.store.incoming(number) / "writes"
@@ -317,13 +332,17 @@ class Source:
     # --- one write, wherever it is now
 
     def again(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` reads from here; anew when it missed something and the agent went on meanwhile."""
+        """What `attempt` reads from here; anew when it missed something and the agent went on meanwhile.
+
+        A long run of retention may take away something during each attempt: the last one is made while it is `held`.
+        """
         attempts = 0
         while True:
             before = self._stored()
             attempts += 1
             try:
-                return attempt()
+                with self.held() if attempts == ATTEMPTS else nullcontext():
+                    return attempt()
             except (FileNotFoundError, DamageError, PreconditionError) as error:
                 if attempts < ATTEMPTS and self._stored() != before:
                     continue
@@ -332,9 +351,12 @@ class Source:
                 raise
 
     def _stored(self) -> tuple[int, ...]:
-        """Changes whenever the agent has written to the open interval or published it."""
+        """Changes whenever the open interval was written to or published, or retention joined or removed some."""
         number = self._number()
         sizes = []
+        for directory in (self.store.path / "intervals", self.store.joined, self.store.bases):
+            with suppress(FileNotFoundError):
+                sizes.append(os.stat(directory).st_mtime_ns)
         for name in ("writes", "index"):
             with suppress(FileNotFoundError):
                 sizes.append(os.stat(self.store.incoming(number) / name).st_size)
@@ -350,7 +372,7 @@ class Source:
         """The published interval that holds a write."""
         for interval in self.intervals():
             if interval.from_write <= write <= interval.to_write:
-                return Bundle.open(self.store, interval.number)
+                return Bundle.at(self.store, interval.span)
         return None
 
     def _open_index(self, write: int) -> NDArray[np.void]:
@@ -441,7 +463,7 @@ class Source:
 
     def newest_settings(self) -> dict[str, Any]:
         """Postgres's settings as they were kept last, also with the open interval; empty when nothing is known."""
-        return settings_behind(self.store, max(self.store.interval_numbers(), default=0))
+        return settings_behind(self.store, self.store.newest_number())
 
     def settings(self, point: RecoveryPoint) -> dict[str, Any] | None:
         """Postgres's settings at a point: those kept with its interval, or with the last one before it."""
@@ -450,7 +472,7 @@ class Source:
             settings = self.settings_of(number)
             if settings:
                 return settings
-        return None
+        return base_settings(self.store) or None
 
     # --- making it
 
@@ -515,7 +537,7 @@ class Source:
             progress(Progress(f"rolling back interval {number}"))
             bundle = Bundle.open(self.store, number)
             apply_backward(target, bundle)
-            number, write = number - 1, bundle.interval.from_write - 1
+            number, write = bundle.interval.first - 1, bundle.interval.from_write - 1
         return write
 
     def _forward(self, done: int, upto: int, target: BlockTarget, progress: Report) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.errors import BugError, TargetError
+from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.records import Boundary, Interval, RecoveryPoint, Target
 from pgcdp.recovery.instant import NO_HISTORY, History, Instant, at_lsn, at_name, at_time, at_xid
 from pgcdp.units import format_time
@@ -21,11 +21,13 @@ from pgcdp.units import format_time
 class Listing:
     """What exists. `base` is the oldest boundary that can be restored (0: the end of the baseline).
 
-    `intervals` follow `base` without gaps; their `to_time_ns` is the latest wall clock of their writes.
+    `intervals` follow `base` without gaps, some of them joined; their `to_time_ns` is the latest wall clock of their
+    writes.
     `newest_write` is the newest restorable write, which may still lie in the open interval or the journal.
     `times(n)` gives the wall clock (int64 ns) of each write of interval n, `times(None)` of those behind the last
     boundary, up to `newest_write`. Until `quiet_until_ns` it is known that nothing else was written (the present while
     capture runs), so that a time between the newest write and that is the newest write. `history`: the transactions.
+    `missing(n, m)` names what should be between boundary n and interval m.
     """
 
     base: Boundary
@@ -34,6 +36,7 @@ class Listing:
     times: Callable[[int | None], NDArray[np.int64]]
     quiet_until_ns: int = 0
     history: History = NO_HISTORY
+    missing: Callable[[int, int], object] | None = None
 
 
 def resolve(target: Target, listing: Listing) -> RecoveryPoint:
@@ -80,10 +83,20 @@ def window(listing: Listing) -> tuple[RecoveryPoint, RecoveryPoint]:
 
 
 def _check(listing: Listing) -> None:
+    """Raises DamageError when something is missing between what is there."""
     number, write = listing.base.number, listing.base.write
     for interval in listing.intervals:
-        if interval.number != number + 1 or interval.from_write != write + 1:
-            raise BugError(f"interval {interval.number} does not follow boundary {number} at write {write}")
+        if interval.first != number + 1 or interval.from_write != write + 1:
+            what = "intervals are missing before it"
+            if interval.first == number + 1:
+                what = "one of both is not of this store"
+            elif listing.missing is not None:
+                what = f"{listing.missing(number, interval.first)} is missing (offset 0)"
+            raise DamageError(
+                f"interval {interval.number} from write {interval.from_write} does not follow boundary {number} at "
+                f"write {write}: {what}",
+                "bring it back from a copy of the store; pgcdp check --full tells what else is damaged",
+            )
         number, write = interval.number, interval.to_write
     if listing.newest_write < write:
         raise BugError(f"the newest write {listing.newest_write} lies before boundary {number} at write {write}")
@@ -100,10 +113,38 @@ def _at(listing: Listing, write: int) -> RecoveryPoint:
             return RecoveryPoint(write, boundary.number, boundary.time_ns, boundary.number)
     for interval in listing.intervals:
         if interval.from_write <= write <= interval.to_write:
+            if interval.covers > 1:  # when it was written, is not known any more
+                raise let_go(write, interval, listing)
             times = listing.times(interval.number)
             return RecoveryPoint(write, interval.number, int(times[write - interval.from_write]))
     first = _boundaries(listing)[-1].write + 1
     return RecoveryPoint(write, None, int(listing.times(None)[write - first]))
+
+
+def refuse_let_go(point: RecoveryPoint, listing: Listing) -> None:
+    """Raises TargetError for a point that needs single writes of which retention let go; it names the nearest points.
+
+    One whose WAL is blank from an LSN on needs the write that holds that.
+    """
+    for interval in listing.intervals:
+        if interval.restorable_by_write:
+            continue
+        if interval.from_write <= point.write < interval.to_write:
+            raise let_go(point.write, interval, listing)
+        if interval.from_write <= (point.blank_write or 0) <= interval.to_write:
+            raise let_go(point.blank_write or 0, interval, listing)
+
+
+def let_go(write: int, interval: Interval, listing: Listing) -> TargetError:
+    """What is said of a write whose interval can only be restored at its ends."""
+    before = next(each for each in _boundaries(listing) if each.number == interval.first - 1)
+    here = f"write {write} lies between boundaries {before.number} and {interval.number}"
+    return TargetError(f"{here}, and retention let go of what lies between them", _nearest(before, interval.boundary))
+
+
+def _nearest(before: Boundary, behind: Boundary) -> str:
+    told = [f"--target-boundary {each.number} ({format_time(each.time_ns)})" for each in (before, behind)]
+    return f"{told[0]} is the nearest before it, {told[1]} the nearest behind it"
 
 
 def _exists(listing: Listing) -> str:
@@ -137,6 +178,10 @@ def _by_boundary(target: Target, listing: Listing) -> RecoveryPoint:
         if boundary.number == number:
             return _by_write(boundary.write - target.exclusive, listing)
     first, last = boundaries[0].number, boundaries[-1].number
+    for interval in listing.intervals:
+        if interval.first <= number < interval.number:
+            before = next(each for each in boundaries if each.number == interval.first - 1)
+            raise TargetError(f"retention let go of boundary {number}", _nearest(before, interval.boundary))
     where = (
         "does not exist yet" if number > last else "cannot be restored any more" if number >= 0 else "does not exist"
     )

@@ -29,7 +29,6 @@ from pgcdp.recovery.merged import backward_layers
 from pgcdp.recovery.patch import Patch
 from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import CONTENTS, Bundle
-from pgcdp.store.layout import Store
 from pgcdp.store.open_views import Registered, registered
 
 MAP_FILE, PATCH_FILE = "map", "patch"
@@ -55,7 +54,7 @@ def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
     blank = patch.take_blank(source, point)
     sources: list[MapSource] = [ImageSource(source.store.image / volume.name) for volume in source.store.volumes]
     back = [step.number for step in steps if step.kind == "backward"]
-    layers = _backward(source.store, back[-1], back[0], sources) if back else []
+    layers = _backward(source, back[-1], back[0], sources) if back else []
     layers += [_layer(source, step, point, sources) for step in steps if step.kind != "backward"]
     layers += [blockmap.layer(tail, len(sources)), blockmap.layer(blank, len(sources))]
     if patch.finish():
@@ -66,13 +65,15 @@ def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
     return ViewMap(source.store.set_id, volumes, tuple(range(len(volumes))), tuple(sources), extents)
 
 
-def _backward(store: Store, first: int, last: int, sources: list[MapSource]) -> list[NDArray[np.void]]:
-    """The backward increments of intervals `first` to `last`, the lowest layer first."""
-    layers = backward_layers(store, first, last)
+def _backward(source: Source, oldest: int, last: int, sources: list[MapSource]) -> list[NDArray[np.void]]:
+    """The backward increments of intervals `oldest` to `last`, the lowest layer first."""
+    spans = {interval.number: interval.span for interval in source.intervals()}
+    layers = backward_layers(source.store, spans[oldest].first, last)
     data = [extents["source"][extents["kind"] == EXTENT_DATA] for extents in layers]
     needed = np.unique(np.concatenate(data))
     begin = len(sources)
-    sources += [FramesSource(store.interval(int(n)) / "backward", CONTENTS["backward"], int(n)) for n in needed]
+    places = {int(n): source.store.place(spans[int(n)]) for n in needed}
+    sources += [FramesSource(places[int(n)] / "backward", CONTENTS["backward"], int(n)) for n in needed]
     renumbered = []
     for extents in layers:
         made = extents.copy()
@@ -84,7 +85,10 @@ def _backward(store: Store, first: int, last: int, sources: list[MapSource]) -> 
 
 def _layer(source: Source, step: Step, point: RecoveryPoint, sources: list[MapSource]) -> NDArray[np.void]:
     bundle = Bundle.open(source.store, step.number)
-    sources.append(FramesSource(bundle.path / "writes", CONTENTS["writes"], step.number))
+    name = bundle.forward_file if step.kind == "forward" else "writes"
+    if step.kind == "writes":
+        bundle.need_writes()  # the listing may be of before they went
+    sources.append(FramesSource(bundle.path / name, CONTENTS[name], step.number))
     if step.kind == "forward":
         extents = bundle.forward_map()
     else:

@@ -2,6 +2,9 @@
 
 What is published is whole: every file is finished and synced, the manifest is written last, and only then is the
 directory renamed to its place below `intervals/`. So a directory there without a valid manifest is damage.
+
+Retention replaces the manifest once, by one that names `forward` instead of `writes` (`store.thinning`). No file that a
+manifest ever named changes; what the present one does not name is nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.fsio import publish_directory, read_json, write_json
-from pgcdp.records import EXTENT, INDEX, Boundary, Interval, Rewind
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, INDEX, Boundary, Interval, Rewind, Span
 from pgcdp.store.frames import FileSummary, FrameReader
 from pgcdp.store.layout import Store, boundary_from
 from pgcdp.store.open_interval import OUTSIDE, SETTINGS, OpenInterval, OpenSnapshot, read_open
@@ -28,7 +31,15 @@ from pgcdp.store.rewinds import pair, said_in
 
 __all__ = ["Bundle", "Increments", "OpenInterval", "OpenSnapshot", "publish", "read_open"]
 
-CONTENTS = {"writes": b"WRIT", "index": b"INDX", "backward": b"BWRD", "backward.map": b"BMAP", "forward.map": b"FMAP"}
+CONTENTS = {
+    "writes": b"WRIT", "index": b"INDX", "backward": b"BWRD", "backward.map": b"BMAP", "forward.map": b"FMAP",
+    "forward": b"FWRD",
+}  # fmt: skip
+NEEDED = {
+    True: ("writes", "index", "backward", "backward.map", "forward.map", "settings.json"),
+    False: ("forward", "backward", "backward.map", "forward.map", "settings.json"),
+}
+"""Files that restoring needs, by whether single writes can be restored."""
 
 
 EVENTS, CATALOG_NOTES, WAL_STATE = "events.json", "catalog.notes", "wal.state"
@@ -159,7 +170,25 @@ class Bundle:
     @classmethod
     def open(cls, store: Store, number: int) -> Bundle:
         """Open by manifest; the sizes of all files that restoring needs are compared. TargetError if missing."""
-        path = store.interval(number)
+        span = store.span_of(number)
+        if span is None:
+            raise TargetError(
+                f"boundary {number} of {store.path} was let go of by retention", "pgcdp info lists what exists"
+            )
+        return cls.at(store, span)
+
+    @classmethod
+    def at(cls, store: Store, span: Span) -> Bundle:
+        """As `open`, of one that `Store.spans` lists."""
+        try:
+            return cls._at(store, span)
+        except DamageError:
+            # Retention may have replaced the manifest that was read, and what only that one named may be gone.
+            return cls._at(store, span)
+
+    @classmethod
+    def _at(cls, store: Store, span: Span) -> Bundle:
+        number, path = span.last, store.place(span)
         place = path / "manifest.json"
         try:
             manifest = read_json(place)
@@ -172,16 +201,21 @@ class Bundle:
         if manifest.get("set_id") != store.set_id.hex() or manifest.get("number") != number:
             raise DamageError(f"{place} is not that of interval {number} of this set (offset 0)", _still(number))
         try:
-            names = [name for name in Interval.__dataclass_fields__ if name not in ("boundary", "rewinds", "outside")]
+            apart = ("boundary", "rewinds", "covers", "outside")
+            names = [name for name in Interval.__dataclass_fields__ if name not in apart]
             interval = Interval(
                 **{name: manifest[name] for name in names},
+                covers=int(manifest.get("covers", 1)),
                 boundary=boundary_from(manifest["boundary"], place),
                 rewinds=tuple(Rewind(**each) for each in manifest.get("rewinds", ())),
                 outside=_outside(manifest.get("outside")),
             )
-            sizes = {name: int(manifest["files"][name]["bytes"]) for name in (*CONTENTS, "settings.json")}
+            needed = NEEDED[interval.restorable_by_write]
+            sizes = {name: int(manifest["files"][name]["bytes"]) for name in needed}
         except (KeyError, TypeError):
             raise DamageError(f"{place} lacks keys (offset 0)", _still(number)) from None
+        if interval.span != span:
+            raise DamageError(f"{place} is that of intervals {interval.span.file_name} (offset 0)", _still(number))
         for name, size in sizes.items():
             found = os.stat(path / name).st_size if (path / name).exists() else None
             if found != size:
@@ -201,7 +235,12 @@ class Bundle:
         return found
 
     def _reader(self, name: str) -> FrameReader:
-        reader = FrameReader.open(self.path / name, CONTENTS[name], self._set_id, self.number)
+        try:
+            reader = FrameReader.open(self.path / name, CONTENTS[name], self._set_id, self.number)
+        except FileNotFoundError:
+            self.manifest = read_json(self.path / "manifest.json")  # retention may have replaced it since
+            self._refuse_gone(name, "its single writes")
+            raise DamageError(f"{self.path / name} is missing (offset 0)", _still(self.number)) from None
         if reader.length != self.manifest["files"][name]["length"]:
             reader.close()
             raise DamageError(f"{self.path / name} has a stream that its manifest does not know (offset 0)")
@@ -211,8 +250,13 @@ class Bundle:
         with self._reader(name) as reader:
             return np.frombuffer(reader.read_stream(), dtype=dtype)
 
+    def has(self, name: str) -> bool:
+        """Whether the interval has this file."""
+        return name in self.manifest["files"]
+
     def index(self) -> NDArray[np.void]:
-        """The write index, an array INDEX in order of write number."""
+        """The write index, an array INDEX in order of write number. TargetError when retention let go of it."""
+        self._refuse_gone("index", "what its single writes were")
         return self._table("index", INDEX)
 
     def backward_map(self) -> NDArray[np.void]:
@@ -220,12 +264,35 @@ class Bundle:
         return self._table("backward.map", EXTENT)
 
     def forward_map(self) -> NDArray[np.void]:
-        """Array EXTENT, sorted by volume and block; source = position in `writes()`."""
-        return self._table("forward.map", EXTENT)
+        """Array EXTENT, sorted by volume and block; source = position in `forward()`."""
+        extents = self._table("forward.map", EXTENT)
+        return extents if self.interval.restorable_by_write else packed(extents)[0]
+
+    @property
+    def forward_file(self) -> str:
+        """Name of the file that `forward_map` points into."""
+        return "writes" if self.interval.restorable_by_write else "forward"
+
+    def forward(self) -> FrameReader:
+        """What `forward_map` points into."""
+        return self._reader(self.forward_file)
 
     def writes(self) -> FrameReader:
-        """The data of the interval's writes."""
+        """The data of the interval's writes. TargetError when retention let go of them."""
+        self.need_writes()
         return self._reader("writes")
+
+    def need_writes(self) -> None:
+        """Raises TargetError when retention let go of the single writes."""
+        self._refuse_gone("writes", "its single writes")
+
+    def _refuse_gone(self, name: str, what: str) -> None:
+        if not self.has(name):
+            first, last = self.interval.first, self.number
+            raise TargetError(
+                f"of interval {last} retention let go of {what}: only its boundaries can be restored",
+                f"--target-boundary {first - 1} is where it begins, --target-boundary {last} where it ends",
+            )
 
     def backward(self) -> FrameReader:
         """Contents of the changed blocks at boundary n-1."""
@@ -276,10 +343,39 @@ class Bundle:
             raise DamageError(
                 f"{self.path / 'backward.map'} and forward.map name different blocks (offset 0)", _still(self.number)
             )
+        if not self.interval.restorable_by_write:
+            self._check_forward(tie)
+        if not self.has("index"):
+            return
         numbers = self.index()["number"].astype(np.int64)
         first, last = self.interval.from_write, self.interval.to_write
         if not np.array_equal(numbers, np.arange(first, last + 1)):
             raise DamageError(f"{self.path / 'index'} does not hold writes {first} to {last} (offset 64)")
+
+    def _check_forward(self, tie: dict[str, Any]) -> None:
+        entry = self.manifest["files"]["forward"]
+        if tie.get("forward") != entry["checksum"]:
+            raise DamageError(f"{self.path / 'manifest.json'} ties another forward (offset 0)", _still(self.number))
+        length = packed(self._table("forward.map", EXTENT))[1]
+        if length != entry["length"]:
+            raise DamageError(
+                f"{self.path / 'forward'} holds {entry['length']} bytes, forward.map names {length} (offset 0)",
+                _still(self.number),
+            )
+
+
+def packed(extents: NDArray[np.void]) -> tuple[NDArray[np.void], int]:
+    """A forward map over the contents that it names, one behind the other in order of `source`; and their length.
+
+    Done again it changes nothing (FORMAT.md 3.10).
+    """
+    made = extents.copy()
+    data = np.flatnonzero(extents["kind"] == EXTENT_DATA)
+    data = data[np.argsort(extents["source"][data], kind="stable")]
+    lengths = extents["count"][data].astype(np.uint64) * np.uint64(BLOCK)
+    ends = np.cumsum(lengths, dtype=np.uint64)
+    made["source"][data] = ends - lengths
+    return made, int(ends[-1]) if len(ends) else 0
 
 
 def _outside(said: list[list[str]] | None) -> tuple[tuple[str, str], ...] | None:
@@ -310,4 +406,6 @@ def settings_behind(store: Store, last: int) -> dict[str, Any]:
         found = read_json(store.incoming(last + 1) / SETTINGS)
     except (FileNotFoundError, DamageError):
         found = {}
-    return found or (Bundle.open(store, last).settings() if last else {})
+    if found or not last:
+        return found
+    return Bundle.open(store, last).settings()

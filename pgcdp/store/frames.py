@@ -154,8 +154,12 @@ class FrameWriter:
     ) -> FrameWriter:
         """A new, empty file (one that exists is replaced); its header is synced, its name is not."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        write_all(fd, file_header(content, set_id, interval), 0)
-        os.fdatasync(fd)
+        try:
+            write_all(fd, file_header(content, set_id, interval), 0)
+            os.fdatasync(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         writer = cls(path, fd, content, set_id, interval, level)
         writer._frame_bytes = frame_bytes
         return writer

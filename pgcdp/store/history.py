@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pgcdp.errors import BugError, DamageError
@@ -37,8 +38,13 @@ def history_names(store: Store) -> list[str]:
 
 def read_history(store: Store, name: str) -> tuple[str, int, dict[str, Any]]:
     """Kind, time and content of an entry. Raises DamageError naming the file."""
-    entry = read_json(store.history / name)
+    return read_entry(store.history / name)
+
+
+def read_entry(file: Path) -> tuple[str, int, dict[str, Any]]:
+    """The same of a file."""
+    entry = read_json(file)
     try:
         return str(entry["kind"]), int(entry["time_ns"]), dict(entry["content"])
     except (KeyError, TypeError, ValueError):
-        raise DamageError(f"{store.history / name} is no history entry (offset 0)") from None
+        raise DamageError(f"{file} is no history entry (offset 0)") from None

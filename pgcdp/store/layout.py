@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, make_directory, read_json, write_json
-from pgcdp.records import Boundary, Volume
+from pgcdp.records import Boundary, Span, Volume
 
 FORMAT = 1
 TIMELINES = "timelines"
@@ -169,24 +170,100 @@ class Store:
         """Directory of merged increments; it may be missing, and all in it too."""
         return self.path / "merged"
 
+    @property
+    def joined(self) -> Path:
+        """Directory of the intervals that retention joined; missing as long as there was none."""
+        return self.path / "joined"
+
+    @property
+    def bases(self) -> Path:
+        """Directory of the oldest boundary, when retention let go of what was before it; missing until then."""
+        return self.path / "base"
+
+    @property
+    def aside(self) -> Path:
+        """Directory where retention makes what it publishes, and where it puts what goes: nothing in it counts."""
+        return self.path / "expiring"
+
     def incoming(self, number: int) -> Path:
         """Directory of an interval that is not published yet."""
         return self.path / "incoming" / f"{number:010d}"
 
     def interval(self, number: int) -> Path:
-        """Directory of a published interval."""
+        """Directory under which an interval is published."""
         return self.path / "intervals" / f"{number:010d}"
+
+    def place(self, span: Span) -> Path:
+        """Directory of a published interval, single or joined."""
+        return self.interval(span.last) if span.first == span.last else self.joined / span.file_name
 
     def incoming_numbers(self) -> list[int]:
         """Intervals that are not published yet, in order."""
-        return _numbers(self.path / "incoming")
+        return numbers_in(self.path / "incoming")
 
     def interval_numbers(self) -> list[int]:
-        """Published intervals, in order."""
-        return _numbers(self.path / "intervals")
+        """Published intervals, in order. There are gaps where some were joined."""
+        return [span.last for span in self.spans()]
+
+    def newest_number(self) -> int:
+        """The newest published interval, 0 when there is none. It is never joined."""
+        return max(numbers_in(self.path / "intervals"), default=0)
+
+    def spans(self) -> list[Span]:
+        """Published intervals, single and joined, in order; they follow each other from the oldest boundary on.
+
+        What a joined interval covers, and what lies before the oldest boundary, does not count, if it is still there.
+        """
+        single = numbers_in(self.path / "intervals")  # first: what goes meanwhile, something that is read later covers
+        joined = self.joined_spans()
+        base = self.base_number()
+        joined = [span for span in joined if span.first > base]
+        covered = {number for span in joined for number in range(span.first, span.last + 1)}
+        plain = [number for number in single if number > base and number not in covered]
+        return sorted([*joined, *(Span(number, number) for number in plain)])
+
+    def joined_spans(self) -> list[Span]:
+        """The joined intervals that count, in order."""
+        found: list[Span] = []
+        joined = spans_in(self.joined)
+        base = self.base_number()
+        for span in sorted(joined, key=lambda span: (span.first, -span.last)):
+            if span.first > max(base, found[-1].last if found else 0):
+                found.append(span)
+        return found
+
+    def span_of(self, number: int) -> Span | None:
+        """The published interval that ends at boundary `number`; None when it was joined with a later one, or let go.
+
+        It need not exist.
+        """
+        if number <= self.base_number():
+            return None
+        for span in self.joined_spans():
+            if span.first <= number <= span.last:
+                return span if span.last == number else None
+        return Span(number, number)
+
+    def base_number(self) -> int:
+        """Number of the oldest boundary."""
+        try:
+            return max(numbers_in(self.bases), default=0)
+        except FileNotFoundError:
+            return 0
 
 
-def _numbers(directory: Path) -> list[int]:
+def spans_in(directory: Path) -> set[Span]:
+    """What entries of a directory that are called FIRST-LAST span; none when it is missing."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return set()
+    found = [re.fullmatch(r"(\d{10})-(\d{10})", name) for name in names]
+    return {Span(int(match[1]), int(match[2])) for match in found if match}
+
+
+def numbers_in(directory: Path) -> list[int]:
+    """The entries of a directory that are called by a number, in order. FileNotFoundError when it is missing."""
     return sorted(int(name) for name in os.listdir(directory) if len(name) == 10 and name.isascii() and name.isdigit())
 
 

@@ -7,9 +7,8 @@ cleared away when its engine has ended, by whoever keeps all of these out. So a 
 of what the image's state says then.
 
 What the view shows now, only its engine knows: its status names the file of its map, and that names the files of
-intervals that it reads. Retention, when it comes, must not let go of an interval that one of these maps names, nor of
-one that a view will need because the image has yet to move over it: it looks here as a move does, with readers kept
-out meanwhile.
+intervals that it reads. Retention removes none of these files; it looks here as a move does, with readers kept out
+meanwhile (`recovery.sweeping`).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +27,9 @@ from pathlib import Path
 from pgcdp.errors import DamageError
 from pgcdp.fsio import write_all
 from pgcdp.store.layout import Store
+
+MOMENT_SECONDS = 1.0
+"""How long after its lock a file may lack its content, for who only looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,28 @@ def registered(store: Store, control: Path, write: int) -> Iterator[Registered]:
         yield Registered(fd, file)
     finally:
         os.close(fd)
+
+
+def seen_views(store: Store) -> list[OpenView]:
+    """The same for those who only look: nothing is cleared away, and one that is being opened may be missing."""
+    found = []
+    for file in sorted(_directory(store).glob("*")):
+        with suppress(FileNotFoundError):
+            if _is_locked(file):
+                found.append(_read_soon(file))
+    return found
+
+
+def _read_soon(file: Path) -> OpenView:
+    """As `_read` of a file that may be being made: it is locked before it is written."""
+    until = time.monotonic() + MOMENT_SECONDS
+    while True:
+        try:
+            return _read(file)
+        except DamageError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def open_views(store: Store) -> list[OpenView]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
-from pgcdp.errors import DamageError
-from pgcdp.records import Interval
+from pgcdp.errors import DamageError, TargetError
+from pgcdp.records import Interval, Span
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import FILE_NAME, Catalog, said_of
 from pgcdp.store.layout import Store
@@ -41,20 +42,38 @@ class Published:
     @property
     def path(self) -> Path:
         """Its directory."""
-        return self.store.interval(self.interval.number)
+        return self.store.place(self.interval.span)
 
 
-def published(store: Store, but: Collection[int] = ()) -> dict[int, Published]:
-    """By number, in order, without those in `but`. Raises what `Bundle.open` does for what the catalog lacks."""
-    numbers = [number for number in store.interval_numbers() if number not in but]
-    mirrored = _mirrored(store) if len(numbers) > 1 else {}
-    found = {}
-    for number in numbers:
-        if number in mirrored:
-            interval, said = mirrored[number]
-            found[number] = Published(interval, store, said)
+_NOTHING: Mapping[int, Published] = MappingProxyType({})
+
+
+def published(store: Store, known: Mapping[int, Published] = _NOTHING) -> dict[int, Published]:
+    """By number, in order; those in `known` that are still there are taken from it.
+
+    Raises what `Bundle.open` does for what the catalog lacks.
+    """
+    while True:
+        spans = store.spans()
+        try:
+            return _published(store, spans, known)
+        except TargetError:
+            if store.spans() == spans:  # else one was joined or let go of just now
+                raise
+
+
+def _published(store: Store, spans: list[Span], known: Mapping[int, Published]) -> dict[int, Published]:
+    fresh = [span for span in spans if span.last not in known or known[span.last].interval.span != span]
+    mirrored = _mirrored(store) if len(fresh) > 1 else {}
+    found: dict[int, Published] = {}
+    for span in spans:
+        number = span.last
+        if number in known and known[number].interval.span == span:
+            found[number] = known[number]
+        elif number in mirrored and mirrored[number][0].span == span:
+            found[number] = Published(mirrored[number][0], store, mirrored[number][1])
         else:
-            bundle = Bundle.open(store, number)
+            bundle = Bundle.at(store, span)
             found[number] = Published(bundle.interval, store, said_of(bundle))
     return found
 

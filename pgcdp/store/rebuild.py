@@ -25,9 +25,9 @@ def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
     try:
         if store.baseline is not None:
             catalog.put_baseline(store.baseline)
-        for number in store.interval_numbers():
+        for span in store.spans():
             try:
-                catalog.put_interval(Bundle.open(store, number))
+                catalog.put_interval(Bundle.at(store, span))
             except DamageError as damage:
                 damages.append(damage)
         for name in history_names(store):

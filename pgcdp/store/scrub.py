@@ -21,6 +21,7 @@ from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK
+from pgcdp.store.base import base_place, check_copies, check_kept, missing_before, read_base
 from pgcdp.store.bundle import CONTENTS, Bundle
 from pgcdp.store.frames import HEADER_BYTES, Entry, FrameReader, check_unfinished
 from pgcdp.store.history import history_names, read_history
@@ -106,18 +107,31 @@ class _Scrub:
     def check_intervals(self) -> None:
         """Manifests and their files; each interval begins where the one before ends."""
         behind: tuple[int, int] | None = None
-        for number in self.store.interval_numbers():
-            path = self.store.interval(number)
+        place = (base_place(self.store) or self.store.bases) / "manifest.json"
+        with _noting(self, place, "every boundary and write can still be restored if nothing else is damaged"):
+            check_copies(self.store)
+        with _noting(self, place, f"every point behind boundary {self.store.base_number()} can still be restored"):
+            check_kept(self.store)
+        with _noting(self, place, "nothing can be restored until one of both is brought back from a copy of the store"):
+            base = read_base(self.store)
+            behind = (base.number, base.write) if base is not None else None
+        for span in self.store.spans():
+            number, path = span.last, self.store.place(span)
             try:
-                bundle = Bundle.open(self.store, number)
+                bundle = Bundle.at(self.store, span)
             except DamageError as damage:
                 self.note(path / "manifest.json", 0, damage.message, _from_boundary(number))
                 behind = None
                 continue
             interval = bundle.interval
-            if behind is not None and (number, interval.from_write) != (behind[0] + 1, behind[1] + 1):
-                message = f"interval {number} from write {interval.from_write} does not follow interval {behind[0]}"
-                self.note(path / "manifest.json", 0, message, _from_boundary(number - 1))
+            if behind is not None and (span.first, interval.from_write) != (behind[0] + 1, behind[1] + 1):
+                before = f"{'interval' if behind[0] in self.bundles else 'boundary'} {behind[0]}"
+                message = f"interval {number} from write {interval.from_write} does not follow {before}"
+                missing = missing_before(self.store, behind[0], span.first)
+                if missing is not None:
+                    message = f"{missing} is missing: {message}"
+                still = "nothing can be restored until what is missing is brought back from a copy of the store"
+                self.note(missing or path / "manifest.json", 0, message, still)
             behind = number, interval.to_write
             self.bundles[number] = bundle
             if self.full:
@@ -242,9 +256,8 @@ class _Scrub:
                 continue
             begin, count = extents["block"], extents["count"]
             if np.any((extents["volume"] == volume) & (begin <= block) & (block < begin + count)):
-                return (
-                    f"boundary {number - 1} and everything before it can still be restored; later points lack the block"
-                )
+                before = self.bundles[number].interval.first - 1
+                return f"boundary {before} and everything before it can still be restored; later points lack the block"
         return "no point can be restored without this block, since no interval changed it"
 
 
@@ -300,6 +313,8 @@ def _still_restorable(bundle: Bundle, name: str, entry: Entry | None = None) -> 
             if whole
             else f"every boundary can still be restored, single writes of interval {number} cannot"
         )
+    if name == "forward":
+        return "every boundary can still be restored, if the image is at a later one"
     if name in ("writes", "index"):
         return f"every boundary can still be restored, single writes of interval {number} cannot"
     return "every boundary and write can still be restored if nothing else is damaged"
@@ -307,6 +322,10 @@ def _still_restorable(bundle: Bundle, name: str, entry: Entry | None = None) -> 
 
 def _total_bytes(store: Store) -> int:
     total = 0
-    for directory, _, names in os.walk(store.path):
-        total += sum(os.lstat(os.path.join(directory, name)).st_blocks * 512 for name in names)
+    for directory, below, names in os.walk(store.path):
+        if directory == os.fspath(store.path) and store.aside.name in below:
+            below.remove(store.aside.name)
+        for name in names:
+            with suppress(FileNotFoundError):  # the agent goes on meanwhile
+                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
     return total

@@ -383,6 +383,49 @@ def test_links_lead_to_its_own_places(pg_binaries: Binaries, make_cluster: MakeC
     assert (fingerprint(wal), fingerprint(space)) == before
 
 
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_relations_file_that_lies_elsewhere_is_refused_and_not_written(
+    pg_binaries: Binaries, make_cluster: MakeCluster, place: Path, replayed: bool
+) -> None:
+    live = make_cluster(pg_binaries)
+    live.sql("create table t as select generate_series(1, 1000) as n")
+    live.sql("checkpoint")
+    if replayed:  # recovery opens the file, and cannot write through the link
+        live.sql("update t set n = n + 1")
+    [(file,)] = live.sql("select pg_relation_filepath('t')")
+    copy, elsewhere = live.crash_copy(place / "copy"), place / "copy-elsewhere"
+    shutil.move(copy / file, elsewhere)
+    (copy / file).symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+
+    with pytest.raises(PreconditionError, match=f"{file} leads to {elsewhere}, which is not part of what was restored"):
+        sandbox.start(copy, live.settings(), parent=place)
+    assert elsewhere.read_bytes() == before
+    assert cluster.find_postmaster(copy) is None
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_relations_file_on_another_volume_is_led_there(
+    pg_binaries: Binaries, make_cluster: MakeCluster, place: Path, replayed: bool
+) -> None:
+    """... also where the machine has no such path: looked for while Postgres starts, which may need it before."""
+    live = make_cluster(pg_binaries)
+    live.sql("create table t as select generate_series(1, 1000) as n")
+    live.sql("checkpoint")
+    if replayed:
+        live.sql("update t set n = n + 1")
+    [(file,)] = live.sql("select pg_relation_filepath('t')")
+    copy, own = live.crash_copy(place / "copy"), place / "copy-other"
+    proc.run(["install", "-d", "-o", live.user.name, "-m", "700", str(own)])
+    shutil.move(copy / file, own / "moved")
+    (copy / file).symlink_to("/nowhere/of/production/moved")
+    elsewhere = {Path("/nowhere/of/production"): own}
+    with sandbox.start(copy, live.settings(), parent=place, elsewhere=elsewhere) as box:
+        assert value(box, "select count(*) from t") == 1000
+        assert value(box, "select max(n) from t") == (1001 if replayed else 1000)
+        assert (copy / file).readlink() == own / "moved"
+
+
 def test_a_link_in_place_of_a_file_is_not_written_through(
     pg15: Binaries, make_cluster: MakeCluster, place: Path
 ) -> None:

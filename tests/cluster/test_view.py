@@ -14,9 +14,9 @@ from pgcdp import api
 from pgcdp.errors import DamageError
 from pgcdp.opening import scratch_place
 from pgcdp.postgres.cluster import Binaries
-from pgcdp.records import BLOCK, RecoveryPoint, Target
+from pgcdp.records import BLOCK, RecoveryPoint, Span, Target
 from pgcdp.recovery import restore
-from pgcdp.recovery.merged import Span, known
+from pgcdp.recovery.merged import known
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import shown

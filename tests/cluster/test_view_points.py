@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import pytest
 
 from pgcdp import api
-from pgcdp.records import RecoveryPoint, Target
+from pgcdp.records import RecoveryPoint, Span, Target
 from pgcdp.recovery import restore
-from pgcdp.recovery.merged import Span, known, merge_due
+from pgcdp.recovery.merged import known, merge_due
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import shown
 from pgcdp.store.image import read_state

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pgcdp.capture.engine import find_engine
 from pgcdp.capture.journal import Journal
 from pgcdp.errors import DamageError
 from pgcdp.records import Position
 from tests.journal_writer import BLOCK, DISCARD, MARK, WRITE, ZERO, JournalWriter, Op, encode_batch
+from tests.waiting import wait_until
 
 SET_ID = bytes(range(16))
 
@@ -322,3 +326,30 @@ def test_read_while_it_is_written_and_recycled(tmp_path: Path) -> None:
         assert released[0] == upto
     thread.join()
     assert len(journal.segments()) < writer.segment
+
+
+def test_a_live_journal_that_is_recycled_under_a_check_is_not_called_damaged(tmp_path: Path) -> None:
+    """The engine is in the middle of it when segments that it has not read yet are given away."""
+    writer = JournalWriter(tmp_path / "journal", SET_ID, 2 * READ_BYTES)
+    for number in range(200):
+        writer.append([write_op(number, 256)])
+    segments = sorted(writer.directory.glob("*.seg"))
+    command = [str(find_engine()), "check", "--journal", str(writer.directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as check:
+        wait_until(lambda: bytes_read(check.pid) > READ_BYTES, interval=0, what="the check reads batches")
+        check.send_signal(signal.SIGSTOP)
+        writer.mark(applied=200, released=200, durable=200)
+        for segment in segments[:-2]:
+            segment.rename(segment.with_name(f"free-{segment.stem}"))
+        check.send_signal(signal.SIGCONT)
+        told, _ = check.communicate()
+    assert check.returncode == 0
+    assert f"{segments[0].name}:" not in told, "it was not stopped in time"
+    assert "writes 1 to 200" in told
+
+
+READ_BYTES = 4 << 20
+
+
+def bytes_read(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/io").read_text().split()[1])

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgcdp.errors import DamageError
-from pgcdp.records import EXTENT_DATA, RecoveryPoint
+from pgcdp.records import EXTENT_DATA, RecoveryPoint, Span
 from pgcdp.recovery import merged
 from pgcdp.recovery.blockmap import flatten
-from pgcdp.recovery.merged import Span, backward_layers, cover, due, known, merge, merge_due
+from pgcdp.recovery.merged import backward_layers, cover, due, known, merge, merge_due
 from tests.unit.test_blockmap import Scene, by_block, served
 
 
