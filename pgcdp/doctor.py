@@ -22,6 +22,7 @@ from pgcdp.postgres.control import describe, find_control_blocks
 from pgcdp.progress import Progress, Report
 from pgcdp.records import BLOCK, Check
 from pgcdp.recovery import merged
+from pgcdp.store.base import base_outside
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from pgcdp.store.published import published
@@ -156,9 +157,11 @@ def _outside(config: Config) -> Iterator[Finding]:
         yield _passed(name, "not looked for: the volumes are not mounted")
     if lacking:
         yield _passed(name, f"warning: {len(lacking)} intervals are incomplete, the last one is {lacking[-1]}")
+    elif base_outside(store):
+        yield _passed(name, "warning: the oldest boundary is incomplete")
     if unknown:
         yield _passed(name, f"warning: of {len(unknown)} intervals it is not known, the last one is {unknown[-1]}")
-    if attached and not (found or lacking or unknown):
+    if attached and not (found or lacking or unknown or base_outside(store)):
         yield _passed(name, "none")
 
 

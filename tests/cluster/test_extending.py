@@ -19,7 +19,9 @@ from pgcdp.capture.planning import Backing
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import Target
+from pgcdp.records import Span, Target
+from pgcdp.store.retention import Plan
+from tests.cluster.test_expire import carry_out
 from tests.cluster.test_outside import NOISE, new_space
 from tests.fix_disks import MakeDisk
 from tests.fix_postgres import BindirOf
@@ -132,6 +134,57 @@ def test_a_tablespace_made_since_is_taken_in(late: tuple[ProtectedSet, Path], ma
     api.unprotect(found.name)
     assert rows(found) == 1000
     found.sql("checkpoint")
+
+
+@pytest.mark.timeout(900)
+def test_retention_of_what_was_before_a_volume_came_and_behind(late: tuple[ProtectedSet, Path]) -> None:
+    """Boundaries from before it open without it, thinned, joined over its coming, and as the oldest one."""
+    found, place = late
+    found.sql("drop table in_late")
+    found.sql("drop tablespace late")
+    found.sql("create table told as select generate_series(1, 10) as n")
+    whole = int(api.cut(found.name)["number"]) + 1
+    assert api.cut(found.name)["number"] == whole
+    found.sql(f"create tablespace late location '{place}'")
+    found.sql("create table in_late tablespace late as select generate_series(1, 1000) as n")
+    lacking = int(api.cut(found.name)["number"])
+    (row,) = api.resolve(found.name, Target("boundary", lacking))["outside"]
+    api.add_tablespaces(found.name, [("late", Backing(None, 96 * MIB))])
+    assert_in(found, place)
+    (since,) = found.source().store.since.values()
+    joined = next(each.number for each in found.source().intervals() if each.from_write > since)
+    assert found.source().intervals()[lacking - 1].to_write < since
+
+    def assert_opens() -> None:
+        for number in (whole, joined):
+            assert api.verify(found.name, Target("boundary", number))["ok"]
+        with found.running_at(Target("boundary", joined)) as box, box.connect() as session:
+            assert session.execute("select count(*) from in_late").fetchone() is not None
+        with found.running_at(Target("boundary", whole)) as box, box.connect() as session:
+            assert session.execute("select count(*) from told").fetchone() == (10,)
+            assert session.execute("select to_regclass('in_late')").fetchone() == (None,)
+        assert api.resolve(found.name, Target("boundary", whole))["outside"] == []
+
+    assert_opens()
+    carry_out(found, Plan(thin=tuple(range(1, joined + 1))))
+    assert_opens()
+    carry_out(found, Plan(joins=(Span(whole + 1, joined),)))
+    assert api.resolve(found.name, Target("boundary", joined))["outside"] == [row]
+    assert_opens()
+    carry_out(found, Plan(base=whole))
+    assert found.source().base().write < since
+    assert_opens()
+    with pytest.raises(PreconditionError, match="volume ts-late is in the set since write"):
+        api.rewind(found.name, Target("boundary", whole), agree=lambda told: None)
+    assert api.rebuild(found.name)["damages"] == []
+    assert all(each["ok"] for each in api.check(found.name, full=True)["checks"])
+    carry_out(found, Plan(base=joined))
+    assert api.resolve(found.name, Target("boundary", joined))["outside"] == [row]
+    told = [each["detail"] for each in api.check(found.name)["checks"] if each["name"] == "data outside the set"]
+    assert told == ["warning: the oldest boundary is incomplete"]
+    with found.running_at(Target("boundary", joined)) as box, box.connect() as session:
+        assert session.execute("select count(*) from told").fetchone() == (10,)
+    assert api.verify(found.name, Target("newest"))["ok"]
 
 
 @pytest.mark.parametrize(
