@@ -31,7 +31,7 @@ int volume_open(struct volume *v, const char *name, const char *path, uint64_t s
         err_hint(e, "another capture process serves it; stop it with: pgcdp down");
     } else if ((rc = io_size(fd, &v->size)) != 0) {
         err_sys(e, rc, "cannot tell the size of %s", path);
-    } else if (v->size == 0 || v->size % BLOCK) {
+    } else if (v->size == 0 || (!size && v->size % BLOCK)) { /* what is behind `size` may be of any length */
         rc = err_set(e, ERR_USAGE, "the backing %s has %lu bytes, not a multiple of 4096", path, v->size);
     } else if (size > v->size) {
         rc = err_set(e, ERR_PRECONDITION, "the backing %s of volume %s has %lu bytes instead of %lu", path, name, v->size,

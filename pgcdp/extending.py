@@ -45,7 +45,8 @@ _log = log.get(__name__)
 class Pending:
     """A volume on its way into the set. `before` are the settings without it, `after` those with it, which is their
     last volume. `captured`: whether the journal may hold writes to it; `since`: the write from which on it holds the
-    tablespace, `checkpoint`: the LSN of the one at which Postgres was stopped, once these are known."""
+    tablespace, `checkpoint`: the LSN of the one at which Postgres was stopped, once these are known. `started`: whether
+    Postgres may have run on it."""
 
     step: str
     before: Config
@@ -53,6 +54,7 @@ class Pending:
     captured: bool = False
     since: int = 0
     checkpoint: int = 0
+    started: bool = False
 
     @property
     def volume(self) -> VolumeConfig:
@@ -68,6 +70,7 @@ class Pending:
             "captured": self.captured,
             "since": self.since,
             "checkpoint": self.checkpoint,
+            "started": self.started,
         }
         fsio.write_json(self.before.paths.extend_state, content)
 
@@ -88,7 +91,9 @@ def pending(paths: SetPaths) -> Pending | None:
         now = settings.load_config(paths.name)
         kept = tuple(each for each in now.volumes if each.name != volume.name)
         before, after = replace(now, volumes=kept), replace(now, volumes=(*kept, volume))
-    return Pending(content["step"], before, after, content["captured"], content["since"], content["checkpoint"])
+    return Pending(
+        content["step"], before, after, content["captured"], content["since"], content["checkpoint"], content["started"]
+    )
 
 
 def add_tablespaces(
@@ -274,6 +279,7 @@ def _finish(doing: Pending, progress: Report) -> Config:
         try:
             _switch(doing, aside, progress)
         except (PgcdpError, OSError):
+            doing = pending(config.paths) or doing
             if _untouched(doing):  # no client was served since: the old directory holds all of it
                 doing = replace(doing, step="back")
                 doing.save()
@@ -308,6 +314,7 @@ def _switch(doing: Pending, aside: Path, progress: Report) -> None:
     with store.lock():
         store.mounted(doing.volume.name, place, doing.volume.fs, doing.since)
     service.start(config)
+    replace(doing, started=True).save()
     attach.start_cluster(config, progress)
 
 
@@ -315,8 +322,8 @@ def _untouched(doing: Pending) -> bool:
     """Whether Postgres has not come up since it was stopped for this."""
     try:
         control = cluster.read_control(doing.after.pgdata)
-    except PgcdpError:  # not mounted: nobody knows
-        return False
+    except PgcdpError:  # not mounted: the new volume may be what keeps capture from starting
+        return not doing.started
     return control.state == State.SHUT_DOWN and control.checkpoint_lsn == doing.checkpoint
 
 
@@ -333,8 +340,10 @@ def _put_back(doing: Pending, progress: Report) -> None:
     before, volume = doing.before, doing.volume
     progress(Progress("putting everything back"))
     _log.warning("the tablespace in %s is not taken into %s", volume.mountpoint, before.name)
-    _unmount_scratch(doing)
     if doing.captured:
+        if EngineClient(before.paths.control).alive():
+            service.start(before)  # unmounting may wait for room in the journal
+        _unmount_scratch(doing)
         _capture_without(doing, progress)
     if doing.step == "back":
         _switch_back(doing)
@@ -363,7 +372,6 @@ def _capture_without(doing: Pending, progress: Report) -> None:
     if client.alive():
         if len(client.status().volumes) == len(before.volumes):
             return
-        service.start(before)  # unmounting may wait for room in the journal
         try:
             attach.end_postgres(doing.after, progress)
             attach.detach(doing.after, progress)

@@ -236,7 +236,8 @@ def spawn_capture(
 ) -> EngineClient:
     """Start capture in a session of its own and wait until it answers (after it replayed the journal).
 
-    With `put_back` the journal may hold writes to one volume behind the set's last, which is given up. Its output goes to the set's engine log, 0600. Raises what the engine died of, by its exit code.
+    With `put_back` the journal may hold writes to one volume behind the set's last, which is given up. Its output goes
+    to the set's engine log, 0600. Raises what the engine died of, by its exit code.
     """
     paths = config.paths
     for directory in (paths.state, paths.run, paths.fuse, config.journal):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pgcdp.errors import PreconditionError
@@ -88,9 +89,12 @@ def _own(named: Path, elsewhere: Mapping[Path, Path]) -> Path | None:
 
 
 def symbolic_links(directory: Path, besides: Path | None = None) -> list[Path]:
-    """All of them below a directory, but for those in `besides`; none is followed."""
+    """All of them below a directory, but for those in `besides`; none is followed.
+
+    A directory that goes meanwhile has none: recovery may be removing that of a database which was dropped.
+    """
     found = []
-    with os.scandir(directory) as entries:
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_symlink():
                 found.append(Path(entry.path))

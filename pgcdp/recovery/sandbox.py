@@ -217,6 +217,7 @@ def start(
                 if not looked.result():  # if it is a link, that is why
                     raise
                 _lead(looked.result())
+                sandbox.log_file.unlink(missing_ok=True)  # what it says of the first try is no complaint about the copy
                 _run(sandbox, argv, timeout)
             _lead(looked.result())
     except BaseException:

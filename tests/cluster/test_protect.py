@@ -374,7 +374,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_made(house: House) -> N
 def test_a_mount_point_or_a_mount_inside_is_refused(house: House) -> None:
     inside = house.pgdata / "pg_stat_tmp"
     proc.run(["mount", "-t", "tmpfs", "none", str(inside)])
-    with pytest.raises(PreconditionError, match="is mounted inside .*/pg"):
+    with pytest.raises(PreconditionError, match=r"is mounted inside .*/pg"):
         protect.protect(house.request())
     volumes.unmount(inside)
 

@@ -424,6 +424,7 @@ def test_a_relations_file_on_another_volume_is_led_there(
         assert value(box, "select count(*) from t") == 1000
         assert value(box, "select max(n) from t") == (1001 if replayed else 1000)
         assert (copy / file).readlink() == own / "moved"
+        assert box.recovery.warnings == ()
 
 
 def test_a_link_in_place_of_a_file_is_not_written_through(
