@@ -24,13 +24,15 @@ from pgcdp.capture import attach
 from pgcdp.capture.engine import EngineClient
 from pgcdp.config import Config, SetPaths
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.opening import engine_status, source_of
+from pgcdp.opening import binaries_of, engine_status, source_of
 from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
+from pgcdp.recovery.restored_spaces import created
 from pgcdp.recovery.rewind import check_devices, most_bytes, write_back
-from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.scratch import elsewhere, mounted
+from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.rewinds import point_name
@@ -129,7 +131,7 @@ def _refuse_point(config: Config, point: RecoveryPoint, below: Path, progress: R
     """Raises PreconditionError for a point to which production cannot be brought."""
     source = source_of(config, engine_status(config))
     with mounted(source, point, below, progress) as pgdata:
-        _refuse_before_volume(source.store, point, pgdata)
+        _refuse_before_volume(config, source, point, pgdata)
         if cluster.read_control(pgdata).wal_level == 0:
             raise PreconditionError(
                 f"wal_level was minimal at write {point.write}: Postgres cannot come up on a new timeline there",
@@ -137,13 +139,27 @@ def _refuse_point(config: Config, point: RecoveryPoint, below: Path, progress: R
             )
 
 
-def _refuse_before_volume(store: Store, point: RecoveryPoint, pgdata: Path) -> None:
+def _refuse_before_volume(config: Config, source: Source, point: RecoveryPoint, pgdata: Path) -> None:
     """Where a tablespace lay that came into the set later: nobody has captured what it held. Before it was made, there
-    is nothing to bring back."""
-    for name, since in store.since.items():
+    is nothing to bring back.
+
+    A tablespace of that point is one that has its link there, or gets it when recovery replays how it was made: it
+    would go on with the files of now.
+    """
+    store = source.store
+    later = {name: since for name, since in store.since.items() if point.write < since}
+    if not later:
+        return
+    own = elsewhere(source, point, pgdata)
+    link = cluster.wal_link(pgdata)
+    if link is not None and link not in own:
+        raise PreconditionError(f"pg_wal was in {link} at write {point.write}, which is no volume of the set")
+    wal = pgdata / "pg_wal" if link is None else own[link]
+    made = created(pgdata, wal, binaries_of(source, config.name))
+    held = {os.path.normpath(each) for each in (*cluster.tablespace_links(pgdata).values(), *made.values())}
+    for name, since in later.items():
         place = store.extra["mountpoints"][name]
-        links = [os.readlink(link) for link in (pgdata / "pg_tblspc").iterdir() if link.is_symlink()]
-        if point.write < since and any(os.path.normpath(link) == os.path.normpath(place) for link in links):
+        if os.path.normpath(place) in held:
             raise PreconditionError(
                 f"volume {name} is in the set since write {since}: what the tablespace in {place} held at write "
                 f"{point.write} was captured by nobody",

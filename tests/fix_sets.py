@@ -204,7 +204,7 @@ class ProtectedSet:
         """The newest write restored from store and journal is, byte for byte, what the volumes hold. Call it `down`."""
         images = self.restored(Target("newest"))
         for volume, image in zip(self.config.volumes, images, strict=True):
-            different = first_difference(volume.backing, image)
+            different = first_difference(volume.backing, image, volume.bytes)
             assert different is None, f"volume {volume.name} differs from store and journal at byte {different}"
             image.unlink()
 
@@ -249,18 +249,21 @@ class ProtectedSet:
 _PIECE = 4 << 20
 
 
-def first_difference(volume: Path, image: Path) -> int | None:
-    """Offset of the first block in which a backing and an image differ; None when they are equal."""
-    size = backing_bytes(volume)
-    if image.stat().st_size != size:
-        return min(size, image.stat().st_size)
+def first_difference(volume: Path, image: Path, size: int | None = None) -> int | None:
+    """Offset of the first block in which a backing and an image differ; None when they are equal.
+
+    `size`: bytes of the volume, if not all of the backing: that may have less than a block more, no part of it.
+    """
+    size = backing_bytes(volume) if size is None else size
+    if image.stat().st_size != size or not size <= backing_bytes(volume) < size + 4096:
+        return min(size, image.stat().st_size, backing_bytes(volume))
     zeros = bytes(_PIECE)
     direct = os.open(volume, os.O_RDONLY | os.O_DIRECT)
     sparse = os.open(image, os.O_RDONLY)
     try:
         with mmap.mmap(-1, _PIECE) as memory:
             for at in range(0, size, _PIECE):
-                count = os.preadv(direct, [memory], at)
+                count = min(os.preadv(direct, [memory], at), size - at)
                 other = zeros[:count] if _data_from(sparse, at, size) >= at + count else os.pread(sparse, count, at)
                 piece = memory[:count]
                 if piece != other:

@@ -87,7 +87,7 @@ def refuse_created(found: Path, wal: Path, binaries: cluster.Binaries | None, pr
     be written then.
     """
     try:
-        told = _tablespace_records(wal, cluster.read_control(found), binaries)
+        made = created(found, wal, binaries)
     except PreconditionError as error:
         if not production.exists():
             return
@@ -95,14 +95,22 @@ def refuse_created(found: Path, wal: Path, binaries: cluster.Binaries | None, pr
             f"whether recovery of this point makes a tablespace in production's place is not known: {error.message}",
             error.hint or "pgcdp clone opens this point, or restore it with --to-image",
         ) from None
-    for line in told.splitlines():
-        made = _CREATE.search(line)
-        if made is not None:
-            raise PreconditionError(
-                f"recovery of this point makes tablespace {made[1]} in {made[2]}, production's own: a copy that is "
-                "started would write there",
-                "choose a point behind the next boundary, or before it was made; pgcdp clone opens this one",
-            )
+    for oid, location in made.items():
+        raise PreconditionError(
+            f"recovery of this point makes tablespace {oid} in {location}, production's own: a copy that is started "
+            "would write there",
+            "choose a point behind the next boundary, or before it was made; pgcdp clone opens this one",
+        )
+
+
+def created(found: Path, wal: Path, binaries: cluster.Binaries | None) -> dict[int, Path]:
+    """The tablespaces that recovery of the mounted `found`, with its WAL in `wal`, makes: where, by OID.
+
+    Raises PreconditionError when that cannot be told.
+    """
+    told = _tablespace_records(wal, cluster.read_control(found), binaries)
+    made = [match for line in told.splitlines() if (match := _CREATE.search(line)) is not None]
+    return {int(match[1]): Path(match[2]) for match in made}
 
 
 def _tablespace_records(wal: Path, control: Control, binaries: cluster.Binaries | None) -> str:

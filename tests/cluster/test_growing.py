@@ -81,7 +81,10 @@ def test_under_load_with_points_on_both_sides(make_set: MakeSet, binaries_of: Bi
     api.cut(found.name)
     # More than fitted before: the image gets blocks behind its old end, under the clone's open view.
     filler = room(found) - small
-    (found.pgdata / "filler").write_bytes(os.urandom(os.statvfs(found.pgdata).f_bavail * 4096 * 9 // 10))
+    with (found.pgdata / "filler").open("wb") as file:
+        file.write(os.urandom(os.statvfs(found.pgdata).f_bavail * 4096 * 9 // 10))
+        file.flush()
+        os.fsync(file.fileno())
     assert (found.pgdata / "filler").stat().st_size > filler
     full = found.durable()
     source.durable_write = full  # who opened the store before still reaches what lies behind its old end
