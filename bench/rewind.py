@@ -1,14 +1,17 @@
 """How long production is down for an in-place rewind of one minute of pgbench, by the size of the database.
 
-Each database is filled with what does not compress, then does the same work (pgbench at a fixed rate) behind a mark; it
-is rewound to the mark, and that is undone, several times in turn: medians are told, and of how long Postgres did not
-serve, each. The whole command proves the new boundary at its end and so grows with the database.
+Each database is filled with what does not compress, then does the same work (pgbench at a fixed rate) behind a mark.
+Then they are rewound to their marks, and that is undone, in turn and several times, so that a disk that is slow for a
+while is slow for all of them. Medians are told, and of how long Postgres did not serve, each. The whole command proves
+the new boundary at its end and so grows with the database.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -17,6 +20,7 @@ from typing import Any
 from bench.clusters import Protected, fresh_root, tell
 from bench.machine import description
 
+FIRST_PORT = 5713
 RATE = 200
 """Transactions a second: the same work on a small and a large database."""
 
@@ -30,17 +34,17 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What several rewinds took."""
     downs = [run["down_seconds"] for run in runs]
     return {
-        "down_seconds": median(downs),
-        "seconds": median(run["seconds"] for run in runs),
+        "down_seconds": round(median(downs), 3),
+        "seconds": round(median(run["seconds"] for run in runs), 3),
         "mb_written_back": round(median(run["bytes"] for run in runs) / 1e6, 1),
         "each_down_seconds": downs,
     }
 
 
-def measure(gb: float, seconds: int, repeat: int, root: Path) -> dict[str, Any]:
-    """One size, on a cluster made for it."""
+def prepare(gb: float, seconds: int, root: Path, port: int) -> Protected:
+    """A database of one size that has done its work."""
     options = {"shared_buffers": "512MB", "checkpoint_timeout": "5min"}
-    side = Protected(root, f"protected{gb:g}", 5713, options)
+    side = Protected(root, f"protected{gb:g}", port, options)
     try:
         side.create(math.ceil(gb * 1.1 + 3) << 30, "ext4", "2G", gb)
         side.pgbench("-i", "-q", "-s", "20")
@@ -48,13 +52,21 @@ def measure(gb: float, seconds: int, repeat: int, root: Path) -> dict[str, Any]:
         side.pgcdp("cut", "bench")
         side.pgcdp("mark", "bench", "before-the-minute")
         side.pgbench("-n", "-c", "8", "-R", str(RATE), "-T", str(seconds))
-        back, undone = list[dict[str, Any]](), list[dict[str, Any]]()
-        for _ in range(repeat):
-            back.append(rewind(side, "before-the-minute"))
-            undone.append(rewind(side, back[-1]["undo"]))
-        return {"rewind": summary(back), "undo": summary(undone)}
-    finally:
+    except BaseException:
         side.destroy()
+        raise
+    return side
+
+
+def in_turn(sides: Mapping[str, Protected], repeat: int) -> dict[str, Any]:
+    """Rewind each of them and undo that, `repeat` times."""
+    back: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    undone: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for _ in range(repeat):
+        for name, side in sides.items():
+            back[name].append(rewind(side, "before-the-minute"))
+            undone[name].append(rewind(side, back[name][-1]["undo"]))
+    return {name: {"rewind": summary(back[name]), "undo": summary(undone[name])} for name in sides}
 
 
 def main() -> None:
@@ -65,10 +77,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="how often it is rewound, and that undone")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    sizes: dict[str, Any] = {}
-    for gb in map(float, arguments.gb.split(",")):
-        with fresh_root() as root:
-            sizes[f"{gb:g}"] = measure(gb, arguments.seconds, arguments.repeat, root)
+    with ExitStack() as stack:
+        sides: dict[str, Protected] = {}
+        for number, gb in enumerate(map(float, arguments.gb.split(","))):
+            side = prepare(gb, arguments.seconds, stack.enter_context(fresh_root()), FIRST_PORT + number)
+            stack.callback(side.destroy)
+            sides[f"{gb:g}"] = side
+        sizes = in_turn(sides, arguments.repeat)
     downs = [size["rewind"]["down_seconds"] for size in sizes.values()]
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
