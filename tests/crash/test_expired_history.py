@@ -6,7 +6,6 @@ intervals, are a soak; a few hundred run always.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -25,6 +24,7 @@ from pgcdp.store.rebuild import rebuild
 from pgcdp.store.retention import Policy, plan
 from pgcdp.store.scrub import check_store
 from tests.dying import dying_after
+from tests.results import keep_result
 from tests.unit.test_blockmap import served
 from tests.unit.test_expiring import HOURLY, NOW, Years, files_of
 from tests.unit.test_increments import BLOCKS, apply_op
@@ -97,7 +97,6 @@ def by_kind(files: dict[str, int]) -> dict[str, int]:
 def test_a_few_hundred_intervals_expired_by_runs_that_are_killed(tmp_path: Path) -> None:
     told = expired_history(tmp_path, 240, Policy(HOUR, 4 * HOUR, 10 * HOUR, 14 * HOUR), 400)
     assert told["kills"]
-    print(json.dumps(told))
 
 
 def test_a_full_disk_costs_no_point_and_room_is_made_on_it(tmp_path: Path) -> None:
@@ -132,4 +131,4 @@ def test_a_full_disk_costs_no_point_and_room_is_made_on_it(tmp_path: Path) -> No
 def test_ten_thousand_intervals_expired_by_runs_that_are_killed(tmp_path: Path) -> None:
     told = expired_history(tmp_path, 10_000, Policy(12 * HOUR, 2 * DAY, 10 * DAY, 25 * DAY), 4000)
     assert told["kills"]
-    print(json.dumps(told, indent=1))
+    keep_result("retention-10000-intervals", told)
