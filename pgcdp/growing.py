@@ -28,7 +28,7 @@ from pgcdp.units import format_size
 
 _CAP_SYS_RESOURCE = 24
 DEVICE_SECONDS = 60.0
-"""How long the kernel may take to see the size that capture shows: it drops the answer when a write has ended meanwhile."""
+"""How long the kernel may take to keep the size that capture shows: it drops an answer when a write ended meanwhile."""
 PROGRAMS = {"ext4": ("resize2fs", "e2fsprogs"), "xfs": ("xfs_growfs", "xfsprogs")}
 
 
@@ -183,7 +183,7 @@ def _grow_device(config: Config, volume: VolumeConfig, wanted: int) -> None:
 
 
 def _known_size(file: Path) -> int:
-    """Has the kernel ask for the size of a file that capture shows, and tells up to where it reads that file from now on.
+    """Has the kernel ask for the size of a file that capture shows; tells up to where it reads that from now on.
 
     Not what `stat` tells: that is the answer itself, also where the kernel has kept the size of before. What the loop
     device reads behind that is an I/O error.
