@@ -27,8 +27,8 @@ from pgcdp.store.layout import Store
 from pgcdp.units import format_size
 
 _CAP_SYS_RESOURCE = 24
-DEVICE_SECONDS = 5.0
-"""How long the kernel may take to see the size that capture shows: an answer from before may come behind its notice."""
+DEVICE_SECONDS = 60.0
+"""How long the kernel may take to keep the size that capture shows: it drops an answer when a write ended meanwhile."""
 PROGRAMS = {"ext4": ("resize2fs", "e2fsprogs"), "xfs": ("xfs_growfs", "xfsprogs")}
 
 
@@ -168,8 +168,9 @@ def _grow_device(config: Config, volume: VolumeConfig, wanted: int) -> None:
     (device,) = volumes.loops_over(file)
     deadline = time.monotonic() + DEVICE_SECONDS
     while True:
-        found = file.stat().st_size  # has the kernel ask for it, which the loop device does not
-        proc.run(["losetup", "--set-capacity", os.fspath(device)])
+        found = _known_size(file)
+        if found == wanted:
+            proc.run(["losetup", "--set-capacity", os.fspath(device)])
         shown = int((Path("/sys/block") / device.name / "size").read_text()) * 512
         if found == shown == wanted:
             return
@@ -178,7 +179,20 @@ def _grow_device(config: Config, volume: VolumeConfig, wanted: int) -> None:
                 f"{file} has {found} bytes and {device} {shown}, instead of {wanted}",
                 f"pgcdp down {config.name} and pgcdp up {config.name}, then run this again",
             )
-        time.sleep(0.1)
+        time.sleep(0.02)
+
+
+def _known_size(file: Path) -> int:
+    """Has the kernel ask for the size of a file that capture shows; tells up to where it reads that from now on.
+
+    Not what `stat` tells: that is the answer itself, also where the kernel has kept the size of before. What the loop
+    device reads behind that is an I/O error.
+    """
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
 
 
 def _grow_filesystem(config: Config, volume: VolumeConfig) -> None:

@@ -58,7 +58,7 @@ NEEDS_RIGHT = pytest.mark.skipif(not may_resize_ext4(), reason="no CAP_SYS_RESOU
 def test_under_load_with_points_on_both_sides(make_set: MakeSet, binaries_of: BindirOf, fs: str) -> None:
     """Fills what there was not before; a clone from before goes on, and a kill right behind it loses nothing."""
     small, large = SIZES[fs]
-    found = make_set(binaries_of(15), fs=fs, size=small, settings=SETTINGS, allowed=NOISE)
+    found = make_set(binaries_of(15), fs=fs, size=small, settings=SETTINGS, allowed=[*KILLED, *NOISE])
     load = Load(found.address(), found.binaries, postgres_user(), clients=2, ledgers=2, scale=1)
     load.prepare()
     postmaster = found.sql("select pg_postmaster_start_time()")
