@@ -119,7 +119,7 @@ class Agent:
         self.not_merged = ""
         mountpoints = [volume.mountpoint for volume in config.volumes]
         self.looker = Looker(config.pgdata, mountpoints)
-        self.outside: list[Outside] | None = None  # as the last look found; None before the first one
+        self.outside: list[Outside] | None = None  # as the look at the last boundary found; None: that is not known
         self.expired_at = -EXPIRE_SECONDS
         self.not_expired = ""
         self.unreadable = Unreadable()  # of what retention would let go of
@@ -344,7 +344,7 @@ class Agent:
         else:
             store = Store.create(config.store, config.name, config.set_id_bytes, list(status.volumes), facts(config))
         self.store_lock = store.lock()
-        store = without_put_back(store, config)
+        store = without_put_back(store, config, status)
         self.stages = Stages.open(
             store,
             Journal(config.journal, config.set_id_bytes),
@@ -402,26 +402,29 @@ class Agent:
     def _look_outside(self) -> list[Outside] | None:
         """What of the cluster is not captured (truth 8), or was not at the boundary before: the interval lacks both.
 
-        None when there is no time to look, or not every volume is mounted.
+        None when there is no time to look, or not every volume is mounted, or it was so at the boundary before: then
+        nothing found does not mean that nothing is lacking.
         """
-        if self.status is None or self._pressed(self.status):
-            return None
-        found = self.looker.soon(FILES_SECONDS)
+        pressed = self.status is None or self._pressed(self.status)
+        found = None if pressed else self.looker.soon(FILES_SECONDS)
         if found is None:
+            self.outside = None
             return None
         before = self._outside_before() if self.outside is None else self.outside
-        for each in set(found) - set(before):
+        for each in set(found) - set(before or ()):
             logger.warning("%s lies outside of the set, in %s: it is not captured", each.name, each.place)
         self.outside = found
-        return sorted({*before, *found}, key=lambda each: each.name)
+        if before is None and not found:
+            return None
+        return sorted({*(before or ()), *found}, key=lambda each: each.name)
 
-    def _outside_before(self) -> list[Outside]:
-        """What the last agent has found, as the newest interval tells it."""
+    def _outside_before(self) -> list[Outside] | None:
+        """What the newest interval tells, which another agent, or a look that came to nothing, has left."""
         stages = self.stages
         if stages is None or stages.newest is None or stages.newest.number == 0:
             return []
         told = Bundle.open(stages.store, stages.newest.number).interval.outside
-        return [Outside(name, Path(place)) for name, place in told or ()]
+        return None if told is None else [Outside(name, Path(place)) for name, place in told]
 
     def _remember(self, bundle: Bundle) -> None:
         assert self.catalog is not None
@@ -691,8 +694,13 @@ class Agent:
         }
 
 
-def without_put_back(store: Store, config: Config) -> Store:
-    """The store without what it noted of a volume that was put back at the last moment, with the store perhaps away."""
+def without_put_back(store: Store, config: Config, status: EngineStatus) -> Store:
+    """The store without what it noted of a volume that was put back at the last moment, with the store perhaps away.
+
+    Settings of before alone do not say so: of a volume that is captured the store knows what nobody else does.
+    """
+    if len(status.volumes) != len(config.volumes):
+        return store
     for volume in store.volumes[len(config.volumes) :]:
         if volume in store.in_use:
             store = store.unmounted(volume.name)

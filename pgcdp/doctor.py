@@ -12,7 +12,7 @@ import numpy as np
 
 from pgcdp import rewinding, service
 from pgcdp.capture.engine import EngineStatus, run_engine
-from pgcdp.capture.outside import Outside, all_mounted, find_outside
+from pgcdp.capture.outside import all_mounted, find_outside, takes_in
 from pgcdp.config import Config, exact_period
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.expiring import policy_of
@@ -148,7 +148,7 @@ def _outside(config: Config) -> Iterator[Finding]:
     found = find_outside(config.pgdata, mountpoints) if attached else []
     if found:
         places = ", ".join(f"{each.name} in {each.place}" for each in found)
-        yield _failed(name, f"not captured: {places}", _takes_in(config, found))
+        yield _failed(name, f"not captured: {places}", takes_in(config.name, found))
     store = Store.open(config.store, config.set_id_bytes)
     told = {number: each.interval.outside for number, each in published(store).items()}
     lacking = [number for number, outside in told.items() if outside]
@@ -163,14 +163,6 @@ def _outside(config: Config) -> Iterator[Finding]:
         yield _passed(name, f"warning: of {len(unknown)} intervals it is not known, the last one is {unknown[-1]}")
     if attached and not (found or lacking or unknown or base_outside(store)):
         yield _passed(name, "none")
-
-
-def _takes_in(config: Config, found: Sequence[Outside]) -> str:
-    spaces = [each.name.removeprefix("pg_tblspc/") for each in found if each.name.startswith("pg_tblspc/")]
-    if len(spaces) < len(found):
-        return "stop the cluster and move it into the data directory"
-    options = " ".join(f"--tablespace {space}=SIZE" for space in spaces)
-    return f"pgcdp protect {config.name} {options} takes it into the set; or move its tables to another tablespace"
 
 
 def _role(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:

@@ -160,6 +160,10 @@ def _check(config: Config, name: str, backing: Backing, fs: str, overwrite: bool
     if any(Path(os.path.realpath(space.location)).is_relative_to(os.path.realpath(place)) for place in mountpoints):
         raise UsageError(f"{space} is in the set already, in {space.location}", "pgcdp status lists the volumes")
     planning.check_places([space.location], places.places(config))
+    if cluster.read_control(config.pgdata).state != State.IN_PRODUCTION:
+        raise PreconditionError(
+            f"the cluster at {config.pgdata} is a standby", "promote it first, or protect its primary"
+        )
     store = Store.open(config.store, config.set_id_bytes)
     unused = store.volumes[len(config.volumes) :]
     volume = unused[0].name if unused else planning.volume_name(space, [each.name for each in store.volumes])

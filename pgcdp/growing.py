@@ -52,6 +52,7 @@ def grow(config: Config, size: int | None, name: str | None = None, progress: Re
     checks.check_root()
     with attach.hold(config.paths):
         attach.refuse_pending(config.paths)
+        config = settings.load_config(config.name)
         number, volume = _volume(config, name)
         _refuse_unready(config, volume)
         store = Store.open(config.store, config.set_id_bytes)
@@ -62,7 +63,8 @@ def grow(config: Config, size: int | None, name: str | None = None, progress: Re
         progress(Progress("making room in the backing"))
         _extend_backing(volume, known, wanted, progress)
         progress(Progress("growing the volume"))
-        service.ask(config.paths, "grow", volume=number, bytes=wanted)
+        service.ask(config.paths, "grow", timeout=None, volume=number, bytes=wanted)
+        config = settings.load_config(config.name)  # as they are now: zeroing a device takes hours
         changed = replace(volume, bytes=wanted)
         rows = tuple(changed if each.name == volume.name else each for each in config.volumes)
         settings.save_config(replace(config, volumes=rows))
@@ -144,16 +146,17 @@ def _extend_backing(volume: VolumeConfig, known: int, wanted: int, progress: Rep
         if volume.device:
             more = wanted - known
             volumes.zero_out(fd, known, more, lambda done: progress(Progress(volumes.ZEROING, done, more)))
-        elif wanted > known:
-            os.ftruncate(fd, known)  # what a killed run has left, or somebody else: nothing of the volume lies there
-            free, more = free_space(volume.backing.parent), wanted - known
+        elif wanted > volume.bytes:
+            if wanted > known:
+                os.ftruncate(fd, known)  # what a killed run has left, or somebody else: nothing of the volume lies there
+            free, more = free_space(volume.backing.parent), wanted - os.fstat(fd).st_blocks * 512
             if free < more:
                 raise PreconditionError(
                     f"{volume.backing.parent} has {format_size(free)} free, {format_size(more)} are needed",
                     "free space there, or choose a smaller size",
                 )
-            # Behind the end alone: where it is emulated, it reads and writes again what others write meanwhile.
-            os.posix_fallocate(fd, known, more)
+            # Behind what is shown alone: where it is emulated, it reads and writes again what others write meanwhile.
+            os.posix_fallocate(fd, volume.bytes, wanted - volume.bytes)
         os.fsync(fd)
     finally:
         os.close(fd)

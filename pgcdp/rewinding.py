@@ -22,6 +22,7 @@ from pathlib import Path
 from pgcdp import fsio, log, proc, service
 from pgcdp.capture import attach
 from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.outside import find_outside, takes_in
 from pgcdp.config import Config, SetPaths
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.opening import binaries_of, engine_status, source_of
@@ -29,6 +30,7 @@ from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
+from pgcdp.recovery.links import own_places
 from pgcdp.recovery.restored_spaces import created
 from pgcdp.recovery.rewind import check_devices, most_bytes, write_back
 from pgcdp.recovery.scratch import elsewhere, mounted
@@ -131,7 +133,7 @@ def _refuse_point(config: Config, point: RecoveryPoint, below: Path, progress: R
     """Raises PreconditionError for a point to which production cannot be brought."""
     source = source_of(config, engine_status(config))
     with mounted(source, point, below, progress) as pgdata:
-        _refuse_before_volume(config, source, point, pgdata)
+        _refuse_outside(config, source, point, pgdata)
         if cluster.read_control(pgdata).wal_level == 0:
             raise PreconditionError(
                 f"wal_level was minimal at write {point.write}: Postgres cannot come up on a new timeline there",
@@ -139,32 +141,39 @@ def _refuse_point(config: Config, point: RecoveryPoint, below: Path, progress: R
             )
 
 
-def _refuse_before_volume(config: Config, source: Source, point: RecoveryPoint, pgdata: Path) -> None:
-    """Where a tablespace lay that came into the set later: nobody has captured what it held. Before it was made, there
-    is nothing to bring back.
+def _refuse_outside(config: Config, source: Source, point: RecoveryPoint, pgdata: Path) -> None:
+    """Where the cluster had data outside of the set, or of a volume that came later: nobody has captured it, and
+    Postgres would go on with the files of now, in which transactions of the future are and xids are given twice.
 
-    A tablespace of that point is one that has its link there, or gets it when recovery replays how it was made: it
-    would go on with the files of now.
+    A tablespace of that point is one that has its link there, or gets it when recovery replays how it was made. Before
+    it was made, there is nothing to bring back.
     """
     store = source.store
-    later = {name: since for name, since in store.since.items() if point.write < since}
-    if not later:
-        return
+    places = {os.path.normpath(store.extra["mountpoints"][name]): name for name in store.since}
+    later = {place: name for place, name in places.items() if point.write < store.since[name]}
     own = elsewhere(source, point, pgdata)
-    link = cluster.wal_link(pgdata)
-    if link is not None and link not in own:
-        raise PreconditionError(f"pg_wal was in {link} at write {point.write}, which is no volume of the set")
-    wal = pgdata / "pg_wal" if link is None else own[link]
-    made = created(pgdata, wal, binaries_of(source, config.name))
-    held = {os.path.normpath(each) for each in (*cluster.tablespace_links(pgdata).values(), *made.values())}
-    for name, since in later.items():
-        place = store.extra["mountpoints"][name]
-        if os.path.normpath(place) in held:
+    for space in cluster.tablespace_links(pgdata).values():
+        _refuse_later(source, point, later.get(os.path.normpath(space)))
+    links = own_places(pgdata, own)
+    wal = pgdata / "pg_wal"
+    for space in created(pgdata, links.get(wal, wal), binaries_of(source, config.name)).values():
+        place = Path(os.path.normpath(space))
+        _refuse_later(source, point, later.get(os.fspath(place)))
+        if not any(place.is_relative_to(each) for each in own):
             raise PreconditionError(
-                f"volume {name} is in the set since write {since}: what the tablespace in {place} held at write "
-                f"{point.write} was captured by nobody",
-                f"choose a point from write {since} on, or one before that tablespace was made",
+                f"recovery makes a tablespace in {place} at write {point.write}, which is on no volume of the set",
+                "choose a point before it was made, or one from which on it was in the set",
             )
+
+
+def _refuse_later(source: Source, point: RecoveryPoint, volume: str | None) -> None:
+    if volume is not None:
+        place, since = source.store.extra["mountpoints"][volume], source.store.since[volume]
+        raise PreconditionError(
+            f"volume {volume} is in the set since write {since}: what the tablespace in {place} held at write "
+            f"{point.write} was captured by nobody",
+            f"choose a point from write {since} on, or one before that tablespace was made",
+        )
 
 
 def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
@@ -175,6 +184,13 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         raise PreconditionError(
             "wal_level is minimal: Postgres could not come up on a new timeline to undo the rewind",
             "ALTER SYSTEM SET wal_level = replica; and restart Postgres; what is behind that can be rewound to",
+        )
+    outside = find_outside(config.pgdata, [volume.mountpoint for volume in config.volumes])
+    if outside:
+        raise PreconditionError(
+            f"{outside[0].name} lies outside of the set, in {outside[0].place}: it is captured by nobody, so that the rewind "
+            "could not be undone",
+            takes_in(config.name, outside),
         )
     state = service.ask(config.paths, "status")
     if state["phase"] != "following" or state["error"]:

@@ -46,6 +46,15 @@ def find_outside(pgdata: Path, mountpoints: Iterable[Path]) -> list[Outside]:
     return sorted(_walk("", real, 0, own, foreign), key=lambda found: found.name)
 
 
+def takes_in(set_name: str, found: Sequence[Outside]) -> str:
+    """What to type, or to do, so that what was found is captured."""
+    spaces = [each.name.removeprefix("pg_tblspc/") for each in found if each.name.startswith("pg_tblspc/")]
+    if len(spaces) < len(found):
+        return "stop the cluster and move it into the data directory"
+    options = " ".join(f"--tablespace {space}=SIZE" for space in spaces)
+    return f"pgcdp protect {set_name} {options} takes it into the set; or move its tables to another tablespace"
+
+
 def all_mounted(mountpoints: Iterable[Path]) -> bool:
     """Whether each volume is mounted: else there is nothing to look at, and nothing found means nothing."""
     return all(volumes.mount_at(place) is not None for place in mountpoints)

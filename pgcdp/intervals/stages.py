@@ -303,7 +303,9 @@ class Stages:
             write_json(opened.path / SETTINGS, settings)
             files = self.file_map()
             outside = self.outside()
-            if outside is not None:
+            if outside is None:
+                (opened.path / OUTSIDE).unlink(missing_ok=True)  # what a try found that was killed, at another checkpoint
+            else:
                 rows = [[each.name, os.fspath(each.place)] for each in outside]
                 write_json(opened.path / OUTSIDE, {"outside": rows})
         before = self._boundary(boundary.number - 1)

@@ -106,11 +106,11 @@ def refuse_created(found: Path, wal: Path, binaries: cluster.Binaries | None, pr
 def created(found: Path, wal: Path, binaries: cluster.Binaries | None) -> dict[int, Path]:
     """The tablespaces that recovery of the mounted `found`, with its WAL in `wal`, makes: where, by OID.
 
-    Raises PreconditionError when that cannot be told.
+    Without those that lie in the data directory itself. Raises PreconditionError when that cannot be told.
     """
     told = _tablespace_records(wal, cluster.read_control(found), binaries)
     made = [match for line in told.splitlines() if (match := _CREATE.search(line)) is not None]
-    return {int(match[1]): Path(match[2]) for match in made}
+    return {int(match[1]): Path(match[2]) for match in made if match[2]}
 
 
 def _tablespace_records(wal: Path, control: Control, binaries: cluster.Binaries | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +81,39 @@ def test_a_tablespace_made_since_is_said_until_it_is_gone(
     assert found.status()["outside"] == []
     assert [ok for ok, _, _ in check_of(found)] == [True]
     assert api.verify(found.name, Target("newest"))["ok"]
+
+
+@pytest.mark.timeout(900)
+def test_production_does_not_go_on_with_the_files_of_now(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Of a tablespace outside of the set there is no other state: a rewind would give its xids twice, and no undo."""
+    found = make_set(binaries_of(15), allowed=NOISE)
+    found.sql("create table kept as select 1 as n")
+    api.cut(found.name)
+    before = found.durable()
+    place, _ = new_space(found, "late")
+    made = found.durable()  # no checkpoint since: the link is made by recovery alone
+    with pytest.raises(PreconditionError, match="lies outside of the set, in .*: .* could not be undone") as caught:
+        rewind(found, Target("write", before))
+    assert "takes it into the set" in str(caught.value.hint)
+    boundary = api.cut(found.name)["number"]
+    found.sql("drop table in_late")
+    found.sql("drop tablespace late")
+    for target, why in (
+        (Target("write", made), "recovery makes a tablespace"),
+        (Target("boundary", boundary), "leads to"),
+    ):
+        with pytest.raises(PreconditionError, match=why):
+            rewind(found, target)
+    assert found.sql("select n from kept") == [(1,)], "nothing has changed"
+    found.sql("drop table kept")
+    told = rewind(found, Target("write", before))
+    assert told["verified"]
+    assert found.sql("select n from kept") == [(1,)]
+    assert rewind(found, Target("name", name=told["undo"]))["verified"]
+    assert found.sql("select to_regclass('kept')") == [(None,)]
+
+
+def rewind(found: ProtectedSet, target: Target) -> dict[str, Any]:
+    """`pgcdp restore --in-place --yes`."""
+    told: dict[str, Any] = api.rewind(found.name, target, agree=lambda told: None)
+    return told
