@@ -434,12 +434,12 @@ def test_without_room_in_the_store_nothing_is_begun(make_set: MakeSet, binaries_
     try:
         found.protect(size=384 << 20, settings={}, journal_limit=2 << 30)
         point = found.source().base().write
-        found.sql("create table ledger as select n, repeat('x', 1000) from generate_series(1, 60000) n")
+        found.sql("create table ledger as select n, repeat('x', 1000) from generate_series(1, 120000) n")
         found.sql("checkpoint")
         with pytest.raises(PreconditionError, match="the rewind may need") as caught:
             rewind(found, Target("write", point))
         assert str(found.store) in caught.value.message
-        assert found.sql("select count(*) from ledger") == [(60000,)]
+        assert found.sql("select count(*) from ledger") == [(120000,)]
         assert not found.config.paths.rewind_state.exists()
         assert found.source().rewinds() == []
         api.down(found.name)
