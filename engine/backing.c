@@ -11,7 +11,7 @@
 #include "io.h"
 #include "util.h"
 
-int volume_open(struct volume *v, const char *name, const char *path, struct err *e)
+int volume_open(struct volume *v, const char *name, const char *path, uint64_t size, struct err *e)
 {
     struct stat st;
     *v = (struct volume){.fd = -1};
@@ -31,15 +31,37 @@ int volume_open(struct volume *v, const char *name, const char *path, struct err
         err_hint(e, "another capture process serves it; stop it with: pgcdp down");
     } else if ((rc = io_size(fd, &v->size)) != 0) {
         err_sys(e, rc, "cannot tell the size of %s", path);
-    } else if (v->size == 0 || v->size % BLOCK) {
+    } else if (v->size == 0 || (!size && v->size % BLOCK)) { /* what is behind `size` may be of any length */
         rc = err_set(e, ERR_USAGE, "the backing %s has %lu bytes, not a multiple of 4096", path, v->size);
+    } else if (size > v->size) {
+        rc = err_set(e, ERR_PRECONDITION, "the backing %s of volume %s has %lu bytes instead of %lu", path, name, v->size,
+                     size);
+        err_hint(e, "bring the backing back to its size; nothing is captured on a part of it");
     }
     if (rc) {
         close(fd);
         return rc;
     }
     v->fd = fd;
+    if (size)
+        v->size = size;
     snprintf(v->name, sizeof v->name, "%s", name);
     snprintf(v->path, sizeof v->path, "%s", path);
+    return 0;
+}
+
+int volume_grow(struct volume *v, uint64_t size, struct err *e)
+{
+    uint64_t backing = 0;
+    int rc = io_size(v->fd, &backing);
+    if (rc)
+        return err_sys(e, rc, "cannot tell the size of %s", v->path);
+    if (size % BLOCK || size < volume_size(v) || size > backing) {
+        err_set(e, ERR_PRECONDITION, "volume %s has %lu bytes and its backing %s has %lu: it cannot have %lu", v->name,
+                volume_size(v), v->path, backing, size);
+        err_hint(e, "a volume never becomes smaller, and its backing grows before it does");
+        return ERR_PRECONDITION;
+    }
+    __atomic_store_n(&v->size, size, __ATOMIC_RELEASE);
     return 0;
 }

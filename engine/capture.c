@@ -34,7 +34,7 @@
 struct capture {
     const char *journal, *fuse_dir, *socket;
     uint8_t set_id[16];
-    bool has_set_id, create;
+    bool has_set_id, create, put_back;
     uint64_t segment_bytes, limit;
 
     struct volume volumes[MAX_VOLUMES];
@@ -50,7 +50,9 @@ struct capture {
 
 static const char USAGE[] =
     "usage: pgcdp-engine capture --set-id HEX --journal DIR [--create] --fuse DIR --control SOCKET\n"
-    "                            [--segment-bytes N] [--journal-limit N] NAME=PATH [NAME=PATH ...]\n";
+    "                            [--segment-bytes N] [--journal-limit N] [--put-back] NAME[:BYTES]=PATH ...\n"
+    "BYTES of the backing are shown; without, all of it. With --put-back the journal may hold writes to one volume more,\n"
+    "which is given up: they are not replayed.\n";
 
 static int parse_set_id(const char *text, uint8_t out[16])
 {
@@ -78,6 +80,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
                                             {"create", no_argument, NULL, 'c'},
                                             {"segment-bytes", required_argument, NULL, 'b'},
                                             {"journal-limit", required_argument, NULL, 'l'},
+                                            {"put-back", no_argument, NULL, 'p'},
                                             {"fuse", required_argument, NULL, 'f'},
                                             {"control", required_argument, NULL, 'k'},
                                             {NULL, 0, NULL, 0}};
@@ -88,6 +91,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
         case 's': rc = parse_set_id(optarg, c->set_id); c->has_set_id = true; break;
         case 'j': c->journal = optarg; break;
         case 'c': c->create = true; break;
+        case 'p': c->put_back = true; break;
         case 'b': rc = parse_bytes(optarg, &c->segment_bytes); break;
         case 'l': rc = parse_bytes(optarg, &c->limit); break;
         case 'f': c->fuse_dir = optarg; break;
@@ -108,7 +112,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
                        c->segment_bytes);
     for (int i = optind; i < argc; i++)
         if (!strchr(argv[i], '='))
-            return err_set(e, ERR_USAGE, "\"%s\" is not NAME=PATH", argv[i]);
+            return err_set(e, ERR_USAGE, "\"%s\" is not NAME[:BYTES]=PATH", argv[i]);
     return 0;
 }
 
@@ -117,12 +121,19 @@ static int open_volumes(struct capture *c, int argc, char **argv, struct err *e)
     for (int i = optind; i < argc; i++) {
         char *equals = strchr(argv[i], '=');
         if (!equals || c->volume_count == MAX_VOLUMES)
-            return err_set(e, ERR_USAGE, "\"%s\" is not NAME=PATH, or there are more than %u", argv[i], MAX_VOLUMES);
+            return err_set(e, ERR_USAGE, "\"%s\" is not NAME[:BYTES]=PATH, or there are more than %u", argv[i], MAX_VOLUMES);
         *equals = '\0';
+        uint64_t size = 0;
+        char *colon = strchr(argv[i], ':');
+        if (colon) {
+            *colon = '\0';
+            if (parse_bytes(colon + 1, &size) || size == 0 || size % BLOCK)
+                return err_set(e, ERR_USAGE, "\"%s\" bytes of volume %s are no multiple of 4096", colon + 1, argv[i]);
+        }
         for (unsigned k = 0; k < c->volume_count; k++)
             if (strcmp(c->volumes[k].name, argv[i]) == 0)
                 return err_set(e, ERR_USAGE, "volume %s is named twice", argv[i]);
-        int rc = volume_open(&c->volumes[c->volume_count], argv[i], equals + 1, e);
+        int rc = volume_open(&c->volumes[c->volume_count], argv[i], equals + 1, size, e);
         if (rc)
             return rc;
         c->volume_count++;
@@ -165,6 +176,8 @@ static int replay_record(struct capture *c, const struct fmt_record *r, const ui
 {
     if (r->kind == FMT_MARK || r->kind == FMT_FLUSH)
         return 0;
+    if (c->put_back && r->volume == c->volume_count)
+        return 0; /* its backing may be what made it be given up */
     if (r->volume >= c->volume_count || r->offset + r->length > c->volumes[r->volume].size) {
         err_set(e, ERR_PRECONDITION, "write %lu of the journal lies outside volume %u", r->number, r->volume);
         err_hint(e, "give the same volumes in the same order as when it was written");
@@ -273,7 +286,7 @@ static json_t *status(struct capture *c)
     json_t *volumes = json_array();
     for (unsigned i = 0; i < c->volume_count; i++)
         json_array_append_new(volumes, json_pack("{s:s, s:i, s:I, s:s, s:b}", "name", c->volumes[i].name, "number", (int)i,
-                                                 "bytes", (json_int_t)c->volumes[i].size, "backing", c->volumes[i].path,
+                                                 "bytes", (json_int_t)volume_size(&c->volumes[i]), "backing", c->volumes[i].path,
                                                  "open", front_open_count(c->front, i) > 0));
     json_t *errors = json_array();
     if (j.error[0])
@@ -304,6 +317,30 @@ static json_t *stop(struct capture *c, struct err *e, const char **kind)
         }
     front_stop(c->front);
     return json_pack("{s:b}", "stopping", 1);
+}
+
+/* {"volume":NAME,"bytes":N}: so many of its backing are to be shown, which has become larger. */
+static json_t *grow(struct capture *c, const json_t *request, struct err *e, const char **kind)
+{
+    const char *name = json_string_value(json_object_get(request, "volume"));
+    json_int_t bytes = json_integer_value(json_object_get(request, "bytes"));
+    for (unsigned i = 0; name && bytes > 0 && i < c->volume_count; i++) {
+        if (strcmp(name, c->volumes[i].name) != 0)
+            continue;
+        if (volume_grow(&c->volumes[i], (uint64_t)bytes, e)) {
+            *kind = "precondition";
+            return NULL;
+        }
+        int rc = front_grown(c->front, i);
+        if (rc) {
+            err_sys(e, rc, "cannot tell the kernel the size of volume %s", name);
+            return NULL;
+        }
+        return json_pack("{s:I}", "bytes", bytes);
+    }
+    *kind = "usage";
+    err_set(e, ERR_USAGE, "grow needs the name of a volume and its bytes");
+    return NULL;
 }
 
 static json_t *not_durable(int rc, const char *command, struct err *e, const char **kind)
@@ -344,6 +381,8 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
     }
     if (strcmp(cmd, "sync") == 0)
         return vs_sync(c->set, &write, e) ? NULL : json_pack("{s:I}", "applied_write", (json_int_t)write);
+    if (strcmp(cmd, "grow") == 0)
+        return grow(c, request, e, kind);
     if (strcmp(cmd, "mark") == 0) {
         const char *name = json_string_value(json_object_get(request, "name"));
         int flags = mark_flags(json_object_get(request, "rewind"));

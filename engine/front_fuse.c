@@ -289,6 +289,11 @@ int front_serve(struct front *f)
 
 unsigned front_open_count(const struct front *f, unsigned volume) { return atomic_load(&f->open_count[volume]); }
 
+int front_grown(struct front *f, unsigned volume)
+{
+    return fuse_lowlevel_notify_inval_inode(f->session, FIRST_INO + volume, -1, 0); /* attributes alone */
+}
+
 void front_stop(struct front *f)
 {
     /* The kernel then ends the reader's blocking read with ENODEV. */

@@ -16,6 +16,9 @@ int front_serve(struct front *front);
 /* Files of this volume that are open now. Any thread. */
 unsigned front_open_count(const struct front *front, unsigned volume);
 
+/* The volume has become larger: the kernel asks for its size again. Any thread. */
+int front_grown(struct front *front, unsigned volume);
+
 /* Makes front_serve return, from any thread: unmounts, lazily with `force`. */
 void front_stop(struct front *front);
 

@@ -320,7 +320,7 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
 /* ---- life ---- */
 
 static const char *set_name(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].name; }
-static uint64_t set_size(void *self, unsigned volume) { return ((struct volume_set *)self)->volumes[volume].size; }
+static uint64_t set_size(void *self, unsigned volume) { return volume_size(&((struct volume_set *)self)->volumes[volume]); }
 static void set_read(void *self, unsigned volume, uint64_t offset, size_t length, void *cookie)
 {
     reads_take(((struct volume_set *)self)->reads, volume, offset, length, cookie);
@@ -369,13 +369,13 @@ static int start_threads(struct volume_set *vs)
     return -rc;
 }
 
-int vs_start(struct volume_set **out, const struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
+int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
              struct err *e)
 {
     struct volume_set *vs = calloc(1, sizeof *vs);
     if (!vs)
         return err_sys(e, -ENOMEM, "volume set");
-    memcpy(vs->volumes, volumes, count * sizeof *volumes);
+    vs->volumes = volumes;
     vs->count = count;
     vs->jw = jw;
     vs->last_write = vs->durable_write = vs->applied_write = vs->synced_write = last_write;

@@ -21,8 +21,9 @@ struct volume_status {
     char error[256]; /* newest failure of a volume, or "" */
 };
 
-/* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on. */
-int vs_start(struct volume_set **out, const struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
+/* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on.
+ * The `volumes` stay where they are until vs_free; they may grow meanwhile. */
+int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
              struct err *e);
 
 struct backend vs_backend(struct volume_set *vs);

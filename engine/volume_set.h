@@ -33,7 +33,7 @@ struct parked { /* a write that could not be taken yet; in order */
 
 /* One lock for everything below; held for memory copies at most, never for I/O. */
 struct volume_set {
-    struct volume volumes[MAX_VOLUMES];
+    struct volume *volumes;
     unsigned count;
     struct jw *jw;
     struct done done;

@@ -5,7 +5,7 @@ One asyncio loop asks the engine how far the journal is, decides when to cut, an
 begun again from what is on disk: there is no state that only this process has.
 
 The socket takes a JSON object a line and answers with one: {"cmd":"status"}, {"cmd":"cut"}, {"cmd":"cut_at_shutdown"},
-{"cmd":"stop"}.
+{"cmd":"grow","volume","bytes"}, {"cmd":"stop"}.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pgcdp import log
@@ -27,6 +28,7 @@ from pgcdp.capture.attach import syncfs
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.filemap import FileMap, FileMapper, places_of
 from pgcdp.capture.journal import Journal
+from pgcdp.capture.outside import Looker, Outside
 from pgcdp.config import Config, load_config
 from pgcdp.errors import BugError, PgcdpError, PreconditionError
 from pgcdp.expiring import is_rewinding, policy_of
@@ -115,12 +117,13 @@ class Agent:
         self.merging: asyncio.Future[None] | None = None
         self.merged_upto = -1  # the newest interval when it was looked last
         self.not_merged = ""
+        mountpoints = [volume.mountpoint for volume in config.volumes]
+        self.looker = Looker(config.pgdata, mountpoints)
+        self.outside: list[Outside] | None = None  # as the look at the last boundary found; None: that is not known
         self.expired_at = -EXPIRE_SECONDS
         self.not_expired = ""
         self.unreadable = Unreadable()  # of what retention would let go of
-        self.files = FileMapper(
-            places_of(config.pgdata, {number: volume.mountpoint for number, volume in enumerate(config.volumes)})
-        )
+        self.files = FileMapper(places_of(config.pgdata, dict(enumerate(mountpoints))))
 
     # --- life
 
@@ -341,6 +344,7 @@ class Agent:
         else:
             store = Store.create(config.store, config.name, config.set_id_bytes, list(status.volumes), facts(config))
         self.store_lock = store.lock()
+        store = without_put_back(store, config, status)
         self.stages = Stages.open(
             store,
             Journal(config.journal, config.set_id_bytes),
@@ -359,6 +363,7 @@ class Agent:
         self.catalog.catch_up()
         self.stages.published = self._remember
         self.stages.file_map = self._map_files
+        self.stages.outside = self._look_outside
 
     def _wait_for_views(self, text: str) -> None:
         self.waiting = text
@@ -393,6 +398,33 @@ class Agent:
         if self.status is None or self._pressed(self.status):  # it would wait for the room that is made here
             return None
         return self.files.soon(FILES_SECONDS, FILES_SHARE)
+
+    def _look_outside(self) -> list[Outside] | None:
+        """What of the cluster is not captured (truth 8), or was not at the boundary before: the interval lacks both.
+
+        None when there is no time to look, or not every volume is mounted, or it was so at the boundary before: then
+        nothing found does not mean that nothing is lacking.
+        """
+        pressed = self.status is None or self._pressed(self.status)
+        found = None if pressed else self.looker.soon(FILES_SECONDS)
+        if found is None:
+            self.outside = None
+            return None
+        before = self._outside_before() if self.outside is None else self.outside
+        for each in set(found) - set(before or ()):
+            logger.warning("%s lies outside of the set, in %s: it is not captured", each.name, each.place)
+        self.outside = found
+        if before is None and not found:
+            return None
+        return sorted({*(before or ()), *found}, key=lambda each: each.name)
+
+    def _outside_before(self) -> list[Outside] | None:
+        """What the newest interval tells, which another agent, or a look that came to nothing, has left."""
+        stages = self.stages
+        if stages is None or stages.newest is None or stages.newest.number == 0:
+            return []
+        told = Bundle.open(stages.store, stages.newest.number).interval.outside
+        return None if told is None else [Outside(name, Path(place)) for name, place in told]
 
     def _remember(self, bundle: Bundle) -> None:
         assert self.catalog is not None
@@ -582,6 +614,8 @@ class Agent:
                 return await self._cut()
             case "cut_at_shutdown":
                 return await self._cut_at_shutdown()
+            case "grow":
+                return await self._grow(int(request["volume"]), int(request["bytes"]))
             case "stop":
                 self._stop()
                 return {"stopping": True}
@@ -610,6 +644,13 @@ class Agent:
         while self.asking is not None:
             await asyncio.wait({self.asking})
         return {"waiting": True}
+
+    async def _grow(self, volume: int, size: int) -> dict[str, Any]:
+        """A volume, by number, is to become larger: the store is ready for it when this is answered."""
+        if self.stages is None or self.stages.baseline is not None:
+            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        await self._in_worker(self.stages.grow, volume, size)
+        return {"bytes": size}
 
     async def _until(self, happened: Callable[[], bool]) -> None:
         """Wait for a turn after which it has happened. Raises PgcdpError with what went wrong before it did."""
@@ -648,8 +689,27 @@ class Agent:
             "look_seconds": round(time.monotonic() - self.whole_look_at),
             "no_look": self.no_look,
             "waiting": self.waiting,
+            "outside": outside_json(self.outside),
             "not_expired": self.not_expired,
         }
+
+
+def without_put_back(store: Store, config: Config, status: EngineStatus) -> Store:
+    """The store without what it noted of a volume that was put back at the last moment, with the store perhaps away.
+
+    Settings of before alone do not say so: of a volume that is captured the store knows what nobody else does.
+    """
+    if len(status.volumes) != len(config.volumes):
+        return store
+    for volume in store.volumes[len(config.volumes) :]:
+        if volume in store.in_use:
+            store = store.unmounted(volume.name)
+    return store
+
+
+def outside_json(found: Sequence[Outside] | None) -> list[dict[str, str]] | None:
+    """What lies outside of a set."""
+    return None if found is None else [{"name": each.name, "place": os.fspath(each.place)} for each in found]
 
 
 def facts(config: Config) -> dict[str, Any]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from pgcdp import cloning, doctor, rewinding, salvaging, service, transactions, verifying
+from pgcdp import cloning, doctor, extending, growing, rewinding, salvaging, service, transactions, verifying
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.filemap import FileMapper, places_of
+from pgcdp.capture.planning import Backing
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.expiring import expire as expire
@@ -41,6 +43,7 @@ from pgcdp.opening import (
     scratch_place,
 )
 from pgcdp.postgres import role, session
+from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.followers import followers
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Target
@@ -49,6 +52,7 @@ from pgcdp.recovery import restore as writing
 from pgcdp.recovery.expiring import AnotherRuns, expiring
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
 from pgcdp.recovery.places import scratch_of
+from pgcdp.recovery.restored_spaces import Restored
 from pgcdp.recovery.salvage import Wanted
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -101,6 +105,22 @@ def protect(
     return status(set_name)
 
 
+def add_tablespaces(
+    set_name: str,
+    wanted: Sequence[tuple[str, Backing]],
+    *,
+    fs: str | None = None,
+    yes: bool = False,
+    progress: Report = silent,
+) -> Json:
+    """Take tablespaces, by name or OID, into a set that is protected, and cut a boundary that has them."""
+    extending.add_tablespaces(load_config(set_name), wanted, fs, yes, progress)
+    progress(Progress("cutting the boundary behind it"))
+    service.await_following(load_config(set_name).paths)
+    cut(set_name)
+    return status(set_name)
+
+
 def wait_baseline(config: Config, progress: Report) -> None:
     """Wait until the first backup image is complete. Raises what the agent says when it cannot go on."""
     while True:
@@ -147,6 +167,8 @@ def _end_agent(config: Config, progress: Report) -> None:
 
 def up(set_name: str, progress: Report = silent) -> Json:
     """Attach, mount, start Postgres and the agent."""
+    config = load_config(set_name)
+    extending.resume(config, progress)
     config = load_config(set_name)
     rewinding.resume(config, scratch_of(config.set_id_bytes), progress)
     attach.up(config, progress, lambda: service.start(config))
@@ -265,27 +287,37 @@ def restore(
     *,
     to_image: Path | None = None,
     to_directory: Path | None = None,
+    tablespaces: Mapping[str, Path] = MappingProxyType({}),
     store: Path | None = None,
     before: str | None = None,
     announce: Announce | None = None,
     progress: Report = silent,
 ) -> Json:
-    """Write the recovery point to image files or make a startable data directory."""
+    """Write the recovery point to image files or make a startable data directory.
+
+    `tablespaces`: where those of a directory go, by name or OID; the others go beside it.
+    """
     started = time.monotonic()
     source = open_source(set_name, store)
     point = point_of(source, target, before)
     resolved = between(source, point)
     if announce is not None:
         announce(resolved)
+    spaces: list[Restored] = []
+    programs: Binaries | None = None
     if to_image is not None:
         place, size = to_image, writing.to_image(source, point, to_image, progress)
     else:
         assert to_directory is not None
-        place, size = to_directory, writing.to_directory(source, point, to_directory, progress)
+        place = to_directory
+        with suppress(PreconditionError):  # a store can be restored where there are none, if production is not there
+            programs = binaries_of(source, set_name)
+        size, spaces = writing.to_directory(source, point, to_directory, progress, tablespaces, programs)
     result: Json = {
         **resolved,
         "to": str(place),
         "bytes": size,
+        "tablespaces": [{"oid": each.oid, "name": each.name, "directory": str(each.place)} for each in spaces],
         "seconds": round(time.monotonic() - started, 3),
     }
     if store is None:
@@ -456,6 +488,18 @@ def check(set_name: str, full: bool = False, progress: Report = silent) -> Json:
     return {
         "ok": all(each.check.ok for each in found),
         "checks": [{**asdict(each.check), "kind": each.kind, "hint": each.hint} for each in found],
+    }
+
+
+def grow(set_name: str, size: int | None, volume: str | None = None, *, progress: Report = silent) -> Json:
+    """Give a volume more room, online; `volume` None: that of the data directory."""
+    done = growing.grow(load_config(set_name), size, volume, progress)
+    return {
+        "set": set_name,
+        "volume": done.volume,
+        "bytes": done.after,
+        "before": done.before,
+        "filesystem": {"before": done.filesystem_before, "after": done.filesystem_after},
     }
 
 

@@ -157,6 +157,11 @@ class SetPaths:
         """What a rewind in place is at; as long as it is there nothing is mounted or started by anything else."""
         return self.state / "rewind.json"
 
+    @property
+    def extend_state(self) -> Path:
+        """The volume that the set is being given, and at which step that is."""
+        return self.state / "extend.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from pgcdp import rewinding, service
 from pgcdp.capture.engine import EngineStatus, run_engine
+from pgcdp.capture.outside import all_mounted, find_outside, takes_in
 from pgcdp.config import Config, exact_period
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.expiring import policy_of
@@ -21,6 +22,7 @@ from pgcdp.postgres.control import describe, find_control_blocks
 from pgcdp.progress import Progress, Report
 from pgcdp.records import BLOCK, Check
 from pgcdp.recovery import merged
+from pgcdp.store.base import base_outside
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from pgcdp.store.published import published
@@ -50,6 +52,7 @@ def examine(config: Config, engine: EngineStatus | None, full: bool, progress: R
         ("capture", lambda: _capture(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config)),
+        ("data outside the set", lambda: _outside(config)),
         ("role", lambda: _role(config, engine)),
         ("space", lambda: _space(config)),
         ("retention", lambda: _retention(config)),
@@ -123,7 +126,6 @@ def _agent(config: Config) -> Iterator[Finding]:
 def _settings(config: Config) -> Iterator[Finding]:
     with session.connect(session.Dsn.of(config)) as connection:
         values = {row["name"]: row["setting"] for row in session.settings(connection)["settings"]}
-        outside = session.outside(connection, config.pgdata)
     for name, why in (
         ("fsync", "a crash image of such a cluster need not be consistent"),
         ("full_page_writes", "pages torn in a crash image cannot be repaired"),
@@ -136,11 +138,31 @@ def _settings(config: Config) -> Iterator[Finding]:
         yield _passed(
             "setting wal_init_zero", "warning: off; a commit can be found one or two writes later than it was"
         )
-    if outside:
-        places = ", ".join(f"{name} at {place}" for name, place in outside.items())
-        yield _failed("data outside the set", f"not captured: {places}", "move it into the data directory")
-    else:
-        yield _passed("data outside the set", "none")
+
+
+def _outside(config: Config) -> Iterator[Finding]:
+    """What nobody captures now, and which intervals lack what nobody captured then (truth 8)."""
+    name = "data outside the set"
+    mountpoints = [volume.mountpoint for volume in config.volumes]
+    attached = all_mounted(mountpoints)
+    found = find_outside(config.pgdata, mountpoints) if attached else []
+    if found:
+        places = ", ".join(f"{each.name} in {each.place}" for each in found)
+        yield _failed(name, f"not captured: {places}", takes_in(config.name, found))
+    store = Store.open(config.store, config.set_id_bytes)
+    told = {number: each.interval.outside for number, each in published(store).items()}
+    lacking = [number for number, outside in told.items() if outside]
+    unknown = [number for number, outside in told.items() if outside is None]
+    if not attached:
+        yield _passed(name, "not looked for: the volumes are not mounted")
+    if lacking:
+        yield _passed(name, f"warning: {len(lacking)} intervals are incomplete, the last one is {lacking[-1]}")
+    elif base_outside(store):
+        yield _passed(name, "warning: the oldest boundary is incomplete")
+    if unknown:
+        yield _passed(name, f"warning: of {len(unknown)} intervals it is not known, the last one is {unknown[-1]}")
+    if attached and not (found or lacking or unknown or base_outside(store)):
+        yield _passed(name, "none")
 
 
 def _role(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:

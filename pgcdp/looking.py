@@ -11,7 +11,7 @@ from pgcdp import rewinding, service
 from pgcdp.capture import volumes
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError, TargetError
-from pgcdp.opening import engine_status, open_source, source_of
+from pgcdp.opening import engine_status, open_source, outside_json, source_of
 from pgcdp.postgres import cluster
 from pgcdp.records import Interval, RecoveryPoint
 from pgcdp.recovery import instant
@@ -76,6 +76,7 @@ def status(set_name: str) -> Json:
             "limit": config.journal_limit,
         },
         "recovery_window": opened or {"from_time": None, "to_time": None, "from_write": None, "to_write": None},
+        "outside": agent.get("outside"),
         "volumes": [
             {
                 "name": volume.name,
@@ -90,6 +91,11 @@ def status(set_name: str) -> Json:
 
 
 def _interrupted(config: Config) -> str | None:
+    if config.paths.extend_state.exists():
+        return (
+            "taking a tablespace into the set has not ended: unless its command still runs, "
+            f"pgcdp up {config.name} finishes it or puts everything back"
+        )
     left = rewinding.pending(config.paths)
     if left is None:
         return None
@@ -166,6 +172,7 @@ def interval_json(interval: Interval, verified: Json | None) -> Json:
         "stored": interval.stored,
         "first": interval.first,
         "restorable_by_write": interval.restorable_by_write,
+        "outside": outside_json(interval.outside),
         "verified": verified,
     }
 

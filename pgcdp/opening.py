@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pgcdp.postgres.cluster import Binaries, find_binaries
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery.places import scratch_of
 from pgcdp.recovery.source import Source
+from pgcdp.store.base import base_outside
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
 from pgcdp.units import format_lsn, format_time
@@ -77,12 +78,27 @@ def point_of(source: Source, target: Target, before: str | None) -> RecoveryPoin
 
 
 def between(source: Source, point: RecoveryPoint) -> Json:
-    """What a point resolved to: {"recovery_point", "last_in", "first_out", "out", "also_out"}."""
+    """What a point resolved to: {"recovery_point", "last_in", "first_out", "out", "also_out", "outside"}."""
     try:
         told = around_json(source, point)
     except (DamageError, PreconditionError) as error:  # the point itself may be right
         told = {"last_in": None, "first_out": None, "out": None, "also_out": [], "unknown": error.message}
-    return {"recovery_point": point_json(point), **told}
+    return {"recovery_point": point_json(point), **told, "outside": lacking(source, point)}
+
+
+def lacking(source: Source, point: RecoveryPoint) -> list[Json] | None:
+    """Data of the cluster that no recovery point has where this one lies: nobody captured it. None: it is not known.
+
+    Of a point in the open interval it is what the last boundary told; at the oldest one, what is said of that.
+    """
+    intervals = source.intervals()
+    known = [each for each in intervals if point.interval is None or each.number == point.interval]
+    return outside_json(known[-1].outside if known else base_outside(source.store))
+
+
+def outside_json(outside: Sequence[tuple[str, str]] | None) -> list[Json] | None:
+    """What of the cluster an interval lacks; None: that was not known when it ended."""
+    return None if outside is None else [{"name": name, "place": place} for name, place in outside]
 
 
 def scratch_place(source: Source) -> Path:

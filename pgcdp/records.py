@@ -217,6 +217,7 @@ class Span:
 class Interval:
     """A published interval, as its manifest tells it. Writes are `from_write` to `to_write`, both included.
 
+    `outside`: data of the cluster that was captured by nobody when it ended, [name, place]; None: that was not known.
     `covers`: how many intervals it is made of, the last of which bears its number; more than one when retention joined
     them, and the boundaries between are gone. `restorable_by_write`: False when its single writes are gone.
     """
@@ -232,6 +233,7 @@ class Interval:
     blocks_changed: int
     stored: dict[str, int]
     rewinds: tuple[Rewind, ...] = ()
+    outside: tuple[tuple[str, str], ...] | None = None
     covers: int = 1
     restorable_by_write: bool = True
 

@@ -13,25 +13,28 @@ rewind takes its place, such as the one back to where it began.
 
 from __future__ import annotations
 
-import threading
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pgcdp import fsio, log, proc, service
 from pgcdp.capture import attach
 from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.outside import find_outside, takes_in
 from pgcdp.config import Config, SetPaths
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.opening import engine_status, source_of
+from pgcdp.opening import binaries_of, engine_status, source_of
 from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
-from pgcdp.recovery.rewind import most_bytes, write_back
-from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.links import own_places
+from pgcdp.recovery.restored_spaces import created
+from pgcdp.recovery.rewind import check_devices, most_bytes, write_back
+from pgcdp.recovery.scratch import elsewhere, mounted
+from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.rewinds import point_name
@@ -40,7 +43,6 @@ _log = log.get(__name__)
 
 CUT_SECONDS = 600.0
 """How long the boundary at the shutdown checkpoint may take to be stored."""
-AGENT_SECONDS = 1.0
 SPARE_BYTES = 64 << 20
 
 
@@ -77,7 +79,7 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
     paths = config.paths
     with attach.hold(paths):
         left = pending(paths)
-        _refuse_minimal(config, point, below, progress)
+        _refuse_point(config, point, below, progress)
         if left is not None and left.step in ("write", "start"):
             _log.warning("the rewind to write %d is given up for one to write %d", left.point.write, point.write)
             begun = time.monotonic()
@@ -127,14 +129,51 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Pending | 
         return _finish(config, left, below, progress)
 
 
-def _refuse_minimal(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
-    """Raises PreconditionError for a point from whose WAL Postgres does not come up on a new timeline."""
-    with mounted(source_of(config, engine_status(config)), point, below, progress) as pgdata:
+def _refuse_point(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
+    """Raises PreconditionError for a point to which production cannot be brought."""
+    source = source_of(config, engine_status(config))
+    with mounted(source, point, below, progress) as pgdata:
+        _refuse_outside(config, source, point, pgdata)
         if cluster.read_control(pgdata).wal_level == 0:
             raise PreconditionError(
                 f"wal_level was minimal at write {point.write}: Postgres cannot come up on a new timeline there",
                 "pgcdp clone and pgcdp restore --to-directory open it; rewind to where wal_level was replica",
             )
+
+
+def _refuse_outside(config: Config, source: Source, point: RecoveryPoint, pgdata: Path) -> None:
+    """Where the cluster had data outside of the set, or of a volume that came later: nobody has captured it, and
+    Postgres would go on with the files of now, in which transactions of the future are and xids are given twice.
+
+    A tablespace of that point is one that has its link there, or gets it when recovery replays how it was made. Before
+    it was made, there is nothing to bring back.
+    """
+    store = source.store
+    places = {os.path.normpath(store.extra["mountpoints"][name]): name for name in store.since}
+    later = {place: name for place, name in places.items() if point.write < store.since[name]}
+    own = elsewhere(source, point, pgdata)
+    for space in cluster.tablespace_links(pgdata).values():
+        _refuse_later(source, point, later.get(os.path.normpath(space)))
+    links = own_places(pgdata, own)
+    wal = pgdata / "pg_wal"
+    for space in created(pgdata, links.get(wal, wal), binaries_of(source, config.name)).values():
+        place = Path(os.path.normpath(space))
+        _refuse_later(source, point, later.get(os.fspath(place)))
+        if not any(place.is_relative_to(each) for each in own):
+            raise PreconditionError(
+                f"recovery makes a tablespace in {place} at write {point.write}, which is on no volume of the set",
+                "choose a point before it was made, or one from which on it was in the set",
+            )
+
+
+def _refuse_later(source: Source, point: RecoveryPoint, volume: str | None) -> None:
+    if volume is not None:
+        place, since = source.store.extra["mountpoints"][volume], source.store.since[volume]
+        raise PreconditionError(
+            f"volume {volume} is in the set since write {since}: what the tablespace in {place} held at write "
+            f"{point.write} was captured by nobody",
+            f"choose a point from write {since} on, or one before that tablespace was made",
+        )
 
 
 def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:
@@ -145,6 +184,13 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         raise PreconditionError(
             "wal_level is minimal: Postgres could not come up on a new timeline to undo the rewind",
             "ALTER SYSTEM SET wal_level = replica; and restart Postgres; what is behind that can be rewound to",
+        )
+    outside = find_outside(config.pgdata, [volume.mountpoint for volume in config.volumes])
+    if outside:
+        raise PreconditionError(
+            f"{outside[0].name} lies outside of the set, in {outside[0].place}: it is captured by nobody, so that the rewind "
+            "could not be undone",
+            takes_in(config.name, outside),
         )
     state = service.ask(config.paths, "status")
     if state["phase"] != "following" or state["error"]:
@@ -219,9 +265,10 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
         client = attach.start_capture(config, progress, captured=lambda: service.start(config))
         devices = attach.attach_devices(config, progress)
         name = point_name(doing.point.write, doing.point.lsn)
+        check_devices(source_of(config, client.status()), devices)
         client.rewind_record("begin", name)
         source = source_of(config, EngineClient(config.paths.control).status())
-        with _agent_kept(config):
+        with service.kept(config):
             try:
                 written = write_back(source, doing.point, devices, below, progress)
             except OSError as error:
@@ -241,25 +288,6 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
     attach.start_cluster(config, progress)
     _forget(config.paths)
     return doing
-
-
-@contextmanager
-def _agent_kept(config: Config) -> Iterator[None]:
-    """An agent runs inside: without one, what is written waits for room in the journal without end."""
-    ended = threading.Event()
-
-    def keep() -> None:
-        while not ended.wait(AGENT_SECONDS):
-            with suppress(PgcdpError):
-                service.start(config)
-
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        keeper.join()
 
 
 def _open_timeline(config: Config, doing: Pending, progress: Report) -> None:

@@ -8,7 +8,10 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pgcdp.config import Config, SetPaths
@@ -16,6 +19,8 @@ from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, T
 
 _BY_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
 START_SECONDS = 60.0
+KEEP_SECONDS = 1.0
+"""How often `kept` looks whether the agent runs."""
 _children: list[subprocess.Popen[bytes]] = []
 """Agents that this process started: kept, so that their ends are collected when the next one starts."""
 
@@ -24,13 +29,13 @@ class AgentGone(PreconditionError):
     """No agent answers at the set's socket."""
 
 
-def ask(paths: SetPaths, command: str, timeout: float | None = 60.0) -> dict[str, Any]:
+def ask(paths: SetPaths, command: str, timeout: float | None = 60.0, **arguments: Any) -> dict[str, Any]:
     """One request to the set's agent. Raises AgentGone, or the error that it names."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
             door.settimeout(timeout)
             door.connect(os.fspath(paths.agent_socket))
-            door.sendall(json.dumps({"cmd": command}).encode() + b"\n")
+            door.sendall(json.dumps({"cmd": command, **arguments}).encode() + b"\n")
             with door.makefile("rb") as answers:
                 line = answers.readline()
     except TimeoutError:
@@ -48,6 +53,23 @@ def ask(paths: SetPaths, command: str, timeout: float | None = 60.0) -> dict[str
         kind = _BY_CODE.get(int(reply["error"]["code"]), PgcdpError)
         raise kind(str(reply["error"]["message"]), reply["error"]["hint"])
     return reply
+
+
+def await_following(paths: SetPaths) -> None:
+    """Wait until an agent that has just started follows the journal.
+
+    Raises PreconditionError when it does not, with what it says.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        state = ask(paths, "status")
+        if state["phase"] == "following" and not state["error"]:
+            return
+        if state["error"] or state["phase"] != "starting" or time.monotonic() > deadline:
+            raise PreconditionError(
+                f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {paths.name}"
+            )
+        time.sleep(0.05)
 
 
 def start(config: Config) -> None:
@@ -73,6 +95,25 @@ def start(config: Config) -> None:
         os.close(log)
     _children[:] = [*(each for each in _children if each.poll() is None), child]
     _await(config, child, begin)
+
+
+@contextmanager
+def kept(config: Config) -> Iterator[None]:
+    """An agent runs inside: without one, what is written waits for room in the journal without end."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(KEEP_SECONDS):
+            with suppress(PgcdpError):
+                start(config)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
 
 
 def _await(config: Config, child: subprocess.Popen[bytes], begin: int) -> None:

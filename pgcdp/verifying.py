@@ -15,7 +15,7 @@ from pgcdp.opening import binaries_of, open_source, point_json, production_place
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import verify as proving
-from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 
 Json = dict[str, Any]
@@ -47,6 +47,7 @@ def prove(
             sql=sql_file,
             checks=proving.own_checks(),
             binaries=binaries,
+            elsewhere=elsewhere(source, point, pgdata),
             hide=production_places(source, set_name),
             report=lambda name: progress(Progress(name)),
         )

@@ -26,6 +26,7 @@ from pgcdp import api, opening, service
 from pgcdp.capture import attach, engine
 from pgcdp.capture.attach import kill_and_wait
 from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.volumes import backing_bytes
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError
 from pgcdp.postgres import session
@@ -34,7 +35,7 @@ from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone, sandbox
 from pgcdp.recovery.restore import remove
 from pgcdp.recovery.sandbox import Sandbox
-from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 from tests.beside import repeated
 from tests.fix_engine import _may_flush, _plain_program
@@ -143,8 +144,11 @@ class ProtectedSet:
             point = source.resolve(point)
         with (
             mounted(source, point, scratch_below(self.root)) as pgdata,
-            sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=self.binaries) as box,
-        ):
+            sandbox.start(
+                pgdata, source.settings(point), parent=pgdata.parent, binaries=self.binaries,
+                elsewhere=elsewhere(source, point, pgdata),
+            ) as box,
+        ):  # fmt: skip
             yield box
 
     def verify(self, write: int, **options: Any) -> dict[str, Any]:
@@ -200,7 +204,7 @@ class ProtectedSet:
         """The newest write restored from store and journal is, byte for byte, what the volumes hold. Call it `down`."""
         images = self.restored(Target("newest"))
         for volume, image in zip(self.config.volumes, images, strict=True):
-            different = first_difference(volume.backing, image)
+            different = first_difference(volume.backing, image, volume.bytes)
             assert different is None, f"volume {volume.name} differs from store and journal at byte {different}"
             image.unlink()
 
@@ -245,18 +249,21 @@ class ProtectedSet:
 _PIECE = 4 << 20
 
 
-def first_difference(volume: Path, image: Path) -> int | None:
-    """Offset of the first block in which a backing and an image differ; None when they are equal."""
-    size = volume.stat().st_size
-    if image.stat().st_size != size:
-        return min(size, image.stat().st_size)
+def first_difference(volume: Path, image: Path, size: int | None = None) -> int | None:
+    """Offset of the first block in which a backing and an image differ; None when they are equal.
+
+    `size`: bytes of the volume, if not all of the backing: that may have less than a block more, no part of it.
+    """
+    size = backing_bytes(volume) if size is None else size
+    if image.stat().st_size != size or not size <= backing_bytes(volume) < size + 4096:
+        return min(size, image.stat().st_size, backing_bytes(volume))
     zeros = bytes(_PIECE)
     direct = os.open(volume, os.O_RDONLY | os.O_DIRECT)
     sparse = os.open(image, os.O_RDONLY)
     try:
         with mmap.mmap(-1, _PIECE) as memory:
             for at in range(0, size, _PIECE):
-                count = os.preadv(direct, [memory], at)
+                count = min(os.preadv(direct, [memory], at), size - at)
                 other = zeros[:count] if _data_from(sparse, at, size) >= at + count else os.pread(sparse, count, at)
                 piece = memory[:count]
                 if piece != other:

@@ -10,7 +10,7 @@ import random
 import re
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pgcdp.postgres.control import find_control_blocks
@@ -45,17 +45,18 @@ def log_ranges(device: str, fs: str) -> list[tuple[int, int]]:
 class Moments:
     """Numbers of delicate writes by kind, from everything restorable behind boundary 0."""
 
-    def __init__(self, source: Source, device: str, fs: str, system_identifier: int) -> None:
+    def __init__(self, source: Source, volumes: Sequence[tuple[str, str]], system_identifier: int) -> None:
+        """`volumes`: device and filesystem of each, in order."""
         self.first = source.base().write
         self.newest = self.first
-        self._log = log_ranges(device, fs)
+        self._logs = [log_ranges(device, fs) for device, fs in volumes]
         self._system = system_identifier
         self.found: dict[str, list[int]] = {
             kind: [] for kind in ("pg_control", "log", "log end", "wal switch", "catalogs", "batch end", "boundary")
         }
         before = ""
-        for number, offset, data in _writes(source):
-            kind = self._kind(number, offset, data)
+        for number, volume, offset, data in _writes(source):
+            kind = self._kind(volume, offset, data)
             if before == "log" and kind != "log":
                 self.found["log end"].append(number - 1)
             before = kind
@@ -72,8 +73,8 @@ class Moments:
         intervals = source.intervals()
         return intervals[-1].to_write if intervals else source.base().write
 
-    def _kind(self, number: int, offset: int, data: bytes) -> str:
-        if any(begin <= offset < end for begin, end in self._log):
+    def _kind(self, volume: int, offset: int, data: bytes) -> str:
+        if volume < len(self._logs) and any(begin <= offset < end for begin, end in self._logs[volume]):
             return "log"
         if len(data) >= 4096:
             import numpy as np
@@ -99,8 +100,8 @@ class Moments:
         return sorted(chosen)
 
 
-def _writes(source: Source) -> Iterator[tuple[int, int, bytes]]:
-    """(number, offset, data) of all writes behind boundary 0 that are stored or in the journal."""
+def _writes(source: Source) -> Iterator[tuple[int, int, int, bytes]]:
+    """(number, volume, offset, data) of all writes behind boundary 0 that are stored or in the journal."""
     last = source.base().write
     for interval in source.intervals():
         bundle = Bundle.open(source.store, interval.number)
@@ -108,6 +109,7 @@ def _writes(source: Source) -> Iterator[tuple[int, int, bytes]]:
             for entry in bundle.index():
                 yield (
                     int(entry["number"]),
+                    int(entry["volume"]),
                     int(entry["offset"]),
                     writes.read(int(entry["position"]), int(entry["data_length"])),
                 )
@@ -115,7 +117,7 @@ def _writes(source: Source) -> Iterator[tuple[int, int, bytes]]:
     assert source.journal is not None
     for run in source.journal.batches(last, source.durable_write):
         for i, record in enumerate(run.records):
-            yield int(record["number"]), int(record["offset"]), run.data_of(i).tobytes()
+            yield int(record["number"]), int(record["volume"]), int(record["offset"]), run.data_of(i).tobytes()
 
 
 def scratch_below(root: Path) -> Path:

@@ -22,6 +22,7 @@ from pgcdp import config, service
 from pgcdp.capture import attach
 from pgcdp.errors import PgcdpError
 from pgcdp.fsio import FileLock
+from pgcdp.growing import may_resize_ext4
 from pgcdp.postgres import cluster, session
 from pgcdp.store.layout import Store
 
@@ -42,6 +43,7 @@ POINT: Shape = {"write": int, "lsn": Maybe(LSN), "interval": Maybe(int), "bounda
                 "note": Maybe(str)}  # fmt: skip
 WINDOW: Shape = {"from_time": TIME, "to_time": TIME, "from_write": int, "to_write": int}
 CHECK: Shape = {"name": str, "ok": bool, "seconds": float, "detail": str}
+OUTSIDE: Shape = {"name": str, "place": str}
 RUNS = [{"first": int, "last": int}]
 EXPIRED: Shape = {"time": TIME, "by": str, "oldest": Maybe(int), "joined": RUNS, "thinned": RUNS}
 INTERVAL: Shape = {
@@ -61,6 +63,7 @@ INTERVAL: Shape = {
     "stored": {"writes": int, "backward": int, "forward": int, "index": int, "transactions": int},
     "first": int,
     "restorable_by_write": bool,
+    "outside": Maybe([OUTSIDE]),
     "verified": Maybe({"ok": bool}),
 }
 TABLE: Shape = {
@@ -95,16 +98,23 @@ STATUS: Shape = {
     "lag_seconds": Maybe(float),
     "journal": {"bytes": int, "limit": int},
     "recovery_window": WINDOW,
+    "outside": Maybe([OUTSIDE]),
     "volumes": [{"name": str, "device": Maybe(str), "backing": str, "mountpoint": str, "bytes": int}],
 }
 END: Shape = {"xid": int, "time": TIME, "lsn": LSN, "write": int, "status": str}
-RESTORE: Shape = {"recovery_point": POINT, "to": str, "bytes": int, "seconds": float,
-                  "last_in": Maybe(END), "first_out": Maybe(END), "out": Maybe(int), "also_out": [END]}  # fmt: skip
+RESOLVED: Shape = {"recovery_point": POINT, "seconds": float, "outside": Maybe([OUTSIDE]),
+                   "last_in": Maybe(END), "first_out": Maybe(END), "out": Maybe(int), "also_out": [END]}  # fmt: skip
+RESTORE: Shape = {
+    **RESOLVED,
+    "to": str,
+    "bytes": int,
+    "tablespaces": [{"oid": int, "name": Maybe(str), "directory": str}],
+}
 SHOW: Shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "offset": int, "length": int,
                "interval": Maybe(int), "holds": {}}  # fmt: skip
 CLONE: Shape = {"name": str, "dsn": str, "last_transaction": Maybe({"xid": int, "time": TIME}), "seconds": float,
                 "recovery": {"from_lsn": Maybe(LSN), "to_lsn": Maybe(LSN), "seconds": float},
-                **{key: shape for key, shape in RESTORE.items() if key not in ("to", "bytes")}}  # fmt: skip
+                **RESOLVED}  # fmt: skip
 CLONES: Shape = {"name": str, "set": Maybe(str), "store": Maybe(str),
                  "state": re.compile("running|opening|stopped|dead|damaged"),
                  "dsn": Maybe(str), "recovery_point": Maybe(POINT), "created": Maybe(TIME), "expires": Maybe(TIME),
@@ -115,8 +125,8 @@ STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "
 
 LOST: Shape = {"database": str, "schema": str, "name": str, "inserted": int, "updated": int, "deleted": int}
 IN_PLACE: Shape = {
-    **RESTORE, "set": str, "undo": Maybe(str), "boundary": int, "timeline": int, "verified": bool,
-    "down_seconds": float,
+    **RESOLVED, "to": str, "bytes": int, "set": str, "undo": Maybe(str), "boundary": int, "timeline": int,
+    "verified": bool, "down_seconds": float,
     "lost": {"transactions": Maybe(int), "oldest": Maybe(END), "newest": Maybe(END), "tables": [LOST]},
     "followers": [{"kind": str, "name": str, "where": str, "command": str}],
 }  # fmt: skip
@@ -378,6 +388,17 @@ def test_check(protected: Protected) -> None:
     value = protected.json("check", "--full")
     assert fits(value, {"ok": bool, "checks": [{**CHECK, "kind": Maybe(str), "hint": Maybe(str)}]}) == []
     assert value["ok"] is True
+
+
+def test_grow(protected: Protected) -> None:
+    size = protected.json("status")["volumes"][0]["bytes"] + (64 << 20)
+    if not may_resize_ext4():
+        assert protected.json("grow", str(size), code=6)["error"]["kind"] == "precondition"
+        return
+    value = protected.json("grow", str(size))
+    room = {"before": int, "after": int}
+    assert fits(value, {"set": str, "volume": str, "bytes": int, "before": int, "filesystem": room}) == []
+    assert value["bytes"] == size
 
 
 def test_expire(protected: Protected) -> None:

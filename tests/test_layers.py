@@ -44,6 +44,8 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.transactions": 7,
     "pgcdp.salvaging": 7,
     "pgcdp.rewinding": 7,
+    "pgcdp.extending": 7,
+    "pgcdp.growing": 7,
     "pgcdp.expiring": 7,
     "pgcdp.marking": 7,
     "pgcdp.agent": 7,

@@ -94,6 +94,11 @@ def hold(paths: SetPaths) -> fsio.FileLock:
 
 def refuse_pending(paths: SetPaths) -> None:
     """Raises PreconditionError when a killed protect, unprotect or rewind waits to be finished."""
+    if paths.extend_state.exists():
+        raise PreconditionError(
+            f'taking a tablespace into "{paths.name}" was interrupted',
+            f"pgcdp up {paths.name} finishes it or puts back",
+        )
     if paths.rewind_state.exists():
         raise PreconditionError(
             f'a rewind in place of "{paths.name}" was interrupted: its volumes may be neither what they were nor what '

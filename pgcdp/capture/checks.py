@@ -7,15 +7,15 @@ import secrets
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import fsio, proc
-from pgcdp.capture import volumes
-from pgcdp.capture.copying import measure
+from pgcdp.capture import places, planning, volumes
 from pgcdp.capture.engine import find_engine
+from pgcdp.capture.planning import Backing
 from pgcdp.config import ClusterConfig, Config, SetPaths, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.postgres import cluster, ports
@@ -38,8 +38,9 @@ INITDB_BYTES = 128 << 20
 class ProtectRequest:
     """What `pgcdp protect` is asked for. Exactly one of `volume` (a block device) and `size` (bytes of an image file).
 
-    `wal_volume` or `wal_size` give pg_wal a volume of its own, in the same write order. `journal` defaults to the
-    set's state directory, `bindir` to the programs of the cluster's version. `stop_seconds` is how long the cluster
+    `wal_volume` or `wal_size` give pg_wal a volume of its own, `tablespaces` each of these (by name, or OID), in the
+    same write order; `fs_of` are filesystems of volumes that differ from `fs`. `journal` defaults to the set's state
+    directory, `bindir` to the programs of the cluster's version. `stop_seconds` is how long the cluster
     may take to stop. `initdb` makes a new cluster at `pgdata`, of `version` (or the newest that is installed), owned by
     `owner`, with these options of initdb and these lines at the end of its postgresql.conf.
     """
@@ -51,7 +52,9 @@ class ProtectRequest:
     size: int | None = None
     wal_volume: Path | None = None
     wal_size: int | None = None
+    tablespaces: tuple[tuple[str, Backing], ...] = ()
     fs: str = "ext4"
+    fs_of: tuple[tuple[str, str], ...] = ()
     journal: Path | None = None
     journal_limit: int | None = None
     segment_size: int | None = None
@@ -82,7 +85,7 @@ def check_root() -> None:
         raise PreconditionError(f"pgcdp runs as user id {os.geteuid()}, but mounts need root", "run it with sudo")
 
 
-def check_machine(fs: str) -> None:
+def check_machine(filesystems: Collection[str]) -> None:
     """FUSE, loop devices, the engine, the programs that are needed. Raises PreconditionError for the first missing."""
     for node, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
         try:
@@ -90,7 +93,7 @@ def check_machine(fs: str) -> None:
         except OSError as error:
             raise PreconditionError(f"cannot open {node}: {error.strerror}", f"modprobe {module}") from None
     for program, package in PROGRAMS.items():
-        if program.startswith("mkfs.") and program != f"mkfs.{fs}":
+        if program.startswith("mkfs.") and program.removeprefix("mkfs.") not in filesystems:
             continue
         if shutil.which(program) is None:
             raise PreconditionError(f"{program} is not installed", f"apt-get install {package}")
@@ -109,44 +112,21 @@ def check_name(paths: SetPaths) -> None:
         )
 
 
-def check_tree(pgdata: Path) -> None:
-    """The data directory must lie wholly on an ordinary filesystem, without mounts and links that lead out of it."""
-    if volumes.mount_at(pgdata) is not None:
-        raise PreconditionError(
-            f"{pgdata} is a mount point, which cannot be moved aside",
-            "move the cluster into a directory below the mount point first",
-        )
-    below = volumes.mounts_below(pgdata)
-    if below:
-        raise PreconditionError(
-            f"{below[0].mountpoint} is mounted inside the data directory",
-            f"umount it, or move its content into {pgdata}",
-        )
-    if (pgdata / "pg_wal").is_symlink():
-        raise PreconditionError(
-            f"{pgdata}/pg_wal is a link to {os.readlink(pgdata / 'pg_wal')}, outside the data directory",
-            "move pg_wal into the data directory; protect can give it a volume of its own",
-        )
-    spaces = pgdata / "pg_tblspc"
-    for link in sorted(spaces.iterdir()) if spaces.is_dir() else []:
-        if link.is_symlink():
-            raise PreconditionError(
-                f"tablespace {link.name} lies outside the data directory, in {os.readlink(link)}",
-                "move its relations with ALTER TABLE ... SET TABLESPACE pg_default and drop it",
-            )
+def check_places(request: ProtectRequest, places: Sequence[Path], journal: Path) -> None:
+    """Store and journal: outside the cluster's directories, apart from each other, empty or absent.
 
-
-def check_places(request: ProtectRequest, pgdata: Path, journal: Path) -> None:
-    """Store and journal: outside the data directory, apart from each other, empty or absent. The store can be made."""
+    The store can be made.
+    """
     for what, place in (("store", request.store), ("journal", journal)):
         if not place.is_absolute():
             raise UsageError(f"{what} {place} is not an absolute path", f"give --{what} as an absolute path")
         real = Path(os.path.realpath(place))
-        if real == pgdata or pgdata in real.parents:
-            raise PreconditionError(
-                f"{what} {place} is inside the data directory {pgdata}",
-                f"choose a --{what} elsewhere, best on another disk",
-            )
+        for number, each in enumerate(places):
+            if real.is_relative_to(os.path.realpath(each)):
+                raise PreconditionError(
+                    f"{what} {place} is inside the {'tablespace' if number else 'data'} directory {each}",
+                    f"choose a --{what} elsewhere, best on another disk",
+                )
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise PreconditionError(f"{what} {place} exists and is not empty", f"choose an empty --{what} directory")
     if not request.store.parent.is_dir():
@@ -188,28 +168,30 @@ def check_space(wanted: list[tuple[str, Path, int, str]]) -> None:
         need_space(shared[0][1], need, names, options)
 
 
-def planned_volumes(request: ProtectRequest, paths: SetPaths, pgdata: Path) -> Iterator[VolumeConfig]:
-    """The volumes to be, checked: "data" at the data directory and, if asked for, "wal" at its pg_wal."""
-    rows = [("data", request.volume, request.size, "--volume", "--size", pgdata)]
-    if request.wal_volume is not None or request.wal_size is not None:
-        rows.append(("wal", request.wal_volume, request.wal_size, "--wal-volume", "--wal-volume", pgdata / "pg_wal"))
-    for name, device, size, by_device, by_size, mountpoint in rows:
-        if (device is None) == (size is None):
-            raise UsageError(
-                f"the {name} volume needs exactly one of a device and a size", f"give {by_device} DEV or {by_size} 20G"
-            )
-        if device is not None:
-            # By the name that was given: what /dev/vg/lv leads to is another number after the next boot.
-            backing, count = Path(os.path.abspath(device)), volumes.check_device(device, request.yes)
-        else:
-            backing, count = paths.volumes / f"{name}.img", (size or 0) // volumes.SECTOR * volumes.SECTOR
-        least = volumes.LEAST_BYTES[request.fs]
-        if count < least:
-            raise PreconditionError(
-                f"the {name} volume has {format_size(count)}, but {request.fs} needs {format_size(least)}",
-                f"choose a larger {by_size}",
-            )
-        yield VolumeConfig(name, backing, device is not None, request.fs, mountpoint, count)
+def planned_volumes(
+    request: ProtectRequest, paths: SetPaths, pgdata: Path, facts: ClusterConfig, running: bool
+) -> tuple[VolumeConfig, ...]:
+    """The volumes to be, checked. Raises UsageError, PreconditionError."""
+    if request.initdb and request.tablespaces:
+        raise UsageError(
+            "--tablespace and --initdb cannot be given together: a new cluster has no tablespaces",
+            f"make it first, CREATE TABLESPACE in it, then pgcdp protect {request.name} --tablespace NAME=SIZE",
+        )
+    wal = Backing(request.wal_volume, request.wal_size)
+    found = planning.wishes(
+        pgdata,
+        Backing(request.volume, request.size),
+        None if wal == (None, None) else wal,
+        request.tablespaces,
+        [] if request.initdb else planning.spaces_of(pgdata, facts, running),
+        request.fs,
+        dict(request.fs_of),
+    )
+    if not request.initdb:
+        mountpoints = [wish.mountpoint for wish in found]
+        planning.check_places([place for place in mountpoints if not place.is_relative_to(pgdata)], [pgdata])
+        planning.refuse_outside(pgdata, mountpoints)
+    return tuple(planning.planned(found, paths.volumes, request.yes))
 
 
 def check(request: ProtectRequest) -> Plan:
@@ -219,7 +201,7 @@ def check(request: ProtectRequest) -> Plan:
     """
     paths = settings.set_paths(request.name)
     check_name(paths)
-    check_machine(request.fs)
+    check_machine({request.fs, *dict(request.fs_of).values()})
     if not request.pgdata.is_absolute():
         raise UsageError(f"{request.pgdata} is not an absolute path", "give --pgdata as an absolute path")
     pgdata = Path(os.path.realpath(request.pgdata))
@@ -230,26 +212,30 @@ def check(request: ProtectRequest) -> Plan:
     if request.initdb:
         facts, running = _facts_of_new(request, pgdata, paths), False
     else:
-        check_tree(pgdata)
+        planning.refuse_mounts(pgdata, "move the cluster into a directory below the mount point first")
         facts, running = _facts_of_existing(request, pgdata, paths)
     if not running:
         check_port(request, facts)
-    check_places(request, pgdata, journal)
-    planned = tuple(planned_volumes(request, paths, pgdata))
+    planned = planned_volumes(request, paths, pgdata, facts, running)
     config = _config(request, pgdata, journal, planned, facts)
-    aside = [pgdata.with_name(f"{pgdata.name}.pgcdp-{word}-{request.name}") for word in ("before", "plain")]
-    for place in aside:
-        if os.path.lexists(place):
-            raise PreconditionError(f"{place} exists", "it is left from an earlier run: move it away or remove it")
-    data = INITDB_BYTES if request.initdb else measure(pgdata).allocated
-    if sum(volume.bytes for volume in planned) < data + data // 20:
-        raise PreconditionError(
-            f"the cluster has {format_size(data)}, which does not fit on a volume of "
-            f"{format_size(sum(volume.bytes for volume in planned))}",
-            "choose a larger --size",
-        )
+    check_places(request, places.places(config), journal)
+    for place in places.places(config):
+        for aside in (places.before(place, config.name), places.plain(place, config.name)):
+            if os.path.lexists(aside):
+                raise PreconditionError(f"{aside} exists", "it is left from an earlier run: move it away or remove it")
+    sizes = [(planned[0], INITDB_BYTES)] if request.initdb else list(places.contents(config))
+    for volume, size in sizes:
+        if volume.bytes < size + size // 20:
+            raise PreconditionError(
+                f"{volume.mountpoint} has {format_size(size)}, which does not fit on a volume of "
+                f"{format_size(volume.bytes)}",
+                f"choose a larger {size_option(volume)}",
+            )
+    data = sum(size for _, size in sizes)
     images = [
-        (f"the {volume.name} volume", volume.backing, volume.bytes, "--size") for volume in planned if not volume.device
+        (f"the {volume.name} volume", volume.backing, volume.bytes, size_option(volume))
+        for volume in planned
+        if not volume.device
     ]
     check_space(
         [
@@ -259,6 +245,11 @@ def check(request: ProtectRequest) -> Plan:
         ]
     )
     return Plan(config, running)
+
+
+def size_option(volume: VolumeConfig) -> str:
+    """With which option its size was given."""
+    return {planning.DATA: "--size", planning.WAL: "--wal-volume"}.get(volume.name, "--tablespace")
 
 
 def check_port(request: ProtectRequest, facts: ClusterConfig) -> None:

@@ -142,6 +142,10 @@ class EngineClient:
         """Put the begin or end record of a rewind in place into the write order; returns its write number."""
         return int(self.request("mark", name=name, rewind=what)["write"])
 
+    def grow(self, volume: str, size: int) -> None:
+        """Have a volume, by name, show so many bytes of its backing, which has become larger."""
+        self.request("grow", volume=volume, bytes=size)
+
     def release(self, write: int) -> None:
         """The store holds all writes up to `write` durably: their segments may be used again."""
         self.request("release", write=write)
@@ -210,7 +214,7 @@ def find_engine() -> Path:
     return program
 
 
-def capture_command(config: Config, create: bool) -> list[str]:
+def capture_command(config: Config, create: bool, put_back: bool = False) -> list[str]:
     """The command line that captures the volumes of a set, numbered in their order."""
     paths = config.paths
     return [
@@ -218,23 +222,27 @@ def capture_command(config: Config, create: bool) -> list[str]:
         "--set-id", config.set_id,
         "--journal", os.fspath(config.journal),
         *(["--create"] if create else []),
+        *(["--put-back"] if put_back else []),
         "--segment-bytes", str(config.segment_size),
         "--journal-limit", str(config.journal_limit),
         "--fuse", os.fspath(paths.fuse),
         "--control", os.fspath(paths.control),
-        *(f"{volume.name}={volume.backing}" for volume in config.volumes),
+        *(f"{volume.name}:{volume.bytes}={volume.backing}" for volume in config.volumes),
     ]  # fmt: skip
 
 
-def spawn_capture(config: Config, create: bool = False, timeout: float = 3600.0) -> EngineClient:
+def spawn_capture(
+    config: Config, create: bool = False, timeout: float = 3600.0, *, put_back: bool = False
+) -> EngineClient:
     """Start capture in a session of its own and wait until it answers (after it replayed the journal).
 
-    Its output goes to the set's engine log, 0600. Raises what the engine died of, by its exit code.
+    With `put_back` the journal may hold writes to one volume behind the set's last, which is given up. Its output goes
+    to the set's engine log, 0600. Raises what the engine died of, by its exit code.
     """
     paths = config.paths
     for directory in (paths.state, paths.run, paths.fuse, config.journal):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return _start(capture_command(config, create), paths.control, paths.engine_log, timeout)[0]
+    return _start(capture_command(config, create, put_back), paths.control, paths.engine_log, timeout)[0]
 
 
 def _start(

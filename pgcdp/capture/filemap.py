@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.log import get
+from pgcdp.postgres.cluster import tablespace_links, wal_link
 from pgcdp.records import BLOCK, FILE_EXTENT
 
 log = get(__name__)
@@ -52,7 +53,11 @@ VOLUME_SHIFT = 46
 
 
 class Place(NamedTuple):
-    """Where a volume's filesystem is mounted, and what stands before its paths: "" for the data directory's own."""
+    """Where a volume's filesystem is mounted, and what stands before its paths: "" for the data directory's own.
+
+    Of a volume outside of that it is the mount point itself; what a link of the cluster leads to there has its name as
+    the cluster calls it ("pg_tblspc/16385/...").
+    """
 
     volume: int
     mountpoint: Path
@@ -144,16 +149,26 @@ class FileMapper:
         free: list[tuple[int, int, int, int, int]] = []
         told: set[int] = set()
         seen: dict[tuple[int, int], _Seen] = {}
+        links = self._links()
         for place in self.places:
             for path, key, found in self._files(place):
                 seen[key] = found
                 rows += [(block, count, place.volume, at, len(paths)) for block, count, at in found.extents]
-                paths.append(path)
+                paths.append(_called(path, links) if path.startswith("/") else path)
             with suppress(OSError):  # a filesystem that cannot tell
                 free += [(block, count, place.volume, 0, 0) for block, count in free_blocks(place.mountpoint)]
                 told.add(place.volume)
         self._seen = seen
         return FileMap(_table(rows), tuple(paths), _table(free), frozenset(told))
+
+    def _links(self) -> dict[str, str]:
+        """Where links of the data directory lead, to what they are called: pg_wal and tablespaces."""
+        pgdata = next((place.mountpoint for place in self.places if not place.prefix), None)
+        if pgdata is None or len(self.places) == 1:
+            return {}
+        wal = wal_link(pgdata)
+        spaces = {os.fspath(place): f"pg_tblspc/{oid}" for oid, place in tablespace_links(pgdata).items()}
+        return spaces | ({os.fspath(wal): "pg_wal"} if wal is not None else {})
 
     def _files(self, place: Place) -> Iterator[tuple[str, tuple[int, int], _Seen]]:
         device = os.stat(place.mountpoint).st_dev
@@ -185,6 +200,13 @@ class FileMapper:
         if not whole or time.time_ns() - status.st_ctime_ns < _SETTLED_NS:
             facts = (0, 0, 0)
         return _Seen(facts, extents)
+
+
+def _called(path: str, links: Mapping[str, str]) -> str:
+    for place, name in links.items():
+        if path.startswith(f"{place}/"):
+            return name + path[len(place) :]
+    return path
 
 
 def _entries(directory: Path) -> Iterator[tuple[str, os.stat_result, int]]:

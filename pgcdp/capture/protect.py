@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from pgcdp import config as settings
 from pgcdp import fsio, log
-from pgcdp.capture import attach, checks, volumes
+from pgcdp.capture import attach, checks, places, planning, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.copying import copy_tree, measure
 from pgcdp.capture.engine import spawn_capture
@@ -32,7 +32,7 @@ from pgcdp.config import Config, SetPaths, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.progress import Progress, Report, silent
 
-__all__ = ["ProtectRequest", "before_directory", "plain_directory", "protect", "recover", "unprotect"]
+__all__ = ["ProtectRequest", "protect", "recover", "unprotect"]
 
 PROTECT_STEPS = ("volume", "stop", "copy", "capture", "switch", "start", "remove")
 UNPROTECT_STEPS = ("stop", "copy", "switch", "start", "remove")
@@ -42,16 +42,6 @@ PUTTING_BACK = "back"
 """The step while putting back, so that a kill there never leads forward."""
 
 _log = log.get(__name__)
-
-
-def before_directory(config: Config) -> Path:
-    """Where the old data directory waits until protect has ended."""
-    return config.pgdata.with_name(f"{config.pgdata.name}.pgcdp-before-{config.name}")
-
-
-def plain_directory(config: Config) -> Path:
-    """Where unprotect gathers the plain copy, on the filesystem of the mount point."""
-    return config.pgdata.with_name(f"{config.pgdata.name}.pgcdp-plain-{config.name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,14 +224,15 @@ def _fill_volumes(pending: _Pending, progress: Report) -> _Pending:
             volumes.make_filesystem(device, volume.fs, owner.st_uid, owner.st_gid, zeroed=not volume.device)
         finally:
             volumes.detach_loop(device)
-    with _mounted_plain(config) as place:
-        _check_fits(config, place)
+    with _mounted_plain(config) as scratch:
+        _check_fits(config, scratch)
         pending = pending.at("stop")
         attach.stop_cluster(config, progress, pending.stop_seconds)
+        planning.refuse_outside(config.pgdata, [volume.mountpoint for volume in config.volumes])  # made meanwhile
         pending = pending.at("copy")
-        total = measure(config.pgdata).content
-        copy_tree(config.pgdata, place, lambda done: progress(Progress("copying the cluster", done, total)))
-        attach.syncfs([_below(config, volume, place) for volume in config.volumes])
+        targets = {volume.mountpoint: places.below(config, volume, scratch) for volume in config.volumes}
+        _copy({place: targets[place] for place in places.places(config)}, "copying the cluster", progress)
+        attach.syncfs(list(targets.values()))
     for volume in config.volumes:
         _sync_backing(volume)
     pending = pending.at("capture")
@@ -250,15 +241,32 @@ def _fill_volumes(pending: _Pending, progress: Report) -> _Pending:
     return pending
 
 
+def _copy(pairs: Mapping[Path, Path], step: str, progress: Report) -> None:
+    """Copy directories into existing ones, durably."""
+    total = sum(measure(source).content for source in pairs)
+    done = 0
+    for source, target in pairs.items():
+        copied = 0
+
+        def tell(count: int, before: int = done) -> None:
+            nonlocal copied
+            copied = count
+            progress(Progress(step, before + count, total))
+
+        copy_tree(source, target, tell)
+        done += copied
+
+
 def _switch_to_volumes(config: Config, progress: Report) -> None:
-    """The old directory steps aside, an empty mount point takes its place, the volumes are mounted there."""
-    progress(Progress("switching to the volume"))
-    status = config.pgdata.stat()
-    config.pgdata.rename(before_directory(config))
-    config.pgdata.mkdir(mode=0o700)
-    os.chown(config.pgdata, status.st_uid, status.st_gid)
-    os.chmod(config.pgdata, stat.S_IMODE(status.st_mode))
-    fsio.sync_directory(config.pgdata.parent)
+    """The old directories step aside, empty mount points take their places, the volumes are mounted there."""
+    for place in places.places(config):
+        progress(Progress("switching to the volume"))
+        status = place.stat()
+        place.rename(places.before(place, config.name))
+        place.mkdir(mode=0o700)
+        os.chown(place, status.st_uid, status.st_gid)
+        os.chmod(place, stat.S_IMODE(status.st_mode))
+        fsio.sync_directory(place.parent)
     attach.attach(config, progress)
 
 
@@ -267,58 +275,50 @@ def _finish_protect(pending: _Pending, progress: Report) -> None:
     config = pending.config
     settings.save_config(config)
     pending.at("remove")
-    old = before_directory(config)
-    if old.exists():
-        progress(Progress("removing the old copy"))
-        shutil.rmtree(old)
-        fsio.sync_directory(old.parent)
+    for place in places.places(config):
+        old = places.before(place, config.name)
+        if old.exists():
+            progress(Progress("removing the old copy"))
+            shutil.rmtree(old)
+            fsio.sync_directory(old.parent)
     _forget(config.paths)
 
 
 @contextmanager
 def _mounted_plain(config: Config) -> Iterator[Path]:
-    """The volumes mounted at a place of their own straight from their backings, without capture."""
-    place = config.paths.state / "mnt"
-    place.mkdir(mode=0o700, exist_ok=True)
+    """The volumes mounted in a scratch directory (`places.below`) straight from their backings, without capture."""
+    scratch = config.paths.state
     try:
         for volume in config.volumes:
-            where = _below(config, volume, place)
+            where = places.below(config, volume, scratch)
             where.mkdir(mode=0o700, exist_ok=True)
             volumes.mount(volumes.attach_loop(volume.backing), where, volume.fs)
             lost = where / "lost+found"
             if lost.is_dir():
                 lost.rmdir()
-        yield place
+        yield scratch
     finally:
         _release_plain(config)
 
 
 def _release_plain(config: Config) -> None:
     """Undo _mounted_plain, whatever there is of it."""
-    place = config.paths.state / "mnt"
-    for volume in reversed(config.volumes):
-        volumes.unmount(_below(config, volume, place))
+    where = [places.below(config, volume, config.paths.state) for volume in config.volumes]
+    for place in reversed(where):
+        volumes.unmount(place)
     for volume in config.volumes:
         for device in volumes.loops_over(Path(os.path.realpath(volume.backing))):
             volumes.detach_loop(device)
-    if place.is_dir():
-        place.rmdir()
+    for place in reversed(where):
+        if place.is_dir():
+            place.rmdir()
 
 
-def _below(config: Config, volume: VolumeConfig, place: Path) -> Path:
-    """Where a volume is when the data directory is at `place`."""
-    return place / volume.mountpoint.relative_to(config.pgdata)
-
-
-def _check_fits(config: Config, place: Path) -> None:
+def _check_fits(config: Config, scratch: Path) -> None:
     """Raises PreconditionError when the data does not fit onto the fresh filesystems (with a twentieth to spare)."""
-    whole = measure(config.pgdata).allocated
-    wal = measure(config.pgdata / "pg_wal").allocated
-    separate = any(volume.mountpoint != config.pgdata for volume in config.volumes)
-    for volume in config.volumes:
-        at_root = volume.mountpoint == config.pgdata
-        need = (whole - wal if separate else whole) if at_root else wal
-        checks.need_space(_below(config, volume, place), need + need // 20, f"volume {volume.name}", "--size")
+    for volume, need in places.contents(config):
+        where = places.below(config, volume, scratch)
+        checks.need_space(where, need + need // 20, f"volume {volume.name}", checks.size_option(volume))
 
 
 def _sync_backing(volume: VolumeConfig) -> None:
@@ -333,29 +333,34 @@ def _sync_backing(volume: VolumeConfig) -> None:
 
 
 def _check_room(config: Config) -> None:
-    need = measure(config.pgdata).allocated
-    checks.need_space(config.pgdata.parent, need + need // 20, "the plain copy", None)
-    if plain_directory(config).exists():
-        raise PreconditionError(f"{plain_directory(config)} exists", "move it away or remove it")
+    claims = []
+    for place in places.places(config):
+        need = measure(place).allocated
+        claims.append((f"the plain copy of {place}", place.parent, need + need // 20, ""))
+        if places.plain(place, config.name).exists():
+            raise PreconditionError(f"{places.plain(place, config.name)} exists", "move it away or remove it")
+    checks.check_space(claims)
 
 
 def _copy_to_plain(config: Config, progress: Report) -> None:
-    target = plain_directory(config)
-    target.mkdir(mode=0o700)
-    total = measure(config.pgdata).content
-    copy_tree(config.pgdata, target, lambda done: progress(Progress("copying to plain storage", done, total)))
-    if (target / "lost+found").is_dir():
-        (target / "lost+found").rmdir()
-    fsio.sync_directory(target.parent)
+    pairs = {place: places.plain(place, config.name) for place in places.places(config)}
+    for target in pairs.values():
+        target.mkdir(mode=0o700)
+    _copy(pairs, "copying to plain storage", progress)
+    for target in pairs.values():
+        if (target / "lost+found").is_dir():
+            (target / "lost+found").rmdir()
+        fsio.sync_directory(target.parent)
 
 
 def _finish_unprotect(pending: _Pending, progress: Report) -> None:
-    """The plain copy is whole and durable: it takes the mount point's place, then the rest goes."""
+    """The plain copies are whole and durable: they take the mount points' places, then the rest goes."""
     config = pending.config
-    if plain_directory(config).exists():
-        progress(Progress("switching to plain storage"))
-        os.rename(plain_directory(config), config.pgdata)
-        fsio.sync_directory(config.pgdata.parent)
+    for place in places.places(config):
+        if places.plain(place, config.name).exists():
+            progress(Progress("switching to plain storage"))
+            os.rename(places.plain(place, config.name), place)
+            fsio.sync_directory(place.parent)
     pending = pending.at("start")
     if pending.was_running:
         attach.start_cluster(config, progress)
@@ -376,16 +381,18 @@ def _put_back(pending: _Pending, progress: Report) -> None:
     _log.warning("%s of %s is put back from step %s", pending.doing, config.name, pending.step)
     pending.at(PUTTING_BACK)
     if pending.doing == "unprotect":
-        shutil.rmtree(plain_directory(config), ignore_errors=True)
+        for place in places.places(config):
+            shutil.rmtree(places.plain(place, config.name), ignore_errors=True)
         attach.attach(config, progress)
     else:
         attach.discard(config)
         _release_plain(config)
-        if before_directory(config).exists():
-            if config.pgdata.exists():
-                config.pgdata.rmdir()
-            before_directory(config).rename(config.pgdata)
-            fsio.sync_directory(config.pgdata.parent)
+        for place in places.places(config):
+            if places.before(place, config.name).exists():
+                if place.exists():
+                    place.rmdir()
+                places.before(place, config.name).rename(place)
+                fsio.sync_directory(place.parent)
         settings.remove_config(config)
         if pending.initdb:
             checks.remove_cluster(config)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import mmap
 import os
 import re
 import stat
+import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,10 @@ SECTOR = 4096
 LEAST_BYTES = {"ext4": 64 << 20, "xfs": 300 << 20}
 """Smallest volume that each filesystem is made on (mkfs.xfs itself refuses less than 300 MiB)."""
 
+ZEROING = "filling the device with zeros"
+"""The step that `zero_out` is."""
+_BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
+_ZERO_PIECE = 1 << 30
 _SYS_BLOCK = Path("/sys/block")
 
 
@@ -76,6 +83,19 @@ def backing_bytes(path: Path) -> int:
         return os.lseek(descriptor, 0, os.SEEK_END)
     finally:
         os.close(descriptor)
+
+
+def zero_out(fd: int, begin: int, size: int, done: Callable[[int], None]) -> None:
+    """Have a range of a block device read as zeros; `done` is called with the bytes so far."""
+    for at in range(0, size, _ZERO_PIECE):
+        count = min(_ZERO_PIECE, size - at)
+        fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("<QQ", begin + at, count))
+        done(at + count)
+
+
+def discard(fd: int, begin: int, size: int) -> None:
+    """Discard a range of a block device."""
+    fcntl.ioctl(fd, _BLKDISCARD, struct.pack("<QQ", begin, size))
 
 
 def check_device(device: Path, overwrite: bool) -> int:

@@ -28,6 +28,13 @@ def _render(value: Mapping[str, Any]) -> None:
     screen.pairs([("set", value["set"]), ("recovery window", window(value["recovery_window"]))])
     screen.text()
     intervals_table(value["intervals"])
+    lacking = [row for row in value["intervals"] if row["outside"]]
+    for name, place in dict.fromkeys((each["name"], each["place"]) for row in lacking for each in row["outside"]):
+        numbers = [int(row["number"]) for row in lacking if {"name": name, "place": place} in row["outside"]]
+        screen.text(f"INCOMPLETE without {name} in {place}, outside of the set: interval {_ranges(numbers)}")
+    unknown = [int(row["number"]) for row in value["intervals"] if row["outside"] is None]
+    if unknown:
+        screen.text(f"whether data lay outside of the set is not known: interval {_ranges(unknown)}")
     if value["marks"]:
         screen.text()
         rows = [
@@ -53,6 +60,17 @@ def _let_go(event: Mapping[str, Any]) -> str:
 
 def _kept(mark: Mapping[str, Any]) -> str:
     return "yes" if mark["kept"] else "-"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """ "3-7, 9" of 3, 4, 5, 6, 7 and 9."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def intervals_table(intervals: Sequence[Mapping[str, Any]]) -> None:

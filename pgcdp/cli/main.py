@@ -44,6 +44,7 @@ VERBS = (
     "verify",
     "check",
     "rebuild",
+    "grow",
     "expire",
     "demo",
     "agent",

@@ -20,6 +20,14 @@ TABLES = 20
 """How many tables are named when what a rewind takes away is shown: the users' own, then those with the most rows."""
 
 
+def tablespace_map(text: str) -> tuple[str, Path]:
+    """NAME=DIR. Raises UsageError."""
+    name, equals, place = text.rpartition("=")
+    if not equals or not name or not place:
+        raise UsageError(f'"{text}" names no tablespace and its directory', "give NAME=DIR")
+    return name, Path(place).absolute()
+
+
 @click.command(
     epilog=options.examples(
         "pgcdp restore --to-directory /srv/restored",
@@ -46,6 +54,14 @@ TABLES = 20
     metavar="DIR",
     help="Make a data directory that Postgres can be started on.",
 )
+@click.option(
+    "--tablespace-map",
+    "tablespaces",
+    type=tablespace_map,
+    multiple=True,
+    metavar="NAME=DIR",
+    help="With --to-directory: where a tablespace goes, by name or OID. Default: DIR.tablespaces/OID, beside it.",
+)
 @click.option("--in-place", is_flag=True, help="Rewind the running cluster itself; that can be undone.")
 @options.yes_option
 @options.store_option
@@ -54,6 +70,7 @@ def command(
     set_name: str | None,
     to_image: Path | None,
     to_directory: Path | None,
+    tablespaces: tuple[tuple[str, Path], ...],
     in_place: bool,
     yes: bool,
     store: Path | None,
@@ -78,6 +95,12 @@ def command(
             "give --to-image, --to-directory or --in-place, and only one of them",
             "--to-directory DIR makes a startable cluster",
         )
+    if tablespaces and to_directory is None:
+        raise UsageError(
+            "--tablespace-map needs --to-directory", "images and production have tablespaces where they are"
+        )
+    if len(dict(tablespaces)) < len(tablespaces):
+        raise UsageError("--tablespace-map names a tablespace twice", "give each one directory")
     if in_place:
         return _rewind(set_name, store, target, before, yes, output)
     name = options.pick_set_or_store(set_name, store)
@@ -87,6 +110,7 @@ def command(
             target,
             to_image=None if to_image is None else to_image.absolute(),
             to_directory=None if to_directory is None else to_directory.absolute(),
+            tablespaces=dict(tablespaces),
             store=store,
             before=before,
             announce=announce if output == "text" else None,
@@ -156,6 +180,10 @@ def announce(resolved: Mapping[str, Any]) -> None:
     note = resolved["recovery_point"]["note"]
     if note:
         screen.note(f"note: {note}")
+    if resolved["outside"] is None:
+        screen.note("whether data lay outside of the set then is not known")
+    for each in resolved["outside"] or ():
+        screen.note(f"INCOMPLETE: {each['name']} lay outside of the set, in {each['place']}: it is not in here")
     if resolved["out"] is None:
         screen.note(f"not all transactions around it are known: {resolved['unknown']}")
         if not (resolved["last_in"] or resolved["first_out"]):
@@ -191,3 +219,5 @@ def point(value: Mapping[str, Any]) -> str:
 def _render(value: Mapping[str, Any]) -> None:
     line = f"restored to {value['to']}: {format_size(value['bytes'])} in {format_duration(value['seconds'])}"
     screen.text(line)
+    for each in value["tablespaces"]:
+        screen.text(f"tablespace {each['name'] or each['oid']} is in {each['directory']}")

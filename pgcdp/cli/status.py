@@ -32,6 +32,8 @@ def render(value: Mapping[str, Any]) -> None:
         lines.append(("the agent says", str(value["error"])))
     if (value.get("agent") or {}).get("waiting"):
         lines.append(("waiting", value["agent"]["waiting"]))
+    for each in value.get("outside") or ():
+        lines.append(("NOT CAPTURED", f"{each['name']} in {each['place']}, outside of the set; see pgcdp check"))
     if value["lag_seconds"] is not None:
         lines.append(("lag", format_duration(value["lag_seconds"])))
     lines.append(("journal", f"{format_size(journal['bytes'])} of {format_size(journal['limit'])}"))

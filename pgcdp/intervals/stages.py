@@ -7,14 +7,16 @@ kill `Stages.open` looks at the store and the journal and goes on (truth 5).
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pgcdp.capture.filemap import FileMap
 from pgcdp.capture.journal import BatchRun, Journal
+from pgcdp.capture.outside import Outside
 from pgcdp.errors import BugError, DamageError
 from pgcdp.fsio import read_json, write_json
 from pgcdp.intervals.baseline import Baseline
@@ -27,7 +29,7 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.layout import Store
-from pgcdp.store.open_interval import SETTINGS, OpenInterval
+from pgcdp.store.open_interval import OUTSIDE, SETTINGS, OpenInterval
 from pgcdp.store.transactions import write_look
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class Stages:
         self.make_way = make_way
         self.published: Callable[[Bundle], None] = lambda bundle: None  # hears of it before the image moves
         self.file_map: Callable[[], FileMap | None] = lambda: None  # of the mounted filesystems, now
+        self.outside: Callable[[], Sequence[Outside] | None] = lambda: None  # data of the cluster that is not captured
         self._files_before: FileMap | None = None
         self.newest: Boundary | None = None
         self.behind: list[Bundle] = []
@@ -274,6 +277,10 @@ class Stages:
             write_look(self.opened.path, look)
             write_json(self.opened.path / SETTINGS, settings)
 
+    def grow(self, volume: int, size: int) -> None:
+        """A volume is to become larger; call it before anything is written there."""
+        self.store = self.image.grow(volume, size)
+
     def _some(self, runs: Iterator[BatchRun]) -> Iterator[BatchRun]:
         """The first STEP_BYTES of them."""
         taken = 0
@@ -295,6 +302,12 @@ class Stages:
         if opened.boundary is None:  # a restart finds them before it finds the boundary
             write_json(opened.path / SETTINGS, settings)
             files = self.file_map()
+            outside = self.outside()
+            if outside is None:
+                (opened.path / OUTSIDE).unlink(missing_ok=True)  # what a try found that was killed, at another checkpoint
+            else:
+                rows = [[each.name, os.fspath(each.place)] for each in outside]
+                write_json(opened.path / OUTSIDE, {"outside": rows})
         before = self._boundary(boundary.number - 1)
         identifier = self.settings.system_identifier
         bundle = close_interval(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Generator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
@@ -22,7 +21,6 @@ from pgcdp.postgres.session import (
     as_user,
     assembled,
     first_line,
-    outside_of,
     rules_in,
     unreachable,
 )
@@ -88,11 +86,6 @@ class Session:
     async def databases(self) -> list[Database]:
         """All databases, templates included, by OID."""
         return [Database(*row) for row in await self._ask(self._connection.fetch(DATABASES_SQL))]
-
-    async def outside(self, pgdata: Path) -> dict[str, Path]:
-        """As `session.outside`."""
-        rows = await self._ask(self._connection.fetch(TABLESPACES_SQL))
-        return outside_of([list(row) for row in rows], pgdata)
 
     async def close(self, timeout: float = 5.0) -> None:
         """End the session; never fails."""

@@ -26,6 +26,12 @@ OLDEST, NEWEST = 13, 18
 _POLL = 0.02
 UNSAID_SECONDS = 5.0
 """How long a postmaster may take from its start to its postmaster.pid."""
+FOLLOWED = re.compile(
+    r"base|global|pg_(commit_ts|dynshmem|logical|multixact|notify|replslot|serial|snapshots|stat|stat_tmp|subtrans|tblspc"
+    r"|twophase|wal|xact)|PG_VERSION"
+)
+"""Names in a data directory that Postgres follows when they are links; one elsewhere (log, postgresql.conf) is its
+owner's business."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +131,7 @@ def inspect(pgdata: Path) -> DataDirectory:
         user=proc.owner_of(path),
         control=control.parse_checked(head, str(path / "global" / "pg_control")),
         postmaster=find_postmaster(path),
-        wal_link=_link_target(path / "pg_wal"),
+        wal_link=wal_link(path),
         tablespaces=tablespace_links(path),
     )
 
@@ -137,6 +143,11 @@ def read_control(pgdata: Path) -> control.Control:
         return control.parse_checked(_read_head(path), str(path))
     except OSError as error:
         raise PreconditionError(f"cannot read {path}: {error.strerror}") from None
+
+
+def wal_link(pgdata: Path) -> Path | None:
+    """Where pg_wal lies when it is a link."""
+    return _link_target(pgdata / "pg_wal")
 
 
 def tablespace_links(pgdata: Path) -> dict[int, Path]:

@@ -181,10 +181,9 @@ def databases(connection: Connection) -> list[Database]:
     return [Database(*row) for row in connection.execute(DATABASES_SQL).fetchall()]
 
 
-def outside(connection: Connection, pgdata: Path) -> dict[str, Path]:
-    """Where the cluster has data outside its data directory: "pg_wal" and "pg_tblspc/OID" to the place."""
-    rows = connection.execute(TABLESPACES_SQL).fetchall()
-    return outside_of([list(row) for row in rows], pgdata)
+def tablespace_names(connection: Connection) -> dict[int, str]:
+    """Those that lie in a directory of their own, by OID."""
+    return {oid: name for oid, name, _ in connection.execute(TABLESPACES_SQL).fetchall()}
 
 
 @contextmanager
@@ -245,20 +244,6 @@ def assembled(
         "settings": rows,
         "hba": hba,
     }
-
-
-def outside_of(spaces: list[list[Any]], pgdata: Path) -> dict[str, Path]:
-    """As `outside`, from rows of TABLESPACES_SQL."""
-    real = Path(os.path.realpath(pgdata))
-    found = {}
-    wal = Path(os.path.realpath(pgdata / "pg_wal"))
-    if not wal.is_relative_to(real):
-        found["pg_wal"] = wal
-    for oid, _, location in spaces:
-        place = Path(os.path.realpath(real / location))
-        if not place.is_relative_to(real):
-            found[f"pg_tblspc/{oid}"] = place
-    return found
 
 
 def first_line(error: BaseException) -> str:

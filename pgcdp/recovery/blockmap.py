@@ -132,6 +132,15 @@ def overlay(top: Extents, bottom: Extents) -> Extents:
     return both[np.argsort(np.concatenate([above_begin, kept_begin]), kind="stable")]
 
 
+def within(extents: NDArray[np.void], blocks: Sequence[int]) -> NDArray[np.void]:
+    """What of an array EXTENT lies on volumes of so many blocks: a set gets more and larger ones with time."""
+    limits = np.array(blocks, dtype=np.int64)
+    known = extents[extents["volume"] < len(limits)].copy()
+    room = limits[known["volume"]] - known["block"].astype(np.int64)
+    known["count"] = np.minimum(known["count"].astype(np.int64), np.maximum(room, 0))
+    return known[known["count"] > 0]
+
+
 def moved_on(shown: Extents, backward: NDArray[np.void], source: int) -> Extents:
     """A map under which the image may move over one more interval; its `backward` increment (array EXTENT) is `source`.
 

@@ -123,10 +123,11 @@ def _open(
     client = EngineClient(clone.place / "control")
     settings = source.settings(clone.point)
     try:
-        pgdata = scratch.leave_mounted(source, clone.place, files, progress)
+        pgdata = scratch.leave_mounted(source, clone.point, clone.place, files, progress)
         progress(Progress("starting postgres on it"))
         box = sandbox.start(
-            pgdata, settings, parent=clone.place, binaries=binaries(), hide=hide,
+            pgdata, settings, parent=clone.place, binaries=binaries(),
+            elsewhere=scratch.elsewhere(source, clone.point, pgdata), hide=hide,
             override=_settings(clone.access), hba=_hba(clone.access, settings), name="postgres",
         )  # fmt: skip
     except Exception as error:

@@ -1,6 +1,8 @@
 """Run one program where it can write nothing but what it was given. A script of its own: no import from pgcdp.
 
-    python -I isolate.py '{"keep": [...], "hide": [...], "uid": N, "gid": N, "groups": [...]}' PROGRAM ARGUMENT ...
+    python -I isolate.py ORDER PROGRAM ARGUMENT ...
+
+where ORDER is '{"keep": [...], "bind": [...], "hide": [...], "uid": N, "gid": N, "groups": [...]}'.
 
 Why the settings of a sandbox are not enough: Postgres follows absolute paths that lie in the data itself. Replaying a
 CREATE TABLESPACE makes a link to production's directory again and writes through it; replaying a DROP TABLESPACE
@@ -10,7 +12,9 @@ removes files there. So the program gets
   private /dev/shm; mounts of loop devices and FUSE that it does not need are gone (production's protected volumes are
   such mounts, and a namespace that held them would keep `pgcdp down` from detaching); the directories `hide` and those
   of every Postgres socket of this machine are covered by an empty one: sockets with a path are not part of the network
-  namespace, and a foreign table of the image's would lead through one into production;
+  namespace, and a foreign table of the image's would lead through one into production; in place of production's
+  directories, as far as this machine has such, stand those that `bind` names, [its own, production's]: replaying a
+  CREATE TABLESPACE, which bears production's path, goes there;
 - an IPC namespace, so that no shared memory is left and no key collides;
 - a network namespace with a loopback of its own only: what the image's triggers, subscriptions and foreign servers
   try to reach cannot be reached;
@@ -58,10 +62,13 @@ def main(argv: list[str]) -> None:
     _call("unshare", _libc.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET))
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _loopback_up()
-    _drop_unneeded(needed)
+    _drop_unneeded(needed, keep)
     _read_only_but(keep)
     for path in dict.fromkeys(os.path.realpath(each) for each in (*order["hide"], *sockets)):
         _hide(path, keep, needed)
+    for own, place in order["bind"]:
+        if os.path.isdir(place):
+            _mount(own, place, None, MS_BIND)
     os.setgroups(order["groups"])
     os.setresgid(order["gid"], order["gid"], order["gid"])
     os.setresuid(order["uid"], order["uid"], order["uid"])
@@ -111,12 +118,16 @@ def _mounts() -> Iterable[tuple[str, str, str]]:
             yield os.fsdecode(point), os.fsdecode(kind), os.fsdecode(source)
 
 
-def _drop_unneeded(needed: list[str]) -> None:
-    """Detach mounts of loop devices and FUSE that hold nothing needed, here only."""
+def _drop_unneeded(needed: list[str], keep: list[str]) -> None:
+    """Detach mounts of loop devices and FUSE that hold nothing needed, here only.
+
+    What is mounted inside of a directory that is kept is a part of that: pg_wal's volume in the data directory.
+    """
     for point, kind, source in reversed(list(_mounts())):
         if not (source.startswith("/dev/loop") or kind.startswith("fuse")):
             continue
-        if point != "/" and not any(_below(path, point) for path in needed):
+        holds = any(_below(path, point) for path in needed) or any(_below(point, each) for each in keep)
+        if point != "/" and not holds:
             _libc.umount2(os.fsencode(point), MNT_DETACH)  # gone already when what it lies on went before
 
 

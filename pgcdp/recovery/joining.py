@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pgcdp.errors import BugError
 from pgcdp.fsio import make_directory, publish_directory, sync_directory, sync_file, write_json
 from pgcdp.intervals.indexing import read_events
-from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, Span
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, Interval, Span
 from pgcdp.recovery.blockmap import flatten, layer
 from pgcdp.store.bundle import CONTENTS, EVENTS, Bundle
 from pgcdp.store.frames import DEFAULT_LEVEL, FileSummary, FrameReader, FrameWriter
@@ -199,6 +199,12 @@ def summed_up(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # --- the manifest
 
 
+def lacking(parts: Sequence[Interval]) -> list[tuple[str, str]] | None:
+    """What any of several intervals lacks; None when that is nothing, but was not known of all."""
+    found = sorted({each for part in parts for each in part.outside or ()})
+    return None if not found and any(part.outside is None for part in parts) else found
+
+
 def _manifest(store: Store, parts: Sequence[Bundle], files: dict[str, Any], span: Span, blocks: int) -> dict[str, Any]:
     intervals = [part.interval for part in parts]
     first, last = intervals[0], intervals[-1]
@@ -229,6 +235,7 @@ def _manifest(store: Store, parts: Sequence[Bundle], files: dict[str, Any], span
         },
         "transactions": summed_up(said) if said else None,
         **({"rewinds": [asdict(each) for part in intervals for each in part.rewinds]} if first.rewinds else {}),
+        "outside": lacking(intervals),
         "files": files,
         "increments": {
             "backward": files["backward"]["checksum"],

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from pgcdp.capture import copying
 from pgcdp.config import set_of_pgdata
 from pgcdp.errors import UsageError
 from pgcdp.fsio import sync_directory
+from pgcdp.postgres.cluster import Binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
-from pgcdp.recovery.scratch import copied, write_images
+from pgcdp.recovery.links import lead_inside, own_places
+from pgcdp.recovery.restored_spaces import Restored, planned, refuse_created, refuse_shared
+from pgcdp.recovery.scratch import copied, elsewhere, write_images
 from pgcdp.recovery.source import Source
 
 
@@ -31,10 +37,10 @@ def to_image(source: Source, point: RecoveryPoint, place: Path, progress: Report
         raise UsageError(f"{place.parent} is no directory", f"make it first: mkdir -p {place.parent}")
     partial = place.with_name(place.name + ".partial")
     remove(partial)
-    single = len(source.store.volumes) == 1
+    single = len(source.store.in_use) == 1
     if not single:
         partial.mkdir(mode=0o700)
-    files = [partial if single else partial / f"{volume.name}.img" for volume in source.store.volumes]
+    files = [partial if single else partial / f"{volume.name}.img" for volume in source.store.in_use]
     try:
         written = write_images(source, point, files, progress)
         partial.rename(place)
@@ -45,35 +51,83 @@ def to_image(source: Source, point: RecoveryPoint, place: Path, progress: Report
     return written
 
 
-def to_directory(source: Source, point: RecoveryPoint, place: Path, progress: Report = silent) -> int:
-    """Make `place` a data directory that can be started. Returns the bytes of its files.
+def to_directory(
+    source: Source,
+    point: RecoveryPoint,
+    place: Path,
+    progress: Report = silent,
+    spaces: Mapping[str, Path] = MappingProxyType({}),
+    binaries: Binaries | None = None,
+) -> tuple[int, list[Restored]]:
+    """Make `place` a data directory that can be started. Returns the bytes of its files, and where tablespaces are.
 
-    It must not exist, or be empty, or be what a killed restore left.
+    It must not exist, or be empty, or be what a killed restore left. A pg_wal that lay elsewhere is inside of it;
+    tablespaces go where `spaces` says, by name or OID, the others to a directory beside it. `binaries` are Postgres's
+    programs of its version, where there are any. Raises UsageError for a tablespace that is none, PreconditionError for
+    what would use production's own files once it was started.
     """
-    work = place.parent / f".pgcdp-restore-{place.name}"
-    _refuse_used(place, work)
+    work, beside = place.parent / f".pgcdp-restore-{place.name}", place.with_name(f"{place.name}.tablespaces")
+    _refuse_used(place, beside, work)
+    refuse_shared(spaces, place, beside)
     with copied(source, point, work, progress) as found:
+        production = elsewhere(source, point, found)
+        links = own_places(found, production)
+        refuse_created(
+            found, links.get(found / "pg_wal", found / "pg_wal"), binaries, Path(source.store.extra["pgdata"])
+        )
+        restored = planned(links, found, source.settings(point), spaces, place, beside)
         status = found.stat()
         control = found / "global" / "pg_control"
         content, control_status = control.read_bytes(), control.stat()
         for name in ("global/pg_control", "postmaster.pid", "postmaster.opts"):
             (found / name).unlink(missing_ok=True)
-        lost = found / "lost+found"
-        if lost.is_dir():
-            lost.rmdir()
-        size = copying.measure(found).content
-        remove(place)
-        try:
-            place.mkdir(mode=0o700)
-            os.chown(place, status.st_uid, status.st_gid)
-            copying.copy_tree(found, place, lambda done: progress(Progress("copying files", done, size)))
-        except BaseException:
-            remove(place)
-            raise
+        trees = {found: place, **{each.copy: each.place for each in restored if not each.copy.is_relative_to(found)}}
+        wal = links.pop(found / "pg_wal", None)
+        if wal is not None:
+            (found / "pg_wal").unlink()
+            (found / "pg_wal").mkdir()
+            trees[wal] = place / "pg_wal"
+        lead_inside(trees, production)
+        for each in restored:
+            (found / "pg_tblspc" / str(each.oid)).unlink()
+            (found / "pg_tblspc" / str(each.oid)).symlink_to(each.place)
+        remove(beside)
+        size = _copy(trees, beside, (status.st_uid, status.st_gid), progress)
     _put_control(place, content, control_status)
     remove(work)
     sync_directory(place.parent)
-    return size + len(content)
+    return size + len(content), restored
+
+
+def _copy(trees: Mapping[Path, Path], beside: Path, owner: tuple[int, int], progress: Report) -> int:
+    """Copy each tree to its place, which is made anew unless it lies in one before; nothing is left when that fails."""
+    for copy in trees:
+        lost = copy / "lost+found"
+        if lost.is_dir():
+            lost.rmdir()
+    total, done = sum(copying.measure(copy).content for copy in trees), 0
+    made: list[Path] = []
+    try:
+        for copy, place in trees.items():
+            if not any(place.is_relative_to(each) for each in made):
+                remove(place)
+                if place.parent == beside:
+                    beside.mkdir(mode=0o711, exist_ok=True)
+                place.mkdir(mode=0o700)
+                os.chown(place, *owner)
+                made.append(place)
+            copying.copy_tree(copy, place, partial(_tell, progress, done, total))
+            done += copying.measure(copy).content
+            sync_directory(place.parent)
+    except BaseException:
+        for place in (*made, beside):
+            remove(place)
+        raise
+    return total
+
+
+def _tell(progress: Report, before: int, total: int, done: int) -> None:
+    progress(Progress("copying files", before + done, total))
 
 
 def _put_control(place: Path, content: bytes, status: os.stat_result) -> None:
@@ -92,15 +146,17 @@ def _put_control(place: Path, content: bytes, status: os.stat_result) -> None:
     sync_directory(place.parent)
 
 
-def _refuse_used(place: Path, work: Path) -> None:
+def _refuse_used(place: Path, beside: Path, work: Path) -> None:
     """The work directory beside it tells that a restore to this place was begun and not finished."""
     if not place.parent.is_dir():
         raise UsageError(f"{place.parent} is no directory", f"make it first: mkdir -p {place.parent}")
+    unfinished = work.is_dir() and not (place / "global" / "pg_control").exists()
+    if beside.exists() and not unfinished:
+        raise UsageError(f"{beside} exists: tablespaces are restored to it", "remove it, or name another directory")
     if not place.exists():
         return
     if not place.is_dir():
         raise UsageError(f"{place} is not a directory", "name a directory that does not exist")
-    unfinished = work.is_dir() and not (place / "global" / "pg_control").exists()
     if any(place.iterdir()) and not unfinished:
         owner = set_of_pgdata(place)
         if owner is not None:

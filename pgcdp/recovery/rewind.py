@@ -7,10 +7,8 @@ the volume. Killed anywhere, writing back begins anew, with what it wrote among 
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,6 +18,8 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from pgcdp.capture.volumes import discard
+from pgcdp.errors import PreconditionError
 from pgcdp.intervals.applying import run_index
 from pgcdp.intervals.extents import forward_map, spans
 from pgcdp.progress import Progress, Report, silent
@@ -36,16 +36,21 @@ GAP_BLOCKS = 16
 AT_A_TIME = 16
 ZERO_BLOCKS = 16
 """Zeros of at least so many blocks are discarded, which is journalled without data."""
-_BLKDISCARD = 0x1277
 
 
 def may_differ(source: Source, point: RecoveryPoint, place: Path) -> NDArray[np.void]:
     """The blocks in which a point can differ from what the volumes hold now: an array MAP_EXTENT.
 
-    Its kind is zeros where the point has them. Call it `held`; `place` is an empty directory, which gets what it needs.
+    Of the set's volumes only, and without those that came behind the point. The kind is zeros where the point has
+    them. Call it `held`; `place` is an empty directory, which gets what it needs.
     """
     now = source.again(lambda: _changed(source))
-    return blockmap.flatten([now, make_map(source, point, place).extents])
+    extents = blockmap.flatten([now, make_map(source, point, place).extents])
+    # A volume that was put back is in the store and in none of production's devices.
+    extents = blockmap.within(extents, [volume.bytes // BLOCK for volume in source.store.in_use])
+    # One that came later was zeros then. It stays as it is, since it could not be mounted.
+    later = [each.number for each in source.store.volumes if source.store.since.get(each.name, 0) > point.write]
+    return extents[~np.isin(extents["volume"], later)]
 
 
 def _changed(source: Source) -> NDArray[np.void]:
@@ -81,6 +86,19 @@ def most_bytes(source: Source, point: RecoveryPoint, below: Path) -> int:
     return int(extents["count"][extents["kind"] != EXTENT_ZEROS].sum()) * BLOCK
 
 
+def check_devices(source: Source, devices: Sequence[Path]) -> None:
+    """Raises PreconditionError unless there is one device for each volume of the set.
+
+    To be asked before the begin record: behind it, production does not come up before all is written back.
+    """
+    wanted = source.store.in_use
+    if wanted != source.store.volumes[: len(devices)] or len(wanted) != len(devices):
+        raise PreconditionError(
+            f"the store has the volumes {', '.join(each.name for each in wanted)}, the set has {len(devices)} devices",
+            "pgcdp status lists the set's volumes; the store is perhaps not that of these",
+        )
+
+
 EXCLUSIVE = os.O_RDWR | os.O_DIRECT | os.O_EXCL
 """A block device is opened by nobody else so, nor mounted anywhere meanwhile."""
 
@@ -88,7 +106,7 @@ EXCLUSIVE = os.O_RDWR | os.O_DIRECT | os.O_EXCL
 def write_back(
     source: Source, point: RecoveryPoint, devices: Sequence[Path], below: Path, progress: Report = silent
 ) -> int:
-    """Make the volumes at `devices` (in order of their numbers, not mounted) what they were at `point`, durably.
+    """Make the volumes at `devices` (as `check_devices` wants them, not mounted) what they were at `point`, durably.
 
     Nobody else writes to them; `source` reaches to the newest write. Scratch files lie below `below`. Returns the bytes
     that were written. Raises DamageError when a byte of the point is not what was stored: they are half-way then.
@@ -99,7 +117,7 @@ def write_back(
         (place / "maps").mkdir(mode=0o700)
         extents = may_differ(source, point, place / "maps")
         (place / "view").mkdir(mode=0o700)
-        files = stack.enter_context(shown(source, point, place / "view", progress))
+        files = stack.enter_context(shown(source, point, place / "view", progress))[: len(devices)]
         pairs = []
         for device, file in zip(devices, files, strict=True):
             pairs.append((_opened(stack, device, EXCLUSIVE), _opened(stack, file, os.O_RDONLY)))
@@ -169,7 +187,7 @@ def _bring(device: int, view: int, ours: mmap.mmap, theirs: mmap.mmap, block: in
         written = 0
         for begin, end, zeros in _runs(np.any(now != wanted, axis=1), np.logical_not(np.any(wanted, axis=1))):
             if zeros:
-                fcntl.ioctl(device, _BLKDISCARD, struct.pack("<QQ", at + begin * BLOCK, (end - begin) * BLOCK))
+                discard(device, at + begin * BLOCK, (end - begin) * BLOCK)
                 continue
             piece = their_bytes[begin * BLOCK : end * BLOCK]
             if os.pwrite(device, piece, at + begin * BLOCK) != len(piece):

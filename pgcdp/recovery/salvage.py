@@ -28,7 +28,7 @@ from pgcdp.records import RecoveryPoint
 from pgcdp.recovery import sandbox
 from pgcdp.recovery.nearest import nearest, split_name
 from pgcdp.recovery.sandbox import Sandbox
-from pgcdp.recovery.scratch import mounted
+from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 
 Format = Literal["csv", "sql", "custom"]
@@ -62,7 +62,10 @@ def opened(
     """A Postgres on the recovery point, in a scratch place; all of it is gone afterwards."""
     with mounted(source, point, below, progress, forgive=True) as pgdata:
         progress(Progress("starting postgres on it"))
-        box = sandbox.start(pgdata, source.settings(point), parent=pgdata.parent, binaries=binaries, hide=hide)
+        box = sandbox.start(
+            pgdata, source.settings(point), parent=pgdata.parent, binaries=binaries,
+            elsewhere=elsewhere(source, point, pgdata), hide=hide,
+        )  # fmt: skip
         with box:
             yield box
 

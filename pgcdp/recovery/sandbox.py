@@ -35,6 +35,7 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.control import Control
 from pgcdp.proc import User
 from pgcdp.recovery import sandbox_settings
+from pgcdp.recovery.links import own_places
 from pgcdp.units import parse_lsn
 
 PORT = 5432
@@ -50,12 +51,6 @@ _LEFTOVERS = (
     "promote",
 )
 _LONGEST_SOCKET = 107 - len(f"/.s.PGSQL.{PORT}.lock")
-# Names in a data directory that Postgres follows; a link elsewhere (log, postgresql.conf, ...) is never touched.
-_FOLLOWED = re.compile(
-    r"base|global|pg_(commit_ts|dynshmem|logical|multixact|notify|replslot|serial|snapshots|stat|stat_tmp|subtrans|tblspc"
-    r"|twophase|wal|xact)|PG_VERSION"
-)
-
 
 _GONE = re.compile(r'could not (?:open|stat file or) directory "([^"]+)": No such file or directory')
 _LEFT_BEHIND = re.compile(r'some useless files may be left behind in old database directory "([^"]+)"')
@@ -84,6 +79,8 @@ class Sandbox:
     """pg_control before recovery."""
     superuser: str
     kept: tuple[Path, ...]
+    bound: tuple[tuple[Path, Path], ...]
+    """Production's directories, in whose places its own are."""
     hidden: tuple[Path, ...]
     owns_data: bool
     recovery: Recovery = field(default_factory=lambda: Recovery(0.0, None, None, ()))
@@ -123,6 +120,7 @@ class Sandbox:
         """The command line that runs `argv` inside the same walls, as the data directory's owner."""
         order = {
             "keep": [str(path) for path in self.kept],
+            "bind": [[str(own), str(place)] for place, own in self.bound],
             "hide": [str(path) for path in self.hidden],
             "uid": self.user.uid,
             "gid": self.user.gid,
@@ -161,7 +159,7 @@ def start(
     *,
     parent: Path,
     binaries: Binaries | None = None,
-    links: Mapping[str, Path] | None = None,
+    elsewhere: Mapping[Path, Path] = MappingProxyType({}),
     hide: Sequence[Path] = (),
     owns_data: bool = False,
     timeout: float = 3600.0,
@@ -172,18 +170,20 @@ def start(
     """Start Postgres on `pgdata`, which must be a private copy or a mounted scratch image, and wait for recovery's end.
 
     `settings` is the interval's settings.json (None: pg_control alone tells the limits). `parent` holds the scratch
-    directory and must be a place that the data directory's owner may enter. `links` leads "pg_wal" and
-    "pg_tblspc/OID" to the sandbox's own directories; the links in `pgdata` are changed accordingly. `hide` are more
-    places that it shall not even see; production's data directory, tablespaces and socket directories, as `settings`
-    names them, are hidden anyway. With `owns_data`, `destroy` removes `pgdata` too. `override` are more settings, `hba`
-    more lines of pg_hba.conf; `name`: that of the scratch directory, which must not exist (None: a new one).
+    directory and must be a place that the data directory's owner may enter. `elsewhere` tells where production's
+    directories are in the copy, {production's: the sandbox's own}: links that name one (pg_wal, tablespaces) are made
+    to lead to the other, and what WAL makes anew in one goes to the other too. `hide` are more places that it shall not
+    even see; production's data directory, tablespaces and socket directories, as `settings` names them, are hidden
+    anyway. With `owns_data`, `destroy` removes `pgdata` too. `override` are more settings, `hba` more lines of
+    pg_hba.conf; `name`: that of the scratch directory, which must not exist (None: a new one).
 
     Raises PreconditionError when it cannot be tried (not root, no programs, a link that leads outside, a postmaster
     on it), VerificationFailed when Postgres does not come up; nothing is left then but `pgdata`.
     """
     found = cluster.inspect(Path(os.path.realpath(pgdata)))
     _refuse(found)
-    mapped = {name: Path(os.path.realpath(place)) for name, place in (links or {}).items()}
+    moved = {place: Path(os.path.realpath(own)) for place, own in elsewhere.items()}
+    outside = {place: own for place, own in moved.items() if not own.is_relative_to(found.path)}
     scratch, sockets = _make_scratch(parent, found.user, name)
     sandbox = Sandbox(
         pgdata=found.path,
@@ -193,29 +193,33 @@ def start(
         user=found.user,
         control=found.control,
         superuser=str(settings["superuser"]) if settings and settings.get("superuser") else "postgres",
-        kept=(found.path, *dict.fromkeys((scratch, sockets, *mapped.values()))),
+        kept=(found.path, *dict.fromkeys((scratch, sockets, *outside.values()))),
+        bound=tuple(outside.items()),
         hidden=(*hide, *_production_places(settings)),
         owns_data=owns_data,
     )
     try:
-        for place in (found.path, scratch, *mapped.values()):
+        for place in (found.path, scratch, *outside.values()):
             if not cluster.can_enter(found.user, place):
                 raise PreconditionError(
                     f"user {found.user.name} cannot enter {place}",
                     "let others pass: chmod o+x on the directories above",
                 )
-        prepare(found.path, found.user, mapped)
+        prepare(found.path, found.user, moved)
         argv = _command(sandbox, settings, found.major, override, hba)
         # To look at 100,000 files takes as long as to start postgres. Should a link among them lead outside, it cannot
-        # be written through meanwhile: the third wall.
+        # be written through meanwhile: the third wall. One that names production's directories is led there by that.
         with ThreadPoolExecutor(1) as beside:
-            looked = beside.submit(_refuse_links_out, found.path / "base", found.path)
+            looked = beside.submit(own_places, found.path, moved, below=found.path / "base")
             try:
                 _run(sandbox, argv, timeout)
             except VerificationFailed:
-                looked.result()  # if it is a link, that is why
-                raise
-            looked.result()
+                if not looked.result():  # if it is a link, that is why
+                    raise
+                _lead(looked.result())
+                sandbox.log_file.unlink(missing_ok=True)  # what it says of the first try is no complaint about the copy
+                _run(sandbox, argv, timeout)
+            _lead(looked.result())
     except BaseException:
         sandbox.owns_data = False  # what cannot be started is not thrown away
         sandbox.destroy()
@@ -223,28 +227,29 @@ def start(
     return sandbox
 
 
-def prepare(pgdata: Path, user: User, links: Mapping[str, Path]) -> None:
-    """Make a private copy fit to start: leftovers of the running cluster go, links lead to `links`.
+def prepare(pgdata: Path, user: User, elsewhere: Mapping[Path, Path]) -> None:
+    """Make a private copy fit to start: leftovers of the running cluster go, links lead as `elsewhere` tells.
 
     Raises PreconditionError, before anything is changed, for a link that Postgres would follow out of the sandbox;
     files of relations are not looked at (`start` does).
     """
-    change: dict[Path, Path] = {}
-    for link in _symbolic_links(pgdata, besides=pgdata / "base"):
-        name = str(link.relative_to(pgdata))
-        if name in links:
-            change[link] = links[name]
-        elif _FOLLOWED.fullmatch(name.split("/")[0]):
-            _refuse_link_out(link, pgdata)
-    for link, place in change.items():
-        link.unlink()
-        link.symlink_to(place)
+    change = own_places(pgdata, elsewhere, besides=pgdata / "base")
+    _lead(change)
     for name in _LEFTOVERS:
         (pgdata / name).unlink(missing_ok=True)
     # ALTER SYSTEM's file is read whatever the command line says. It may be a link: never write through that.
     automatic = pgdata / "postgresql.auto.conf"
     automatic.unlink(missing_ok=True)
     _write_private(automatic, "", user)
+
+
+def _lead(change: Mapping[Path, Path]) -> None:
+    """Have each link lead to its place; whoever looks finds one or the other."""
+    for link, place in change.items():
+        fresh = link.with_name(f".pgcdp-{link.name}")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(place)
+        fresh.rename(link)
 
 
 def _refuse(found: cluster.DataDirectory) -> None:
@@ -360,30 +365,6 @@ def _repeats_a_drop(line: str, lines: Sequence[str]) -> bool:
     gone = {match[1] for each in lines if (match := _GONE.search(each)) is not None}
     match = _GONE.search(line) or _LEFT_BEHIND.search(line)
     return match is not None and match[1] in gone
-
-
-def _refuse_links_out(directory: Path, pgdata: Path) -> None:
-    for link in _symbolic_links(directory):
-        _refuse_link_out(link, pgdata)
-
-
-def _refuse_link_out(link: Path, pgdata: Path) -> None:
-    if not Path(os.path.realpath(link)).is_relative_to(os.path.realpath(pgdata)):
-        raise PreconditionError(
-            f"{link} leads to {os.readlink(link)}, which is not part of what was restored",
-            "that data lies outside of the protected volumes; see pgcdp check",
-        )
-
-
-def _symbolic_links(directory: Path, besides: Path | None = None) -> list[Path]:
-    found = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_symlink():
-                found.append(Path(entry.path))
-            elif entry.is_dir(follow_symlinks=False) and Path(entry.path) != besides:
-                found += _symbolic_links(Path(entry.path))
-    return found
 
 
 def _write_private(path: Path, text: str, user: User) -> None:

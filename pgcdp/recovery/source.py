@@ -478,8 +478,12 @@ class Source:
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """The image does not move inside, nor while somebody inherits the descriptor (-1: nobody moves it anyway)."""
+        """The image does not move inside, nor while somebody inherits the descriptor (-1: nobody moves it anyway).
+
+        The store is looked at again: its volumes may have become larger, and what is behind the image lies there.
+        """
         with image_held(self.store) as descriptor:
+            self.store = Store.open(self.store.path, self.store.set_id)
             yield descriptor
 
     def image_state(self) -> ImageState:

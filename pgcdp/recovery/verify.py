@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pgcdp import proc
@@ -46,7 +47,7 @@ def verify_directory(
     sql: Path | None = None,
     checks: Sequence[Path] = (),
     database: str | None = None,
-    links: Mapping[str, Path] | None = None,
+    elsewhere: Mapping[Path, Path] = MappingProxyType({}),
     hide: Sequence[Path] = (),
     binaries: Binaries | None = None,
     jobs: int = 2,
@@ -65,8 +66,9 @@ def verify_directory(
     started = time.monotonic()
     try:
         found = sandbox.start(
-            pgdata, settings, parent=parent, binaries=binaries, links=links, hide=hide, owns_data=owns_data
-        )
+            pgdata, settings, parent=parent, binaries=binaries, elsewhere=elsewhere, hide=hide,
+            owns_data=owns_data,
+        )  # fmt: skip
     except VerificationFailed as failed:
         return [Check("recovery", False, time.monotonic() - started, failed.message)]
     with found:

@@ -101,7 +101,8 @@ def moved_on(view: ViewMap, bundle: Bundle) -> ViewMap | None:
     """The map that shows the same when the image has moved by one more interval; None: this one needs nothing of it."""
     found = FramesSource(bundle.path / "backward", CONTENTS["backward"], bundle.number)
     sources = view.sources if found in view.sources else (*view.sources, found)
-    extents = blockmap.moved_on(view.extents, bundle.backward_map(), sources.index(found))
+    backward = blockmap.within(bundle.backward_map(), [volume.bytes // BLOCK for volume in view.volumes])
+    extents = blockmap.moved_on(view.extents, backward, sources.index(found))
     if len(extents) == len(view.extents):  # it only ever gets more
         return None
     blockmap.check(extents, [volume.bytes // BLOCK for volume in view.volumes])

@@ -107,6 +107,24 @@ def base_settings(store: Store) -> dict[str, Any]:
     return read_json(place / "settings.json") if place else {}
 
 
+def base_outside(store: Store) -> list[tuple[str, str]] | None:
+    """Data of the cluster that was captured by nobody at the oldest boundary; None: that was not known.
+
+    At boundary 0 there is none: `protect` refuses it. Raises as `read_base`.
+    """
+    while True:
+        place = base_place(store)
+        if place is None:
+            return []
+        try:
+            said = _content(store, place).get("outside")
+        except DamageError:
+            if base_place(store) == place:
+                raise
+        else:
+            return None if said is None else [(name, where) for name, where in said]
+
+
 def check_copies(store: Store) -> None:
     """Read both copies of the oldest boundary. Raises DamageError, also when one is left."""
     place = base_place(store)
@@ -148,6 +166,7 @@ def publish_base(store: Store, span: Span, commit: Commit = nullcontext) -> Boun
         "number": boundary.number,
         "boundary": asdict(boundary),
         "latest_ns": max([latest_before(store), *gone]),
+        "outside": bundle.interval.outside,
         "files": files,
     }
     for name in COPIES:

@@ -26,7 +26,7 @@ from pgcdp.fsio import publish_directory, read_json, write_json
 from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, INDEX, Boundary, Interval, Rewind, Span
 from pgcdp.store.frames import FileSummary, FrameReader
 from pgcdp.store.layout import Store, boundary_from
-from pgcdp.store.open_interval import SETTINGS, OpenInterval, OpenSnapshot, read_open
+from pgcdp.store.open_interval import OUTSIDE, SETTINGS, OpenInterval, OpenSnapshot, read_open
 from pgcdp.store.rewinds import pair, said_in
 
 __all__ = ["Bundle", "Increments", "OpenInterval", "OpenSnapshot", "publish", "read_open"]
@@ -100,6 +100,7 @@ def publish(
     index = opened.index()
     walls = index["wall_ns"]
     rewinds = rewinds_of(opened)
+    outside = read_json(place / OUTSIDE)["outside"] if (place / OUTSIDE).exists() else None
     write_json(
         place / "manifest.json",
         {
@@ -125,6 +126,7 @@ def publish(
             },
             "transactions": indexed.summary if indexed else None,
             **({"rewinds": [asdict(rewind) for rewind in rewinds]} if rewinds else {}),
+            "outside": outside,
             "files": {
                 name: {"bytes": s.bytes, "checksum": s.checksum, "length": s.length} for name, s in files.items()
             },
@@ -137,7 +139,8 @@ def publish(
         },
     )
     opened.close()
-    (place / "boundary.json").unlink(missing_ok=True)
+    for name in ("boundary.json", OUTSIDE):
+        (place / name).unlink(missing_ok=True)
     publish_directory(place, store.interval(opened.number))
     return Bundle.open(store, opened.number)
 
@@ -198,12 +201,14 @@ class Bundle:
         if manifest.get("set_id") != store.set_id.hex() or manifest.get("number") != number:
             raise DamageError(f"{place} is not that of interval {number} of this set (offset 0)", _still(number))
         try:
-            names = [name for name in Interval.__dataclass_fields__ if name not in ("boundary", "rewinds", "covers")]
+            apart = ("boundary", "rewinds", "covers", "outside")
+            names = [name for name in Interval.__dataclass_fields__ if name not in apart]
             interval = Interval(
                 **{name: manifest[name] for name in names},
                 covers=int(manifest.get("covers", 1)),
                 boundary=boundary_from(manifest["boundary"], place),
                 rewinds=tuple(Rewind(**each) for each in manifest.get("rewinds", ())),
+                outside=_outside(manifest.get("outside")),
             )
             needed = NEEDED[interval.restorable_by_write]
             sizes = {name: int(manifest["files"][name]["bytes"]) for name in needed}
@@ -371,6 +376,10 @@ def packed(extents: NDArray[np.void]) -> tuple[NDArray[np.void], int]:
     ends = np.cumsum(lengths, dtype=np.uint64)
     made["source"][data] = ends - lengths
     return made, int(ends[-1]) if len(ends) else 0
+
+
+def _outside(said: list[list[str]] | None) -> tuple[tuple[str, str], ...] | None:
+    return None if said is None else tuple((name, place) for name, place in said)
 
 
 def _spans(extents: NDArray[np.void]) -> NDArray[np.int64]:

@@ -184,6 +184,8 @@ def _checksum(content: str, transactions: str | None) -> str:
 def _interval(content: dict[str, Any]) -> Interval:
     content["boundary"] = Boundary(**content["boundary"])
     content["rewinds"] = tuple(Rewind(**each) for each in content["rewinds"])
+    if content.get("outside") is not None:
+        content["outside"] = tuple((name, place) for name, place in content["outside"])
     return Interval(**content)
 
 

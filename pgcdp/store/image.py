@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, PreconditionError
 from pgcdp.fsio import SteadyWrites, punch_hole, read_all, read_json, sync_directory, write_all, write_json
-from pgcdp.records import BLOCK
+from pgcdp.records import BLOCK, Volume
 from pgcdp.store.layout import Store
 
 ZERO_SUM = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
@@ -109,14 +109,23 @@ class VolumeFiles:
         return os.fstat(self.fd).st_blocks * 512
 
     def check_size(self) -> None:
-        """Raises DamageError when a file is longer or shorter than the volume needs."""
+        """Raises DamageError when a file is shorter than the volume needs; longer it is while the volume grows."""
         for path, fd, size in (
             (self.path, self.fd, self.blocks * BLOCK),
             (self.sums_path, self.sums_fd, self.blocks * 8),
         ):
             found = os.fstat(fd).st_size
-            if found != size:
+            if found < size:
                 raise DamageError(f"{path} ends at offset {found} instead of {size}")
+
+    def grow(self, size: int) -> None:
+        """Longer files, durably: what is new is zeros, also where they are longer than they must be."""
+        before, self.blocks = self.blocks, max(self.blocks, size // BLOCK)
+        for fd, unit in ((self.fd, BLOCK), (self.sums_fd, 8)):
+            os.ftruncate(fd, before * unit)
+            os.ftruncate(fd, self.blocks * unit)
+        os.fsync(self.fd)
+        os.fsync(self.sums_fd)
 
     def sums(self, block: int, count: int) -> NDArray[np.uint64]:
         """The sums of some blocks, those not yet written included."""
@@ -300,6 +309,13 @@ class Image:
         else:
             write_all(files.sums_fd, bytes(count * 8), block * 8)
 
+    def grow(self, volume: int, size: int) -> Store:
+        """A volume is to become larger: its image is, durably, before anything can be written there. The store then."""
+        if size > self.store.volumes[volume].bytes:
+            self._files[volume].grow(size)
+            self.store = self.store.with_bytes(volume, size)
+        return self.store
+
     def sync(self) -> None:
         """Make blocks and sums durable."""
         for files in self._files:
@@ -339,6 +355,28 @@ class Image:
         """
         for files in self._files:
             files.close()
+
+
+def add_volume(store: Store, volume: Volume) -> Store:
+    """The store with one more volume that is all zeros at every boundary so far, durably. No agent may run."""
+    files = VolumeFiles(store.image, volume.name, volume.bytes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        files.grow(volume.bytes)
+    finally:
+        files.close()
+    sync_directory(store.image)
+    return store.with_volume(volume)
+
+
+def grow_volume(store: Store, number: int, size: int) -> Store:
+    """The store with a larger volume, durably; what is new is zeros. No agent may run."""
+    volume = store.volumes[number]
+    files = VolumeFiles(store.image, volume.name, volume.bytes, os.O_RDWR)
+    try:
+        files.grow(size)
+    finally:
+        files.close()
+    return store.with_bytes(number, size)
 
 
 def _split_zeros(block: int, data: bytes, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int, bytes | None]]:

@@ -106,6 +106,51 @@ class Store:
         store._write()
         return store
 
+    def with_volume(self, volume: Volume) -> Store:
+        """The same store with one more volume, written durably; its image must be there (`image.add_volume`)."""
+        store = replace(self, volumes=(*self.volumes, volume))
+        store._write()
+        return store
+
+    def with_bytes(self, number: int, size: int) -> Store:
+        """The same store with a larger volume, written durably; its image must have that size (`Image.grow`)."""
+        volumes = tuple(replace(each, bytes=size) if each.number == number else each for each in self.volumes)
+        store = replace(self, volumes=volumes)
+        store._write()
+        return store
+
+    def mounted(self, name: str, mountpoint: Path, fs: str, since: int) -> Store:
+        """The same store, in which a volume holds data of the cluster at that place from write `since` on; durably."""
+        extra = {
+            **self.extra,
+            "mountpoints": {**self.extra["mountpoints"], name: os.fspath(mountpoint)},
+            "filesystems": {**self.extra["filesystems"], name: fs},
+            "since": {**self.since, name: since},
+        }
+        store = replace(self, extra=extra)
+        store._write()
+        return store
+
+    def unmounted(self, name: str) -> Store:
+        """The same store, in which a volume holds nothing: what `mounted` noted is taken back, durably."""
+        noted = {key: self.extra.get(key, {}) for key in ("mountpoints", "filesystems", "since")}
+        without = {key: {each: value for each, value in rows.items() if each != name} for key, rows in noted.items()}
+        store = replace(self, extra={**self.extra, **without})
+        store._write()
+        return store
+
+    @property
+    def in_use(self) -> tuple[Volume, ...]:
+        """The volumes of the set: all but the last one where that was put back, or is on its way (`extending`)."""
+        places = self.extra.get("mountpoints")
+        return self.volumes if places is None else tuple(each for each in self.volumes if each.name in places)
+
+    @property
+    def since(self) -> dict[str, int]:
+        """Of volumes that came later: the write from which on each holds data of the cluster."""
+        found: dict[str, int] = self.extra.get("since", {})
+        return found
+
     def lock(self) -> FileLock:
         """Lock the store for the one agent that may write to it. PreconditionError if another has it."""
         return FileLock(self.path / "lock", f"the agent of set {self.set_name}")

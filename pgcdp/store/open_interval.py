@@ -26,6 +26,8 @@ from pgcdp.store.layout import Store, boundary_from
 WRITES = b"WRIT"
 INDEX_CONTENT = b"INDX"
 SETTINGS = "settings.json"
+OUTSIDE = "outside.json"
+"""{"outside": [[name, place], ...]}: data of the cluster that nobody captured; the manifest has it in the end."""
 T = TypeVar("T")
 
 

@@ -364,7 +364,7 @@ def test_links_lead_to_its_own_places(pg_binaries: Binaries, make_cluster: MakeC
     assert list(found.tablespaces.values()) == [space]
     live.stop()
     copy = live.crash_copy(place / "copy")
-    own = {"pg_wal": place / "copy-wal", f"pg_tblspc/{next(iter(found.tablespaces))}": place / "copy-space"}
+    own = {wal: place / "copy-wal", space: place / "copy-space"}
     for source, target in zip((wal, space), own.values(), strict=True):
         proc.run(["cp", "-a", str(source), str(target)])
     before = fingerprint(wal), fingerprint(space)
@@ -373,7 +373,7 @@ def test_links_lead_to_its_own_places(pg_binaries: Binaries, make_cluster: MakeC
         sandbox.start(copy, settings, parent=place)
     assert (copy / "pg_wal").readlink() == wal, "nothing was changed"
 
-    with sandbox.start(copy, settings, parent=place, links=own) as box:
+    with sandbox.start(copy, settings, parent=place, elsewhere=own) as box:
         assert (copy / "pg_wal").readlink() == place / "copy-wal"
         assert value(box, "select count(*) from t") == 1000
         with box.connect() as connection:
@@ -402,6 +402,29 @@ def test_a_relations_file_that_lies_elsewhere_is_refused_and_not_written(
         sandbox.start(copy, live.settings(), parent=place)
     assert elsewhere.read_bytes() == before
     assert cluster.find_postmaster(copy) is None
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_relations_file_on_another_volume_is_led_there(
+    pg_binaries: Binaries, make_cluster: MakeCluster, place: Path, replayed: bool
+) -> None:
+    """... also where the machine has no such path: looked for while Postgres starts, which may need it before."""
+    live = make_cluster(pg_binaries)
+    live.sql("create table t as select generate_series(1, 1000) as n")
+    live.sql("checkpoint")
+    if replayed:
+        live.sql("update t set n = n + 1")
+    [(file,)] = live.sql("select pg_relation_filepath('t')")
+    copy, own = live.crash_copy(place / "copy"), place / "copy-other"
+    proc.run(["install", "-d", "-o", live.user.name, "-m", "700", str(own)])
+    shutil.move(copy / file, own / "moved")
+    (copy / file).symlink_to("/nowhere/of/production/moved")
+    elsewhere = {Path("/nowhere/of/production"): own}
+    with sandbox.start(copy, live.settings(), parent=place, elsewhere=elsewhere) as box:
+        assert value(box, "select count(*) from t") == 1000
+        assert value(box, "select max(n) from t") == (1001 if replayed else 1000)
+        assert (copy / file).readlink() == own / "moved"
+        assert box.recovery.warnings == ()
 
 
 def test_a_link_in_place_of_a_file_is_not_written_through(

@@ -85,11 +85,15 @@ class Years(Scene):
             opened.append(run)
             self.position = run.end
         self.done = opened.last_write
+        self.before_end(opened)
         image = Image.open(self.world.store, writable=True)
         bundle = close_interval(self.world.store, opened, image, self.end_of(number), {"number": number})
         move_image(image, bundle)
         image.close()
         return bundle
+
+    def before_end(self, opened: OpenInterval) -> None:
+        """An interval is about to be closed."""
 
     @property
     def store(self) -> Store:

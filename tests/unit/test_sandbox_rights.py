@@ -161,7 +161,7 @@ def test_another_process_of_the_same_user_is_no_way_out(tmp_path: Path) -> None:
     """Production runs as that user: /proc/PID/root is its world, and a signal would end it."""
     other = subprocess.Popen(["/bin/sleep", "60"], user=65534, group=65534, extra_groups=[])
     try:
-        order = {"keep": [str(tmp_path)], "hide": [], "uid": 65534, "gid": 65534, "groups": []}
+        order = {"keep": [str(tmp_path)], "bind": [], "hide": [], "uid": 65534, "gid": 65534, "groups": []}
         tries = f"""
             ls -d /proc/{other.pid}/root/ && echo saw
             ls -d /proc/{other.pid}/cwd/ && echo saw

@@ -298,6 +298,34 @@ def test_image_against_a_model(tmp_path: Path) -> None:
     )
 
 
+def test_an_image_that_grows_is_zeros_behind_its_end(tmp_path: Path) -> None:
+    """Whatever the files have there: blocks and sums would differ from the volume's."""
+    store = make_store(tmp_path)
+    for name in ("data.img", "data.sums"):
+        with (store.image / name).open("ab") as file:
+            file.write(random.Random(5).randbytes(2 * BLOCK))
+    image = Image.open(store, writable=True)
+    before = image.read_blocks(0, 0, BLOCKS)
+    larger = image.grow(0, (BLOCKS + 4) * BLOCK)
+    assert image.read_blocks(0, 0, BLOCKS) == before
+    assert image.read_blocks(0, BLOCKS, 4) == bytes(4 * BLOCK)
+    image.close()
+    assert Store.open(store.path).volumes == larger.volumes == (Volume(0, "data", (BLOCKS + 4) * BLOCK),)
+    assert check_store(larger).ok
+
+
+def test_volumes_that_were_put_back_are_not_in_use(tmp_path: Path) -> None:
+    volumes = [Volume(0, "data", BLOCK), Volume(1, "ts-one", BLOCK)]
+    facts = {"mountpoints": {"data": "/pg"}, "filesystems": {"data": "ext4"}}
+    store = Store.create(tmp_path / "store", "s", SET_ID, volumes, facts)
+    assert [volume.name for volume in store.in_use] == ["data"]
+    store = store.mounted("ts-one", Path("/one"), "xfs", 7)
+    assert [volume.name for volume in Store.open(store.path).in_use] == ["data", "ts-one"]
+    store = store.unmounted("ts-one")
+    assert Store.open(store.path).in_use == store.in_use == (volumes[0],)
+    assert store.since == {}
+
+
 def test_catalog_is_rebuilt_from_the_store_alone(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     catalog = Catalog.open(store)

@@ -1,0 +1,185 @@
+"""A house: one Postgres 15 cluster and a root for sets, in a scratch directory of their own, as users have them.
+
+For what becomes of a cluster that was there before: put behind capture, taken out again, killed on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pgcdp import config as settings
+from pgcdp import proc
+from pgcdp.capture import attach, protect, volumes
+from pgcdp.capture.checks import ProtectRequest
+from pgcdp.capture.engine import EngineClient
+from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.postgres import cluster
+from tests.waiting import wait_until
+
+MIB = 1 << 20
+ALLOWED = re.compile(r"cannot become an I/O flusher|cannot lock memory|out-of-memory killer")
+
+
+@dataclass
+class House:
+    """A root for sets and one Postgres 15 cluster that runs, in a scratch directory of their own."""
+
+    root: Path
+    pgdata: Path
+    port: int
+    user: proc.User
+    argv: tuple[str, ...]
+    allowed: list[str] = field(default_factory=list)
+
+    def request(self, **changes: object) -> ProtectRequest:
+        values: dict[str, object] = {
+            "name": "main",
+            "pgdata": self.pgdata,
+            "store": self.root / "store",
+            "size": 384 * MIB,
+            "journal_limit": 128 * MIB,
+            "segment_size": 8 * MIB,
+            **changes,
+        }
+        return ProtectRequest(**values)  # type: ignore[arg-type]
+
+    @property
+    def log(self) -> Path:
+        return self.root / "postgres.log"
+
+    def connect(self) -> psycopg.Connection[tuple[int, ...]]:
+        return psycopg.connect(
+            host=str(self.root / "socket"), port=self.port, user="postgres", dbname="postgres", autocommit=True
+        )
+
+    def count(self) -> int:
+        with self.connect() as session:
+            row = session.execute("SELECT count(*) FROM ledger").fetchone()
+        assert row is not None
+        return row[0]
+
+    def postmaster(self) -> cluster.Postmaster | None:
+        return cluster.find_postmaster(self.pgdata)
+
+    def start(self) -> None:
+        cluster.start(self.argv, self.pgdata, self.user, self.log)
+
+    def picture(self) -> list[str]:
+        """Everything in the scratch directory but the cluster's content, and who runs on it."""
+        running = self.postmaster()
+        names = [str(path) for path in self.root.rglob("*") if self.pgdata not in path.parents]
+        names = [name for name in names if not name.endswith((".lock", "/run/pgcdp", "/run", "/sets"))]
+        return [*sorted(names), str(running.pid if running else None)]
+
+
+@pytest.fixture
+def house(scratch: Path, engine_program: Path, monkeypatch: pytest.MonkeyPatch, free_port: int) -> Iterator[House]:
+    scratch.chmod(0o755)
+    monkeypatch.setenv("PGCDP_ROOT", str(scratch / "sets"))
+    monkeypatch.setenv("PGCDP_ENGINE", str(engine_program))
+    user = proc.user_named("postgres")
+    for name in ("socket", "pg"):
+        (scratch / name).mkdir(mode=0o700)
+        os.chown(scratch / name, user.uid, user.gid)
+    binaries = cluster.find_binaries(15)
+    cluster.initdb(binaries, scratch / "pg", user, "--data-checksums")
+    options = ("-c", f"port={free_port}", "-c", f"unix_socket_directories={scratch}/socket", "-c", "listen_addresses=")
+    argv = cluster.command_line(binaries, scratch / "pg", *options, "-c", "cluster_name=kept as it was")
+    house = House(scratch, scratch / "pg", free_port, user, argv)
+    house.start()
+    with house.connect() as session:
+        session.execute("CREATE TABLE ledger (id bigint PRIMARY KEY)")
+        session.execute("INSERT INTO ledger SELECT generate_series(1, 1000)")
+    yield house
+    _take_down(house)
+    complaints = []
+    for log in scratch.glob("sets/var/lib/pgcdp/*/engine.log"):
+        lines = log.read_text(errors="replace").splitlines()
+        allowed = re.compile("|".join([ALLOWED.pattern, *house.allowed]))
+        complaints += [line for line in lines if re.search(r"\b(warning|error)\b", line) and not allowed.search(line)]
+    assert complaints == []
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of its own; the clusters listen on Unix sockets in their own directory only."""
+    return 20000 + os.getpid() % 20000
+
+
+def _take_down(house: House) -> None:
+    """Whatever a test left: every Postgres process, mount, loop device and engine of the scratch directory."""
+    cluster.kill_leftovers(house.pgdata)
+    for mount in reversed(volumes.mounts_below(house.root)):
+        if mount.mountpoint.name != "fuse":
+            wait_until(partial(_unmounted, mount.mountpoint), what=f"unmount of {mount.mountpoint}")
+    for device in volumes.loops_over(house.root):
+        volumes.detach_loop(device)
+    for door in list(house.root.glob("sets/run/pgcdp/*/engine.sock")):
+        with suppress(PgcdpError):
+            attach.kill_and_wait(EngineClient(door).status().pid)
+    for mount in volumes.mounts_below(house.root):
+        volumes.unmount_lazily(mount.mountpoint)
+
+
+def _unmounted(place: Path) -> bool:
+    try:
+        volumes.unmount(place)
+    except PreconditionError:
+        return False
+    return True
+
+
+def assert_as_before(house: House) -> None:
+    """The cluster runs on plain files with its old command line, and nothing else is left."""
+    running = house.postmaster()
+    assert running is not None
+    assert running.argv == house.argv
+    assert house.count() == 1000
+    assert volumes.mounts_below(house.root) == []
+    assert volumes.loops_over(house.root) == {}
+    assert settings.list_sets() == []
+    assert [path.name for path in house.root.iterdir() if ".pgcdp-" in path.name] == []
+    assert not list((house.root / "sets").rglob("*.img"))
+    assert not list((house.root / "sets").rglob("*.seg"))
+
+
+RUNNER = """
+import os, pickle, signal, sys
+from pgcdp import config
+from pgcdp.capture import protect
+
+verb, step, nth, request = sys.argv[1:]
+seen = 0
+
+def report(progress):
+    global seen
+    seen += progress.step == step
+    if seen == int(nth):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if verb == "protect":
+    protect.protect(pickle.loads(bytes.fromhex(request)), report)
+else:
+    protect.unprotect(config.load_config("main"), report)
+"""
+
+
+def run_until(verb: str, step: str, request: ProtectRequest, nth: int = 1) -> None:
+    """Run protect or unprotect in a process of its own that is killed when it reports this step the `nth` time."""
+    command = [sys.executable, "-c", RUNNER, verb, step, str(nth), pickle.dumps(request).hex()]
+    paths = os.pathsep.join([str(Path(protect.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
