@@ -148,7 +148,7 @@ def _extend_backing(volume: VolumeConfig, known: int, wanted: int, progress: Rep
             volumes.zero_out(fd, known, more, lambda done: progress(Progress(volumes.ZEROING, done, more)))
         elif wanted > volume.bytes:
             if wanted > known:
-                os.ftruncate(fd, known)  # what a killed run has left, or somebody else: nothing of the volume lies there
+                os.ftruncate(fd, known)  # left by a killed run, or by somebody else: nothing of the volume lies there
             free, more = free_space(volume.backing.parent), wanted - os.fstat(fd).st_blocks * 512
             if free < more:
                 raise PreconditionError(

@@ -304,7 +304,7 @@ class Stages:
             files = self.file_map()
             outside = self.outside()
             if outside is None:
-                (opened.path / OUTSIDE).unlink(missing_ok=True)  # what a try found that was killed, at another checkpoint
+                (opened.path / OUTSIDE).unlink(missing_ok=True)  # of a try that was killed, at another checkpoint
             else:
                 rows = [[each.name, os.fspath(each.place)] for each in outside]
                 write_json(opened.path / OUTSIDE, {"outside": rows})
