@@ -188,8 +188,8 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
     outside = find_outside(config.pgdata, [volume.mountpoint for volume in config.volumes])
     if outside:
         raise PreconditionError(
-            f"{outside[0].name} lies outside of the set, in {outside[0].place}: it is captured by nobody, so that the rewind "
-            "could not be undone",
+            f"{outside[0].name} lies outside of the set, in {outside[0].place}: it is captured by nobody, so that the "
+            "rewind could not be undone",
             takes_in(config.name, outside),
         )
     state = service.ask(config.paths, "status")

@@ -90,9 +90,9 @@ def test_production_does_not_go_on_with_the_files_of_now(make_set: MakeSet, bina
     found.sql("create table kept as select 1 as n")
     api.cut(found.name)
     before = found.durable()
-    place, _ = new_space(found, "late")
+    new_space(found, "late")
     made = found.durable()  # no checkpoint since: the link is made by recovery alone
-    with pytest.raises(PreconditionError, match="lies outside of the set, in .*: .* could not be undone") as caught:
+    with pytest.raises(PreconditionError, match=r"lies outside of the set, in .*: .* could not be undone") as caught:
         rewind(found, Target("write", before))
     assert "takes it into the set" in str(caught.value.hint)
     boundary = api.cut(found.name)["number"]
