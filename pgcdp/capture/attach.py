@@ -278,29 +278,36 @@ def start_cluster(config: Config, progress: Report = silent) -> None:
 def _drop_stale_locks(config: Config) -> None:
     """Remove what keeps Postgres from starting though no process of the cluster is there.
 
-    postmaster.pid and the socket's lock when their postmaster is dead but not yet collected by init: Postgres takes
-    such a zombie for alive. Either of them when it is empty, as a kill between making and writing it leaves it.
+    postmaster.pid and the socket's lock, each by itself, since a crash may leave either without the other: of a
+    postmaster that is dead but not yet collected by init, which Postgres takes for alive, or empty, as a kill between
+    making and writing leaves it.
     """
     if cluster.find_processes(config.pgdata):
         return
-    socket = Path(config.cluster.socket_directory) / f".s.PGSQL.{config.cluster.port}.lock"
-    for lock in (config.pgdata / "postmaster.pid", socket):
+    told = config.pgdata / "postmaster.pid"
+    locks = [told, Path(config.cluster.socket_directory) / f".s.PGSQL.{config.cluster.port}.lock"]
+    lines = _lines(told)
+    if len(lines) > 4 and lines[4]:  # the settings may have changed since
+        locks.append(Path(lines[4]) / f".s.PGSQL.{lines[3]}.lock")
+    for lock in locks:
+        lines = _lines(lock)
         with contextlib.suppress(OSError):
-            if lock.stat().st_size == 0:
+            if not lines or _is_of_dead(lines, config.pgdata):
                 lock.unlink()
-    try:
-        lines = (config.pgdata / "postmaster.pid").read_text().splitlines()
-        pid = int(lines[0])
-    except (OSError, ValueError, IndexError):
-        return
-    if proc.exists(pid):
-        return
-    if len(lines) > 4 and lines[4]:
-        lock = Path(lines[4]) / f".s.PGSQL.{lines[3]}.lock"
-        with contextlib.suppress(OSError):
-            if lock.read_text().startswith(f"{pid}\n"):
-                lock.unlink()
-    (config.pgdata / "postmaster.pid").unlink()
+
+
+def _lines(lock: Path) -> list[str]:
+    """Those of a lock file of Postgres: process id, data directory, start, port, socket directory and more."""
+    with contextlib.suppress(OSError):
+        return lock.read_text(errors="replace").splitlines()
+    return ["unreadable"]
+
+
+def _is_of_dead(lines: list[str], pgdata: Path) -> bool:
+    """Whether a lock names a process that has ended, and this data directory."""
+    if len(lines) < 2 or not lines[0].isdecimal() or proc.exists(int(lines[0])):
+        return False
+    return os.path.realpath(lines[1]) == os.path.realpath(pgdata)
 
 
 def stop_cluster(config: Config, progress: Report = silent, timeout: float = STOP_SECONDS) -> None:

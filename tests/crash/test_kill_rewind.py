@@ -32,6 +32,8 @@ ROWS = {"before": 3000, "behind": 6000}
 STEPS = ("stop", "write", "start", "run")
 LOOK = r"no look at the catalogs: .*Input/output error"
 """What the agent says when the engine is killed just as it looks."""
+START = r"FATAL:  configuration file .* contains errors"
+"""What Postgres says when the engine is killed just as it starts."""
 
 
 def start_rewind(found: ProtectedSet, target: Target) -> subprocess.Popen[bytes]:
@@ -130,7 +132,7 @@ def rounds(found: ProtectedSet, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def make(make_set: MakeSet, binaries_of: BindirOf, fs: str = "ext4") -> ProtectedSet:
-    return make_set(binaries_of(15), fs=fs, size=384 << 20, allowed=[*ALLOWED, r"the agent", LOOK])
+    return make_set(binaries_of(15), fs=fs, size=384 << 20, allowed=[*ALLOWED, r"the agent", LOOK, START])
 
 
 def test_three_kills_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf) -> None:
