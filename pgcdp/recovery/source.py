@@ -70,6 +70,7 @@ class Source:
         self.now_ns = now_ns
         self.pgdata = pgdata
         self._published: dict[int, Published] = {}
+        self._names: tuple[list[str], ...] = ()  # of the store, when these were read
         self._transactions: tuple[object, Transactions] | None = None  # with what was read of the tail; and of when
 
     def copy(self) -> Source:
@@ -84,7 +85,9 @@ class Source:
 
     def _listed(self) -> dict[int, Published]:
         """The published intervals by number, in order; none is read twice."""
-        self._published = published(self.store, self._published)
+        names = self.store.names()  # before: what comes meanwhile is looked for again the next time
+        if names != self._names:
+            self._published, self._names = published(self.store, self._published), names
         return self._published
 
     def base(self) -> Boundary:

@@ -209,6 +209,10 @@ class Store:
         """The newest published interval, 0 when there is none. It is never joined."""
         return max(numbers_in(self.path / "intervals"), default=0)
 
+    def names(self) -> tuple[list[str], ...]:
+        """What `spans` goes by, as it is called: equal as long as nothing was published, joined or let go of."""
+        return tuple(_names(directory) for directory in (self.path / "intervals", self.joined, self.bases))
+
     def spans(self) -> list[Span]:
         """Published intervals, single and joined, in order; they follow each other from the oldest boundary on.
 
@@ -220,7 +224,7 @@ class Store:
         joined = [span for span in joined if span.first > base]
         covered = {number for span in joined for number in range(span.first, span.last + 1)}
         plain = [number for number in single if number > base and number not in covered]
-        return sorted([*joined, *(Span(number, number) for number in plain)])
+        return sorted([*joined, *(Span(number, number) for number in plain)], key=lambda span: span.first)
 
     def joined_spans(self) -> list[Span]:
         """The joined intervals that count, in order."""
@@ -252,13 +256,17 @@ class Store:
             return 0
 
 
+def _names(directory: Path) -> list[str]:
+    """The entries of a directory; none when it is missing."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
 def spans_in(directory: Path) -> set[Span]:
     """What entries of a directory that are called FIRST-LAST span; none when it is missing."""
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return set()
-    found = [re.fullmatch(r"(\d{10})-(\d{10})", name) for name in names]
+    found = [re.fullmatch(r"(\d{10})-(\d{10})", name) for name in _names(directory)]
     return {Span(int(match[1]), int(match[2])) for match in found if match}
 
 

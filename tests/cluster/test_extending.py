@@ -54,7 +54,7 @@ def assert_in(found: ProtectedSet, place: Path) -> None:
     assert volumes.mount_at(place) is not None
     assert not (place / "lost+found").exists()
     assert [path.name for path in place.parent.iterdir()] == ["late"]
-    # The stretch to this boundary may lack it, or nobody could look at the one before: there the volumes were unmounted.
+    # The stretch to this boundary may lack it, or nobody could look at the one before: volumes were unmounted there.
     assert api.cut(found.name)["outside"] in ([], None, [{"name": place_name(found), "place": str(place)}])
     assert api.cut(found.name)["outside"] == []
     found.sql("insert into in_late values (0)")
