@@ -1,5 +1,7 @@
 """The frozen records that cross floors, and the array shapes of engine/FORMAT.md.
 
+Those of which a store has ten thousand are named tuples: they are made five times as fast as frozen dataclasses.
+
 Times are ns since 1970 UTC, LSNs 64-bit integers, sizes bytes; `pgcdp.units` turns them into text.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -165,8 +167,7 @@ class Volume:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Boundary:
+class Boundary(NamedTuple):
     """A write number at which a Postgres checkpoint is complete on the volumes.
 
     `number` is the number of the interval that it ends; 0 is the end of the baseline.
@@ -200,8 +201,7 @@ class Rewind:
     to_lsn: int | None = None
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
+class Span(NamedTuple):
     """Intervals `first` to `last`, both included; `first` is `last` for a single one."""
 
     first: int
@@ -213,8 +213,7 @@ class Span:
         return f"{self.first:010d}-{self.last:010d}"
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """A published interval, as its manifest tells it. Writes are `from_write` to `to_write`, both included.
 
     `outside`: data of the cluster that was captured by nobody when it ended, [name, place]; None: that was not known.

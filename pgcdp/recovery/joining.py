@@ -219,7 +219,7 @@ def _manifest(store: Store, parts: Sequence[Bundle], files: dict[str, Any], span
         "to_write": last.to_write,
         "from_time_ns": min(each.from_time_ns for each in intervals),
         "to_time_ns": max(each.to_time_ns for each in intervals),
-        "boundary": asdict(last.boundary),
+        "boundary": last.boundary._asdict(),
         "writes": sum(each.writes for each in intervals),
         "bytes_written": sum(each.bytes_written for each in intervals),
         "blocks_changed": blocks,

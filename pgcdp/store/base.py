@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,7 @@ def publish_base(store: Store, span: Span, commit: Commit = nullcontext) -> Boun
         "set": store.set_name,
         "set_id": store.set_id.hex(),
         "number": boundary.number,
-        "boundary": asdict(boundary),
+        "boundary": boundary._asdict(),
         "latest_ns": max([latest_before(store), *gone]),
         "outside": bundle.interval.outside,
         "files": files,

@@ -112,7 +112,7 @@ def publish(
             "to_write": opened.last_write,
             "from_time_ns": int(walls.min()),
             "to_time_ns": int(walls.max()),
-            "boundary": asdict(boundary),
+            "boundary": boundary._asdict(),
             "writes": len(index),
             "bytes_written": int(index["data_length"].sum()),
             "blocks_changed": increments.blocks,
@@ -202,7 +202,7 @@ class Bundle:
             raise DamageError(f"{place} is not that of interval {number} of this set (offset 0)", _still(number))
         try:
             apart = ("boundary", "rewinds", "covers", "outside")
-            names = [name for name in Interval.__dataclass_fields__ if name not in apart]
+            names = [name for name in Interval._fields if name not in apart]
             interval = Interval(
                 **{name: manifest[name] for name in names},
                 covers=int(manifest.get("covers", 1)),

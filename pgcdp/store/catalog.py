@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from dataclasses import asdict
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import sqlite_utils
 
 FILE_NAME = "catalog.db"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 5
+"""Another one for each change of what `Interval` has and in which order: a row has the values without the names."""
 
 
 class Catalog:
@@ -104,7 +105,7 @@ class Catalog:
     def put_baseline(self, boundary: Boundary) -> None:
         """Mirror boundary 0 (its truth is store.json)."""
         row = {"number": boundary.number, "write": boundary.write, "time_ns": boundary.time_ns}
-        self._put("boundaries", {**row, "content": json.dumps(asdict(boundary))})
+        self._put("boundaries", {**row, "content": json.dumps(boundary._asdict())})
 
     def baseline(self) -> Boundary | None:
         """Boundary 0, if the first copy is over."""
@@ -114,7 +115,7 @@ class Catalog:
     def put_interval(self, bundle: Bundle) -> None:
         """Mirror a published interval and its boundary; harmless when done twice."""
         interval = bundle.interval
-        content = json.dumps(asdict(interval))
+        content = _content(interval)
         transactions = said_of(bundle)
         row = {"number": interval.number, "to_time_ns": interval.to_time_ns, "content": content}
         self.put_baseline(interval.boundary)
@@ -181,12 +182,22 @@ def _checksum(content: str, transactions: str | None) -> str:
     return xxhash.xxh3_64_hexdigest(f"{content}\n{transactions}".encode())
 
 
-def _interval(content: dict[str, Any]) -> Interval:
-    content["boundary"] = Boundary(**content["boundary"])
-    content["rewinds"] = tuple(Rewind(**each) for each in content["rewinds"])
-    if content.get("outside") is not None:
-        content["outside"] = tuple((name, place) for name, place in content["outside"])
-    return Interval(**content)
+_BOUNDARY, _REWINDS, _OUTSIDE = map(Interval._fields.index, ("boundary", "rewinds", "outside"))
+
+
+def _content(interval: Interval) -> str:
+    values: list[Any] = [*interval]
+    values[_REWINDS] = [astuple(each) for each in interval.rewinds]
+    return json.dumps(values)
+
+
+def _interval(values: list[Any]) -> Interval:
+    """What `_content` was made of: there can be ten thousand, so this is short."""
+    values[_BOUNDARY] = Boundary._make(values[_BOUNDARY])
+    values[_REWINDS] = tuple(Rewind(*each) for each in values[_REWINDS]) if values[_REWINDS] else ()
+    if values[_OUTSIDE] is not None:
+        values[_OUTSIDE] = tuple((name, place) for name, place in values[_OUTSIDE])
+    return Interval._make(values)
 
 
 def _damaged(path: Path, error: Exception) -> DamageError:

@@ -21,7 +21,7 @@ DIRECTORIES = ("image", "incoming", "intervals", "history")
 def boundary_from(content: dict[str, Any], where: Path) -> Boundary:
     """A boundary as it stands in JSON. Raises DamageError naming the file when keys are missing."""
     try:
-        return Boundary(**{name: content[name] for name in Boundary.__dataclass_fields__})
+        return Boundary(**{name: content[name] for name in Boundary._fields})
     except (KeyError, TypeError):
         raise DamageError(
             f"{where} holds no whole boundary at offset 0", "pgcdp check --full tells what can be restored"
@@ -96,7 +96,7 @@ class Store:
             "set": self.set_name,
             "set_id": self.set_id.hex(),
             "volumes": [asdict(volume) for volume in self.volumes],
-            "baseline": None if self.baseline is None else asdict(self.baseline),
+            "baseline": None if self.baseline is None else self.baseline._asdict(),
         }
         write_json(self.path / "store.json", content)
 

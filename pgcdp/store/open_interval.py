@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -201,7 +201,7 @@ class OpenInterval:
                 f"which holds writes up to {self.last_write}"
             )
         self.sync()
-        write_json(self.path / "boundary.json", asdict(boundary))
+        write_json(self.path / "boundary.json", boundary._asdict())
         self.boundary = boundary
 
     def finish(self) -> tuple[FileSummary, FileSummary]:

@@ -9,10 +9,9 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from pgcdp.errors import DamageError, TargetError
 from pgcdp.records import Interval, Span
@@ -21,8 +20,7 @@ from pgcdp.store.catalog import FILE_NAME, Catalog, said_of
 from pgcdp.store.layout import Store
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(NamedTuple):
     """A published interval. `said`: as `catalog.said_of`."""
 
     interval: Interval

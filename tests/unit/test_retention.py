@@ -62,14 +62,14 @@ def carried_out(holding: Holding, plan: Plan) -> Holding:
         parts = [each for each in intervals if span.first <= each.first and each.number <= span.last]
         assert parts[0].first == span.first
         assert parts[-1].number == span.last
-        made = replace(
-            parts[-1], covers=span.last - span.first + 1, from_write=parts[0].from_write, restorable_by_write=False,
+        made = parts[-1]._replace(
+            covers=span.last - span.first + 1, from_write=parts[0].from_write, restorable_by_write=False,
             rewinds=parts[0].rewinds, to_time_ns=max(each.to_time_ns for each in parts),
             blocks_changed=sum(each.blocks_changed for each in parts),
             stored={name: sum(each.stored[name] for each in parts) for name in parts[0].stored} | {"writes": 0},
         )  # fmt: skip
         intervals = sorted([made, *(each for each in intervals if each not in parts)], key=lambda each: each.number)
-    intervals = [replace(each, restorable_by_write=False) if each.number in plan.thin else each for each in intervals]
+    intervals = [each._replace(restorable_by_write=False) if each.number in plan.thin else each for each in intervals]
     numbers = {each.number for each in intervals}
     assert set(plan.thin) <= numbers
     return Holding(base, intervals, numbers & set(holding.indexed), latest_ns)
@@ -223,9 +223,9 @@ def test_an_hour_is_joined_once() -> None:
 def test_what_lies_on_two_sides_of_a_seam_is_not_joined() -> None:
     holding = listing([MINUTE_NS] * 20, [1] * 10 + [2] * 10)
     parts = list(holding.intervals)
-    parts[4] = replace(parts[4], rewinds=(Rewind(41, 45, 12),))
+    parts[4] = parts[4]._replace(rewinds=(Rewind(41, 45, 12),))
     back = parts[14].boundary
-    parts[14] = replace(parts[14], boundary=replace(back, checkpoint_lsn=3))
+    parts[14] = parts[14]._replace(boundary=back._replace(checkpoint_lsn=3))
     holding = Holding(holding.base, parts, frozenset(holding.indexed) - {18})
     found = plan(holding, Policy(0.0, 0.0, None, None), Pins(at=20), START_NS + DAY_NS)
     assert found.base is None

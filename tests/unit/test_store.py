@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -377,7 +376,7 @@ def test_writes_whose_sync_may_have_failed_are_taken_from_the_journal_again(tmp_
     assert again.last_write == 15
     again.append(PlainRun(16, random.Random(1), 20))
     assert again.sync() == 35
-    again.set_boundary(replace(boundary(2), write=35))
+    again.set_boundary(boundary(2)._replace(write=35))
     again.finish()
     again.close()
     done = OpenInterval.open(store, 2, 11, durable_write=15)
