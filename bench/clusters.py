@@ -151,7 +151,7 @@ class Protected(Side):
         """Run pgcdp; its JSON."""
         environment = {**os.environ, "PGCDP_ROOT": str(self.root / "state")}
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "pgcdp", *words, "--output", "json"],
+            [Path(sys.executable).with_name("pgcdp"), *words, "--output", "json"],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
