@@ -466,7 +466,7 @@ def salvage(
             return session.connect_to(into)
         if set_name is None:
             raise UsageError("a store alone has no running database", "say where the rows go: --into DSN or --file F")
-        return session.connect(session.Dsn.of(load_config(set_name)), database)
+        return session.connect_as_client(session.Dsn.of(load_config(set_name)), database)
 
     value = salvaging.run(
         source, point, wanted, below=scratch_place(source), binaries=binaries_of(source, set_name), connect=connect,

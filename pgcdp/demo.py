@@ -95,7 +95,7 @@ class _Demo:
     def ask(self, sql: str, sockets: Path | None = None) -> Any:
         """The first value that a statement gives, or None."""
         dsn = session.Dsn(sockets or self.sockets, 5432)
-        with session.connect(dsn, name="pgcdp demo") as connection:
+        with session.connect_as_client(dsn, name="pgcdp demo") as connection:
             rows = session.query(connection, sql).rows
         return rows[0][0] if rows else None
 

@@ -159,7 +159,7 @@ class Load:
         return Result(sorted(self._acks, key=lambda ack: ack.acked_ns), list(self._failures))
 
     def _connect(self) -> psycopg.Connection[Any]:
-        return session.connect(self.address)
+        return session.connect_as_client(self.address)
 
     def _environment(self) -> dict[str, str]:
         own = {
@@ -250,7 +250,7 @@ class WalCopy:
         """Make the slot and receive from now on; commits from `begin_lsn` on will be in the copy."""
         self.directory.mkdir(mode=0o700)
         proc.run(["chown", self.user.name, str(self.directory)])
-        with session.connect(self.address) as connection:
+        with session.connect_as_client(self.address) as connection:
             made = connection.execute(
                 "select pg_create_physical_replication_slot(%s, true), pg_current_wal_lsn()::text", [self.slot]
             ).fetchone()
@@ -282,7 +282,7 @@ class WalCopy:
     def stop(self) -> None:
         """Wait until all WAL of this moment has come, end the receiver, drop the slot. The cluster must run."""
         assert self._process is not None
-        with session.connect(self.address) as connection:
+        with session.connect_as_client(self.address) as connection:
             row = connection.execute("select pg_current_wal_flush_lsn()::text").fetchone()
             assert row is not None
             wait_until(lambda: self._received(connection, row[0]), what=f"WAL up to {row[0]} in the copy")
@@ -303,7 +303,7 @@ class WalCopy:
         assert self._process is not None
         if self._process.poll() is not None:
             raise RuntimeError(f"pg_receivewal ended: {self._process.communicate()[1]}")
-        with session.connect(self.address) as connection:
+        with session.connect_as_client(self.address) as connection:
             return self._active(connection)
 
     def _active(self, connection: psycopg.Connection[Any]) -> bool:

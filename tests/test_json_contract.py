@@ -296,7 +296,7 @@ def test_mark_and_show(protected: Protected) -> None:
 def test_log_and_find(protected: Protected) -> None:
     file = protected.directory / "root/etc/pgcdp/main.toml"
     settings = config.parse_config(file.read_text(), "main", file, protected.directory / "root")
-    with session.connect(session.Dsn.of(settings)) as connection:
+    with session.connect_as_client(session.Dsn.of(settings)) as connection:
         for sql in ("create table found as select generate_series(1, 9) as id", "delete from found"):
             session.query(connection, sql)
     shape = {"transactions": [TRANSACTION], "total": int, "unknown": [], "unseen": Maybe(str), "left_out": int,
@@ -306,7 +306,7 @@ def test_log_and_find(protected: Protected) -> None:
         assert fits(value, shape) == []
         assert value["transactions"][0]["tables"][0]["name"] == "found"
         assert "found" in protected.text(*words)
-    with session.connect(session.Dsn.of(settings)) as connection:
+    with session.connect_as_client(session.Dsn.of(settings)) as connection:
         for sql in ("create database gone", "drop database gone"):
             session.query(connection, sql)
     value = protected.json("find", "drop database gone")
@@ -315,7 +315,7 @@ def test_log_and_find(protected: Protected) -> None:
     assert "database gone  dropped" in protected.text("find", "drop database gone")
     value = protected.json("find", "select 1", code=3)
     assert value["error"]["kind"] == "target"
-    with session.connect(session.Dsn.of(settings)) as connection:
+    with session.connect_as_client(session.Dsn.of(settings)) as connection:
         for _ in range(21):
             session.query(connection, "insert into found values (1)")
         session.query(connection, "insert into found select generate_series(1, 50)")

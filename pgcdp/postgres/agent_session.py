@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Generator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Generator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import asyncpg
 
 from pgcdp.errors import PreconditionError
 from pgcdp.postgres.session import (
+    ALL_RIGHTS_SQL,
     DATABASES_SQL,
     HBA_KNOWN_SQL,
     HBA_SQL,
+    LEAST_SQL,
+    OPTIONS,
     SETTINGS_SQL,
     SUPERUSER_SQL,
     TABLESPACES_SQL,
@@ -32,10 +37,11 @@ _CHECKPOINT_SQL = "select checkpoint_lsn::text from pg_control_checkpoint()"
 
 
 class Session:
-    """One at a time, opened again by the caller when it breaks."""
+    """One at a time, opened again by the caller when it breaks. It has the least rights but where these do not do."""
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
+        self._may_checkpoint = False
 
     @classmethod
     async def open(cls, dsn: Dsn, database: str = "postgres", timeout: float = 10.0) -> Session:
@@ -46,12 +52,21 @@ class Session:
             user=dsn.role,
             database=database,
             timeout=timeout,
-            server_settings={"application_name": "pgcdp agent"},
+            server_settings={"application_name": "pgcdp agent", **OPTIONS},
         )
         try:
-            return cls(await _StepsAs(dsn.owner, opening))
+            found = cls(await _StepsAs(dsn.owner, opening))
         except (OSError, asyncpg.PostgresError, TimeoutError) as error:
             raise unreachable(dsn, error) from None
+        try:
+            await asyncio.wait_for(found._with_least_rights(), timeout)
+        except TimeoutError as error:
+            found._connection.terminate()
+            raise unreachable(dsn, error) from None
+        except BaseException:
+            found._connection.terminate()
+            raise
+        return found
 
     @property
     def closed(self) -> bool:
@@ -60,7 +75,11 @@ class Session:
 
     async def checkpoint(self) -> None:
         """Run an immediate checkpoint and wait for its end. Raises PreconditionError when there was none."""
-        await self._ask(self._connection.execute("checkpoint"))
+        if self._may_checkpoint:
+            await self._ask(self._connection.execute("checkpoint"))
+            return
+        async with self._all_rights():
+            await self._ask(self._connection.execute("checkpoint"))
 
     async def checkpoint_lsn(self) -> int:
         """Where the newest completed checkpoint's record begins, as pg_control says."""
@@ -76,11 +95,13 @@ class Session:
 
     async def settings(self) -> Settings:
         """As `session.settings`."""
+        await self._with_least_rights()  # the role may be there since, or have lost something
         rows = [dict(row) for row in await self._ask(self._connection.fetch(SETTINGS_SQL))]
         superuser = await self._ask(self._connection.fetchval(SUPERUSER_SQL))
         spaces = await self._ask(self._connection.fetch(TABLESPACES_SQL))
-        known = await self._ask(self._connection.fetchval(HBA_KNOWN_SQL))
-        hba = rules_in(await self._ask(self._connection.fetch(HBA_SQL))) if known else None
+        async with self._all_rights():  # to whom that view is granted, it shows secrets of LDAP, too
+            known = await self._ask(self._connection.fetchval(HBA_KNOWN_SQL))
+            hba = rules_in(await self._ask(self._connection.fetch(HBA_SQL))) if known else None
         return assembled(rows, superuser or "postgres", await self.databases(), [list(row) for row in spaces], hba)
 
     async def databases(self) -> list[Database]:
@@ -93,6 +114,25 @@ class Session:
             await self._connection.close(timeout=timeout)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
             self._connection.terminate()
+
+    async def _with_least_rights(self) -> None:
+        row = await self._ask(self._connection.fetchrow(LEAST_SQL))
+        self._may_checkpoint = row is None or bool(row[1])
+
+    @asynccontextmanager
+    async def _all_rights(self) -> AsyncIterator[None]:
+        """For a statement that only a superuser may run."""
+        await self._ask(self._connection.execute(ALL_RIGHTS_SQL))
+        try:
+            yield
+        except PreconditionError:
+            with suppress(PreconditionError):  # the connection may be what failed
+                await self._with_least_rights()
+            raise
+        except BaseException:  # nobody waits any longer: neither for this
+            self._connection.terminate()
+            raise
+        await self._with_least_rights()
 
     async def _ask(self, request: Awaitable[T]) -> T:
         try:

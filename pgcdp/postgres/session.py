@@ -5,6 +5,11 @@ psycopg is loaded by the first session: a clone opens without one.
 pgcdp runs as root, a cluster's `pg_hba.conf` usually says `local all postgres peer`, and the kernel tells Postgres
 the effective user of the thread that called connect(). So a session can be opened "as" the cluster's owner: for the
 steps of connecting, that one thread (never the process) takes on his effective user id.
+
+That lets in a superuser, into databases that belong to others. Two things keep them from having their way with it: what
+`ALTER DATABASE ... SET search_path` says is passed over (OPTIONS), so that pg_class is that of pg_catalog; and what is
+asked is asked with the least rights that do (LEAST_SQL). The second alone would not: whatever a superuser's session
+runs can take its rights back (docs/decisions/2026-11-26-least-privilege.md).
 """
 
 from __future__ import annotations
@@ -29,6 +34,26 @@ if TYPE_CHECKING:
     Connection = psycopg.Connection[Any]
 
 Settings = dict[str, Any]
+
+OPTIONS = {"search_path": "pg_catalog"}
+"""Of every session that pgcdp has for itself: at its start, so that they beat what roles and databases have."""
+ROLE = "pgcdp"
+"""The role of least privilege that a protected cluster gets (`postgres.role`)."""
+LEAST_SQL = f"""
+select set_config('role', chosen.rolname, false), current_setting('server_version_num')::int >= 150000
+  and pg_has_role(chosen.oid, (select oid from pg_roles where rolname = 'pg_checkpoint'), 'usage')
+from pg_roles own cross join (
+  select oid, rolname from pg_roles
+  where rolname = 'pg_monitor' or (rolname = '{ROLE}' and not rolsuper
+    and pg_has_role(oid, 'pg_read_all_settings', 'usage') and pg_has_role(oid, 'pg_read_all_stats', 'usage'))
+  order by rolname = '{ROLE}' desc limit 1) chosen
+where own.rolname = session_user and own.rolsuper
+"""
+"""From here on a superuser's session has the rights of the role pgcdp; where that is not there, or lacks some, those of
+pg_monitor, which is in every cluster and reads settings and statistics. Tells also whether it may run a checkpoint. No
+row: the session is no superuser's, and stays what it is."""
+ALL_RIGHTS_SQL = "set role none"
+"""Ends that. Not RESET: to what a session is reset, a database's owner can say."""
 
 SETTINGS_SQL = """
 select name, setting, unit, vartype, context, source, sourcefile, sourceline, boot_val, pending_restart
@@ -113,12 +138,52 @@ class Answer:
 
 
 def connect(
-    dsn: Dsn, database: str = "postgres", *, options: str = "", timeout: int = 10, name: str = "pgcdp"
+    dsn: Dsn,
+    database: str = "postgres",
+    *,
+    superuser: bool = False,
+    options: str = "",
+    timeout: int = 10,
+    name: str = "pgcdp",
 ) -> Connection:
-    """An autocommit connection. `options` are server options ("-c work_mem=1GB").
+    """An autocommit connection for pgcdp's own statements: with OPTIONS, and the least rights unless `superuser`.
 
-    Raises PreconditionError with Postgres's words when there is none to be had.
+    `options` are more server options ("-c work_mem=1GB"). Raises PreconditionError with Postgres's words when there is
+    none to be had.
     """
+    own = " ".join(f"-c {option}={value}" for option, value in OPTIONS.items())
+    connection = _connected(dsn, database, f"{own} {options}", timeout, name)
+    if not superuser:
+        try:
+            query(connection, LEAST_SQL)
+        except PgcdpError as error:
+            connection.close()
+            raise unreachable(dsn, error) from None
+    return connection
+
+
+def connect_as_client(dsn: Dsn, database: str = "postgres", name: str = "pgcdp") -> Connection:
+    """An autocommit connection as clients of that database have it: its search path, and all rights of the role.
+
+    Only pg_catalog is in front, whatever the path says. Raises PreconditionError.
+    """
+    return _with_catalog_first(_connected(dsn, database, "", 10, name))
+
+
+def connect_to(conninfo: str) -> Connection:
+    """The same to what a libpq connection string names. Raises PreconditionError."""
+    import psycopg
+
+    try:
+        connection = psycopg.connect(conninfo, autocommit=True, connect_timeout=10, application_name="pgcdp")
+    except psycopg.Error as error:
+        raise PreconditionError(
+            f"cannot connect to that database: {first_line(error)}", 'it takes what psql takes, such as "dbname=shop"'
+        ) from None
+    return _with_catalog_first(connection)
+
+
+def _connected(dsn: Dsn, database: str, options: str, timeout: int, name: str) -> Connection:
     import psycopg
 
     try:
@@ -130,24 +195,31 @@ def connect(
         raise unreachable(dsn, error) from None
 
 
-def connect_to(conninfo: str) -> Connection:
-    """An autocommit connection to what a libpq connection string names. Raises PreconditionError."""
+def _with_catalog_first(connection: Connection) -> Connection:
+    """Postgres looks into pg_catalog before all else, unless the path itself names it behind something."""
+    try:
+        rows = query(connection, "select pg_catalog.current_setting('search_path')").rows
+        path = str(rows[0][0]) if rows else ""
+        names = [each.strip() for each in re.findall(r'\s*(?:"(?:[^"]|"")*"|[^,"])+', path)]
+        plain = [each for each in names if each != '"pg_catalog"' and each.lower() != "pg_catalog"]
+        if plain != names:
+            # As a value: in a text of SQL, what a backslash means is for the database's owner to say.
+            query(connection, "select pg_catalog.set_config('search_path', %s, false)", values=[", ".join(plain)])
+    except PgcdpError:
+        connection.close()
+        raise
+    return connection
+
+
+def query(connection: Connection, sql: str, limit: int | None = None, values: Sequence[object] | None = None) -> Answer:
+    """Run one statement and give at most `limit` of its rows; `values` are for its %s.
+
+    Raises PgcdpError with Postgres's words when it fails.
+    """
     import psycopg
 
     try:
-        return psycopg.connect(conninfo, autocommit=True, connect_timeout=10, application_name="pgcdp")
-    except psycopg.Error as error:
-        raise PreconditionError(
-            f"cannot connect to that database: {first_line(error)}", 'it takes what psql takes, such as "dbname=shop"'
-        ) from None
-
-
-def query(connection: Connection, sql: str, limit: int | None = None) -> Answer:
-    """Run one statement and give at most `limit` of its rows. Raises PgcdpError with Postgres's words when it fails."""
-    import psycopg
-
-    try:
-        cursor = connection.execute(sql.encode(), prepare=False)
+        cursor = connection.execute(sql.encode(), values, prepare=False)
         if cursor.description is None:
             return Answer(None, 0, cursor.statusmessage or "")
         rows = cursor.fetchall() if limit is None else cursor.fetchmany(limit)
@@ -177,13 +249,13 @@ def settings(connection: Connection) -> Settings:
 
 
 def databases(connection: Connection) -> list[Database]:
-    """All databases, templates included, by OID."""
-    return [Database(*row) for row in connection.execute(DATABASES_SQL).fetchall()]
+    """All databases, templates included, by OID. Raises PgcdpError."""
+    return [Database(*row) for row in query(connection, DATABASES_SQL).rows or []]
 
 
 def tablespace_names(connection: Connection) -> dict[int, str]:
-    """Those that lie in a directory of their own, by OID."""
-    return {oid: name for oid, name, _ in connection.execute(TABLESPACES_SQL).fetchall()}
+    """Those that lie in a directory of their own, by OID. Raises PgcdpError."""
+    return {oid: name for oid, name, _ in query(connection, TABLESPACES_SQL).rows or []}
 
 
 @contextmanager

@@ -103,9 +103,8 @@ class Sandbox:
 
         `extra` are more server settings ("statement_timeout=5s"). Raises PreconditionError.
         """
-        return session.connect(
-            self.address(), database, options=sandbox_settings.session_options(extra), name="pgcdp sandbox"
-        )
+        options = sandbox_settings.session_options(extra)
+        return session.connect(self.address(), database, superuser=True, options=options, name="pgcdp sandbox")
 
     def environment(self) -> dict[str, str]:
         """For Postgres's own client programs: where to connect, as whom, with which session settings."""

@@ -8,9 +8,13 @@ begin
     create role pgcdp login nosuperuser nocreatedb nocreaterole noreplication nobypassrls;
     comment on role pgcdp is 'continuous data protection: checkpoints, settings, statistics';
   end if;
-  grant pg_read_all_settings, pg_read_all_stats to pgcdp;
-  if current_setting('server_version_num')::int >= 150000 then
-    grant pg_checkpoint to pgcdp;
+  if current_setting('server_version_num')::int >= 160000 then  -- from then on each membership says so for itself
+    execute 'grant pg_read_all_settings, pg_read_all_stats, pg_checkpoint to pgcdp with inherit true';
+  else
+    grant pg_read_all_settings, pg_read_all_stats to pgcdp;
+    if current_setting('server_version_num')::int >= 150000 then
+      grant pg_checkpoint to pgcdp;
+    end if;
   end if;
 end
 $role$;

@@ -175,7 +175,7 @@ def test_sessions_with_peer_authentication(pg_binaries: Binaries, make_cluster: 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        with session.connect(dsn) as connection:
+        with session.connect(dsn, superuser=True) as connection:
             kept = session.settings(connection)
             assert os.geteuid() == 0
         agent = asyncio.run(_agent(dsn, live.pgdata))

@@ -156,12 +156,12 @@ def test_a_cluster_of_debian_with_its_configuration_elsewhere(house: House) -> N
     def count() -> tuple[int, ...] | None:
         place = str(house.root / "socket")
         user = proc.user_named("postgres")
-        with session.connect(session.Dsn(Path(place), house.port + 1, owner=user)) as connection:
+        with session.connect_as_client(session.Dsn(Path(place), house.port + 1, owner=user)) as connection:
             return connection.execute("select count(*) from t").fetchone()
 
     try:
         ctl("start")
-        with session.connect(
+        with session.connect_as_client(
             session.Dsn(house.root / "socket", house.port + 1, owner=proc.user_named("postgres"))
         ) as connection:
             connection.execute("create table t as select generate_series(1, 100)")

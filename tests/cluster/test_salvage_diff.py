@@ -142,7 +142,7 @@ def test_several_tables_come_back_together(then: tuple[ProtectedSet, Target]) ->
 def test_a_plain_session_is_left_as_it_was(then: tuple[ProtectedSet, Target]) -> None:
     """Nothing of the comparing stays in the running database."""
     salvage(then, "o", agree=agreed)
-    with session.connect(then[0].address()) as live:
+    with session.connect_as_client(then[0].address()) as live:
         left = live.execute("select relname::text from pg_class where relname like 'pgcdp\\_%'").fetchall()
     assert left == []
 
