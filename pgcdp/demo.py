@@ -112,7 +112,7 @@ def run(*, keep: bool, progress: Report) -> dict[str, Any]:
     """
     checks.check_root()
     user = proc.user_named(OWNER)
-    binaries = _newest_binaries()
+    binaries = _newest_binaries(user)
     began = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="pgcdp-demo-", dir="/var/tmp"))
     directory.chmod(0o755)  # Postgres's user must get through to the data directory
@@ -158,10 +158,10 @@ def run(*, keep: bool, progress: Report) -> dict[str, Any]:
 # --- the play
 
 
-def _newest_binaries() -> cluster.Binaries:
+def _newest_binaries(user: proc.User) -> cluster.Binaries:
     for major in range(cluster.NEWEST, cluster.OLDEST - 1, -1):
         with suppress(PreconditionError):
-            found = cluster.find_binaries(major)
+            found = cluster.find_binaries(major, user=user)
             found.path("pgbench")
             return found
     raise PreconditionError("no PostgreSQL with pgbench is installed", "install it with: apt-get install postgresql-15")

@@ -10,7 +10,6 @@ Capture shows as much of a backing as the settings say, so that one that somebod
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +83,7 @@ def _volume(config: Config, name: str | None) -> tuple[int, VolumeConfig]:
 
 def _refuse_unready(config: Config, volume: VolumeConfig) -> None:
     program, package = PROGRAMS[volume.fs]
-    if shutil.which(program) is None:
+    if proc.find_program(program) is None:
         raise PreconditionError(f"{program} is not installed", f"apt-get install {package}")
     if volume.fs == "ext4" and not may_resize_ext4():
         raise PreconditionError(

@@ -13,6 +13,7 @@ from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.postgres.cluster import Binaries, find_binaries
+from pgcdp.proc import user_named
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery.places import scratch_of
 from pgcdp.recovery.source import Source
@@ -115,12 +116,12 @@ def production_places(source: Source, set_name: str | None) -> list[Path]:
 
 
 def binaries_of(source: Source, set_name: str | None) -> Binaries:
-    """Postgres's programs of the version of the store."""
-    return find_binaries(int(source.store.extra["cluster"]["version"]), bindir_of(set_name))
-
-
-def bindir_of(set_name: str | None) -> Path | None:
-    return None if set_name is None else load_config(set_name).cluster.bindir
+    """Postgres's programs of the version of the store; those that run on a set's cluster, as its owner's choice."""
+    major = int(source.store.extra["cluster"]["version"])
+    if set_name is None:
+        return find_binaries(major)
+    facts = load_config(set_name).cluster
+    return find_binaries(major, facts.bindir, user_named(facts.owner))
 
 
 def remember(source: Source, kind: Any, content: Json) -> None:

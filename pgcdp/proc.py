@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pwd
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from pgcdp.errors import PgcdpError, PreconditionError
 
 _QUOTED_LINES = 4
+ADMIN_PLACES = ("/usr/sbin", "/sbin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,12 @@ def owner_of(path: Path) -> User:
         raise PreconditionError(f"{path} does not exist") from None
 
 
+def find_program(name: str) -> str | None:
+    """Where a program is: in PATH, or where those of an administrator are, which are not in the PATH of cron."""
+    path = os.pathsep.join([os.environ.get("PATH") or os.defpath, *ADMIN_PLACES])
+    return shutil.which(name, path=path)
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -93,10 +101,13 @@ def run(
     cwd: Path = Path("/"),
     timeout: float | None = None,
     check: bool = True,
+    output: int | None = None,
 ) -> Completed:
     """Run a program to its end and capture what it prints (UTF-8, undecodable bytes kept as escapes).
 
-    `env` replaces the environment; None passes on the caller's. Raises ProcessFailed when it ends with another code
+    A program named without its place is looked for as `find_program` does. `env` replaces the environment; None passes
+    on the caller's. `output`: the descriptor of a file that gets what it writes to stdout. `cwd` is entered with the
+    caller's rights, before it becomes `user`. Raises ProcessFailed when it ends with another code
     than 0 (unless `check` is false) or does not end in `timeout` seconds (it is then killed), PreconditionError when
     the program is missing or may not be run.
     """
@@ -105,9 +116,11 @@ def run(
     try:
         done = subprocess.run(
             command,
+            executable=find_program(command[0]),
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
-            capture_output=True,
+            stdout=subprocess.PIPE if output is None else output,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="backslashreplace",
             env=None if env is None else dict(env),
@@ -121,7 +134,7 @@ def run(
         raise ProcessFailed(f"{_name(command)} did not end in {timeout:g} s and was killed", completed) from None
     except OSError as error:
         raise _cannot_run(command, user, error) from None
-    completed = Completed(command, done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+    completed = Completed(command, done.returncode, done.stdout or "", done.stderr, time.monotonic() - started)
     if check and done.returncode != 0:
         raise ProcessFailed(failure(completed), completed)
     return completed

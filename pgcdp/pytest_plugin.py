@@ -23,6 +23,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pgcdp.postgres.cluster import Binaries
+    from pgcdp.proc import User
 
 SET = "pytest"
 
@@ -88,8 +89,8 @@ def pgcdp_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     from pgcdp.proc import user_named
     from pgcdp.units import parse_size
 
-    binaries = _executables(request.config)
     owner = user_named("postgres")
+    binaries = _executables(request.config, owner)
     directory = Path(tempfile.mkdtemp(prefix="pgcdp-pytest-", dir="/var/tmp"))
     directory.chmod(0o755)
     cluster = Cluster(directory, "postgres")
@@ -158,7 +159,7 @@ def pgcdp_clone(pgcdp_cluster: Cluster) -> Iterator[Callable[..., dict[str, Any]
             pgcdp_cluster.destroy(name)
 
 
-def _executables(config: pytest.Config) -> Binaries:
+def _executables(config: pytest.Config, user: User) -> Binaries:
     from pgcdp.errors import PreconditionError
     from pgcdp.postgres.cluster import NEWEST, OLDEST, Binaries, find_binaries, version_of
 
@@ -167,12 +168,12 @@ def _executables(config: pytest.Config) -> Binaries:
         chosen = chosen or config.getini("postgresql_exec")
     if chosen and Path(chosen).exists():
         directory = Path(chosen).parent
-        major = version_of(directory)
+        major = version_of(directory, user)
         if major is not None:
             return Binaries(directory, major)
     for major in range(NEWEST, OLDEST - 1, -1):
         with suppress(PreconditionError):
-            return find_binaries(major)
+            return find_binaries(major, user=user)
     raise PreconditionError("no PostgreSQL is installed", "apt-get install postgresql-15, or set postgresql_exec")
 
 

@@ -213,7 +213,7 @@ def check(request: ProtectRequest) -> Plan:
         facts, running = _facts_of_new(request, pgdata, paths), False
     else:
         planning.refuse_mounts(pgdata, "move the cluster into a directory below the mount point first")
-        facts, running = _facts_of_existing(request, pgdata, paths)
+        facts, running = facts_of(pgdata, request.bindir, paths.state)
     if not running:
         check_port(request, facts)
     planned = planned_volumes(request, paths, pgdata, facts, running)
@@ -254,10 +254,11 @@ def size_option(volume: VolumeConfig) -> str:
 
 def check_port(request: ProtectRequest, facts: ClusterConfig) -> None:
     """A cluster that does not run could be started. Raises PreconditionError that names who has its port."""
+    user = proc.user_named(facts.owner)
     if request.initdb:
-        place = ports.of_new(cluster.Binaries(facts.bindir, facts.version), dict(request.settings))
+        place = ports.of_new(cluster.Binaries(facts.bindir, facts.version), dict(request.settings), user)
     else:
-        place = ports.of_cluster(facts.command_line, proc.user_named(facts.owner))
+        place = ports.of_cluster(facts.command_line, user)
     taken = place.taken()
     if taken is not None:
         raise PreconditionError(
@@ -288,32 +289,37 @@ def _config(
     return settings.parse_config(settings.render_config(config), request.name, config.paths.config_file, config.root)
 
 
-def _binaries(request: ProtectRequest, major: int, prefer: Path | None) -> cluster.Binaries:
-    if request.bindir is not None and (found := cluster.version_of(request.bindir)) != major:
+def _binaries(given: Path | None, major: int, prefer: Path | None, user: proc.User) -> cluster.Binaries:
+    if given is not None and (found := cluster.version_of(given, user)) != major:
         holds = f"holds PostgreSQL {found}" if found else "holds no PostgreSQL"
         raise PreconditionError(
-            f"the cluster is of PostgreSQL {major}, but {request.bindir} {holds}",
+            f"the cluster is of PostgreSQL {major}, but {given} {holds}",
             f"give the directory of the programs of PostgreSQL {major}",
         )
-    return cluster.find_binaries(major, request.bindir or prefer)
+    return cluster.find_binaries(major, given or prefer, user)
 
 
-def _facts_of_existing(request: ProtectRequest, pgdata: Path, paths: SetPaths) -> tuple[ClusterConfig, bool]:
+def facts_of(pgdata: Path, bindir: Path | None, state: Path) -> tuple[ClusterConfig, bool]:
+    """What is known of a cluster that is there, and whether it runs. `state`: where its log goes when it has none.
+
+    Raises PreconditionError.
+    """
     found = cluster.inspect(pgdata)
     if found.user.uid == 0:
         raise PreconditionError(
             f"{pgdata} belongs to root, as whom Postgres does not run", f"chown -R postgres {pgdata}"
         )
     running = found.postmaster
-    binaries = _binaries(request, found.major, Path(running.argv[0]).parent if running and running.argv else None)
+    own = Path(running.argv[0]).parent if running and running.argv else None
+    binaries = _binaries(bindir, found.major, own, found.user)
     argv = running.argv if running else _last_command_line(binaries, pgdata)
     if running and running.port is not None:
         port, socket = running.port, running.socket_directory
     else:
-        port, socket = _ask_port(argv, found.user), _ask_socket_directory(argv, found.user)
-    log_file = running.log_file if running and running.log_file else paths.state / "postgres.log"
+        port, socket = int(cluster.ask_setting(argv, "port", found.user)), _ask_socket_directory(argv, found.user)
+    log_file = running.log_file if running and running.log_file else state / "postgres.log"
     if pgdata in log_file.parents:
-        log_file = paths.state / "postgres.log"
+        log_file = state / "postgres.log"
     facts = ClusterConfig(
         version=found.major,
         bindir=binaries.directory,
@@ -344,13 +350,8 @@ def _last_command_line(binaries: cluster.Binaries, pgdata: Path) -> tuple[str, .
     return cluster.command_line(binaries, pgdata)
 
 
-def _ask_port(argv: tuple[str, ...], user: proc.User) -> int:
-    return int(proc.run([*argv, "-C", "port"], user=user, env=cluster.environment()).stdout)
-
-
 def _ask_socket_directory(argv: tuple[str, ...], user: proc.User) -> Path | None:
-    told = proc.run([*argv, "-C", "unix_socket_directories"], user=user, env=cluster.environment()).stdout
-    first = told.split(",")[0].strip()
+    first = cluster.ask_setting(argv, "unix_socket_directories", user).split(",")[0].strip()
     return Path(first) if first else None
 
 
@@ -370,7 +371,7 @@ def _facts_of_new(request: ProtectRequest, pgdata: Path, paths: SetPaths) -> Clu
             f"user {user.name} cannot enter {pgdata.parent}",
             "choose a --pgdata that it can, or change the modes above it",
         )
-    binaries = _binaries(request, _version_of_new(request), None)
+    binaries = _binaries(request.bindir, _version_of_new(request, user), None, user)
     wanted = dict(request.settings)
     return ClusterConfig(
         version=binaries.major,
@@ -385,14 +386,14 @@ def _facts_of_new(request: ProtectRequest, pgdata: Path, paths: SetPaths) -> Clu
     )
 
 
-def _version_of_new(request: ProtectRequest) -> int:
+def _version_of_new(request: ProtectRequest, user: proc.User) -> int:
     if request.version is not None:
         return request.version
     if request.bindir is not None:
-        return cluster.version_of(request.bindir) or cluster.NEWEST
+        return cluster.version_of(request.bindir, user) or cluster.NEWEST
     for major in range(cluster.NEWEST, cluster.OLDEST, -1):
         try:
-            return cluster.find_binaries(major).major
+            return cluster.find_binaries(major, user=user).major
         except PreconditionError:
             continue
     return cluster.OLDEST
@@ -414,7 +415,7 @@ def make_cluster(request: ProtectRequest, config: Config) -> Config:
     facts = replace(
         facts,
         system_identifier=str(cluster.read_control(config.pgdata).system_identifier),
-        port=_ask_port(facts.command_line, user),
+        port=int(cluster.ask_setting(facts.command_line, "port", user)),
         socket_directory=os.fspath(socket) if socket else "",
     )
     return replace(config, cluster=facts)

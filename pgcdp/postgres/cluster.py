@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgcdp import proc
-from pgcdp.errors import PreconditionError
+from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import control
 from pgcdp.postgres.processes import Postmaster as Postmaster
 from pgcdp.postgres.processes import find_postmaster as find_postmaster
@@ -24,6 +25,8 @@ from pgcdp.proc import User
 
 OLDEST, NEWEST = 13, 18
 _POLL = 0.02
+VERSION_SECONDS = 60.0
+"""How long a program may take to say its version."""
 UNSAID_SECONDS = 5.0
 """How long a postmaster may take from its start to its postmaster.pid."""
 FOLLOWED = re.compile(
@@ -83,10 +86,12 @@ class DataDirectory:
         return (*(() if self.wal_link is None else (self.wal_link,)), *self.tablespaces.values())
 
 
-def find_binaries(major: int, prefer: Path | None = None) -> Binaries:
+def find_binaries(major: int, prefer: Path | None = None, user: User | None = None) -> Binaries:
     """The programs of version `major`: in `prefer`, PGCDP_PG_BINDIRS (a colon list), or where packages put them.
 
-    Raises PreconditionError when there are none, naming the places where they were looked for.
+    To know their version they are run, as `user`: where `prefer` comes from somebody else, as the command line of a
+    postmaster does, it must be him. Raises PreconditionError when there are none, naming the places where they were
+    looked for.
     """
     if not OLDEST <= major <= NEWEST:
         raise PreconditionError(
@@ -96,7 +101,7 @@ def find_binaries(major: int, prefer: Path | None = None) -> Binaries:
     packaged = [Path(f"/usr/lib/postgresql/{major}/bin"), Path(f"/usr/pgsql-{major}/bin"), Path("/usr/local/pgsql/bin")]
     places = [*([prefer] if prefer else []), *listed, *packaged]
     for place in places:
-        if version_of(place) == major:
+        if version_of(place, user) == major:
             return Binaries(place, major)
     raise PreconditionError(
         f"no programs of PostgreSQL {major} in {', '.join(map(str, places))}",
@@ -104,13 +109,30 @@ def find_binaries(major: int, prefer: Path | None = None) -> Binaries:
     )
 
 
-def version_of(bindir: Path) -> int | None:
-    """The major version of the programs in `bindir`; None when there is no `postgres` that runs."""
+def version_of(bindir: Path, user: User | None) -> int | None:
+    """The major version of the programs in `bindir`; None when there is no `postgres` that `user` can run."""
     program = bindir / "postgres"
     if not os.access(program, os.X_OK):
         return None
-    match = re.search(r"\(PostgreSQL\) (\d+)", proc.run([str(program), "--version"], check=False).stdout)
+    try:
+        told = proc.run([str(program), "--version"], user=user, check=False, timeout=VERSION_SECONDS).stdout
+    except PgcdpError:
+        return None
+    match = re.search(r"\(PostgreSQL\) (\d+)", told)
     return int(match[1]) if match else None
+
+
+def ask_setting(argv: Sequence[str], name: str, user: User) -> str:
+    """What `postgres -C` says of a cluster that does not run, by its command line. Raises PreconditionError."""
+    words = [*argv, "-C", name]
+    try:
+        return proc.run(words, user=user, env=environment()).stdout.rstrip("\n")
+    except proc.ProcessFailed as failed:
+        raise PreconditionError(
+            f"the configuration of the cluster cannot be read: {failed.message}",
+            f"as {user.name}, {shlex.join(words)} says what is wrong with it; correct that, or start the cluster as "
+            "you always do",
+        ) from None
 
 
 def inspect(pgdata: Path) -> DataDirectory:

@@ -43,15 +43,13 @@ class Listening:
 
 def of_cluster(argv: Sequence[str], user: proc.User) -> Listening:
     """Of a cluster that does not run, by its command line and its files."""
-    values = [
-        proc.run([*argv, "-C", name], user=user, env=cluster.environment()).stdout.rstrip("\n") for name in SETTINGS
-    ]
-    return Listening.of_values(*values)
+    return Listening.of_values(*(cluster.ask_setting(argv, name, user) for name in SETTINGS))
 
 
-def of_new(binaries: cluster.Binaries, settings: dict[str, str]) -> Listening:
+def of_new(binaries: cluster.Binaries, settings: dict[str, str], user: proc.User) -> Listening:
     """Of a cluster that is not made yet, with these lines in its postgresql.conf."""
-    described = proc.run([str(binaries.path("postgres")), "--describe-config"], env=cluster.environment()).stdout
+    program = str(binaries.path("postgres"))
+    described = proc.run([program, "--describe-config"], user=user, env=cluster.environment()).stdout
     fields = [line.split("\t") for line in described.splitlines()]
     # Of the port it tells 0: what initdb writes is what the programs were built with, 5432 where nobody changed it.
     values = {line[0]: line[4] for line in fields if line[0] in SETTINGS} | {"port": "5432"} | settings

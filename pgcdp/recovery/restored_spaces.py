@@ -120,9 +120,13 @@ def _tablespace_records(wal: Path, control: Control, binaries: cluster.Binaries 
             "PostgreSQL of its version is not found", "install it, or name its directory in PGCDP_PG_BINDIRS"
         )
     program = binaries.path("pg_waldump")
-    words = ["--path", str(wal), "--timeline", str(control.timeline), "--rmgr=Tablespace"]
+    words = ["--path=.", "--timeline", str(control.timeline), "--rmgr=Tablespace"]
     environment = {**cluster.environment(), "LC_ALL": "C"}
-    done = proc.run([str(program), *words, "--start", format_lsn(control.redo_lsn)], check=False, env=environment)
+    command = [str(program), *words, "--start", format_lsn(control.redo_lsn)]
+    # As whose WAL it is: the program is one that he may have chosen. He may be unable to get to it by its path.
+    status = wal.stat()
+    owner = proc.User(f"with number {status.st_uid}", status.st_uid, status.st_gid, ())
+    done = proc.run(command, user=owner, cwd=wal, check=False, env=environment)
     if done.returncode and not _at_the_end(done.stderr, control):
         raise PreconditionError(f"{program} failed: {done.stderr.strip() or done.returncode}")
     return done.stdout

@@ -240,7 +240,11 @@ def _write(
     names = dict.fromkeys((part.schema, part.name) for shape in shapes for part in shape.parts)
     words += [f"--table={_quoted(schema)}.{_quoted(name)}" for schema, name in names]
     target = f"--dbname=dbname='{_escaped(database)}'"
-    proc.run([*words, f"--file={file}", target], env=box.environment())
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:  # the program is not run as root: it may be one that the cluster's owner chose
+        proc.run([*words, target], user=box.user, env=box.environment(), output=fd)
+    finally:
+        os.close(fd)
     return rows
 
 

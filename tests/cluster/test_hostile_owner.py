@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shlex
 
 import pytest
 
-from pgcdp.postgres import catalogs, condition, role, session
+from pgcdp.capture import checks
+from pgcdp.postgres import catalogs, cluster, role, session
 from pgcdp.postgres.agent_session import Session
 from pgcdp.postgres.cluster import Binaries
-from tests.fix_postgres import BindirOf, Live, MakeCluster
+from tests.fix_postgres import PORT, BindirOf, Live, MakeCluster
 
 EVIL = """
 create schema evil;
@@ -52,8 +55,6 @@ def test_who_owns_a_database_does_not_become_superuser_by_its_search_path(owned:
     """As protect, check and agent ask: each statement that names pg_class means that of pg_catalog."""
     dsn = owned.address()
     for _ in range(2):  # before the role is there, and with it
-        found = condition.of_running(dsn, owned.pgdata)
-        assert found.unseen == ()
         look, failed = asyncio.run(catalogs.look(dsn, None, 30))
         assert failed == {}
         assert "shop" in look.databases.values()
@@ -170,3 +171,35 @@ def test_a_membership_that_is_not_inherited_is_missing(make_cluster: MakeCluster
     assert "membership in pg_checkpoint" in role.missing(dsn)
     role.install(dsn)
     assert role.missing(dsn) == []
+
+
+# --- the cluster's owner
+
+
+def test_programs_that_the_clusters_owner_chose_are_not_run_as_root(
+    make_cluster: MakeCluster, binaries_of: BindirOf
+) -> None:
+    """Where they are is told by the command line of the postmaster, which is his."""
+    real = binaries_of(15).path("postgres")
+    live = make_cluster(binaries_of(15), start=False)
+    chosen, seen = live.root / "bin", live.root / "seen"
+    chosen.mkdir()
+    (chosen / "postgres").symlink_to(real)
+    os.chown(chosen, live.user.uid, live.user.gid)
+    options = ("-c", "listen_addresses=", "-c", f"unix_socket_directories={live.sockets}", "-c", f"port={PORT}")
+    argv = (str(chosen / "postgres"), "-D", str(live.pgdata), *options)
+    cluster.start(argv, live.pgdata, live.user, live.log_file)
+    (chosen / "postgres").unlink()
+    (chosen / "postgres").write_text(f'#!/bin/sh\nid -u >>{seen}\nexec {real} "$@"\n')
+    (chosen / "postgres").chmod(0o755)
+    seen.touch()
+    seen.chmod(0o666)
+    facts, running = checks.facts_of(live.pgdata, None, live.root)
+    assert (facts.bindir, running) == (chosen, True)
+    assert set(seen.read_text().split()) == {str(live.user.uid)}
+    live.stop()
+    seen.write_text("")
+    (live.pgdata / "postmaster.opts").write_text(shlex.join(argv))
+    facts, running = checks.facts_of(live.pgdata, None, live.root)
+    assert (facts.command_line, facts.port, running) == (argv, PORT, False)
+    assert set(seen.read_text().split()) == {str(live.user.uid)}
