@@ -11,6 +11,7 @@ begin
   if current_setting('server_version_num')::int >= 160000 then  -- from then on each membership says so for itself
     execute 'grant pg_read_all_settings, pg_read_all_stats, pg_checkpoint to pgcdp with inherit true';
   else
+    alter role pgcdp inherit;
     grant pg_read_all_settings, pg_read_all_stats to pgcdp;
     if current_setting('server_version_num')::int >= 150000 then
       grant pg_checkpoint to pgcdp;
