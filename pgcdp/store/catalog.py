@@ -133,8 +133,11 @@ class Catalog:
     def intervals(self) -> dict[int, tuple[Interval, str | None]]:
         """By number, in order: what each manifest says, of transactions as `said_of`.
 
-        A row that is not as it was written is left out.
+        A row that is not as it was written is left out, and all of another version are: of an older one on a read-only
+        filesystem, of a newer one anywhere.
         """
+        if self._select("PRAGMA user_version")[1] != [(SCHEMA_VERSION,)]:
+            return {}
         rows = self._select("select content, transactions, checksum from intervals order by number")[1]
         whole = [(content, said) for content, said, checksum in rows if _checksum(content, said) == checksum]
         # Parsed as one text: there can be ten thousand, and each call of a parser costs.

@@ -425,7 +425,7 @@ def test_open_interval_refuses_a_gap(tmp_path: Path) -> None:
 
 
 def test_a_catalog_that_lies_is_not_believed(tmp_path: Path) -> None:
-    """A flipped digit in a row, a missing row, a catalog of before, none at all: the manifests say the truth."""
+    """A flipped digit in a row, a missing row, one of before or of later, none at all: the manifests say the truth."""
     store = make_store(tmp_path)
     truth = {number: Bundle.open(store, number).interval for number in store.interval_numbers()}
     rebuild(store)[0].close()
@@ -440,7 +440,7 @@ def test_a_catalog_that_lies_is_not_believed(tmp_path: Path) -> None:
 
     change("update intervals set checksum = checksum")
     assert listed() == truth
-    change("""update intervals set content = replace(content, '"to_write": ', '"to_write": 9') where number = 1""")
+    change("update intervals set content = replace(content, ', ', ', 9') where content like '[1, %'")
     assert listed() == truth
     change("delete from intervals where number = 2")
     assert listed() == truth
@@ -449,6 +449,14 @@ def test_a_catalog_that_lies_is_not_believed(tmp_path: Path) -> None:
             "drop table intervals; create table intervals (number, content); pragma user_version = 1"
         )
     connection.close()
+    assert listed() == truth
+    rebuild(store)[0].close()
+    with sqlite3.connect(store.path / "catalog.db") as connection:
+        connection.execute("pragma user_version = 99")
+    connection.close()
+    later = Catalog.open(store)
+    assert later.intervals() == {}
+    later.close()
     assert listed() == truth
     (store.path / "catalog.db").write_bytes(b"not a database" * 1000)
     assert listed() == truth
