@@ -48,6 +48,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.growing": 7,
     "pgcdp.expiring": 7,
     "pgcdp.marking": 7,
+    "pgcdp.serving.*": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,
