@@ -82,8 +82,8 @@ def working(side: Protected, stack: ExitStack) -> None:
     stack.callback(load.terminate)
 
 
-def clones(side: Protected, rounds: int, back: int) -> dict[str, Any]:
-    """All kinds of points, under load."""
+def clones(side: Protected, rounds: int, back: int, boundary_only: bool) -> dict[str, Any]:
+    """All kinds of points, under load, or newest boundaries alone."""
     found: dict[str, Any] = {}
     chooser = random.Random(1)
 
@@ -97,6 +97,8 @@ def clones(side: Protected, rounds: int, back: int) -> dict[str, Any]:
     for _ in range(back):
         side.pgcdp("cut", "bench")
     found["boundary"] = median_of(newest, rounds)
+    if boundary_only:
+        return found
     last = intervals(side)[-1]["number"]
     with spread_checkpoint(side):
         found[f"boundary_{back}_back"] = median_of(
@@ -228,7 +230,7 @@ def measure(gb: float, asked: argparse.Namespace, root: Path) -> dict[str, Any]:
                 with PgBackRest(side) as peer:
                     peer.back_up()
                     found["pgbackrest"] = beside(side, peer)
-            return {**clones(side, asked.rounds, asked.back), **found}
+            return {**clones(side, asked.rounds, asked.back, asked.boundary_only), **found}
     finally:
         side.destroy()
 
@@ -241,6 +243,7 @@ def main() -> None:
     parser.add_argument("--back", type=int, default=BACK, help="intervals between the far point and the newest")
     parser.add_argument("--tables", type=int, default=0, help="tables beside those that are measured")
     parser.add_argument("--intervals", type=int, default=0, help="intervals that are in the store before it begins")
+    parser.add_argument("--boundary-only", action="store_true", help="the newest boundary alone, not the other points")
     parser.add_argument("--no-pgbackrest", action="store_true", help="without the other side")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
@@ -254,7 +257,7 @@ def main() -> None:
         "tables": arguments.tables,
         "intervals": arguments.intervals,
         "boundary_seconds": {gb: found["boundary"]["seconds"] for gb, found in sizes.items()},
-        "mid_interval": {gb: found["mid_interval"] for gb, found in sizes.items()},
+        "mid_interval": {gb: found.get("mid_interval") for gb, found in sizes.items()},
         "pgbackrest": {gb: found.get("pgbackrest") for gb, found in sizes.items()},
         "by_gb": sizes,
     }
