@@ -18,6 +18,7 @@ import tomlkit
 
 from pgcdp import fsio
 from pgcdp.errors import PreconditionError, UsageError
+from pgcdp.metrics_address import parse_address
 from pgcdp.units import parse_duration, parse_size
 
 Effect = Literal["fixed", "up", "agent", "now"]
@@ -187,6 +188,7 @@ class Config:
     keep_hourly: float | None = None
     keep_daily: float | None = None
     least_free: int = 0
+    metrics_listen: str = "off"
     root: Path = field(default_factory=lambda: root_directory())
 
     @property
@@ -318,6 +320,11 @@ def _matching(pattern: str) -> Callable[[Any], str]:
     return read
 
 
+def _address(value: Any) -> str:
+    parse_address(_text(value))
+    return str(value)
+
+
 def _cut(value: Any) -> tuple[str, ...]:
     words = _words([value] if isinstance(value, str) else value)
     for word in words:
@@ -333,6 +340,7 @@ def _cut(value: Any) -> tuple[str, ...]:
 
 
 _SIZES = "a size such as 64M or 16G"
+_ADDRESSES = '"off", "127.0.0.1:PORT", "[::1]:PORT", or an absolute path for a Unix socket'
 _PATHS = "an absolute path"
 _PERIODS = '"all", or a period such as 12h or 7d'
 
@@ -371,6 +379,8 @@ SETTINGS: tuple[Setting, ...] = (
             "how far back the newest boundary of each day (UTC) can be restored; nothing before that is kept", "now"),
     Setting("least_free", _size(0, 1), exact_size, "0", "a size such as 20G, or 0",
             "bytes that shall be free where the store is: below that the oldest goes before its time", "now"),
+    Setting("metrics_listen", _address, str, "off", _ADDRESSES,
+            "where the agent serves metrics for Prometheus; whoever gets there may read them", "agent"),
     Setting(
         "cluster.version", _number(13, 99), int, None, "a major version from 13", "major version of Postgres", "fixed"
     ),

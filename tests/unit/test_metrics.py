@@ -1,0 +1,103 @@
+"""Metrics: what is not known is left out, what lies in a store that is gone is no longer told, names are documented."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pgcdp.capture.engine import parse_status
+from pgcdp.records import Boundary, Volume
+from pgcdp.serving import metrics
+from pgcdp.serving.metrics import Numbers, registry
+from pgcdp.store.layout import Store
+from tests.unit.test_config import sample
+
+ROOT = Path(__file__).resolve().parents[2]
+SET_ID = bytes(range(16))
+STATUS = parse_status(
+    {
+        "state": "stalled", "pid": 1, "last_write": 9, "durable_write": 8, "applied_write": 7, "synced_write": 7,
+        "released_write": 5, "batch": 3, "position": {"segment": 1, "offset": 4096}, "volumes": [], "rss_kib": 1,
+        "journal": {"bytes": 4096, "limit": 1 << 30, "segments": 1, "segment_bytes": 64 << 20},
+        "errors": ["journal: no"],
+    }
+)  # fmt: skip
+
+
+def read(numbers: Numbers, place: Path) -> dict[str, float]:
+    config = sample(store=place / "store", journal=place, volumes=())
+    text = generate_latest(registry(config, lambda: numbers)).decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for each in family.samples:
+            assert each.labels["set"] == "main"
+            rest = [value for name, value in sorted(each.labels.items()) if name not in ("set", "version")]
+            found["/".join([each.name, *rest])] = each.value
+    return found
+
+
+def numbers(store: Store | None = None, **changes: object) -> Numbers:
+    nothing: dict[str, object] = {
+        "status": None, "store": store, "error": None, "errors_total": 0, "newest_boundary_ns": None,
+        "newest_write_ns": None, "stored_write": None, "look_seconds": None, "rates": {},
+    }  # fmt: skip
+    return Numbers(**{**nothing, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store.create(tmp_path / "store", "main", SET_ID, [Volume(0, "data", 1 << 20)])
+    return made.with_baseline(Boundary(0, 4, 1_700_000_000 * 10**9, 1, 1, 1, 1, "baseline"))
+
+
+def test_an_agent_that_knows_nothing_tells_no_number_that_could_be_taken_for_one(tmp_path: Path) -> None:
+    found = read(numbers(error="no engine answers", errors_total=1), tmp_path)
+    assert {name for name in found if not name.startswith("pgcdp_state/")} == {
+        "pgcdp_agent_info", "pgcdp_problems", "pgcdp_errors_total",
+    }  # fmt: skip
+    assert found["pgcdp_state/stopped"] == 1
+    assert found["pgcdp_problems"] == 1
+
+
+def test_what_the_engine_says_is_told(tmp_path: Path) -> None:
+    found = read(numbers(status=STATUS, error="x"), tmp_path)
+    assert [found[f"pgcdp_state/{each}"] for each in metrics.STATES] == [0, 0, 1, 0]
+    assert found["pgcdp_problems"] == 2
+    assert (found["pgcdp_journal_bytes"], found["pgcdp_journal_limit_bytes"]) == (4096, 1 << 30)
+    assert found["pgcdp_writes_total"] == 8
+
+
+def test_numbers_of_a_store_that_is_gone_are_not_told_any_more(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "STORE_SECONDS", 0.0)
+    now = numbers(store, newest_boundary_ns=1_700_000_000 * 10**9, newest_write_ns=1_700_000_100 * 10**9)
+    config = sample(store=store.path, journal=tmp_path, volumes=())
+    scraped = registry(config, lambda: now)
+    before = generate_latest(scraped).decode()
+    assert 'pgcdp_oldest_recoverable_timestamp_seconds{set="main"} 1.7e+09' in before
+    assert 'pgcdp_intervals{set="main"} 0.0' in before
+    shutil.rmtree(store.path)
+    after = generate_latest(scraped).decode()
+    assert "pgcdp_newest_recoverable_timestamp_seconds" in after
+    assert "pgcdp_oldest" not in after
+    assert "pgcdp_intervals" not in after
+
+
+def test_every_metric_is_documented(store: Store, tmp_path: Path) -> None:
+    told = read(
+        numbers(
+            store, status=STATUS, newest_boundary_ns=10**18, newest_write_ns=10**18, stored_write=4, look_seconds=3.0,
+            rates={"journal": {"bytes_per_second": 10.0, "over_seconds": 600.0}, "volumes": {}},
+        ),
+        tmp_path,
+    )  # fmt: skip
+    text = (ROOT / "docs/operations.md").read_text("utf-8")
+    documented = set(re.findall(r"`(pgcdp_[a-z_]+)`", text))
+    names = {name.partition("/")[0] for name in told} | {"pgcdp_last_verified_age_seconds"}
+    assert names == documented - {"pgcdp_state"} | {"pgcdp_state"}
