@@ -17,14 +17,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
 from pgcdp.capture.attach import syncfs
+from pgcdp.capture.clocks import ClockWatch
 from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
-from pgcdp.capture.journal import Journal
+from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
@@ -36,7 +38,10 @@ from pgcdp.postgres.control import State
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.serving.answers import Answers, Json
 from pgcdp.serving.background import Background
+from pgcdp.serving.metrics import Numbers, registry
+from pgcdp.serving.metrics_door import MetricsService
 from pgcdp.serving.questions import Questions
+from pgcdp.serving.rates import Rates
 from pgcdp.serving.store import open_store, without_put_back
 from pgcdp.serving.surroundings import Surroundings
 from pgcdp.serving.telling import describe
@@ -86,6 +91,11 @@ class Agent:
         self.changed = asyncio.Condition()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="stages")
         self.surroundings = Surroundings(config, lambda: self.status is None or self._pressed(self.status))
+        self.clock = ClockWatch()
+        self.rates = Rates(config)
+        self.errors_total = 0
+        self.newest_write_ns: int | None = None
+        self.metrics = MetricsService(config.metrics_listen, registry(config, self._numbers))
         self.background = Background(config, self.stopping.is_set)
 
     # --- life
@@ -119,6 +129,7 @@ class Agent:
                 await self._turn()
         finally:
             server.close()
+            self.metrics.close()
             for task in (self.asking, self.learning, expiring):
                 if task is not None:
                     task.cancel()
@@ -139,10 +150,12 @@ class Agent:
 
     async def _turn(self) -> None:
         pause = TICK_SECONDS
+        self.metrics.keep_open()
         try:
             pause = await self._tick()
             self.error = None
         except EngineGone as error:  # the next engine may be another one: begin anew from what is on disk
+            self.status = None
             self._note(error.message)
             await self._in_worker(self._give_up_stages)
         except (PgcdpError, OSError) as error:
@@ -164,6 +177,7 @@ class Agent:
     def _note(self, message: str) -> None:
         if message != self.error:
             logger.error("%s", message)
+            self.errors_total += 1
         self.error = message
 
     async def _in_worker(self, work: Any, *arguments: Any) -> Any:
@@ -174,6 +188,7 @@ class Agent:
     async def _tick(self) -> float:
         """One step of the stages; returns how long to wait before the next."""
         self.status = status = await self._in_worker(self.engine.status)
+        self.rates.read(status)
         if self.stages is None:
             if self.learning is not None:
                 self.learning.cancel()
@@ -261,6 +276,7 @@ class Agent:
         self.catalog = Mirror(self.stages.store, make=True)
         self.catalog.catch_up()
         self.stages.published = self._remember
+        self.stages.taken = self._see_clock
         self.stages.file_map = self.surroundings.file_map
         self.stages.outside = partial(self.surroundings.look_outside, self.stages)
 
@@ -292,6 +308,30 @@ class Agent:
             self._close_stages()
         except Exception as error:
             logger.warning("closing the store: %s", error)
+
+    def _numbers(self) -> Numbers:
+        """For a scrape, in its own thread: each is looked at once."""
+        stages, questions = self.stages, self.questions
+        newest, opened = (stages.newest, stages.opened) if stages is not None else (None, None)
+        newest_ns = None if newest is None else newest.time_ns
+        if newest is not None and opened is not None and opened.last_write > newest.write:
+            newest_ns = self.newest_write_ns or newest_ns
+        return Numbers(
+            status=self.status,
+            store=None if stages is None else stages.store,
+            error=self.error,
+            errors_total=self.errors_total,
+            newest_boundary_ns=None if newest is None else newest.time_ns,
+            newest_write_ns=newest_ns,
+            stored_write=None if newest is None else newest.write,
+            look_seconds=None if newest is None else time.monotonic() - questions.whole_look_at,
+            rates=self.rates.told(),
+        )
+
+    def _see_clock(self, run: BatchRun) -> None:
+        self.newest_write_ns = int(run.records["wall_ns"][-1])
+        for jump in self.clock.take(run):
+            logger.warning("the wall clock was set by %.1f s before write %d", jump.seconds, jump.write)
 
     def _remember(self, bundle: Bundle) -> None:
         assert self.catalog is not None
@@ -385,7 +425,12 @@ class Agent:
     # --- what is asked at the socket
 
     async def _describe(self, request: Json) -> Json:
-        return describe(self.stages, self.error, self.waiting, self.questions, self.surroundings, self.background)
+        return {
+            **describe(self.stages, self.error, self.waiting, self.questions, self.surroundings, self.background),
+            "rates": self.rates.told(),
+            "metrics": self.metrics.told(),
+            "clock_jumps": [asdict(jump) for jump in self.clock.jumps],
+        }
 
     async def _end(self, request: Json) -> Json:
         self._stop()
@@ -441,6 +486,7 @@ def main(set_name: str) -> int:
     """`pgcdp agent SET`: serve in the foreground, log to the set's agent log; the exit code."""
     config = load_config(set_name)
     log.start(config.paths.agent_log)
+    os.umask(0o077)  # what it writes is the cluster's data
     give_way()
     keep_freed_memory()
     with FileLock(config.paths.agent_lock, f"the agent of set {set_name}"):

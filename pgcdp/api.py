@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +19,8 @@ from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.filemap import FileMapper, places_of
 from pgcdp.capture.planning import Backing
+from pgcdp.checking import beforehand
+from pgcdp.checking.finding import Finding
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.expiring import expire as expire
@@ -46,7 +47,7 @@ from pgcdp.postgres import role, session
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.followers import followers
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Target
+from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Remark, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery.expiring import AnotherRuns, expiring
@@ -95,14 +96,16 @@ def protect(
         set_name, pgdata, store, volume=volume, size=size, fs=fs, journal=journal, journal_limit=journal_limit,
         cut=tuple(cut) or None, initdb=initdb, yes=yes, **more,
     )  # fmt: skip
-    config = protection.protect(request, progress)
+    warnings: list[Remark] = []
+    config = protection.protect(request, progress, warnings.append)
     attach.up(config, progress)
     service.start(config)
     wait_baseline(config, progress)
     progress(Progress("making the role pgcdp and the function pgcdp.mark"))
     with suppress(PgcdpError):  # protection does not depend on them; pgcdp check says what is missing
         role.install(session.Dsn.of(config))
-    return status(set_name)
+    told = [{"name": each.name, "detail": each.detail, "hint": each.hint} for each in warnings]
+    return {**status(set_name), "warnings": told}
 
 
 def add_tablespaces(
@@ -484,10 +487,20 @@ def salvage(
 def check(set_name: str, full: bool = False, progress: Report = silent) -> Json:
     """Everything that can be known now about whether the promise holds."""
     config = load_config(set_name)
-    found = doctor.examine(config, engine_status(config), full, progress)
+    return _checked(doctor.examine(config, engine_status(config), full, progress))
+
+
+def check_beforehand(
+    pgdata: Path, store: Path | None = None, journal: Path | None = None, progress: Report = silent
+) -> Json:
+    """The same of a cluster that is not protected yet, with store and journal where they would lie."""
+    return _checked(beforehand.examine(pgdata, store, journal, progress))
+
+
+def _checked(found: Sequence[Finding]) -> Json:
     return {
         "ok": all(each.check.ok for each in found),
-        "checks": [{**asdict(each.check), "kind": each.kind, "hint": each.hint} for each in found],
+        "checks": [each.as_json() for each in found],
     }
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pgcdp import rewinding, service
+from pgcdp import forecast, rewinding, service
 from pgcdp.capture import volumes
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError, TargetError
@@ -76,6 +76,7 @@ def status(set_name: str) -> Json:
             "limit": config.journal_limit,
         },
         "recovery_window": opened or {"from_time": None, "to_time": None, "from_write": None, "to_write": None},
+        "until_full": forecast.as_json(config, engine, agent, intervals),
         "outside": agent.get("outside"),
         "volumes": [
             {

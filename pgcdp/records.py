@@ -284,6 +284,20 @@ class RecoveryPoint:
     until_lsn: int | None = None
 
 
+Level = Literal["ok", "warning", "failure"]
+"""A warning: the promise holds, but for what the text says. A failure: it does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """What a look at one thing found: `detail` is what is so and what it means, `hint` what mends it."""
+
+    name: str
+    level: Level
+    detail: str
+    hint: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One check of a verification or of `pgcdp check`."""

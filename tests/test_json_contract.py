@@ -86,6 +86,7 @@ TRANSACTION: Shape = {
     "objects": [{"what": str, "database": Maybe(str), "name": str}],
     "statement": Maybe(str),
 }
+FULL: Shape = {"room": int, "bytes_per_second": Maybe(float), "over_seconds": Maybe(float), "seconds": Maybe(float)}
 STATUS: Shape = {
     "set": str,
     "dsn": str,
@@ -97,6 +98,7 @@ STATUS: Shape = {
     "intervals": int,
     "lag_seconds": Maybe(float),
     "journal": {"bytes": int, "limit": int},
+    "until_full": {"journal": Maybe(FULL), "store": Maybe(FULL), "volumes": [{"name": str, **FULL}]},
     "recovery_window": WINDOW,
     "outside": Maybe([OUTSIDE]),
     "volumes": [{"name": str, "device": Maybe(str), "backing": str, "mountpoint": str, "bytes": int}],
@@ -245,7 +247,7 @@ def protected() -> Iterator[Protected]:
     try:
         words = ["--pgdata", str(directory / "data"), "--store", str(directory / "store"), "--size", "512M"]
         value = found.json("protect", "main", *words, "--journal-limit", "512M", "--initdb", "--yes")
-        assert fits(value, STATUS) == []
+        assert fits(value, {**STATUS, "warnings": [{"name": str, "detail": str, "hint": Maybe(str)}]}) == []
         found.json("cut")
         yield found
         assert fits(found.json("unprotect", "--yes"), {"set": str, "pgdata": str, "store": str}) == []
@@ -386,7 +388,9 @@ def test_clone_step_and_destroy(protected: Protected) -> None:
 
 def test_check(protected: Protected) -> None:
     value = protected.json("check", "--full")
-    assert fits(value, {"ok": bool, "checks": [{**CHECK, "kind": Maybe(str), "hint": Maybe(str)}]}) == []
+    assert (
+        fits(value, {"ok": bool, "checks": [{**CHECK, "warning": bool, "kind": Maybe(str), "hint": Maybe(str)}]}) == []
+    )
     assert value["ok"] is True
 
 

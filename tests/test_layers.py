@@ -27,6 +27,8 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.fsio": 1,
     "pgcdp.proc": 1,
     "pgcdp.background": 1,
+    "pgcdp.horizon": 1,
+    "pgcdp.metrics_address": 0,
     "pgcdp.postgres.*": 2,
     "pgcdp.capture.*": 3,
     "pgcdp.store.*": 4,
@@ -34,6 +36,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.recovery.*": 6,
     "pgcdp.service": 7,
     "pgcdp.doctor": 7,
+    "pgcdp.forecast": 7,
     "pgcdp.following": 7,
     "pgcdp.logged": 7,
     "pgcdp.opening": 7,
@@ -49,6 +52,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.expiring": 7,
     "pgcdp.marking": 7,
     "pgcdp.serving.*": 7,
+    "pgcdp.checking.*": 7,
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,
@@ -67,6 +71,7 @@ ONE_KEY: dict[str, tuple[str, ...]] = {
     "pyarrow": ("pgcdp.store", "pgcdp.intervals", "pgcdp.recovery"),
     "click": ("pgcdp.cli",),
     "rich": ("pgcdp.cli",),
+    "prometheus_client": ("pgcdp.serving",),
 }
 """Libraries that only these rooms may import."""
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import fsio, proc
-from pgcdp.capture import places, planning, volumes
+from pgcdp.capture import kernel, places, planning, promises, volumes
 from pgcdp.capture.engine import find_engine
 from pgcdp.capture.planning import Backing
+from pgcdp.capture.promises import nearest_existing
 from pgcdp.config import ClusterConfig, Config, SetPaths, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.postgres import cluster, ports
+from pgcdp.records import Remark
 from pgcdp.units import format_size
 
 PROGRAMS = {
@@ -73,10 +75,11 @@ class ProtectRequest:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What protect will do: the settings to be, and how it is now."""
+    """What protect will do: the settings to be, how it is now, and what the promise holds but for."""
 
     config: Config
     was_running: bool
+    warnings: tuple[Remark, ...] = ()
 
 
 def check_root() -> None:
@@ -87,11 +90,16 @@ def check_root() -> None:
 
 def check_machine(filesystems: Collection[str]) -> None:
     """FUSE, loop devices, the engine, the programs that are needed. Raises PreconditionError for the first missing."""
-    for node, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
+    for node, module in kernel.NODES:
         try:
             os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             raise PreconditionError(f"cannot open {node}: {error.strerror}", f"modprobe {module}") from None
+    check_programs(filesystems)
+
+
+def check_programs(filesystems: Collection[str]) -> None:
+    """The engine and the programs that are needed. Raises PreconditionError for the first missing."""
     for program, package in PROGRAMS.items():
         if program.startswith("mkfs.") and program.removeprefix("mkfs.") not in filesystems:
             continue
@@ -137,13 +145,6 @@ def check_places(request: ProtectRequest, places: Sequence[Path], journal: Path)
     one, other = Path(os.path.realpath(request.store)), Path(os.path.realpath(journal))
     if one == other or one in other.parents or other in one.parents:
         raise PreconditionError(f"store {one} and journal {other} lie in each other", "choose separate directories")
-
-
-def nearest_existing(place: Path) -> Path:
-    """The directory on whose filesystem `place` is, or would be made."""
-    while not place.is_dir():
-        place = place.parent
-    return place
 
 
 def need_space(place: Path, need: int, what: str, option: str | None) -> None:
@@ -209,11 +210,13 @@ def check(request: ProtectRequest) -> Plan:
     if holder is not None:
         raise PreconditionError(f'{pgdata} is already protected by the set "{holder}"', f"see pgcdp status {holder}")
     journal = request.journal or paths.journal
+    warnings: list[Remark] = []
     if request.initdb:
         facts, running = _facts_of_new(request, pgdata, paths), False
     else:
         planning.refuse_mounts(pgdata, "move the cluster into a directory below the mount point first")
         facts, running = facts_of(pgdata, request.bindir, paths.state)
+        warnings += promises.refuse(promises.of_cluster(pgdata, facts, running))
     if not running:
         check_port(request, facts)
     planned = planned_volumes(request, paths, pgdata, facts, running)
@@ -244,7 +247,8 @@ def check(request: ProtectRequest) -> Plan:
             ("the store", request.store, data + data // 10, "--store"),
         ]
     )
-    return Plan(config, running)
+    warnings += promises.refuse(promises.of_places(config))
+    return Plan(config, running, tuple(warnings))
 
 
 def size_option(volume: VolumeConfig) -> str:

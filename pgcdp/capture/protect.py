@@ -24,13 +24,14 @@ from typing import Any
 
 from pgcdp import config as settings
 from pgcdp import fsio, log
-from pgcdp.capture import attach, checks, places, planning, volumes
+from pgcdp.capture import attach, checks, modes, places, planning, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.copying import copy_tree, measure
 from pgcdp.capture.engine import spawn_capture
 from pgcdp.config import Config, SetPaths, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import Remark
 
 __all__ = ["ProtectRequest", "protect", "recover", "unprotect"]
 
@@ -93,11 +94,14 @@ def _load_pending(paths: SetPaths) -> _Pending | None:
 # --- the three verbs
 
 
-def protect(request: ProtectRequest, progress: Report = silent) -> Config:
+def protect(
+    request: ProtectRequest, progress: Report = silent, warn: Callable[[Remark], None] = lambda remark: None
+) -> Config:
     """Move a cluster onto captured volumes and start it there; the caller then starts the agent.
 
-    Everything is checked before anything is changed. If a later step fails, all is put back and the cluster runs as
-    before; after a kill, the same command (or `recover`) puts back or finishes. Raises UsageError, PreconditionError.
+    Everything is checked before anything is changed; `warn` hears what does not keep it from being done. If a later
+    step fails, all is put back and the cluster runs as before; after a kill, the same command (or `recover`) puts back
+    or finishes. Raises UsageError, PreconditionError.
     """
     checks.check_root()
     paths = settings.set_paths(request.name)
@@ -106,6 +110,9 @@ def protect(request: ProtectRequest, progress: Report = silent) -> Config:
             return settings.load_config(request.name)
         progress(Progress("checking"))
         plan = checks.check(request)
+        for warning in plan.warnings:
+            _log.warning("%s: %s", warning.name, warning.detail)
+            warn(warning)
         config = plan.config
         paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         pending = _Pending("protect", "volume", config, plan.was_running, request.initdb, request.stop_seconds)
@@ -237,6 +244,8 @@ def _fill_volumes(pending: _Pending, progress: Report) -> _Pending:
         _sync_backing(volume)
     pending = pending.at("capture")
     progress(Progress("starting capture"))
+    if config.journal.is_dir():
+        modes.close_to_others(config.journal)
     spawn_capture(config, create=True)
     return pending
 

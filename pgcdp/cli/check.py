@@ -3,29 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from pgcdp.cli import options, screen
 from pgcdp.cli.verify import checks_table
-from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.errors import DamageError, PreconditionError, UsageError
 
 
-@click.command(epilog=options.examples("pgcdp check", "pgcdp check main --full"))
+@click.command(
+    epilog=options.examples(
+        "pgcdp check",
+        "pgcdp check main --full",
+        "pgcdp check --pgdata /var/lib/postgresql/15/main --store /backup/main",
+    )
+)
 @options.set_argument()
+@click.option(
+    "--pgdata",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A cluster that is not protected yet, instead of SET.",
+)
+@click.option(
+    "--store", type=click.Path(path_type=Path), metavar="DIR", help="With --pgdata: where its store would lie."
+)
+@click.option(
+    "--journal",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="With --pgdata: where its journal would lie. Default: below /var/lib/pgcdp.",
+)
 @click.option("--full", is_flag=True, help="Also read all of the store and of the journal, and check every checksum.")
 @options.output_option
-def command(set_name: str | None, full: bool, output: str) -> int:
+def command(
+    set_name: str | None, pgdata: Path | None, store: Path | None, journal: Path | None, full: bool, output: str
+) -> int:
     """Is everything as it must be?
 
     Settings, privileges, space, and with --full every stored byte. Exit code 5 when stored bytes are
-    damaged, 6 when something else must be mended.
+    damaged, 6 when something else must be mended. A warning is no failure: the promise holds, but for what it says.
+    With --pgdata: would the promise hold for that cluster? Nothing is changed.
     """
+    given = {"--store": store, "--journal": journal}
+    if pgdata is None and (alone := next((name for name, value in given.items() if value is not None), None)):
+        raise UsageError(f"{alone} needs --pgdata", "a set has its places in its settings")
+    if pgdata is not None and (set_name is not None or full):
+        what = "--full" if set_name is None else f"the set {set_name}"
+        raise UsageError(f"both --pgdata and {what} are given", "--pgdata is for a cluster that is not protected yet")
     from pgcdp import api
 
     with screen.progress(output) as progress:
-        value = api.check(options.pick_set(set_name), full=full, progress=progress)
+        if pgdata is not None:
+            value = api.check_beforehand(
+                pgdata.absolute(),
+                None if store is None else store.absolute(),
+                None if journal is None else journal.absolute(),
+                progress,
+            )
+        else:
+            value = api.check(options.pick_set(set_name), full=full, progress=progress)
     screen.result(value, output, _render)
     if value["ok"]:
         return 0
@@ -36,5 +75,5 @@ def command(set_name: str | None, full: bool, output: str) -> int:
 def _render(value: Mapping[str, Any]) -> None:
     checks_table(value["checks"])
     for check in value["checks"]:
-        if not check["ok"] and check.get("hint"):
-            screen.text(f"hint: {check['hint']}")
+        if check.get("hint"):
+            screen.text(f"{'hint' if not check['ok'] else 'to mend'}, {check['name']}: {check['hint']}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -184,7 +186,13 @@ def command(
             yes=True,
             progress=progress,
         )
-    screen.result(value, output, render)
+    screen.result(value, output, _render)
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    render(value)
+    for warning in value["warnings"]:
+        screen.text(f"warning, {warning['name']}: {warning['detail']}; {warning['hint']}")
 
 
 def _take_in(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pgcdp.cli import options, screen
+from pgcdp.horizon import Rate, in_words
 from pgcdp.units import format_duration, format_size
 
 
@@ -37,6 +38,7 @@ def render(value: Mapping[str, Any]) -> None:
     if value["lag_seconds"] is not None:
         lines.append(("lag", format_duration(value["lag_seconds"])))
     lines.append(("journal", f"{format_size(journal['bytes'])} of {format_size(journal['limit'])}"))
+    lines += until_full(value["until_full"])
     lines.append(("recovery window", window(value["recovery_window"])))
     screen.pairs(lines)
     if value["volumes"]:
@@ -46,6 +48,32 @@ def render(value: Mapping[str, Any]) -> None:
             [screen.label(column) for column in columns],
             [[screen.value_text(column, row[column]) for column in columns] for row in value["volumes"]],
         )
+
+
+SOON = 90 * 86400
+"""What is full later than that is not told in the text."""
+
+
+def until_full(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lines about what gets full, and when."""
+    lines = []
+    journal = value["journal"]
+    if journal is not None and journal["seconds"] is not None:
+        lines.append(("journal full", f"{_when(journal)}, if the store took nothing any more"))
+    rows = [("store full", value["store"]), *((f"volume {each['name']} full", each) for each in value["volumes"])]
+    lines += [
+        (label, _when(each))
+        for label, each in rows
+        if each is not None and each["seconds"] is not None and each["seconds"] < SOON
+    ]
+    return lines
+
+
+def _when(each: Mapping[str, Any]) -> str:
+    if not each["room"]:
+        return "now"
+    rate = Rate(each["bytes_per_second"], each["over_seconds"])
+    return f"in {in_words(each['seconds'])} at the present rate ({rate})"
 
 
 def window(value: Mapping[str, Any] | None) -> str:

@@ -104,12 +104,15 @@ def _render(value: Mapping[str, Any]) -> None:
         checks_table(row["checks"])
 
 
+def _result(check: Mapping[str, Any]) -> str:
+    if not check["ok"]:
+        return "FAILED"
+    return "warning" if check.get("warning") else "ok"
+
+
 def checks_table(checks: list[Mapping[str, Any]]) -> None:
     """Checks, each in a line."""
     screen.table(
         ["check", "result", "took", "detail"],
-        [
-            [check["name"], "ok" if check["ok"] else "FAILED", format_duration(check["seconds"]), check["detail"] or ""]
-            for check in checks
-        ],
+        [[check["name"], _result(check), format_duration(check["seconds"]), check["detail"] or ""] for check in checks],
     )

@@ -86,6 +86,7 @@ class Stages:
         self.image = image
         self.make_way = make_way
         self.published: Callable[[Bundle], None] = lambda bundle: None  # hears of it before the image moves
+        self.taken: Callable[[BatchRun], None] = lambda run: None  # each run of the journal, in order
         self.file_map: Callable[[], FileMap | None] = lambda: None  # of the mounted filesystems, now
         self.outside: Callable[[], Sequence[Outside] | None] = lambda: None  # data of the cluster that is not captured
         self._files_before: FileMap | None = None
@@ -292,6 +293,7 @@ class Stages:
 
     def _append(self, run: BatchRun) -> None:
         if len(run):
+            self.taken(run)
             self._opened().append(run)
 
     def _close(self, boundary: Boundary, settings: dict[str, Any]) -> Interval:

@@ -40,6 +40,8 @@ class Catalog:
         name = ":memory:" if read_only else os.fspath(path)
         if frozen:
             name = path.absolute().as_uri() + "?immutable=1"
+        if not read_only and not path.exists():  # SQLite would make it as the umask says
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=frozen)
         try:
             if not read_only:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pgcdp.capture.modes import close_to_others
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, make_directory, read_json, write_json
 from pgcdp.records import Boundary, Span, Volume
@@ -55,6 +56,7 @@ class Store:
         if [volume.number for volume in volumes] != list(range(len(volumes))):
             raise PgcdpError(f"the volumes of set {set_name} are not numbered from 0")
         make_directory(path)
+        close_to_others(path)
         for name in DIRECTORIES:
             make_directory(path / name)
         store = cls(path, set_name, set_id, tuple(volumes), None, dict(extra or {}))

@@ -189,7 +189,7 @@ def test_retention_of_what_was_before_a_volume_came_and_behind(late: tuple[Prote
     carry_out(found, Plan(base=joined))
     assert api.resolve(found.name, Target("boundary", joined))["outside"] == [row]
     said = [each["detail"] for each in api.check(found.name)["checks"] if each["name"] == "data outside the set"]
-    assert said == ["warning: the oldest boundary is incomplete"]
+    assert said == ["the oldest boundary is incomplete"]
     with found.running_at(Target("boundary", joined)) as box, box.connect() as session:
         assert session.execute("select count(*) from told").fetchone() == (10,)
     assert api.verify(found.name, Target("newest"))["ok"]

@@ -1,0 +1,1 @@
+"""What `pgcdp check` looks at; `pgcdp.doctor` has the list."""

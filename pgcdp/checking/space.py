@@ -1,0 +1,98 @@
+"""Room for journal, store and volumes, and how long it lasts at the present rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from pgcdp import forecast, service
+from pgcdp.capture.engine import EngineStatus
+from pgcdp.checking.finding import Finding, failed, passed, warned
+from pgcdp.config import Config
+from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.forecast import Forecast
+from pgcdp.fsio import free_space
+from pgcdp.horizon import in_words
+from pgcdp.records import Interval
+from pgcdp.store.layout import Store
+from pgcdp.store.published import published
+from pgcdp.units import format_size
+
+STORE_LEAST_FREE = 1 << 30
+JOURNAL_SOON = 3600.0
+"""A store that is away for less than that should not stop production."""
+DISK_SOON = 7 * 86400.0
+"""Time to buy a disk."""
+
+
+def examine(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
+    """Raises OSError when a disk is gone."""
+    rates: dict[str, Any] = {}
+    with suppress(service.AgentGone):
+        rates = service.ask(config.paths, "status").get("rates") or {}
+    intervals: list[Interval] = []
+    with suppress(PreconditionError, DamageError):  # of the store, the step about the store tells
+        known = published(Store.open(config.store, config.set_id_bytes))
+        intervals = [each.interval for each in known.values()]
+    yield from _journal(config, forecast.of_journal(config, engine, rates, intervals))
+    yield from _store(config, forecast.of_store(config, intervals))
+    for name, each in forecast.of_volumes(config, rates).items():
+        yield from _volume(name, each, config.name)
+
+
+def _journal(config: Config, ahead: Forecast | None) -> Iterator[Finding]:
+    used = 0
+    for file in config.journal.iterdir():
+        with suppress(FileNotFoundError):  # renamed by the engine just now
+            used += file.stat().st_size
+    room, limit = free_space(config.journal) + used, config.journal_limit
+    if room < limit:
+        yield failed(
+            "journal space", f"{format_size(room)} for a journal of up to {format_size(limit)}",
+            "free space there, or lower journal_limit",
+        )  # fmt: skip
+        return
+    told = f"{format_size(room)} for up to {format_size(limit)}"
+    if ahead is not None and ahead.seconds is not None:
+        told += f"; {_when(ahead)} if the store took nothing any more, then writes wait"
+        if ahead.seconds < JOURNAL_SOON:
+            hint = "raise journal_limit: so long the store may be away, or slower than what is written"
+            yield warned("journal space", told, hint)
+            return
+    yield passed("journal space", told)
+
+
+def _store(config: Config, ahead: Forecast | None) -> Iterator[Finding]:
+    free = free_space(config.store)
+    if free < STORE_LEAST_FREE:
+        yield failed("store space", f"{format_size(free)} free in {config.store}", "make room or move the store")
+        return
+    told = f"{format_size(free)} free"
+    if ahead is not None and ahead.seconds is not None:
+        told += f"; {_when(ahead)} unless something goes"
+        if ahead.seconds < DISK_SOON:
+            hint = "a larger disk, or keep_writes and the other settings of retention (docs/operations.md)"
+            yield warned("store space", told, hint)
+            return
+    yield passed("store space", told)
+
+
+def _volume(name: str, ahead: Forecast, set_name: str) -> Iterator[Finding]:
+    what, hint = f"space on volume {name}", f"pgcdp grow {set_name} SIZE --volume {name}, or remove what is not needed"
+    told = f"{format_size(ahead.room)} free"
+    if ahead.seconds is not None:
+        told += f"; {_when(ahead)}"
+    if not ahead.room:
+        yield failed(what, "full: Postgres finds no room", hint)
+    elif ahead.seconds is not None and ahead.seconds < DISK_SOON:
+        yield warned(what, told, hint)
+    else:
+        yield passed(what, told)
+
+
+def _when(ahead: Forecast) -> str:
+    assert ahead.seconds is not None
+    if ahead.rate is None or not ahead.room:
+        return "full"
+    return f"full in {in_words(ahead.seconds)} at the present rate ({ahead.rate})"
