@@ -43,20 +43,29 @@ def _forecast(room: int, rate: Rate | None) -> Forecast:
 def of_journal(
     config: Config, engine: EngineStatus | None, rates: Mapping[str, Any] | None, intervals: Iterable[Interval]
 ) -> Forecast | None:
-    """How long capture goes on when the store takes nothing any more. None when no engine runs: nothing is captured.
+    """How long capture goes on when the store takes nothing any more. None when no engine runs, so that nothing is
+    captured, or its disk cannot be looked at.
 
     At the rate that the agent saw; without one that of the newest intervals.
     """
     if engine is None:
         return None
-    free_files = 0
-    for file in config.journal.glob("free-*"):
-        with suppress(FileNotFoundError):  # taken into use just now
-            free_files += file.stat().st_size
-    left_on_disk = free_space(config.journal) + free_files
+    try:
+        left_on_disk = free_space(config.journal) + _waiting(config.journal)
+    except OSError:
+        return None
     room = min(engine.journal_limit - engine.journal_bytes, left_on_disk)
     seen = _rate((rates or {}).get("journal"))
     return _forecast(room, seen or present(_pieces(intervals, written=True), time.time(), (HOUR,)))
+
+
+def _waiting(journal: Path) -> int:
+    """Bytes of segment files that wait to be used again."""
+    found = 0
+    for file in journal.glob("free-*"):
+        with suppress(FileNotFoundError):  # taken into use just now
+            found += file.stat().st_size
+    return found
 
 
 def of_store(config: Config, intervals: Iterable[Interval]) -> Forecast | None:
@@ -74,7 +83,8 @@ def of_volumes(config: Config, rates: Mapping[str, Any] | None) -> dict[str, For
     for volume in config.volumes:
         if mount_at(volume.mountpoint) is not None:
             seen = ((rates or {}).get("volumes") or {}).get(volume.name)
-            found[volume.name] = _forecast(_free(volume.mountpoint), _rate(seen))
+            with suppress(OSError):  # its filesystem has failed
+                found[volume.name] = _forecast(_free(volume.mountpoint), _rate(seen))
     return found
 
 

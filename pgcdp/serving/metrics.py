@@ -126,8 +126,7 @@ class SetCollector(Collector):
         if stored is not None:
             yield from _of_store(name, stored.intervals)
         yield from _of_times(name, numbers, stored)
-        with suppress(OSError):  # a disk that is gone
-            yield self._full_in(numbers, [] if stored is None else stored.intervals)
+        yield self._full_in(numbers, [] if stored is None else stored.intervals)
 
     def _full_in(self, numbers: Numbers, intervals: list[Interval]) -> Metric:
         found = forecast.as_json(self._config, numbers.status, {"rates": numbers.rates}, intervals)

@@ -29,6 +29,8 @@ class Rates:
         now = time.monotonic()
         if self._journal.due(now):
             self._journal.read(now, written(status))
+        if status.state == "stalled":  # nothing is asked of a filesystem that waits for room which the caller makes
+            return
         for volume in self._config.volumes:
             meter = self._volumes[volume.name]
             if meter.due(now) and mount_at(volume.mountpoint) is not None:
