@@ -61,9 +61,9 @@ static int write_run(struct volume_set *vs, uint64_t key, struct iovec *iov, int
 {
     const struct volume *v = &vs->volumes[key >> 48];
     uint64_t block = key & (((uint64_t)1 << 48) - 1);
-    int rc = io_pwritev(v->fd, iov, iovs, block * BLOCK);
+    int rc = io_pwritev("volume.apply.write", v->fd, iov, iovs, block * BLOCK);
     if (rc)
-        vs_note_error(vs, "volume %s: cannot write at block %lu: %s", v->name, block, strerror(-rc));
+        vs_note_error(vs, VS_APPLY, "volume %s: cannot write at block %lu: %s", v->name, block, strerror(-rc));
     return rc;
 }
 
@@ -103,9 +103,9 @@ static int apply_zero(struct volume_set *vs, struct window *w, const struct fmt_
     if (rc)
         return rc;
     const struct volume *v = &vs->volumes[r->volume];
-    rc = io_zero(v->fd, r->offset, r->length);
+    rc = io_zero("volume.apply.zero", v->fd, r->offset, r->length);
     if (rc)
-        vs_note_error(vs, "volume %s: cannot zero %lu bytes at %lu: %s", v->name, r->length, r->offset, strerror(-rc));
+        vs_note_error(vs, VS_APPLY, "volume %s: cannot zero %lu bytes at %lu: %s", v->name, r->length, r->offset, strerror(-rc));
     return rc;
 }
 
@@ -172,6 +172,7 @@ static void finish_window(struct volume_set *vs, struct window *w)
     vs->record_tail = w->record_end;
     vs->applied_write = w->last_write;
     vs->apply_failed = false;
+    vs->errors[VS_APPLY][0] = '\0';
     vs->unsynced_bytes += w->bytes;
     vs_take_parked(vs);
     pthread_cond_broadcast(&vs->progress);
@@ -186,20 +187,23 @@ static void sync_and_mark(struct volume_set *vs)
 #ifdef WITHOUT_SYNC /* a test build only: the power cuts of the tests must notice */
         break;
 #endif
-        int rc = io_fdatasync(vs->volumes[i].fd);
+        int rc = io_fdatasync("volume.sync", vs->volumes[i].fd);
         if (rc) {
             vs->volume_failed = true;
-            vs_note_error(vs, "volume %s: sync failed: %s; the journal keeps everything since write %lu until a restart",
+            vs_note_error(vs, VS_SYNC,
+                          "volume %s: sync failed: %s; the journal keeps everything since write %lu, pgcdp down and "
+                          "pgcdp up write it again",
                           vs->volumes[i].name, strerror(-rc), vs->synced_write);
         }
     }
     bool marked = !vs->volume_failed && jw_set_applied(vs->jw, applied, false, &e) == 0;
     if (e.message[0])
-        vs_note_error(vs, "%s", e.message);
+        vs_note_error(vs, VS_MARK, "%s", e.message);
     HOLD_LOCK(&vs->lock);
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
-    vs->apply_failed = !marked;
+    vs->mark_failed = !marked;
     if (marked) {
+        vs->errors[VS_MARK][0] = '\0';
         vs->synced_write = applied;
         vs->unsynced_bytes = 0;
         if (vs->sync_wanted <= applied)

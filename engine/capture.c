@@ -184,7 +184,8 @@ static int replay_record(struct capture *c, const struct fmt_record *r, const ui
         return ERR_PRECONDITION;
     }
     const struct volume *v = &c->volumes[r->volume];
-    int rc = r->kind == FMT_WRITE ? io_pwrite(v->fd, data, r->length, r->offset) : io_zero(v->fd, r->offset, r->length);
+    int rc = r->kind == FMT_WRITE ? io_pwrite("volume.replay.write", v->fd, data, r->length, r->offset)
+                                  : io_zero("volume.replay.zero", v->fd, r->offset, r->length);
     return rc ? err_sys(e, rc, "cannot replay write %lu to volume %s", r->number, v->name) : 0;
 }
 
@@ -227,7 +228,7 @@ static int replay(struct capture *c, struct err *e)
     if (rc == 0) {
         jr_end(jr, &end);
         for (unsigned i = 0; rc == 0 && i < c->volume_count; i++)
-            if ((rc = io_fdatasync(c->volumes[i].fd)) != 0)
+            if ((rc = io_fdatasync("volume.replay.sync", c->volumes[i].fd)) != 0)
                 err_sys(e, rc, "cannot sync volume %s", c->volumes[i].name);
     }
     size_t count = 0;
@@ -291,8 +292,9 @@ static json_t *status(struct capture *c)
     json_t *errors = json_array();
     if (j.error[0])
         json_array_append_new(errors, json_sprintf("journal: %s", j.error));
-    if (v.error[0])
-        json_array_append_new(errors, json_string(v.error));
+    for (int i = 0; i < VS_TROUBLES; i++)
+        if (v.errors[i][0])
+            json_array_append_new(errors, json_string(v.errors[i]));
     return json_pack(
         "{s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:{s:I, s:I}, s:{s:I, s:I, s:I, s:I}, s:o, s:I, s:I, s:I, s:I, s:I, s:I, "
         "s:o, s:I}",
@@ -343,12 +345,17 @@ static json_t *grow(struct capture *c, const json_t *request, struct err *e, con
     return NULL;
 }
 
-static json_t *not_durable(int rc, const char *command, struct err *e, const char **kind)
+static json_t *not_durable(struct capture *c, int rc, const char *command, struct err *e, const char **kind)
 {
     if (rc == -EAGAIN) {
+        struct jw_status j;
+        struct volume_status v;
+        jw_get_status(c->jw, &j);
+        vs_get_status(c->set, &v);
+        const char *why = v.errors[VS_APPLY][0] ? v.errors[VS_APPLY] : j.error[0] ? j.error : "the journal is full";
         *kind = "stalled";
-        err_set(e, rc, "%s: the journal is full, writes wait", command);
-        err_hint(e, "see that the agent runs and that its store has space");
+        err_set(e, rc, "%s: %s, writes wait", command, why);
+        err_hint(e, "see that the agent runs, and that its store and the disk of the journal have space");
     } else {
         err_sys(e, rc, "%s", command);
     }
@@ -377,7 +384,7 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
         return stop(c, e, kind);
     if (strcmp(cmd, "cut") == 0) {
         int rc = vs_cut(c->set, &write);
-        return rc ? not_durable(rc, "cut", e, kind) : json_pack("{s:I}", "durable_write", (json_int_t)write);
+        return rc ? not_durable(c, rc, "cut", e, kind) : json_pack("{s:I}", "durable_write", (json_int_t)write);
     }
     if (strcmp(cmd, "sync") == 0)
         return vs_sync(c->set, &write, e) ? NULL : json_pack("{s:I}", "applied_write", (json_int_t)write);
@@ -393,7 +400,7 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
             return NULL;
         }
         int rc = vs_mark(c->set, name, (uint8_t)flags, &write);
-        return rc ? not_durable(rc, "mark", e, kind) : json_pack("{s:I}", "write", (json_int_t)write);
+        return rc ? not_durable(c, rc, "mark", e, kind) : json_pack("{s:I}", "write", (json_int_t)write);
     }
     if (strcmp(cmd, "release") == 0) {
         const json_t *value = json_object_get(request, "write");

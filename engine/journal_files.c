@@ -285,7 +285,7 @@ int jr_sync(struct jr *jr, struct err *e)
         char name[32];
         jr_segment_name(name, jr->segments[i].sequence);
         CLEANUP_CLOSE int fd = openat(jr->dir_fd, name, O_RDONLY | O_CLOEXEC);
-        int rc = fd < 0 ? -errno : io_fdatasync(fd);
+        int rc = fd < 0 ? -errno : io_fdatasync("journal.replay.sync", fd);
         if (rc)
             return err_sys(e, rc, "cannot sync segment %s of journal %s", name, jr->dir);
     }

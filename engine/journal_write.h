@@ -38,7 +38,7 @@ struct jw_status {
     uint64_t durable_write, durable_batch, durable_segment, durable_offset;
     uint64_t synced_write, released_write;
     bool needs_applied; /* segments wait for nothing but the applied mark */
-    char error[256];    /* newest failure of the journal's storage, or "" */
+    char error[256];    /* what of the journal's storage does not work now, or "" */
 };
 
 /* Cleans up what a crash left half made and starts the thread that keeps a segment ready. */

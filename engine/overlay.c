@@ -85,7 +85,7 @@ int overlay_read(const struct overlay *o, uint64_t block, uint64_t count, uint8_
 
 int overlay_write(struct overlay *o, uint64_t block, uint64_t count, const uint8_t *from, struct err *e)
 {
-    int rc = io_pwrite(o->fd, from, count * BLOCK, block * BLOCK);
+    int rc = io_pwrite("clone.write", o->fd, from, count * BLOCK, block * BLOCK);
     if (rc)
         return err_sys(e, rc, "cannot write %s at offset %" PRIu64, o->path, block * BLOCK);
     set_bits(o, block, count);
@@ -97,7 +97,7 @@ int overlay_zero(struct overlay *o, uint64_t block, uint64_t count, struct err *
     int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
     int rc = fallocate(o->fd, mode, (off_t)(block * BLOCK), (off_t)(count * BLOCK)) < 0 ? -errno : 0;
     if (rc == -EOPNOTSUPP)
-        rc = io_zero(o->fd, block * BLOCK, count * BLOCK);
+        rc = io_zero("clone.zero", o->fd, block * BLOCK, count * BLOCK);
     if (rc)
         return err_sys(e, rc, "cannot punch a hole into %s at offset %" PRIu64, o->path, block * BLOCK);
     set_bits(o, block, count);

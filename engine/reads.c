@@ -26,6 +26,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "cleanup.h"
 #include "io.h"
 #include "util.h"
 #include "volume_set.h"
@@ -69,6 +70,7 @@ struct reads {
     uint8_t *hit_buffer; /* of the reader, for reads that need no volume */
     uint8_t *memory;
     struct slot slots[SLOTS];
+    uint64_t bad; /* where the last failed read began, 0: that is over */
     atomic_bool may_wait[MAX_VOLUMES]; /* its backing does not know RWF_NOWAIT */
 
     /* Under the volume set's lock. */
@@ -105,14 +107,31 @@ static void copy_blocks(uint8_t *to, const uint8_t *from, const uint8_t *hits, s
             memcpy(to + i * BLOCK, from + i * BLOCK, BLOCK);
 }
 
+/* Where a read begins, never 0. */
+static uint64_t at_of(const struct request *q) { return ((uint64_t)q->volume + 1) << 52 | q->offset / BLOCK; }
+
+/* What could not be read last can be read now: only that says that it is over. */
+static void can_be_read(struct reads *r)
+{
+    HOLD_LOCK(&r->vs->lock);
+    r->vs->errors[VS_READ][0] = '\0';
+    __atomic_store_n(&r->bad, 0, __ATOMIC_RELAXED);
+}
+
 static void answer(struct reads *r, struct slot *s, int error)
 {
     const struct request *q = &s->request;
     const struct volume *v = &r->vs->volumes[q->volume];
-    if (error)
-        vs_note_error(r->vs, "volume %s: cannot read %zu bytes at %lu: %s", v->name, q->length, q->offset, strerror(-error));
-    else if (s->found)
-        copy_blocks(s->buffer, s->overlay, s->hits, q->length / BLOCK);
+    if (error) {
+        vs_note_error(r->vs, VS_READ, "volume %s: cannot read %zu bytes at %lu: %s", v->name, q->length, q->offset,
+                      strerror(-error));
+        __atomic_store_n(&r->bad, at_of(q), __ATOMIC_RELAXED);
+    } else {
+        if (s->found)
+            copy_blocks(s->buffer, s->overlay, s->hits, q->length / BLOCK);
+        if (__atomic_load_n(&r->bad, __ATOMIC_RELAXED) == at_of(q))
+            can_be_read(r);
+    }
     r->vs->done.read(q->cookie, s->buffer, error ? 0 : q->length, error);
 }
 

@@ -29,14 +29,17 @@
 #include "util.h"
 #include "volume_set.h"
 
-void vs_note_error(struct volume_set *vs, const char *format, ...)
+void vs_note_error(struct volume_set *vs, enum vs_trouble what, const char *format, ...)
 {
+    char message[sizeof vs->errors[0]];
     va_list args;
     HOLD_LOCK(&vs->lock);
     va_start(args, format);
-    vsnprintf(vs->error, sizeof vs->error, format, args);
+    vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    log_error("%s", vs->error);
+    if (strcmp(message, vs->errors[what]) != 0) /* it is tried each second */
+        log_error("%s", message);
+    memcpy(vs->errors[what], message, sizeof message);
 }
 
 /* ---- taking writes (under the lock) ---- */
@@ -239,12 +242,15 @@ static void *committer_main(void *arg)
 
 /* A journal that is full may be so for long, a volume that fails too, and who waits here holds a connection: they are
  * told at once. */
+static bool writes_wait(const struct volume_set *vs)
+{
+    return vs->stalled || (vs->apply_failed && vs->parked_first);
+}
+
 static int why_not_to_wait(const struct volume_set *vs)
 {
-    if (vs->stalled)
+    if (writes_wait(vs))
         return -EAGAIN;
-    if (vs->apply_failed || vs->volume_failed)
-        return -EIO;
     return vs->stop_committer ? -ECANCELED : 0;
 }
 
@@ -288,10 +294,15 @@ int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e)
     uint64_t wanted = vs->durable_write;
     vs->sync_wanted = max_u64(vs->sync_wanted, wanted);
     pthread_cond_signal(&vs->to_apply);
-    while (vs->synced_write < wanted && !vs->volume_failed && !vs->apply_failed && !vs->stop_applier)
+    while (vs->synced_write < wanted && !vs->volume_failed && !vs->apply_failed && !vs->mark_failed && !vs->stop_applier)
         pthread_cond_wait(&vs->progress, &vs->lock);
     *applied_write = vs->synced_write;
-    return vs->synced_write < wanted ? err_set(e, -EIO, "%s", vs->error[0] ? vs->error : "stopping") : 0;
+    if (vs->synced_write >= wanted)
+        return 0;
+    for (int i = 0; i < VS_TROUBLES; i++)
+        if (vs->errors[i][0])
+            return err_set(e, -EIO, "%s", vs->errors[i]);
+    return err_set(e, -EIO, "stopping");
 }
 
 void vs_wake(struct volume_set *vs)
@@ -304,7 +315,7 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
 {
     HOLD_LOCK(&vs->lock);
     *out = (struct volume_status){
-        .stalled = vs->stalled,
+        .stalled = writes_wait(vs),
         .last_write = vs->last_write,
         .applied_write = vs->applied_write,
         .unapplied_bytes = vs->data_head - vs->data_tail,
@@ -314,7 +325,7 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
         .bytes_written = vs->bytes_written,
         .bytes_read = vs->bytes_read,
     };
-    memcpy(out->error, vs->error, sizeof out->error);
+    memcpy(out->errors, vs->errors, sizeof out->errors);
 }
 
 /* ---- life ---- */

@@ -12,13 +12,15 @@
 
 struct volume_set;
 
+enum vs_trouble { VS_APPLY, VS_SYNC, VS_MARK, VS_READ, VS_TROUBLES };
+
 struct volume_status {
-    bool stalled;         /* the journal cannot grow: writes wait */
+    bool stalled;         /* writes wait: the journal cannot grow, or a volume cannot be written */
     uint64_t last_write;  /* newest number given */
     uint64_t applied_write; /* on the volumes, perhaps not yet synced */
     uint64_t unapplied_bytes, parked_bytes;
     uint64_t writes, reads, bytes_written, bytes_read;
-    char error[256]; /* newest failure of a volume, or "" */
+    char errors[VS_TROUBLES][256]; /* what does not work now, or "" */
 };
 
 /* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on.

@@ -9,6 +9,7 @@
 #include "extmap.h"
 #include "format.h"
 #include "journal_write.h"
+#include "volume.h"
 
 #define RING_BYTES ((uint64_t)40 << 20)    /* data of writes that are not yet applied */
 #define RECORDS ((uint64_t)65536)          /* their records */
@@ -64,7 +65,8 @@ struct volume_set {
     bool stalled;
     bool volume_failed; /* a sync failed: nothing is marked as applied until a restart */
     bool apply_failed;  /* the last window could not be written; tried again */
-    char error[256];
+    bool mark_failed;   /* the last applied mark could not be written; tried again */
+    char errors[VS_TROUBLES][256]; /* what does not work now; "" what does */
 
     uint64_t writes, reads_taken, bytes_written, bytes_read;
 };
@@ -74,7 +76,8 @@ static inline struct batch *batch_at(struct volume_set *vs, uint64_t i) { return
 /* Takes parked writes into the ring as far as they fit. Called with the lock. */
 void vs_take_parked(struct volume_set *vs);
 
-void vs_note_error(struct volume_set *vs, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Something does not work. Each different trouble is logged once. Called without the lock. */
+void vs_note_error(struct volume_set *vs, enum vs_trouble what, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 void *applier_main(void *vs);
 

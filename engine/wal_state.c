@@ -18,9 +18,9 @@ static int write_file(const char *path, const char *content, size_t length, stru
     CLEANUP_CLOSE int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
         return err_sys(e, -errno, "cannot make %s", path);
-    int rc = io_pwrite(fd, content, length, 0);
+    int rc = io_pwrite("wal.state.write", fd, content, length, 0);
     if (!rc)
-        rc = io_fdatasync(fd);
+        rc = io_fdatasync("wal.state.sync", fd);
     return rc ? err_sys(e, rc, "cannot write %s", path) : 0;
 }
 

@@ -91,6 +91,8 @@ C_FLOORS: dict[str, int] = {
     "backend": 2,
     "backing": 2,
     "journal_write": 3,
+    "journal_writer": 3,
+    "journal_segments": 3,
     "journal_read": 3,
     "journal_files": 3,
     "frames": 3,
@@ -135,6 +137,8 @@ C_BACK_ROOMS: dict[str, str] = {
     "apply": "volume",
     "reads": "volume",
     "journal_files": "journal_read",
+    "journal_writer": "journal_write",
+    "journal_segments": "journal_write",
     "wal_pages": "wal",
     "wal_stash": "wal",
 }
