@@ -29,7 +29,7 @@ from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.fsio import FileLock
+from pgcdp.fsio import FileLock, told
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.stages import Stages, StageSettings
@@ -159,7 +159,7 @@ class Agent:
             self._note(error.message)
             await self._in_worker(self._give_up_stages)
         except (PgcdpError, OSError) as error:
-            self._note(getattr(error, "message", None) or str(error))
+            self._note(error.message if isinstance(error, PgcdpError) else told(error))
             await self._in_worker(self._give_up_stages)
             pause = RETRY_SECONDS
         except Exception as error:  # a bug in us: capture must not lose its agent for it

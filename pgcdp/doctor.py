@@ -70,8 +70,8 @@ def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
         yield failed("capture", "no engine runs: nothing is captured", f"pgcdp up {config.name}")
     elif engine.state == "stalled":
         yield failed(
-            "capture", "the journal is full: writes wait",
-            "see that the agent runs and the store has space, or raise journal_limit",
+            "capture", f"{'; '.join(engine.errors) or 'the journal is full'}: writes wait",
+            "see that the agent runs and that store, journal and volumes have space, or raise journal_limit",
         )  # fmt: skip
     elif engine.raw.get("errors"):
         yield failed("capture", "; ".join(engine.raw["errors"]), f"look at {config.paths.engine_log}")

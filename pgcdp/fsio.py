@@ -12,8 +12,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,11 +35,30 @@ STEADY_BYTES = 8 << 20
 """Bytes written to a file after which `SteadyWrites` has them brought to the disk."""
 
 
+@contextmanager
+def naming(fd: int) -> Iterator[None]:
+    """An OSError of a call on this descriptor names its file: who is told of a full disk must know which."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            with suppress(OSError):
+                error.filename = os.readlink(f"/proc/self/fd/{fd}")
+        raise
+
+
+def told(error: OSError) -> str:
+    """An error of a disk in words: the file, what is wrong, the number."""
+    where = f"{os.fspath(error.filename)}: " if error.filename is not None else ""
+    return f"{where}{(error.strerror or str(error)).lower()}" + (f" (error {error.errno})" if error.errno else "")
+
+
 def sync_directory(path: Path) -> None:
     """fsync a directory, so that the names in it are durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(fd):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -48,7 +67,8 @@ def sync_file(path: Path) -> None:
     """fsync a file that was written by its name."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(fd):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -74,7 +94,8 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o600, owner: tuple[int
         write_all(fd, content, 0)
         if owner is not None:
             os.fchown(fd, *owner)
-        os.fsync(fd)
+        with naming(fd):
+            os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(temporary, path)
@@ -105,12 +126,16 @@ def read_all(fd: int, length: int, offset: int) -> bytes:
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`."""
-    done = os.pwrite(fd, data, offset)
-    if done < len(data):
-        view = memoryview(data)
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)
+    """Write all of `data` at `offset`. OSError names the file."""
+    try:
+        done = os.pwrite(fd, data, offset)
+        if done < len(data):
+            view = memoryview(data)
+            while done < len(view):
+                done += os.pwrite(fd, view[done:], offset + done)
+    except OSError:
+        with naming(fd):
+            raise
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -123,7 +148,8 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
             return
         code = ctypes.get_errno()
     if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL):
-        raise OSError(code, os.strerror(code))
+        with naming(fd):
+            raise OSError(code, os.strerror(code))
     while length > 0:
         step = min(length, len(_ZEROS))
         write_all(fd, _ZEROS[:step], offset)
@@ -154,7 +180,8 @@ class SteadyWrites:
                 return
             code = ctypes.get_errno()
         if code not in (errno.ESPIPE, errno.ENOSYS, errno.EINVAL):  # else this file or kernel has no such thing
-            raise OSError(code, os.strerror(code))
+            with naming(self._fd):
+                raise OSError(code, os.strerror(code))
 
 
 def free_space(path: Path) -> int:

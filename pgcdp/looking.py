@@ -9,6 +9,7 @@ from typing import Any
 
 from pgcdp import forecast, rewinding, service
 from pgcdp.capture import volumes
+from pgcdp.capture.engine import EngineStatus
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.opening import engine_status, open_source, outside_json, source_of
@@ -62,7 +63,7 @@ def status(set_name: str) -> Json:
         "state": engine.state if engine else "stopped",
         "postgres": "stopped" if cluster.find_postmaster(config.pgdata) is None else "running",
         "phase": agent.get("phase", "stopped"),
-        "error": agent.get("error") or damage or _interrupted(config),
+        "error": "; ".join(_wrong(engine, agent.get("error") or damage or _interrupted(config))) or None,
         "baseline": agent.get("baseline"),
         "engine": engine.raw if engine else None,
         "agent": agent or None,
@@ -89,6 +90,11 @@ def status(set_name: str) -> Json:
             for volume in config.volumes
         ],
     }
+
+
+def _wrong(engine: EngineStatus | None, other: str | None) -> list[str]:
+    """What does not work: the disks of journal and volumes first, since production waits for them."""
+    return [*(engine.errors if engine else ()), *([other] if other else [])]
 
 
 def _interrupted(config: Config) -> str | None:

@@ -30,7 +30,7 @@ def render(value: Mapping[str, Any]) -> None:
     if value["postgres"] == "stopped":
         lines.insert(3, ("postgres", f"stopped; pgcdp up {value['set']} starts it"))
     if value.get("error"):
-        lines.append(("the agent says", str(value["error"])))
+        lines.append(("error", str(value["error"])))
     if (value.get("agent") or {}).get("waiting"):
         lines.append(("waiting", value["agent"]["waiting"]))
     for each in value.get("outside") or ():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import xxhash
 
-from pgcdp.errors import DamageError
+from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.records import Boundary, Interval, Rewind
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.history import HistoryKind, add_history
@@ -205,7 +205,21 @@ def _interval(values: list[Any]) -> Interval:
     return Interval._make(values)
 
 
-def _damaged(path: Path, error: Exception) -> DamageError:
+_DISK = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_BUSY,
+}
+
+
+def _damaged(path: Path, error: Exception) -> PgcdpError:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK:
+        return PgcdpError(
+            f"the catalog {path} cannot be used now: {str(error).lower()}",
+            "see that the store's disk is well and has room",
+        )
     return DamageError(
         f"the catalog {path} cannot be read: {str(error).lower()} (offset unknown to sqlite)",
         "nothing is only in it; pgcdp rebuild makes it anew from the store",

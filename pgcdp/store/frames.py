@@ -19,7 +19,7 @@ import xxhash
 import zstandard
 
 from pgcdp.errors import BugError, DamageError
-from pgcdp.fsio import SteadyWrites, read_all, write_all
+from pgcdp.fsio import SteadyWrites, naming, read_all, write_all
 from pgcdp.store.frame_format import (
     CODEC_DIRECTORY,
     CODEC_PLAIN,
@@ -156,7 +156,8 @@ class FrameWriter:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             write_all(fd, file_header(content, set_id, interval), 0)
-            os.fdatasync(fd)
+            with naming(fd):
+                os.fdatasync(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -207,7 +208,8 @@ class FrameWriter:
             writer.file_bytes = end
             writer.flushed = entries[-1].position + entries[-1].raw if entries else 0
             writer._digest = digest_of(fd, end)
-            os.ftruncate(fd, end)
+            with naming(fd):
+                os.ftruncate(fd, end)
             return writer
         except BaseException:
             os.close(fd)
@@ -280,7 +282,8 @@ class FrameWriter:
     def sync(self) -> None:
         """Make all that was appended durable."""
         self._flush()
-        os.fdatasync(self._fd)
+        with naming(self._fd):
+            os.fdatasync(self._fd)
 
     def cut(self, length: int) -> None:
         """Give up the stream behind `length`. Only for what was never durable (see the head of this file)."""
@@ -295,7 +298,8 @@ class FrameWriter:
         if partial.position < length:
             with FrameReader.of_entries(self.path, os.dup(self._fd), [partial]) as reader:
                 prefix = reader.read(partial.position, length - partial.position)
-        os.ftruncate(self._fd, partial.offset)
+        with naming(self._fd):
+            os.ftruncate(self._fd, partial.offset)
         self.entries = self.entries[:keep]
         self.file_bytes = partial.offset
         self.flushed = partial.position
@@ -314,7 +318,8 @@ class FrameWriter:
             self._write(head, table + tail)
             self.file_bytes = place + len(head) + len(table) + len(tail)
             self.finished = True
-        os.fsync(self._fd)
+        with naming(self._fd):
+            os.fsync(self._fd)
         summary = FileSummary(self.path.name, self.file_bytes, self._digest.hexdigest(), self.flushed)
         self.close()
         return summary

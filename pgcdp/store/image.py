@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, PreconditionError
-from pgcdp.fsio import SteadyWrites, punch_hole, read_all, read_json, sync_directory, write_all, write_json
+from pgcdp.fsio import SteadyWrites, naming, punch_hole, read_all, read_json, sync_directory, write_all, write_json
 from pgcdp.records import BLOCK, Volume
 from pgcdp.store.layout import Store
 
@@ -122,10 +122,16 @@ class VolumeFiles:
         """Longer files, durably: what is new is zeros, also where they are longer than they must be."""
         before, self.blocks = self.blocks, max(self.blocks, size // BLOCK)
         for fd, unit in ((self.fd, BLOCK), (self.sums_fd, 8)):
-            os.ftruncate(fd, before * unit)
-            os.ftruncate(fd, self.blocks * unit)
-        os.fsync(self.fd)
-        os.fsync(self.sums_fd)
+            with naming(fd):
+                os.ftruncate(fd, before * unit)
+                os.ftruncate(fd, self.blocks * unit)
+        self.sync()
+
+    def sync(self) -> None:
+        """What was written is durable."""
+        for fd in (self.fd, self.sums_fd):
+            with naming(fd):
+                os.fsync(fd)
 
     def sums(self, block: int, count: int) -> NDArray[np.uint64]:
         """The sums of some blocks, those not yet written included."""
@@ -187,8 +193,9 @@ class Image:
         """New sparse files that hold zeros, state "baseline" from `from_write` on."""
         image = cls(store, os.O_RDWR | os.O_CREAT | os.O_TRUNC, ImageState("baseline", from_write=from_write))
         for files in image._files:
-            os.ftruncate(files.fd, files.blocks * BLOCK)
-            os.ftruncate(files.sums_fd, files.blocks * 8)
+            for fd, unit in ((files.fd, BLOCK), (files.sums_fd, 8)):
+                with naming(fd):
+                    os.ftruncate(fd, files.blocks * unit)
         sync_directory(store.image)
         image.set_baseline(0, {volume.name: 0 for volume in store.volumes})
         return image
@@ -320,8 +327,7 @@ class Image:
         """Make blocks and sums durable."""
         for files in self._files:
             files.flush_sums()
-            os.fsync(files.fd)
-            os.fsync(files.sums_fd)
+            files.sync()
 
     def _set(self, state: ImageState) -> None:
         self.sync()

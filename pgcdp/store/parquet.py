@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pgcdp.errors import DamageError
-from pgcdp.fsio import sync_directory
+from pgcdp.fsio import sync_directory, sync_file
 from pgcdp.store.frames import FileSummary
 
 ROW_GROUP = 1 << 16
@@ -29,20 +29,20 @@ def write_table(path: Path, table: pa.Table, *, rising: Sequence[str], repeated:
     """
     fresh = path.with_suffix(".new")
     names = table.schema.names
-    pq.write_table(
-        table,
-        fresh,
-        compression="zstd",
-        use_dictionary=[name for name in names if name in repeated and name not in rising],
-        column_encoding={name: "DELTA_BINARY_PACKED" for name in names if name in rising} or None,
-        row_group_size=ROW_GROUP,
-        write_page_checksum=True,
-    )
-    fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        pq.write_table(
+            table,
+            fresh,
+            compression="zstd",
+            use_dictionary=[name for name in names if name in repeated and name not in rising],
+            column_encoding={name: "DELTA_BINARY_PACKED" for name in names if name in rising} or None,
+            row_group_size=ROW_GROUP,
+            write_page_checksum=True,
+        )
+    except OSError as error:
+        error.filename = error.filename or os.fspath(fresh)
+        raise
+    sync_file(fresh)
     raw = fresh.read_bytes()
     fresh.rename(path)
     sync_directory(path.parent)
