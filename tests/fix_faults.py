@@ -1,0 +1,25 @@
+"""Disks that fail where and when a test says so: `faults`, `faulty_engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.service import Faults
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> Iterator[Faults]:
+    """What is started from now on fails as this says, if it is built for it."""
+    made = Faults(scratch / "faults")
+    monkeypatch.setenv("PGCDP_TEST_FAULTS", str(made.directory))
+    yield made
+    made.clear_all()
+
+
+@pytest.fixture(scope="session")
+def faulty_engine(built_for_tests: Path) -> Path:
+    """The engine with fault points."""
+    return built_for_tests / "pgcdp-engine-with-faults"
