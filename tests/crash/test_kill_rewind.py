@@ -32,7 +32,7 @@ ROWS = {"before": 3000, "behind": 6000}
 STEPS = ("stop", "write", "start", "run")
 LOOK = r"no look at the catalogs: .*Input/output error"
 """What the agent says when the engine is killed just as it looks."""
-START = r"FATAL:  (configuration file .* contains errors|could not load .*pg_hba\.conf|.* is not a valid data directory)"
+START = r"FATAL:  (configuration file .* contains errors|could not load .*pg_hba|.* is not a valid data directory)"
 """What Postgres says when the engine is killed just as it starts, or as the first one connects."""
 
 
