@@ -47,6 +47,7 @@ from pgcdp.serving.surroundings import Surroundings
 from pgcdp.serving.telling import describe
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.mirroring import Mirror
+from pgcdp.store.notes import clear_old_catalog
 from pgcdp.units import format_lsn
 
 logger = log.get(__name__)
@@ -275,6 +276,7 @@ class Agent:
         )
         self.catalog = Mirror(self.stages.store, make=True)
         self.catalog.catch_up()
+        clear_old_catalog(self.stages.store)
         self.stages.published = self._remember
         self.stages.taken = self._see_clock
         self.stages.file_map = self.surroundings.file_map

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pgcdp import cloning, doctor, extending, growing, rewinding, salvaging, service, transactions, verifying
+from pgcdp import cloning, doctor, extending, growing, rewinding, salvaging, scrubbing, service, transactions, verifying
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -52,6 +52,7 @@ from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery.expiring import AnotherRuns, expiring
 from pgcdp.recovery.holds import kind_of, owners_in, owners_now
+from pgcdp.recovery.left import naming_nearest
 from pgcdp.recovery.places import scratch_of
 from pgcdp.recovery.restored_spaces import Restored
 from pgcdp.recovery.salvage import Wanted
@@ -60,6 +61,7 @@ from pgcdp.recovery.target import window
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.rebuild import rebuild as rebuild_catalog
+from pgcdp.store.survey import survey
 from pgcdp.units import format_time
 
 Json = dict[str, Any]
@@ -309,13 +311,15 @@ def restore(
     spaces: list[Restored] = []
     programs: Binaries | None = None
     if to_image is not None:
-        place, size = to_image, writing.to_image(source, point, to_image, progress)
+        with naming_nearest(source, point):
+            place, size = to_image, writing.to_image(source, point, to_image, progress)
     else:
         assert to_directory is not None
         place = to_directory
         with suppress(PreconditionError):  # a store can be restored where there are none, if production is not there
             programs = binaries_of(source, set_name)
-        size, spaces = writing.to_directory(source, point, to_directory, progress, tablespaces, programs)
+        with naming_nearest(source, point):
+            size, spaces = writing.to_directory(source, point, to_directory, progress, tablespaces, programs)
     result: Json = {
         **resolved,
         "to": str(place),
@@ -349,7 +353,8 @@ def rewind(
     with suppress(PreconditionError), session.connect(session.Dsn.of(config)) as connection:  # it may be down
         resolved["followers"] = followers(connection)
     agree(resolved)
-    done, down = rewinding.rewind(config, point, scratch_place(source), progress)
+    with naming_nearest(source, point):
+        done, down = rewinding.rewind(config, point, scratch_place(source), progress)
     progress(Progress("cutting the boundary behind it"))
     boundary = cut(set_name)
     proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress) if prove else {"ok": None}
@@ -471,10 +476,11 @@ def salvage(
             raise UsageError("a store alone has no running database", "say where the rows go: --into DSN or --file F")
         return session.connect_as_client(session.Dsn.of(load_config(set_name)), database)
 
-    value = salvaging.run(
-        source, point, wanted, below=scratch_place(source), binaries=binaries_of(source, set_name), connect=connect,
-        hide=production_places(source, set_name), likely=likely, progress=progress, **how,
-    )  # fmt: skip
+    with naming_nearest(source, point):
+        value = salvaging.run(
+            source, point, wanted, below=scratch_place(source), binaries=binaries_of(source, set_name), connect=connect,
+            hide=production_places(source, set_name), likely=likely, progress=progress, **how,
+        )  # fmt: skip
     result = {**resolved, **value}
     if store is None:
         remember(source, "restore", {**result, "interval": point.interval})
@@ -484,10 +490,24 @@ def salvage(
 # --- care
 
 
-def check(set_name: str, full: bool = False, progress: Report = silent) -> Json:
-    """Everything that can be known now about whether the promise holds."""
+def check(
+    set_name: str | None,
+    full: bool = False,
+    progress: Report = silent,
+    *,
+    store: Path | None = None,
+    rate: int | None = None,
+) -> Json:
+    """Everything that can be known now about whether the promise holds; with `store`, of a store alone.
+
+    `rate`: bytes a second that `full` reads at most, 0 for as fast as it goes; None: as the set's settings say.
+    """
+    if store is not None:
+        told = scrubbing.check(Store.open(store), full, rate or 0, progress, remember=False)
+        return _checked([doctor.finding_of(each) for each in told])
+    assert set_name is not None
     config = load_config(set_name)
-    return _checked(doctor.examine(config, engine_status(config), full, progress))
+    return _checked(doctor.examine(config, engine_status(config), full, progress, rate))
 
 
 def check_beforehand(
@@ -531,6 +551,9 @@ def rebuild(set_name: str, progress: Report = silent) -> Json:
         return {
             "set": set_name,
             "intervals": len(catalog.intervals()),
+            "unread": [
+                {"first": each.interval.first, "last": number} for number, each in survey(store).items() if each.damage
+            ],
             "damages": [damage.message for damage in damages],
         }
     finally:

@@ -31,6 +31,7 @@ from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening, stepping
 from pgcdp.recovery.branches import beyond, branch_at
 from pgcdp.recovery.clone import Access, Clone, Damaged
+from pgcdp.recovery.left import naming_nearest
 from pgcdp.recovery.sandbox import Recovery
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -107,7 +108,8 @@ def _open(
     hide = production_places(source, set_name)
     while True:
         try:
-            return clone_opening.create(source, wanted, binaries, hide, progress)
+            with naming_nearest(source, point):
+                return clone_opening.create(source, wanted, binaries, hide, progress)
         except clone_opening.NameTaken:
             if name is not None:
                 raise
@@ -157,7 +159,8 @@ def step(
     onward = point == last
     binaries = binaries_of(source, found.set_name)  # before anything is taken down
     hide = production_places(source, found.set_name)
-    moved, recovery = clone_opening.move(source, found, point, lambda: binaries, hide, progress)
+    with naming_nearest(source, point):
+        moved, recovery = clone_opening.move(source, found, point, lambda: binaries, hide, progress)
     resolved = between(source, point)
     return {
         "name": moved.name,

@@ -189,6 +189,8 @@ class Config:
     keep_daily: float | None = None
     least_free: int = 0
     metrics_listen: str = "off"
+    scrub_every: float | None = 7 * 86400.0
+    scrub_rate: int = 32 << 20
     root: Path = field(default_factory=lambda: root_directory())
 
     @property
@@ -222,6 +224,11 @@ def exact_period(seconds: float | None) -> str:
     if seconds is None:
         return "all"
     return f"{int(seconds) // 86400}d" if seconds and seconds % 86400 == 0 else exact_duration(seconds)
+
+
+def exact_often(seconds: float | None) -> str:
+    """As `exact_period`; None is "never"."""
+    return "never" if seconds is None else exact_period(seconds)
 
 
 def _text(value: Any) -> str:
@@ -293,6 +300,11 @@ def _period(value: Any) -> float | None:
         return parse_duration(_text(value))
     except UsageError:
         raise ValueError from None
+
+
+def _often(value: Any) -> float | None:
+    """Seconds, None for "never"."""
+    return None if value == "never" else _duration(value)
 
 
 def _parsed_size(text: str) -> int:
@@ -381,6 +393,10 @@ SETTINGS: tuple[Setting, ...] = (
             "bytes that shall be free where the store is: below that the oldest goes before its time", "now"),
     Setting("metrics_listen", _address, str, "off", _ADDRESSES,
             "where the agent serves metrics for Prometheus; whoever gets there may read them", "agent"),
+    Setting("scrub_every", _often, exact_often, "7d", '"never", or a period of at least 1s such as 7d',
+            "how often the agent reads all of the store and checks every checksum, in the background", "now"),
+    Setting("scrub_rate", _size(0, 1), exact_size, "32M", "a size such as 32M, or 0 for as fast as it goes",
+            "bytes a second that such a scrub, and check --full, read at most", "now"),
     Setting(
         "cluster.version", _number(13, 99), int, None, "a major version from 13", "major version of Postgres", "fixed"
     ),

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from pgcdp import rewinding, service
+from pgcdp import rewinding, scrubbing, service
 from pgcdp.capture import clocks, disks, kernel, modes, volumes
 from pgcdp.capture.engine import EngineStatus, run_engine
 from pgcdp.capture.outside import all_mounted, find_outside, takes_in
@@ -19,22 +19,24 @@ from pgcdp.errors import DamageError
 from pgcdp.expiring import policy_of
 from pgcdp.postgres import promise, role, session
 from pgcdp.postgres.control import describe, find_control_blocks
-from pgcdp.progress import Progress, Report
+from pgcdp.progress import Report
 from pgcdp.records import BLOCK
-from pgcdp.recovery import merged
 from pgcdp.store.base import base_outside
-from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from pgcdp.store.published import published
-from pgcdp.store.scrub import check_store
 from pgcdp.units import format_size
 
 LOOK_LATE_SECONDS = 300
 """Age of the last look at all catalogs from which on it is told."""
 
 
-def examine(config: Config, engine: EngineStatus | None, full: bool, progress: Report) -> list[Finding]:
-    """All checks of a set. `full` reads all of journal and store. Raises nothing: what is wrong is in the list."""
+def examine(
+    config: Config, engine: EngineStatus | None, full: bool, progress: Report, rate: int | None = None
+) -> list[Finding]:
+    """All checks of a set. `full` reads all of journal and store, of this `rate` bytes a second (None: as set).
+
+    Raises nothing: what is wrong is in the list.
+    """
     steps: list[Step] = [
         ("rewind", lambda: _rewind(config)),
         ("capture", lambda: _capture(config, engine)),
@@ -48,7 +50,7 @@ def examine(config: Config, engine: EngineStatus | None, full: bool, progress: R
         ("machine", lambda: _machine(config)),
         ("clock", lambda: _clock(config)),
         ("journal", lambda: _journal(config, engine, full)),
-        ("store", lambda: _store(config, full, progress)),
+        ("store", lambda: _store(config, full, config.scrub_rate if rate is None else rate, progress)),
     ]
     return run(steps, progress)
 
@@ -202,22 +204,19 @@ def _journal(config: Config, engine: EngineStatus | None, full: bool) -> Iterato
     yield passed("journal", "every batch is as it was written")
 
 
-def _store(config: Config, full: bool, progress: Report) -> Iterator[Finding]:
+def _store(config: Config, full: bool, rate: int, progress: Report) -> Iterator[Finding]:
     store = Store.open(config.store, config.set_id_bytes)
-    with image_held(store):
-        report = check_store(store, full, lambda done, total: progress(Progress("reading the store", done, total)))
-    for damage in report.damages:
-        message = f"{damage.file} at offset {damage.offset}: {damage.message}"
-        yield failed("store", message, damage.still, DamageError.kind)
-    if not report.damages:
-        told = f", {report.timelines} timelines of rewinds" if report.timelines else ""
-        yield passed("store", f"{report.files} files, {format_size(report.bytes_read)} read{told}")
-    count, size, wrong = merged.check(store, full)
-    if wrong:  # expendable: no point is lost by it
-        said = "; ".join(damage.message for damage in wrong)
-        yield warned("merged increments", f"{len(wrong)} of {count} are damaged and made anew when next needed: {said}")
-    else:
-        yield passed("merged increments", f"{count} files, {format_size(size)} read")
+    for said in scrubbing.check(store, full, rate, progress, remember=True):
+        yield finding_of(said)
+    for said in () if full else scrubbing.known(store, config.scrub_every):
+        yield finding_of(said)
+
+
+def finding_of(said: scrubbing.Said) -> Finding:
+    """What was said of a store, as a check."""
+    if not said.ok:
+        return failed(said.name, said.detail, said.hint, DamageError.kind)
+    return warned(said.name, said.detail, said.hint) if said.warning else passed(said.name, said.detail)
 
 
 def describe_data(data: bytes) -> dict[str, object]:

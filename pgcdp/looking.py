@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pgcdp import forecast, rewinding, service
+from pgcdp import forecast, rewinding, scrubbing, service
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineStatus
 from pgcdp.config import Config, load_config
-from pgcdp.errors import DamageError, PreconditionError, TargetError
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
 from pgcdp.opening import engine_status, open_source, outside_json, source_of
 from pgcdp.postgres import cluster
 from pgcdp.records import Interval, RecoveryPoint
 from pgcdp.recovery import instant
+from pgcdp.recovery.left import damages_of
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
 from pgcdp.store.catalog import Catalog
+from pgcdp.store.damage import Damage, Range
 from pgcdp.store.kept import kept_marks
+from pgcdp.store.layout import Store
 from pgcdp.store.let_go import EXPIRE
+from pgcdp.store.mirroring import Mirror
 from pgcdp.units import format_lsn, format_time
 
 Json = dict[str, Any]
@@ -40,6 +45,7 @@ def status(set_name: str) -> Json:
     except service.AgentGone:
         agent = {}
     stored, opened, damage = None, None, None
+    source: Source | None = None
     intervals: list[Interval] = []
     try:
         source = source_of(config, engine)
@@ -79,6 +85,7 @@ def status(set_name: str) -> Json:
         "recovery_window": opened or {"from_time": None, "to_time": None, "from_write": None, "to_write": None},
         "until_full": forecast.as_json(config, engine, agent, intervals),
         "outside": agent.get("outside"),
+        "scrub": None if source is None else scrubbing.status_json(source.store, lambda: bool(agent.get("scrubbing"))),
         "volumes": [
             {
                 "name": volume.name,
@@ -129,23 +136,86 @@ def journal_bytes(config: Config) -> int:
 def info(set_name: str | None, store: Path | None = None) -> Json:
     """Intervals, sizes, recovery window, what was verified."""
     source = open_source(set_name, store)
-    first, last = window(source.listing())
-    catalog = Catalog.open(source.store)
     try:
-        rows = [interval_json(each, catalog.last_verification(each.number)) for each in source.intervals()]
-        events = catalog.history("event", EVENTS)
-    finally:
-        catalog.close()
+        first, last = window(source.listing())
+    except DamageError:  # behind the last boundary: what lies before it can be listed all the same
+        first, last = window(source.published())
+    listed = source.listed()
+    damages = damages_of(source)
+    verified, events = _remembered(source.store, list(listed), catch_up=store is not None)
     known: list[Json] | None = None
     with suppress(DamageError, PreconditionError):  # intervals can be listed all the same
         known = marks(source)
+    lost = [each.lost for each in damages if each.lost is not None]
     return {
         "set": source.store.set_name,
         "recovery_window": window_json(first, last),
-        "intervals": rows,
+        "intervals": [
+            interval_json(each.interval, verified.get(number), lost, bool(each.damage))
+            for number, each in listed.items()
+        ],
         "marks": known,
         "expired": [_expired(each) for each in events if each.get("event") == EXPIRE][:EXPIRED],
+        "damages": [damage_json(each) for each in damages],
+        "lost": [_lost_json(first, last) for first, last in _joined(lost)],
     }
+
+
+def _remembered(store: Store, numbers: Sequence[int], *, catch_up: bool) -> tuple[dict[int, Json], list[Json]]:
+    """The newest verification of each interval, and the newest events; nothing when the catalog cannot be read.
+
+    `catch_up`: no agent of this machine fills it.
+    """
+    try:
+        if catch_up:
+            mirror = Mirror(store, make=True)
+            try:
+                mirror.catch_up()
+            finally:
+                mirror.close()
+        catalog = Catalog.open(store)
+    except PgcdpError:
+        return {}, []
+    try:
+        found = {number: catalog.last_verification(number) for number in numbers}
+        return {number: each for number, each in found.items() if each is not None}, catalog.history("event", EVENTS)
+    except PgcdpError:
+        return {}, []
+    finally:
+        catalog.close()
+
+
+def damage_json(damage: Damage) -> Json:
+    """One damage: what is wrong where, and what it costs."""
+    return {
+        "file": str(damage.file),
+        "offset": damage.offset,
+        "message": damage.message,
+        "still": damage.still,
+        "lost": None if damage.lost is None else _lost_json(*damage.lost),
+    }
+
+
+def _lost_json(first: int, last: int | None) -> Json:
+    return {"from_write": first, "to_write": last}
+
+
+def _joined(lost: Sequence[Range]) -> list[Range]:
+    """Ranges of writes in order, those that overlap joined."""
+    found: list[Range] = []
+    for first, last in sorted(lost, key=lambda each: each[0]):
+        if found and (found[-1][1] is None or first <= found[-1][1] + 1):
+            before = found[-1][1]
+            found[-1] = (found[-1][0], None if before is None or last is None else max(before, last))
+        else:
+            found.append((first, last))
+    return found
+
+
+def lost_in(first: int, last: int, lost: Sequence[Range]) -> list[Range]:
+    """What of writes `first` to `last` is lost."""
+    within = [(max(first, begin), last if end is None else min(last, end)) for begin, end in lost]
+    return _joined([(begin, end) for begin, end in within if begin <= end])
 
 
 def _expired(event: Json) -> Json:
@@ -159,9 +229,10 @@ def _expired(event: Json) -> Json:
     }
 
 
-def interval_json(interval: Interval, verified: Json | None) -> Json:
-    """One interval of `info`."""
+def interval_json(interval: Interval, verified: Json | None, lost: Sequence[Range] = (), damaged: bool = False) -> Json:
+    """One interval of `info`. `damaged`: it cannot be read, and all that is known of it is what lies beside it."""
     boundary = interval.boundary
+    gone = lost_in(interval.from_write, interval.to_write, lost)
     return {
         "number": interval.number,
         "from_write": interval.from_write,
@@ -169,16 +240,17 @@ def interval_json(interval: Interval, verified: Json | None) -> Json:
         "from_time": format_time(interval.from_time_ns),
         "to_time": format_time(interval.to_time_ns),
         "reason": boundary.reason,
-        "checkpoint_lsn": format_lsn(boundary.checkpoint_lsn),
-        "redo_lsn": format_lsn(boundary.redo_lsn),
-        "timeline": boundary.timeline,
-        "next_xid": boundary.next_xid,
+        "checkpoint_lsn": None if damaged else format_lsn(boundary.checkpoint_lsn),
+        "redo_lsn": None if damaged else format_lsn(boundary.redo_lsn),
+        "timeline": None if damaged else boundary.timeline,
+        "next_xid": None if damaged else boundary.next_xid,
         "writes": interval.writes,
         "bytes_written": interval.bytes_written,
         "blocks_changed": interval.blocks_changed,
         "stored": interval.stored,
         "first": interval.first,
-        "restorable_by_write": interval.restorable_by_write,
+        "restorable_by_write": interval.restorable_by_write and not gone,
+        "lost": [_lost_json(begin, end) for begin, end in gone],
         "outside": outside_json(interval.outside),
         "verified": verified,
     }

@@ -15,6 +15,7 @@ from pgcdp.opening import binaries_of, open_source, point_json, production_place
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import verify as proving
+from pgcdp.recovery.left import naming_nearest
 from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 
@@ -38,7 +39,7 @@ def prove(
     started = time.monotonic()
     settings = source.settings(point)
     binaries = binaries_of(source, set_name)
-    with mounted(source, point, scratch_place(source), progress) as pgdata:
+    with naming_nearest(source, point), mounted(source, point, scratch_place(source), progress) as pgdata:
         progress(Progress("starting postgres on it"))
         checks = proving.verify_directory(
             pgdata,

@@ -27,6 +27,14 @@ _watch = Watch(os.environ[SESSION_VARIABLE])
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Catalogs of stores that belong to no set are made here."""
+    os.environ["PGCDP_ROOT"] = str(tmp_path_factory.mktemp("root"))
+    yield
+    os.environ.pop("PGCDP_ROOT")
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An error at the very end when a process, mount, loop device or scratch directory of a test outlives it."""
     yield

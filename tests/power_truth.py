@@ -236,7 +236,7 @@ class PowerTruth:
         store = Store.open(self.found.store)
         catalog = Catalog.open(store)
         try:
-            known = {number: interval for number, (interval, _) in catalog.intervals().items()}
+            known = {number: told.interval for number, told in catalog.intervals().items()}
         finally:
             catalog.close()
         return known == {number: Bundle.open(store, number).interval for number in store.interval_numbers()}

@@ -46,6 +46,12 @@ CHECK: Shape = {"name": str, "ok": bool, "seconds": float, "detail": str}
 OUTSIDE: Shape = {"name": str, "place": str}
 RUNS = [{"first": int, "last": int}]
 EXPIRED: Shape = {"time": TIME, "by": str, "oldest": Maybe(int), "joined": RUNS, "thinned": RUNS}
+LOST_WRITES: Shape = {"from_write": int, "to_write": Maybe(int)}
+DAMAGE: Shape = {"file": str, "offset": int, "message": str, "still": str, "lost": Maybe(LOST_WRITES)}
+SCRUB: Shape = {
+    "state": re.compile("running|stopped|waiting|never"), "by": Maybe(str), "began": Maybe(TIME), "ended": Maybe(TIME),
+    "oldest": Maybe(TIME), "bytes": int, "total": int, "interval": Maybe(int), "block": Maybe(int), "damages": int,
+}  # fmt: skip
 INTERVAL: Shape = {
     "number": int,
     "from_write": int,
@@ -53,16 +59,17 @@ INTERVAL: Shape = {
     "from_time": TIME,
     "to_time": TIME,
     "reason": str,
-    "checkpoint_lsn": LSN,
-    "redo_lsn": LSN,
-    "timeline": int,
-    "next_xid": int,
+    "checkpoint_lsn": Maybe(LSN),
+    "redo_lsn": Maybe(LSN),
+    "timeline": Maybe(int),
+    "next_xid": Maybe(int),
     "writes": int,
     "bytes_written": int,
     "blocks_changed": int,
     "stored": {"writes": int, "backward": int, "forward": int, "index": int, "transactions": int},
     "first": int,
     "restorable_by_write": bool,
+    "lost": [LOST_WRITES],
     "outside": Maybe([OUTSIDE]),
     "verified": Maybe({"ok": bool}),
 }
@@ -101,6 +108,7 @@ STATUS: Shape = {
     "until_full": {"journal": Maybe(FULL), "store": Maybe(FULL), "volumes": [{"name": str, **FULL}]},
     "recovery_window": WINDOW,
     "outside": Maybe([OUTSIDE]),
+    "scrub": Maybe(SCRUB),
     "volumes": [{"name": str, "device": Maybe(str), "backing": str, "mountpoint": str, "bytes": int}],
 }
 END: Shape = {"xid": int, "time": TIME, "lsn": LSN, "write": int, "status": str}
@@ -271,6 +279,8 @@ def test_cut_and_info(protected: Protected) -> None:
     assert fits(closed, INTERVAL) == []
     value = protected.json("info")
     assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL], "expired": [EXPIRED]}) == []
+    assert fits(value, {"damages": [DAMAGE], "lost": [LOST_WRITES]}) == []
+    assert value["damages"] == value["lost"] == []
     assert value["intervals"][-1]["number"] >= closed["number"]
     assert protected.json("info", "--store", str(protected.directory / "store"))["set"] == "main"
     assert protected.text("info").count("\n") >= len(value["intervals"])
@@ -392,6 +402,12 @@ def test_check(protected: Protected) -> None:
         fits(value, {"ok": bool, "checks": [{**CHECK, "warning": bool, "kind": Maybe(str), "hint": Maybe(str)}]}) == []
     )
     assert value["ok"] is True
+    scrub = protected.json("status")["scrub"]
+    assert fits(scrub, SCRUB) == []
+    assert (scrub["by"], scrub["state"], scrub["damages"]) == ("check", "waiting", 0)
+    alone = protected.json("check", "--store", str(protected.directory / "store"))
+    assert [each["name"] for each in alone["checks"]] == ["store", "merged increments"]
+    assert alone["ok"]
 
 
 def test_grow(protected: Protected) -> None:
@@ -461,7 +477,7 @@ def test_expire(protected: Protected) -> None:
 
 def test_rebuild(protected: Protected) -> None:
     value = protected.json("rebuild")
-    assert fits(value, {"set": str, "intervals": int}) == []
+    assert fits(value, {"set": str, "intervals": int, "unread": [{"first": int, "last": int}], "damages": [str]}) == []
     assert value["intervals"] == len(protected.json("info")["intervals"])
 
 

@@ -51,6 +51,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.growing": 7,
     "pgcdp.expiring": 7,
     "pgcdp.marking": 7,
+    "pgcdp.scrubbing": 7,
     "pgcdp.serving.*": 7,
     "pgcdp.checking.*": 7,
     "pgcdp.agent": 7,

@@ -134,6 +134,8 @@ def program() -> Iterator[Program]:
         (["restore", "main", "--to-image", "/i", "--store", "/nowhere/at/all"], "/nowhere/at/all"),
         (["verify", "main", "--sql", "/nowhere/at/all.sql"], "/nowhere/at/all.sql"),
         (["info", "main", "--store", "/"], "give"),
+        (["check", "main", "--store", "/"], "give"),
+        (["check", "main", "--rate", "1M"], "--rate needs --full"),
         (["show", "main", "many"], '"many" is not a write number'),
         (["show"], "missing argument WRITE"),
         (["mark", "one", "two", "three"], '"three"'),

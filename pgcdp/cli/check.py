@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pgcdp import units
 from pgcdp.cli import options, screen
 from pgcdp.cli.verify import checks_table
 from pgcdp.errors import DamageError, PreconditionError, UsageError
@@ -18,6 +19,7 @@ from pgcdp.errors import DamageError, PreconditionError, UsageError
         "pgcdp check",
         "pgcdp check main --full",
         "pgcdp check --pgdata /var/lib/postgresql/15/main --store /backup/main",
+        "pgcdp check --store /backup/main --full --rate 100M",
     )
 )
 @options.set_argument()
@@ -28,7 +30,10 @@ from pgcdp.errors import DamageError, PreconditionError, UsageError
     help="A cluster that is not protected yet, instead of SET.",
 )
 @click.option(
-    "--store", type=click.Path(path_type=Path), metavar="DIR", help="With --pgdata: where its store would lie."
+    "--store",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A store instead of SET: nothing else is needed, on any machine. With --pgdata: where its store would lie.",
 )
 @click.option(
     "--journal",
@@ -37,34 +42,52 @@ from pgcdp.errors import DamageError, PreconditionError, UsageError
     help="With --pgdata: where its journal would lie. Default: below /var/lib/pgcdp.",
 )
 @click.option("--full", is_flag=True, help="Also read all of the store and of the journal, and check every checksum.")
+@click.option(
+    "--rate",
+    type=units.parse_size,
+    metavar="SIZE",
+    help="With --full: bytes of the store a second at most, 0: as fast as it goes. Default: scrub_rate of the set.",
+)
 @options.output_option
 def command(
-    set_name: str | None, pgdata: Path | None, store: Path | None, journal: Path | None, full: bool, output: str
+    set_name: str | None,
+    pgdata: Path | None,
+    store: Path | None,
+    journal: Path | None,
+    full: bool,
+    rate: int | None,
+    output: str,
 ) -> int:
     """Is everything as it must be?
 
     Settings, privileges, space, and with --full every stored byte. Exit code 5 when stored bytes are
     damaged, 6 when something else must be mended. A warning is no failure: the promise holds, but for what it says.
     With --pgdata: would the promise hold for that cluster? Nothing is changed.
+
+    One with --full that was killed goes on where it was when it is run again. The agent does the same in the
+    background (scrub_every); a check with --full takes its place meanwhile.
     """
-    given = {"--store": store, "--journal": journal}
-    if pgdata is None and (alone := next((name for name, value in given.items() if value is not None), None)):
-        raise UsageError(f"{alone} needs --pgdata", "a set has its places in its settings")
+    if pgdata is None and journal is not None:
+        raise UsageError("--journal needs --pgdata", "a set has its places in its settings")
     if pgdata is not None and (set_name is not None or full):
         what = "--full" if set_name is None else f"the set {set_name}"
         raise UsageError(f"both --pgdata and {what} are given", "--pgdata is for a cluster that is not protected yet")
     from pgcdp import api
 
+    if rate is not None and not full:
+        raise UsageError("--rate needs --full", "without it hardly anything is read")
+    store = None if store is None else store.absolute()
+    name = None if pgdata is not None else options.pick_set_or_store(set_name, store)
     with screen.progress(output) as progress:
         if pgdata is not None:
             value = api.check_beforehand(
                 pgdata.absolute(),
-                None if store is None else store.absolute(),
+                store,
                 None if journal is None else journal.absolute(),
                 progress,
             )
         else:
-            value = api.check(options.pick_set(set_name), full=full, progress=progress)
+            value = api.check(name, full=full, progress=progress, store=store, rate=rate)
     screen.result(value, output, _render)
     if value["ok"]:
         return 0

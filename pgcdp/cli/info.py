@@ -28,6 +28,9 @@ def _render(value: Mapping[str, Any]) -> None:
     screen.pairs([("set", value["set"]), ("recovery window", window(value["recovery_window"]))])
     screen.text()
     intervals_table(value["intervals"])
+    for each in value["damages"]:
+        cost = "no point is lost" if each["lost"] is None else f"LOST: writes {_writes(each['lost'])}"
+        screen.text(f"DAMAGED: {each['message']}: {cost}")
     lacking = [row for row in value["intervals"] if row["outside"]]
     for name, place in dict.fromkeys((each["name"], each["place"]) for row in lacking for each in row["outside"]):
         numbers = [int(row["number"]) for row in lacking if {"name": name, "place": place} in row["outside"]]
@@ -80,9 +83,9 @@ def intervals_table(intervals: Sequence[Mapping[str, Any]]) -> None:
             _numbers(row),
             f"{row['from_write']}-{row['to_write']}",
             str(row["to_time"]),
-            "any write" if row["restorable_by_write"] else "boundaries",
+            _restores(row),
             str(row["reason"]),
-            str(row["checkpoint_lsn"]),
+            str(row["checkpoint_lsn"] or "-"),
             format_size(row["bytes_written"]),
             format_size(sum(row["stored"].values())),
             _verified(row["verified"]),
@@ -92,6 +95,25 @@ def intervals_table(intervals: Sequence[Mapping[str, Any]]) -> None:
     screen.table(
         ["interval", "writes", "ends", "restores", "reason", "checkpoint", "written", "stored", "verified"], rows
     )
+
+
+def _restores(row: Mapping[str, Any]) -> str:
+    """What can be restored of an interval, in a word or two."""
+    if not row.get("lost"):
+        return "any write" if row["restorable_by_write"] else "boundaries"
+    lost = row["lost"]
+    if (lost[0]["from_write"], lost[0]["to_write"]) == (row["from_write"], row["to_write"]):
+        return "NOTHING"
+    if lost[-1]["to_write"] == row["to_write"]:
+        return f"up to {lost[-1]['from_write'] - 1}"
+    return f"all but {', '.join(_writes(each) for each in lost)}"
+
+
+def _writes(lost: Mapping[str, Any]) -> str:
+    first, last = lost["from_write"], lost["to_write"]
+    if last is None:
+        return f"{first} and behind"
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _numbers(row: Mapping[str, Any]) -> str:

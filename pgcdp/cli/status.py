@@ -39,6 +39,10 @@ def render(value: Mapping[str, Any]) -> None:
         lines.append(("lag", format_duration(value["lag_seconds"])))
     lines.append(("journal", f"{format_size(journal['bytes'])} of {format_size(journal['limit'])}"))
     lines += until_full(value["until_full"])
+    if (value.get("scrub") or {}).get("damages"):
+        lines.append(
+            ("DAMAGED", f"{value['scrub']['damages']} places in the store; pgcdp info names them and what is lost")
+        )
     lines.append(("recovery window", window(value["recovery_window"])))
     screen.pairs(lines)
     if value["volumes"]:

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun
+from pgcdp.errors import DamageError
 from pgcdp.fsio import punch_hole, write_all
 from pgcdp.intervals.extents import forward_map, spans
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, INDEX, Kind
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameReader
+from pgcdp.store.image import Lost
 
 PIECE_BLOCKS = 256
 """So many blocks are read and written at once."""
@@ -50,21 +52,26 @@ class FileTarget:
             punch_hole(self._fds[volume], block * BLOCK, count * BLOCK)
 
 
-def apply_backward(target: BlockTarget, bundle: Bundle) -> None:
-    """Take the changed blocks of a state at boundary n back to boundary n-1."""
+def apply_backward(target: BlockTarget, bundle: Bundle, lost: Lost | None = None) -> None:
+    """Take the changed blocks of a state at boundary n back to boundary n-1. `lost`: as of `apply_extents`."""
     with bundle.backward() as content:
-        apply_extents(target, bundle.backward_map(), content)
+        apply_extents(target, bundle.backward_map(), content, lost)
 
 
-def apply_forward(target: BlockTarget, bundle: Bundle) -> None:
-    """Bring the changed blocks of a state at boundary n-1 forward to boundary n."""
+def apply_forward(target: BlockTarget, bundle: Bundle, lost: Lost | None = None) -> None:
+    """Bring the changed blocks of a state at boundary n-1 forward to boundary n. `lost`: as of `apply_extents`."""
     with bundle.forward() as content:
-        apply_extents(target, bundle.forward_map(), content)
+        apply_extents(target, bundle.forward_map(), content, lost)
 
 
-def apply_writes(target: BlockTarget, index: NDArray[np.void], writes: FrameReader, upto_write: int) -> None:
-    """Bring a state before the first write of `index` to just behind `upto_write`, each block once."""
-    apply_extents(target, forward_map(index[index["number"] <= upto_write]), writes)
+def apply_writes(
+    target: BlockTarget, index: NDArray[np.void], writes: FrameReader, upto_write: int, lost: Lost | None = None
+) -> None:
+    """Bring a state before the first write of `index` to just behind `upto_write`, each block once.
+
+    `lost`: as of `apply_extents`.
+    """
+    apply_extents(target, forward_map(index[index["number"] <= upto_write]), writes, lost)
 
 
 def replay_writes(target: BlockTarget, index: NDArray[np.void], writes: FrameReader, upto_write: int) -> None:
@@ -78,14 +85,37 @@ def replay_writes(target: BlockTarget, index: NDArray[np.void], writes: FrameRea
             target.zero_blocks(volume, offset // BLOCK, length // BLOCK)
 
 
-def apply_extents(target: BlockTarget, extents: NDArray[np.void], content: FrameReader) -> None:
-    """Write what a map says: zeros first, then data in the order of its stream, so that each frame is read once."""
+def apply_extents(
+    target: BlockTarget, extents: NDArray[np.void], content: FrameReader, lost: Lost | None = None
+) -> None:
+    """Write what a map says: zeros first, then data in the order of its stream, so that each frame is read once.
+
+    With `lost`, which is told of each block whose data is damaged, these are left out instead of raising.
+    """
     zeros = extents[extents["kind"] == EXTENT_ZEROS]
     for volume, block, count in spans(zeros):
         target.zero_blocks(volume, block, count)
     data = extents[extents["kind"] == EXTENT_DATA]
     for volume, block, count, source in _pieces(data[np.argsort(data["source"], kind="stable")]):
-        target.write_blocks(volume, block, content.read(source, count * BLOCK))
+        try:
+            target.write_blocks(volume, block, content.read(source, count * BLOCK))
+        except DamageError:
+            if lost is None:
+                raise
+            _apply_whole(target, volume, block, count, source, content, lost)
+
+
+def _apply_whole(
+    target: BlockTarget, volume: int, block: int, count: int, source: int, content: FrameReader, lost: Lost
+) -> None:
+    """Of a piece that lies in several frames, one of them damaged, what is in the others."""
+    for at in range(count):
+        try:
+            data = content.read(source + at * BLOCK, BLOCK)
+        except DamageError as damage:
+            lost(volume, block + at, 1, damage)
+        else:
+            target.write_blocks(volume, block + at, data)
 
 
 def apply_run(target: BlockTarget, run: BatchRun, limits: Sequence[int] | None = None) -> None:

@@ -14,6 +14,7 @@ from pgcdp.fsio import free_space
 from pgcdp.intervals.applying import FileTarget
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
+from pgcdp.recovery.materializing import materialize
 from pgcdp.recovery.places import place_below
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import shown
@@ -40,7 +41,7 @@ def write_images(source: Source, point: RecoveryPoint, files: list[Path], progre
             for fd, volume in zip(fds, wanted, strict=True):
                 os.ftruncate(fd, volume.bytes)
             put_back = {each.number for each in source.store.volumes} - {each.number for each in wanted}
-            source.materialize(point, FileTarget(fds, put_back), progress)
+            materialize(source, point, FileTarget(fds, put_back), progress)
         for fd in fds:
             os.fsync(fd)
     return sum(volume.bytes for volume in source.store.in_use)

@@ -22,21 +22,19 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UnseenError
-from pgcdp.intervals.applying import BlockTarget, apply_backward, apply_forward, apply_run, apply_writes
-from pgcdp.intervals.extents import spans
-from pgcdp.postgres.wal import blank_wal
-from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, INDEX, Boundary, Interval, RecoveryPoint, Rewind, Span, Target
+from pgcdp.records import INDEX, Boundary, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
+from pgcdp.recovery.left import hint_of, refuse_lost, refuse_lost_target, write_named
 from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
 from pgcdp.store.base import base_settings, missing_before, read_base
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
-from pgcdp.store.image import Image, ImageState, read_state
+from pgcdp.store.image import ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
-from pgcdp.store.published import Published, published
+from pgcdp.store.published import Published
 from pgcdp.store.rewinds import Said, pair, said_in
+from pgcdp.store.survey import survey
 from pgcdp.units import format_lsn
 
 if TYPE_CHECKING:
@@ -81,13 +79,14 @@ class Source:
 
     def intervals(self) -> list[Interval]:
         """Published intervals, in order."""
-        return [each.interval for each in self._listed().values()]
+        return [each.interval for each in self.listed().values()]
 
-    def _listed(self) -> dict[int, Published]:
-        """The published intervals by number, in order; none is read twice."""
+    def listed(self) -> dict[int, Published]:
+        """The published intervals by number, in order, and what is lost between them; none is read twice."""
         names = self.store.names()  # before: what comes meanwhile is looked for again the next time
         if names != self._names:
-            self._published, self._names = published(self.store, self._published), names
+            known = {number: each for number, each in self._published.items() if not each.damage}
+            self._published, self._names = survey(self.store, known), names
         return self._published
 
     def base(self) -> Boundary:
@@ -130,13 +129,20 @@ class Source:
         Nor is there one where retention let go of single writes. Damage behind the last boundary is raised only to
         those who want to go there.
         """
-        point = self.place(target)
+        try:
+            refuse_lost_target(self, target)
+            point = self.place(target)
+        except DamageError as damage:
+            write = write_named(self, target)
+            hint = damage.hint if write is None else hint_of(self, write, damage.message)
+            raise DamageError(damage.message, hint) from None
         stored = self.intervals()
         within = [rewind for interval in stored for rewind in interval.rewinds]
         if not stored or point.write > stored[-1].to_write:
             within = self.rewinds()
         refuse_inside(point.write, within)
         self.refuse_let_go(point)
+        refuse_lost(self, point)
         return point
 
     def refuse_let_go(self, point: RecoveryPoint) -> None:
@@ -209,7 +215,7 @@ class Source:
         upto = self.durable_write if upto is None else upto
         key = (upto, self._stored())
         if self._transactions is None or self._transactions[0] != key:
-            self._transactions = key, Transactions(self.store, dict(self._listed()), journal, upto, self._rewinds)
+            self._transactions = key, Transactions(self.store, dict(self.listed()), journal, upto, self._rewinds)
         found = self._transactions[1]
         return found.on(self.branch(branch)) if branch else found
 
@@ -372,16 +378,21 @@ class Source:
             self._check_released(mark.released_write)
 
     def bundle(self, write: int) -> Bundle | None:
-        """The published interval that holds a write."""
-        for interval in self.intervals():
-            if interval.from_write <= write <= interval.to_write:
-                return Bundle.at(self.store, interval.span)
+        """The published interval that holds a write. Raises DamageError when that one cannot be read."""
+        for each in self.listed().values():
+            if each.interval.from_write <= write <= each.interval.to_write:
+                return _opened(each)
         return None
+
+    def opened(self, number: int) -> Bundle:
+        """The published interval that ends at boundary `number`. Raises DamageError when it cannot be read."""
+        found = self.listed().get(number)
+        return Bundle.open(self.store, number) if found is None else _opened(found)
 
     def _open_index(self, write: int) -> NDArray[np.void]:
         """Entries of the open interval from a write on; none when it does not hold it."""
         try:
-            return _from(read_open_index(self.store, self._number()), write)
+            return from_write(read_open_index(self.store, self._number()), write)
         except FileNotFoundError:
             return np.empty(0, dtype=INDEX)
 
@@ -391,7 +402,7 @@ class Source:
             opened = read_open(self.store, self._number())
         except FileNotFoundError:
             return None
-        opened = replace(opened, index=_from(opened.index, write))
+        opened = replace(opened, index=from_write(opened.index, write))
         if len(opened.index):
             return opened
         opened.writes.close()
@@ -417,7 +428,7 @@ class Source:
 
     def _times(self, write: int, upto: int) -> NDArray[np.int64]:
         bundle = self.bundle(write)
-        entries = _from(bundle.index(), write) if bundle is not None else self._open_index(write)
+        entries = from_write(bundle.index(), write) if bundle is not None else self._open_index(write)
         if len(entries):
             return np.asarray(entries["wall_ns"][: upto - write + 1], dtype=np.int64)
         runs = [np.asarray(run.records["wall_ns"], dtype=np.int64) for run in self.batches(write - 1, upto)]
@@ -434,7 +445,7 @@ class Source:
     def _record(self, write: int) -> np.void:
         bundle = self.bundle(write)
         if bundle is not None:
-            return _first(_from(bundle.index(), write))
+            return _first(from_write(bundle.index(), write))
         last = self._last_entry()
         if last is not None and int(last["number"]) >= write:
             if int(last["number"]) == write:
@@ -449,7 +460,7 @@ class Source:
     def _data(self, write: int) -> bytes:
         bundle = self.bundle(write)
         if bundle is not None:
-            entry = _first(_from(bundle.index(), write))
+            entry = _first(from_write(bundle.index(), write))
             with bundle.writes() as writes:
                 return writes.read(int(entry["position"]), int(entry["data_length"]))
         opened = self.snapshot(write)
@@ -470,9 +481,9 @@ class Source:
 
     def settings(self, point: RecoveryPoint) -> dict[str, Any] | None:
         """Postgres's settings at a point: those kept with its interval, or with the last one before it."""
-        known = [interval.number for interval in self.intervals() if interval.from_write <= point.write + 1]
-        for number in reversed(known):
-            settings = self.settings_of(number)
+        known = [each for each in self.listed().values() if each.interval.from_write <= point.write + 1]
+        for each in reversed(known):
+            settings = {} if each.damage else self.settings_of(each.interval.number)
             if settings:
                 return settings
         return base_settings(self.store) or None
@@ -499,74 +510,11 @@ class Source:
             )
         return state
 
-    def materialize(self, point: RecoveryPoint, target: BlockTarget, progress: Report = silent) -> None:
-        """Write the state at `point` to `target`, whose blocks are zeros. Call it `held`.
 
-        Every byte is checked on its way. Raises DamageError naming file and offset.
-        """
-        self.image_state()
-        image = Image.open(self.store)
-        try:
-            before = point.write if point.blank_write is None else point.blank_write - 1
-            done = self._copy_image(image, before, target, progress)
-        finally:
-            image.close()
-        self._forward(done, point.write, target, progress)
-        if point.blank_write is not None:
-            assert point.lsn is not None
-            assert point.blank_at is not None
-            entry = self.record(point.blank_write)
-            data = blank_wal(self.data(point.blank_write), point.blank_at, point.lsn)
-            target.write_blocks(int(entry["volume"]), int(entry["offset"]) // BLOCK, data)
-
-    def _copy_image(self, image: Image, upto: int, target: BlockTarget, progress: Report) -> int:
-        """The image, rolled back to the last boundary at or before `upto`; returns the write it is at."""
-        state = image.state
-        moving = Bundle.open(self.store, state.to) if state.to is not None else None
-        total = sum(volume.bytes for volume in self.store.volumes)
-        copied = 0
-        for volume in self.store.volumes:
-            for first, count in _judged(moving, volume.number, volume.bytes // BLOCK):
-                for block, size, data in image.contents(volume.number, first, count):
-                    if data is not None:
-                        target.write_blocks(volume.number, block, data)
-                    copied += size * BLOCK
-                    progress(Progress("copying the image", copied, total))
-        number, write = state.boundary, state.write
-        if moving is not None:
-            apply_forward(target, moving)
-            number, write = moving.number, moving.interval.to_write
-        while write > upto:
-            progress(Progress(f"rolling back interval {number}"))
-            bundle = Bundle.open(self.store, number)
-            apply_backward(target, bundle)
-            number, write = bundle.interval.first - 1, bundle.interval.from_write - 1
-        return write
-
-    def _forward(self, done: int, upto: int, target: BlockTarget, progress: Report) -> None:
-        while done < upto:
-            progress(Progress("applying single writes", done, upto, "writes"))
-            done = self.again(partial(self._forward_once, done, upto, target))
-
-    def _forward_once(self, done: int, upto: int, target: BlockTarget) -> int:
-        """Go on from write `done` with whatever holds the next write; returns the write reached."""
-        bundle = self.bundle(done + 1)
-        if bundle is not None:
-            if done + 1 == bundle.interval.from_write and upto >= bundle.interval.to_write:
-                apply_forward(target, bundle)
-            else:
-                with bundle.writes() as writes:
-                    apply_writes(target, _from(bundle.index(), done + 1), writes, upto)
-            return min(upto, bundle.interval.to_write)
-        opened = self.snapshot(done + 1)
-        if opened is not None:
-            with opened.writes as writes:
-                apply_writes(target, opened.index, writes, upto)
-            return min(upto, int(opened.index["number"][-1]))
-        for run in self.batches(done, upto):
-            apply_run(target, run)
-            done = run.last_write
-        return done
+def _opened(found: Published) -> Bundle:
+    if found.damage:
+        raise DamageError(found.damage, "pgcdp info tells which points can be restored")
+    return Bundle.at(found.store, found.interval.span)
 
 
 def _first(entries: NDArray[np.void]) -> np.void:
@@ -574,21 +522,8 @@ def _first(entries: NDArray[np.void]) -> np.void:
     return entry
 
 
-def _from(index: NDArray[np.void], write: int) -> NDArray[np.void]:
+def from_write(index: NDArray[np.void], write: int) -> NDArray[np.void]:
     """The entries of an index from a write on; none when it begins behind it."""
     if not len(index) or int(index["number"][0]) > write:
         return index[:0]
     return index[write - int(index["number"][0]) :]
-
-
-def _judged(moving: Bundle | None, volume: int, blocks: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of the image's blocks that are what their sums say: all but those of a move in progress."""
-    at = 0
-    if moving is not None:
-        for number, block, count in spans(moving.forward_map()):
-            if number == volume:
-                if block > at:
-                    yield at, block - at
-                at = block + count
-    if at < blocks:
-        yield at, blocks - at

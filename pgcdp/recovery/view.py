@@ -21,7 +21,7 @@ from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import write_all
 from pgcdp.intervals.extents import forward_map
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, RecoveryPoint
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, RecoveryPoint, Span
 from pgcdp.recovery import blockmap
 from pgcdp.recovery.blockmap import Step
 from pgcdp.recovery.mapfile import PATCH, FramesSource, ImageSource, MapSource, ViewMap, encode
@@ -39,7 +39,7 @@ FENCED_FILE = "fenced"
 def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
     """The map of a recovery point. Call it `held`; `place` gets a patch where one is needed.
 
-    Raises what `Source.materialize` raises, except for damage in what only the view will read.
+    Raises what `materialize` raises, except for damage in what only the view will read.
     """
     state = source.image_state()
     patch = Patch(place / PATCH_FILE, source.store.set_id)
@@ -72,7 +72,7 @@ def _backward(source: Source, oldest: int, last: int, sources: list[MapSource]) 
     data = [extents["source"][extents["kind"] == EXTENT_DATA] for extents in layers]
     needed = np.unique(np.concatenate(data))
     begin = len(sources)
-    places = {int(n): source.store.place(spans[int(n)]) for n in needed}
+    places = {int(n): source.store.place(spans.get(int(n), Span(int(n), int(n)))) for n in needed}
     sources += [FramesSource(places[int(n)] / "backward", CONTENTS["backward"], int(n)) for n in needed]
     renumbered = []
     for extents in layers:
@@ -84,7 +84,7 @@ def _backward(source: Source, oldest: int, last: int, sources: list[MapSource]) 
 
 
 def _layer(source: Source, step: Step, point: RecoveryPoint, sources: list[MapSource]) -> NDArray[np.void]:
-    bundle = Bundle.open(source.store, step.number)
+    bundle = source.opened(step.number)
     name = bundle.forward_file if step.kind == "forward" else "writes"
     if step.kind == "writes":
         bundle.need_writes()  # the listing may be of before they went
@@ -170,10 +170,13 @@ def leave_open(
 @contextmanager
 def _known(source: Source, point: RecoveryPoint, place: Path, progress: Report) -> Iterator[tuple[Path, Registered]]:
     """The map of a view that is known before the image can move again; start its engine inside."""
-    with source.held():
+    with source.held() as descriptor:
         progress(Progress("opening the recovery point"))
         map_file = place / MAP_FILE
         _write_private(map_file, encode(make_map(source, point, place)))
+        if source.journal is None and not source.store.has_agent():  # nothing is written into a store alone
+            yield map_file, Registered(descriptor)
+            return
         with registered(source.store, place / "control", point.write) as known:
             yield map_file, known
 

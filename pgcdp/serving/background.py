@@ -14,6 +14,7 @@ from pgcdp.intervals.stages import Stages
 from pgcdp.recovery import clone
 from pgcdp.recovery.expiring import AnotherRuns, Run, Unreadable, expiring
 from pgcdp.recovery.merged import merge_due
+from pgcdp.serving.scrubber import Scrubber
 from pgcdp.store.layout import Store
 
 logger = log.get(__name__)
@@ -32,6 +33,7 @@ class Background:
         self._not_merged = ""
         self._config = config
         self._stopping = stopping
+        self.scrubber = Scrubber(config, stopping)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="merging")
         self._running: asyncio.Future[None] | None = None
         self._merged_upto = -1  # the newest interval when it was looked last
@@ -40,6 +42,7 @@ class Background:
 
     def begin(self, stages: Stages) -> None:
         """Begin what is due, unless something is under way."""
+        self.scrubber.begin(stages.store)
         number = stages.newest.number if stages.newest is not None else -1
         if self._running is not None and not self._running.done():
             return
@@ -64,6 +67,7 @@ class Background:
     def close(self) -> None:
         """Wait for what is under way, which ends soon when the agent is stopping."""
         self._thread.shutdown()
+        self.scrubber.close()
 
     def _expire(self, store: Store) -> None:
         """Let go of what the settings say, as they are now."""

@@ -45,6 +45,7 @@ def describe(
         "waiting": waiting,
         "outside": outside_json(surroundings.outside),
         "not_expired": background.not_expired,
+        "scrubbing": background.scrubber.running,
     }
 
 

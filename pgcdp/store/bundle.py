@@ -9,7 +9,6 @@ manifest ever named changes; what the present one does not name is nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -169,7 +168,10 @@ class Bundle:
 
     @classmethod
     def open(cls, store: Store, number: int) -> Bundle:
-        """Open by manifest; the sizes of all files that restoring needs are compared. TargetError if missing."""
+        """Open by manifest. A file is compared with it when it is read: who needs another one is not refused.
+
+        TargetError if missing.
+        """
         span = store.span_of(number)
         if span is None:
             raise TargetError(
@@ -210,17 +212,12 @@ class Bundle:
                 rewinds=tuple(Rewind(**each) for each in manifest.get("rewinds", ())),
                 outside=_outside(manifest.get("outside")),
             )
-            needed = NEEDED[interval.restorable_by_write]
-            sizes = {name: int(manifest["files"][name]["bytes"]) for name in needed}
+            for name in NEEDED[interval.restorable_by_write]:
+                int(manifest["files"][name]["bytes"])
         except (KeyError, TypeError):
             raise DamageError(f"{place} lacks keys (offset 0)", _still(number)) from None
         if interval.span != span:
             raise DamageError(f"{place} is that of intervals {interval.span.file_name} (offset 0)", _still(number))
-        for name, size in sizes.items():
-            found = os.stat(path / name).st_size if (path / name).exists() else None
-            if found != size:
-                state = "is missing (offset 0)" if found is None else f"ends at offset {found} instead of {size}"
-                raise DamageError(f"{path / name} {state}", _still(number))
         return cls(store, path, manifest, interval)
 
     @property
@@ -241,6 +238,9 @@ class Bundle:
             self.manifest = read_json(self.path / "manifest.json")  # retention may have replaced it since
             self._refuse_gone(name, "its single writes")
             raise DamageError(f"{self.path / name} is missing (offset 0)", _still(self.number)) from None
+        except DamageError:
+            self.check_size(name)  # else it is told as what it is: cut short
+            raise
         if reader.length != self.manifest["files"][name]["length"]:
             reader.close()
             raise DamageError(f"{self.path / name} has a stream that its manifest does not know (offset 0)")
@@ -311,11 +311,14 @@ class Bundle:
         if path.stat().st_size != wanted:
             raise DamageError(f"{path} ends at offset {path.stat().st_size} instead of {wanted}", _still(self.number))
 
-    def check_file(self, name: str) -> None:
-        """Read one file whole: every frame, then the checksum of the manifest. Raises DamageError."""
+    def check_file(self, name: str, *, frames: bool = True) -> None:
+        """Read one file whole: every frame, then the checksum of the manifest. Raises DamageError.
+
+        Without `frames`, which somebody has read, only the checksum.
+        """
         path = self.path / name
         self.check_size(name)
-        if name in CONTENTS:
+        if frames and name in CONTENTS:
             with self._reader(name) as reader:
                 for _ in reader.frames():
                     pass

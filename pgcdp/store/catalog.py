@@ -1,6 +1,7 @@
 """The catalog: SQLite, a cache of the manifests and of the history files. `rebuild` makes it anew from the store.
 
 Nothing is only here. It is written after the files that it mirrors, so a kill can leave it behind them, never ahead.
+It lies below PGCDP_ROOT (`store.notes`), not in the store.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sqlite3
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import xxhash
 
@@ -20,22 +21,39 @@ from pgcdp.records import Boundary, Interval, Rewind
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.history import HistoryKind, add_history
 from pgcdp.store.layout import Store
+from pgcdp.store.notes import make_notes, notes_of
 
 if TYPE_CHECKING:
     import sqlite_utils
 
 FILE_NAME = "catalog.db"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Another one for each change of what `Interval` has and in which order: a row has the values without the names."""
 
 
+_HISTORY = "name, kind, time_ns, interval, content, checksum"
+
+
+def catalog_file(store: Store) -> Path:
+    """Where the catalog of a store is, if there is one."""
+    return notes_of(store) / FILE_NAME
+
+
+class Mirrored(NamedTuple):
+    """What the catalog has of an interval. `said`: as `said_of`; `seen`: as `seen_of`, when it was written."""
+
+    interval: Interval
+    said: str | None
+    seen: str
+
+
 class Catalog:
-    """`STORE/catalog.db`. Raises DamageError when SQLite cannot read it; the hint says how to make it anew."""
+    """The catalog of a store. Raises DamageError when SQLite cannot read it; the hint says how to make it anew."""
 
     def __init__(self, store: Store, path: Path) -> None:
         self.store = store
         self.path = path
-        read_only = not os.access(path.parent, os.W_OK)  # a copy of a store on a read-only filesystem
+        read_only = not os.access(path.parent, os.W_OK)  # somebody who may look, and no more
         frozen = read_only and path.exists()
         name = ":memory:" if read_only else os.fspath(path)
         if frozen:
@@ -61,8 +79,9 @@ class Catalog:
 
     @classmethod
     def open(cls, store: Store) -> Catalog:
-        """Open the catalog of a store; where there is none it is made, in memory on a read-only filesystem."""
-        return cls(store, store.path / FILE_NAME)
+        """Open the catalog of a store; where there is none it is made, in memory by whoever may not write it."""
+        make_notes(store)
+        return cls(store, catalog_file(store))
 
     def _prepare(self) -> None:
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
@@ -70,16 +89,19 @@ class Catalog:
             return
         if version and version < SCHEMA_VERSION:  # the agent, or a rebuild, fills it again
             self._db.table("intervals").drop(ignore=True)
+            self._db.table("history").drop(ignore=True)
         self._db.table("boundaries").create(
             {"number": int, "write": int, "time_ns": int, "content": str}, pk="number", if_not_exists=True
         )
         self._db.table("intervals").create(
-            {"number": int, "to_time_ns": int, "content": str, "transactions": str, "checksum": str},
+            {"number": int, "to_time_ns": int, "content": str, "transactions": str, "seen": str, "checksum": str},
             pk="number",
             if_not_exists=True,
         )
         self._db.table("history").create(
-            {"name": str, "kind": str, "time_ns": int, "interval": int, "content": str}, pk="name", if_not_exists=True
+            {"name": str, "kind": str, "time_ns": int, "interval": int, "content": str, "checksum": str},
+            pk="name",
+            if_not_exists=True,
         )
         self._db.table("history").create_index(["kind", "time_ns"], if_not_exists=True)
         if version < SCHEMA_VERSION:
@@ -121,8 +143,9 @@ class Catalog:
         transactions = said_of(bundle)
         row = {"number": interval.number, "to_time_ns": interval.to_time_ns, "content": content}
         self.put_baseline(interval.boundary)
-        checksum = _checksum(content, transactions)
-        self._put("intervals", {**row, "transactions": transactions, "checksum": checksum})
+        seen = seen_of(bundle.path)
+        checksum = _checksum(content, transactions, seen)
+        self._put("intervals", {**row, "transactions": transactions, "seen": seen, "checksum": checksum})
 
     def remove_interval(self, number: int) -> None:
         """Forget an interval that was expired. Its boundary stays known."""
@@ -132,19 +155,22 @@ class Catalog:
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, error) from None
 
-    def intervals(self) -> dict[int, tuple[Interval, str | None]]:
-        """By number, in order: what each manifest says, of transactions as `said_of`.
+    def intervals(self) -> dict[int, Mirrored]:
+        """By number, in order: what each manifest says that is still the one which was `seen`.
 
-        A row that is not as it was written is left out, and all of another version are: of an older one on a read-only
-        filesystem, of a newer one anywhere.
+        A row that is not as it was written is left out, and all of another version are: of an older one where it cannot
+        be written, of a newer one anywhere.
         """
         if self._select("PRAGMA user_version")[1] != [(SCHEMA_VERSION,)]:
             return {}
-        rows = self._select("select content, transactions, checksum from intervals order by number")[1]
-        whole = [(content, said) for content, said, checksum in rows if _checksum(content, said) == checksum]
+        rows = self._select("select content, transactions, seen, checksum from intervals order by number")[1]
+        whole = [(content, said, seen) for content, said, seen, sum_ in rows if _checksum(content, said, seen) == sum_]
         # Parsed as one text: there can be ten thousand, and each call of a parser costs.
-        found = map(_interval, json.loads(f"[{','.join(content for content, _ in whole)}]"))
-        return {interval.number: (interval, said) for interval, (_, said) in zip(found, whole, strict=True)}
+        found = map(_interval, json.loads(f"[{','.join(content for content, _, _ in whole)}]"))
+        return {
+            interval.number: Mirrored(interval, said, seen)
+            for interval, (_, said, seen) in zip(found, whole, strict=True)
+        }
 
     def remember(self, kind: HistoryKind, time_ns: int, content: dict[str, Any]) -> None:
         """Add to the history: its file first, durably, then the row. Content may name an "interval"."""
@@ -152,22 +178,45 @@ class Catalog:
 
     def put_history(self, name: str, kind: str, time_ns: int, content: dict[str, Any]) -> None:
         """Mirror a history file."""
-        row = {"name": name, "kind": kind, "time_ns": time_ns, "interval": content.get("interval")}
-        self._put("history", {**row, "content": json.dumps(content)})
+        interval, text = content.get("interval"), json.dumps(content)
+        row = {"name": name, "kind": kind, "time_ns": time_ns, "interval": interval, "content": text}
+        self._put("history", {**row, "checksum": _sum_of(row)})
 
     def history(self, kind: HistoryKind, limit: int = 100) -> list[dict[str, Any]]:
         """Contents of the newest entries of a kind, newest first, each with its `time_ns`."""
-        sql = "select time_ns, content from history where kind = ? order by name desc limit ?"
-        return [_entry(row) for row in self._rows(sql, (kind, limit))]
+        sql = f"select {_HISTORY} from history where kind = ? order by name desc limit ?"
+        return [_entry(row) for row in self._rows(sql, (kind, limit)) if _sum_of(row) == row["checksum"]]
+
+    def history_names(self) -> set[str]:
+        """The entries that are mirrored, by the names of their files."""
+        return set(self.history_told())
+
+    def history_told(self) -> dict[str, tuple[str, int, Any]]:
+        """Of each entry, by the name of its file: kind, time and content as they are mirrored; None for no JSON."""
+        return {
+            str(row["name"]): (str(row["kind"]), int(row["time_ns"]), _parsed(row["content"]))
+            for row in self._rows(f"select {_HISTORY} from history")
+            if _sum_of(row) == row["checksum"]
+        }
+
+    def check(self) -> None:
+        """Have SQLite look at every page, and compare each row with its checksum. Raises DamageError."""
+        said = [str(row[0]) for row in self._select("pragma integrity_check")[1]]
+        if said != ["ok"]:
+            raise _damaged(self.path, sqlite3.DatabaseError("; ".join(said[:3])))
+        rows = self._select("select number, content, transactions, seen, checksum from intervals")[1]
+        wrong = [row[0] for row in rows if _checksum(*row[1:4]) != row[4]]
+        wrong += [
+            row["name"] for row in self._rows(f"select {_HISTORY} from history") if _sum_of(row) != row["checksum"]
+        ]
+        if wrong:
+            raise _damaged(self.path, sqlite3.DatabaseError(f"what it says of {wrong[0]} is not as it was written"))
 
     def last_verification(self, interval: int) -> dict[str, Any] | None:
         """The newest verification of a point in this interval, or None."""
-        sql = (
-            "select time_ns, content from history where kind = 'verification' and interval = ? "
-            "order by name desc limit 1"
-        )
+        sql = f"select {_HISTORY} from history where kind = 'verification' and interval = ? order by name desc limit 1"
         rows = self._rows(sql, (interval,))
-        return _entry(rows[0]) if rows else None
+        return _entry(rows[0]) if rows and _sum_of(rows[0]) == rows[0]["checksum"] else None
 
     def close(self) -> None:
         """Close the database. Harmless when done twice."""
@@ -179,12 +228,37 @@ def said_of(bundle: Bundle) -> str | None:
     return None if bundle.transactions is None else json.dumps(bundle.transactions)
 
 
+def seen_of(place: Path | str) -> str | None:
+    """Which file the manifest in a directory is, and of when; None when there is none.
+
+    A manifest that was replaced, by retention or with the store, is another one.
+    """
+    try:
+        status = os.stat(f"{place}/manifest.json")
+    except OSError:
+        return None
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _sum_of(row: dict[str, Any]) -> str:
+    """The checksum of a row of the history."""
+    said = [row[name] for name in ("name", "kind", "time_ns", "interval", "content")]
+    return xxhash.xxh3_64_hexdigest(json.dumps(said).encode())
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def _entry(row: dict[str, Any]) -> dict[str, Any]:
     return {**cast("dict[str, Any]", json.loads(row["content"])), "time_ns": row["time_ns"]}
 
 
-def _checksum(content: str, transactions: str | None) -> str:
-    return xxhash.xxh3_64_hexdigest(f"{content}\n{transactions}".encode())
+def _checksum(content: str, transactions: str | None, seen: str | None) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{content}\n{transactions}\n{seen}".encode())
 
 
 _BOUNDARY, _REWINDS, _OUTSIDE = map(Interval._fields.index, ("boundary", "rewinds", "outside"))
@@ -218,7 +292,7 @@ def _damaged(path: Path, error: Exception) -> PgcdpError:
     if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK:
         return PgcdpError(
             f"the catalog {path} cannot be used now: {str(error).lower()}",
-            "see that the store's disk is well and has room",
+            "see that its disk is well and has room",
         )
     return DamageError(
         f"the catalog {path} cannot be read: {str(error).lower()} (offset unknown to sqlite)",

@@ -12,7 +12,7 @@ cost more than the hashing. They are never written through a memory map, which w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pgcdp.errors import BugError, DamageError, PreconditionError
 from pgcdp.fsio import SteadyWrites, naming, punch_hole, read_all, read_json, sync_directory, write_all, write_json
 from pgcdp.records import BLOCK, Volume
+from pgcdp.store.image_lock import make_lock
 from pgcdp.store.layout import Store
 
 ZERO_SUM = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
@@ -33,6 +34,11 @@ PIECE_BLOCKS = 256
 HOLE_BLOCKS = 128 * 1024
 """Blocks of a hole passed over at once: 1 MiB of sums."""
 _PENDING_LIMIT = 1 << 18
+
+_HINT = "pgcdp check --full tells which boundaries can still be restored"
+
+Lost = Callable[[int, int, int, DamageError], None]
+"""Is told (volume, first block, blocks, damage) of blocks whose content cannot be read."""
 
 _digest = xxhash.xxh3_64_intdigest
 
@@ -64,11 +70,16 @@ class ImageState:
 
 
 def read_state(store: Store) -> ImageState:
-    """Where the image is. DamageError if the file is damaged, PreconditionError if there is no image."""
+    """Where the image is. DamageError if the file is damaged or lost, PreconditionError if there is no image."""
     path = store.image / "state.json"
     try:
         content: dict[str, Any] = read_json(path)
     except FileNotFoundError:
+        if store.baseline is not None:
+            raise DamageError(
+                f"{path} is missing (offset 0): it says which boundary the image is at",
+                "bring it back from a copy of the store that is as old as the image",
+            ) from None
         raise PreconditionError(
             f"{path} is missing, there is no image", "pgcdp protect makes the first image"
         ) from None
@@ -108,6 +119,18 @@ class VolumeFiles:
         """Bytes that the image file takes on disk."""
         return os.fstat(self.fd).st_blocks * 512
 
+    def used_bytes_in(self, block: int, count: int) -> int:
+        """Of some blocks, the bytes that lie in no hole; their number when the filesystem cannot tell."""
+        at, end, used = block * BLOCK, (block + count) * BLOCK, 0
+        try:
+            while at < end:
+                data = os.lseek(self.fd, at, os.SEEK_DATA)
+                at = min(end, os.lseek(self.fd, data, os.SEEK_HOLE))
+                used += max(0, at - min(data, end))
+        except OSError:  # nothing but a hole from here on
+            return used
+        return used
+
     def check_size(self) -> None:
         """Raises DamageError when a file is shorter than the volume needs; longer it is while the volume grows."""
         for path, fd, size in (
@@ -136,7 +159,8 @@ class VolumeFiles:
     def sums(self, block: int, count: int) -> NDArray[np.uint64]:
         """The sums of some blocks, those not yet written included."""
         self.flush_sums()
-        return np.frombuffer(read_all(self.sums_fd, count * 8, block * 8), dtype=np.uint64)
+        raw = read_all(self.sums_fd, count * 8, block * 8)
+        return np.frombuffer(raw[: len(raw) // 8 * 8], dtype=np.uint64)
 
     def put_sums(self, block: int, sums: NDArray[np.uint64]) -> None:
         """Set sums from `block` on; they are written in order of block later."""
@@ -196,19 +220,25 @@ class Image:
             for fd, unit in ((files.fd, BLOCK), (files.sums_fd, 8)):
                 with naming(fd):
                     os.ftruncate(fd, files.blocks * unit)
+        make_lock(store)
         sync_directory(store.image)
         image.set_baseline(0, {volume.name: 0 for volume in store.volumes})
         return image
 
     @classmethod
-    def open(cls, store: Store, writable: bool = False) -> Image:
-        """Open the image where its state says it is. PreconditionError if there is none, DamageError if cut short."""
+    def open(cls, store: Store, writable: bool = False, *, cut_short: bool = False) -> Image:
+        """Open the image where its state says it is. PreconditionError if there is none, DamageError if cut short.
+
+        With `cut_short` it is opened all the same; what is missing are damaged blocks then.
+        """
         state = read_state(store)
+        if writable:
+            make_lock(store)
         try:
             image = cls(store, os.O_RDWR if writable else os.O_RDONLY, state)
         except FileNotFoundError as error:
             raise DamageError(f"{error.filename} is missing (offset 0)") from None
-        for files in image._files:
+        for files in image._files if not cut_short else ():
             files.check_size()
         return image
 
@@ -234,16 +264,15 @@ class Image:
         if len(found) != len(sums) or not np.array_equal(found, sums):
             size = min(len(found), len(sums))
             wrong = np.flatnonzero(found[:size] != sums[:size])
-            first = block + (int(wrong[0]) if len(wrong) else size)
-            raise DamageError(
-                f"{files.path} has a damaged block {first} at offset {first * BLOCK}",
-                "pgcdp check --full tells which boundaries can still be restored",
-            )
+            raise _damaged_block(files, block + (int(wrong[0]) if len(wrong) else size))
 
-    def contents(self, volume: int, block: int, count: int) -> Iterator[tuple[int, int, bytes | None]]:
+    def contents(
+        self, volume: int, block: int, count: int, lost: Lost | None = None
+    ) -> Iterator[tuple[int, int, bytes | None]]:
         """(first block, blocks, content or None for zeros) in order, in pieces of 1 MiB, all checked.
 
-        Holes are not read: their sums must be zeros, which costs 8 bytes a block.
+        Holes are not read: their sums must be zeros, which costs 8 bytes a block. With `lost`, which is told of each
+        run of damaged blocks, these are left out.
         """
         files = self._range(volume, block, count)
         end = block + count
@@ -252,16 +281,34 @@ class Image:
             if hole:
                 step = min(hole, HOLE_BLOCKS)
                 sums = files.sums(block, step)
-                if np.any(sums):
-                    bad = block + int(np.flatnonzero(sums)[0])
-                    raise DamageError(f"{files.path} has a hole where block {bad} must be, at offset {bad * BLOCK}")
-                yield block, step, None
+                wrong = _padded(sums != 0, step)
+                for first, size, bad in _runs(wrong):
+                    if not bad:
+                        yield block + first, size, None
+                        continue
+                    at = block + first
+                    damage = DamageError(
+                        f"{files.path} has a hole where block {at} must be, at offset {at * BLOCK}", _HINT
+                    )
+                    if lost is None:
+                        raise damage
+                    lost(volume, at, size, damage)
             else:
                 step = min(end - block, PIECE_BLOCKS)
                 sums = files.sums(block, step)
                 data = read_all(files.fd, step * BLOCK, block * BLOCK)
-                self._verify(files, block, data, sums)
-                yield from _split_zeros(block, data, sums)
+                found = block_sums(data)
+                size = min(len(found), len(sums))
+                wrong = _padded(found[:size] != sums[:size], step)
+                for first, size, bad in _runs(wrong):
+                    at = block + first
+                    if not bad:
+                        part = data[first * BLOCK : (first + size) * BLOCK]
+                        yield from _split_zeros(at, part, sums[first : first + size])
+                        continue
+                    if lost is None:
+                        raise _damaged_block(files, at)
+                    lost(volume, at, size, _damaged_block(files, at))
             block += step
 
     def _hole(self, files: VolumeFiles, block: int, end: int) -> int:
@@ -283,7 +330,7 @@ class Image:
         hole = self._hole(files, block, end)
         if hole:
             step = min(hole, HOLE_BLOCKS)
-            return step, (np.flatnonzero(files.sums(block, step)) + block).tolist()
+            return step, (np.flatnonzero(_padded(files.sums(block, step) != 0, step)) + block).tolist()
         step = min(count, PIECE_BLOCKS)
         sums = files.sums(block, step)
         found = block_sums(read_all(files.fd, step * BLOCK, block * BLOCK))
@@ -383,6 +430,25 @@ def grow_volume(store: Store, number: int, size: int) -> Store:
     finally:
         files.close()
     return store.with_bytes(number, size)
+
+
+def _damaged_block(files: VolumeFiles, block: int) -> DamageError:
+    return DamageError(f"{files.path} has a damaged block {block} at offset {block * BLOCK}", _HINT)
+
+
+def _padded(wrong: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+    """What is missing at the end, since a file was cut short, is wrong."""
+    return np.concatenate([wrong, np.ones(length - len(wrong), dtype=np.bool_)]) if len(wrong) < length else wrong
+
+
+def _runs(wrong: NDArray[np.bool_]) -> Iterator[tuple[int, int, bool]]:
+    """(first, how many, whether wrong) of the runs of equal ones."""
+    if not wrong.any():  # nearly always
+        yield 0, len(wrong), False
+        return
+    edges = [0, *(np.flatnonzero(wrong[1:] != wrong[:-1]) + 1).tolist(), len(wrong)]
+    for begin, end in pairwise(edges):
+        yield begin, end - begin, bool(wrong[begin])
 
 
 def _split_zeros(block: int, data: bytes, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int, bytes | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from dataclasses import asdict, dataclass, field, replace
@@ -156,6 +157,20 @@ class Store:
     def lock(self) -> FileLock:
         """Lock the store for the one agent that may write to it. PreconditionError if another has it."""
         return FileLock(self.path / "lock", f"the agent of set {self.set_name}")
+
+    def has_agent(self) -> bool:
+        """Whether an agent has this store's lock now. Writes nothing."""
+        try:
+            fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     @property
     def image(self) -> Path:

@@ -63,7 +63,8 @@ def registered(store: Store, control: Path, write: int) -> Iterator[Registered]:
     """Make a view known. Call it while the image is held, and start the engine inside.
 
     From the end of the context on, the view is known as long as the engine lives. Of a store that cannot be written
-    to nobody moves the image, and nothing is registered.
+    to nobody moves the image, and nothing is registered. A view of a store alone is not registered at all: its engine
+    inherits the lock and holds the image.
     """
     directory = _directory(store)
     file = directory / secrets.token_hex(8)

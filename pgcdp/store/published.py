@@ -1,6 +1,7 @@
 """The published intervals as their manifests say, without reading ten thousand files: the catalog mirrors them.
 
-What is in the catalog is not looked at here; whoever opens the `Bundle` compares it with the files.
+The catalog tells of a manifest as long as that is the file which was mirrored; of all others, they are read. No other
+file is looked at here; whoever opens the `Bundle` compares it with the files.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-from pgcdp.errors import DamageError, TargetError
+from pgcdp.errors import PgcdpError, TargetError
 from pgcdp.records import Interval, Span
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import FILE_NAME, Catalog, said_of
+from pgcdp.store.catalog import Catalog, Mirrored, catalog_file, said_of, seen_of
 from pgcdp.store.layout import Store
 
 
 class Published(NamedTuple):
-    """A published interval. `said`: as `catalog.said_of`."""
+    """A published interval. `said`: as `catalog.said_of`. `damage`: why it cannot be read, "" for one that can.
+
+    Of one that cannot, `interval` is what its neighbours tell: its writes, and about when it was. It may stand for
+    several that follow each other.
+    """
 
     interval: Interval
     store: Store
     said: str | None
+    damage: str = ""
 
     @property
     def indexed(self) -> bool:
@@ -54,36 +60,44 @@ def published(store: Store, known: Mapping[int, Published] = _NOTHING) -> dict[i
     while True:
         spans = store.spans()
         try:
-            return _published(store, spans, known)
+            return read_intervals(store, spans, known)
         except TargetError:
             if store.spans() == spans:  # else one was joined or let go of just now
                 raise
 
 
-def _published(store: Store, spans: list[Span], known: Mapping[int, Published]) -> dict[int, Published]:
+def read_intervals(store: Store, spans: list[Span], known: Mapping[int, Published]) -> dict[int, Published]:
+    """Those of `spans`, each from `known`, the catalog or its manifest. Raises what `Bundle.at` does."""
     fresh = [span for span in spans if span.last not in known or known[span.last].interval.span != span]
-    mirrored = _mirrored(store) if len(fresh) > 1 else {}
+    told = mirrored(store) if len(fresh) > 1 else {}
     found: dict[int, Published] = {}
     for span in spans:
         number = span.last
         if number in known and known[number].interval.span == span:
             found[number] = known[number]
-        elif number in mirrored and mirrored[number][0].span == span:
-            found[number] = Published(mirrored[number][0], store, mirrored[number][1])
+        elif number in told and told[number].interval.span == span:
+            found[number] = Published(told[number].interval, store, told[number].said)
         else:
             bundle = Bundle.at(store, span)
             found[number] = Published(bundle.interval, store, said_of(bundle))
     return found
 
 
-def _mirrored(store: Store) -> dict[int, tuple[Interval, str | None]]:
-    """What the catalog has; nothing when there is none or it cannot be read: the manifests say the same."""
-    if not os.path.exists(store.path / FILE_NAME):
+def mirrored(store: Store) -> dict[int, Mirrored]:
+    """What the catalog has of manifests that are still the same; nothing when there is none or it cannot be read."""
+    if not os.path.exists(catalog_file(store)):
         return {}
-    with suppress(DamageError):
+    with suppress(PgcdpError):
         catalog = Catalog.open(store)
         try:
-            return catalog.intervals()
+            told = catalog.intervals()
         finally:
             catalog.close()
+        single = f"{store.path}/intervals/"  # there can be ten thousand, and making a Path costs more than the look
+        return {
+            number: each
+            for number, each in told.items()
+            if each.seen
+            == seen_of(f"{single}{number:010d}" if each.interval.covers == 1 else store.place(each.interval.span))
+        }
     return {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
-from pgcdp.errors import DamageError
+from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import FILE_NAME, Catalog
+from pgcdp.store.catalog import FILE_NAME, Catalog, catalog_file
 from pgcdp.store.history import history_names, read_history
 from pgcdp.store.layout import Store
+from pgcdp.store.notes import make_notes
 
 
 def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
@@ -16,8 +17,10 @@ def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
 
     The new catalog is built beside the old one and takes its place by rename. Nobody else may have it open.
     """
-    place = store.path / FILE_NAME
-    fresh = store.path / f"{FILE_NAME}.new"
+    place = catalog_file(store)
+    if make_notes(store) is None:
+        raise PreconditionError(f"{place.parent} cannot be written", "run pgcdp rebuild as root")
+    fresh = place.with_name(f"{FILE_NAME}.new")
     for leftover in (fresh, fresh.with_name(fresh.name + "-wal"), fresh.with_name(fresh.name + "-shm")):
         leftover.unlink(missing_ok=True)
     catalog = Catalog(store, fresh)

@@ -20,6 +20,7 @@ from pgcdp.intervals.increments import Mode, close_interval, move_image
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, RecoveryPoint
 from pgcdp.recovery import blockmap, patch
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, ViewMap, decode, encode
+from pgcdp.recovery.materializing import materialize
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.view import make_map, moved_on
 from pgcdp.store.bundle import Bundle
@@ -69,7 +70,7 @@ def materialized(source: Source, point: RecoveryPoint, place: Path) -> list[byte
     fds = [os.open(place / f"{v.name}.out", os.O_RDWR | os.O_CREAT | os.O_TRUNC) for v in source.store.volumes]
     for fd, volume in zip(fds, source.store.volumes, strict=True):
         os.ftruncate(fd, volume.bytes)
-    source.materialize(point, FileTarget(fds))
+    materialize(source, point, FileTarget(fds))
     for fd in fds:
         os.close(fd)
     return [(place / f"{volume.name}.out").read_bytes() for volume in source.store.volumes]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,15 @@ class Years(Scene):
         with source.held():
             assert materialized(source, RecoveryPoint(write, None, 0), self.place) == self.at(write)
 
+    def assert_restores(self, targets: Sequence[Target]) -> None:
+        """Each of them, byte for byte."""
+        for target in targets:
+            source = self.source()
+            point = source.resolve(target)
+            with source.held():
+                assert materialized(source, point, self.place) == self.at(point.write), target
+            assert served(self.mapped(point)) == self.at(point.write), target
+
     def assert_hint_is_true(self, source: Source, error: TargetError) -> None:
         words = (error.hint or "").split()
         named = [int(words[at + 1]) for at, word in enumerate(words) if word == "--target-boundary"]
@@ -223,7 +233,7 @@ def files_of(store: Store) -> dict[str, int]:
     """All files that a store should have, with their sizes: without catalog and locks."""
     found = {}
     for path in sorted(store.path.rglob("*")):
-        if path.is_file() and not path.name.startswith("catalog.db") and not path.name.endswith("lock"):
+        if path.is_file() and not path.name.endswith("lock"):
             found[os.fspath(path.relative_to(store.path))] = path.stat().st_size
     return found
 

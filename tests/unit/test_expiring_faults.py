@@ -30,14 +30,14 @@ from pgcdp.recovery.expiring import AGAIN_SECONDS, Run, Unreadable, expiring
 from pgcdp.recovery.joining import join
 from pgcdp.store import base, open_views, thinning
 from pgcdp.store.bundle import EVENTS, Bundle
-from pgcdp.store.catalog import Catalog
+from pgcdp.store.catalog import Catalog, catalog_file
 from pgcdp.store.history import add_history, history_names, read_history
 from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.kept import keep_event
 from pgcdp.store.layout import Store
 from pgcdp.store.let_go import say_let_go
 from pgcdp.store.mirroring import Mirror
-from pgcdp.store.published import published
+from pgcdp.store.published import mirrored, published
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.retention import DAY_NS, Plan, Policy
 from pgcdp.store.scrub import check_store
@@ -158,7 +158,7 @@ def test_rebuild_waits_for_retention(years: Years, monkeypatch: pytest.MonkeyPat
         assert waits.wait(30)
         other.join(0.5)
         assert other.is_alive()
-        assert not (years.store.path / "catalog.db").exists()
+        assert not catalog_file(years.store).exists()
     other.join(30)
     assert told[0]["intervals"] == 6
 
@@ -168,20 +168,23 @@ def test_an_agent_that_starts_mirrors_what_was_thinned_without_the_catalog(
 ) -> None:
     store = years.store
     rebuild(store)[0].close()
-    carry = (store.path / "catalog.db").read_bytes()
+    carry = catalog_file(store).read_bytes()
     thin(store, Span(2, 2))
     store.aside.mkdir()
     join(store, Span(3, 4))
-    (store.path / "catalog.db").write_bytes(carry)
-    assert as_told(store) != as_stored(store)
+    catalog_file(store).write_bytes(carry)
+    assert as_told(store) == as_stored(store), "a manifest that was replaced is read"
+    assert 2 not in mirrored(store)
     with monkeypatch.context() as patched:  # nor is a run misled for ever where nobody has caught up
         patched.setattr(Mirror, "put_interval", no_catalog)
         assert Run(store, Policy(0.0)).run(NOW).thin == [1, 5]
-    (store.path / "catalog.db").write_bytes(carry)
+    catalog_file(store).write_bytes(carry)
     mirror = Mirror(store, make=True)
     mirror.catch_up()
     mirror.close()
     assert as_told(store) == as_stored(store)
+    assert {1, 2, 4, 5, 6} <= mirrored(store).keys()
+    assert mirrored(store)[4].interval.first == 3
 
 
 # --- damage and loss
@@ -215,9 +218,9 @@ def test_an_oldest_boundary_that_is_lost_is_named(based: Years) -> None:
     assert "nothing can be restored" in " ".join(damage.still for damage in check_store(based.store).damages)
     shutil.rmtree(based.store.bases / "0000000004")
     assert [damage.file for damage in check_store(based.store).damages] == [based.store.bases / "0000000004"]
-    for kind in ("newest", "boundary"):
-        with pytest.raises(DamageError, match=r"base/0000000004 is missing"):
-            based.source().resolve(Target(kind, 5))
+    with pytest.raises(DamageError, match=r"base/0000000004 is missing"):
+        based.source().resolve(Target("boundary", 0))
+    based.assert_restores([Target("boundary", 4), Target("boundary", 5), Target("newest")])
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -225,7 +228,8 @@ def test_an_interval_that_is_lost_is_named(years: Years, number: int) -> None:
     shutil.rmtree(years.store.interval(number))
     assert [damage.file for damage in check_store(years.store).damages] == [years.store.interval(number)]
     with pytest.raises(DamageError, match=f"intervals/{number:010d} is missing"):
-        years.source().resolve(Target("boundary", 5))
+        years.source().resolve(Target("boundary", number - 1))
+    years.assert_restores([Target("boundary", each) for each in range(number, 6)])
 
 
 def test_check_does_not_mind_files_that_go(years: Years, monkeypatch: pytest.MonkeyPatch) -> None:

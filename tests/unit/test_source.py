@@ -15,6 +15,7 @@ from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.intervals.applying import FileTarget
 from pgcdp.intervals.increments import close_interval
 from pgcdp.records import BLOCK, Position, Target, Volume
+from pgcdp.recovery.materializing import materialize
 from pgcdp.recovery.source import Source
 from pgcdp.store.bundle import CONTENTS
 from pgcdp.store.frames import FrameReader
@@ -104,7 +105,7 @@ def materialized(source: Source, write: int, place: Path) -> list[bytes]:
     for fd, volume in zip(fds, source.store.volumes, strict=True):
         os.ftruncate(fd, volume.bytes)
     with source.held():
-        source.materialize(source.resolve(Target("write", write)), FileTarget(fds))
+        materialize(source, source.resolve(Target("write", write)), FileTarget(fds))
     for fd in fds:
         os.close(fd)
     return [file.read_bytes() for file in files]

@@ -17,7 +17,7 @@ from pgcdp.intervals.increments import close_interval, move_image
 from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK, INDEX, RECORD, Boundary, Interval, Volume
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.catalog import Catalog
+from pgcdp.store.catalog import Catalog, catalog_file
 from pgcdp.store.image import Image, ImageState, block_sums, read_state
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import OpenInterval
@@ -25,6 +25,7 @@ from pgcdp.store.open_views import open_views, registered
 from pgcdp.store.published import published
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.scrub import check_store
+from pgcdp.store.survey import survey
 
 SET_ID = bytes(range(16))
 BLOCKS = 64
@@ -106,7 +107,6 @@ def test_one_flipped_byte_in_any_file_is_found_and_named(tmp_path: Path) -> None
     catalog.close()
     chooser = random.Random(11)
     files = [path for path in sorted(store.path.rglob("*")) if path.is_file() and path.name != "lock"]
-    files = [path for path in files if not path.name.startswith("catalog.db")]
     assert len(files) == 1 + 1 + 2 + 2 + 3 * 7 + 1
     for path in files:
         size = path.stat().st_size
@@ -211,10 +211,11 @@ def test_missing_and_cut_files_are_damage(tmp_path: Path) -> None:
     raw = path.read_bytes()
     path.write_bytes(raw[:-1])
     with pytest.raises(DamageError, match=f"ends at offset {len(raw) - 1} instead of {len(raw)}"):
-        Bundle.open(store, 2)
+        Bundle.open(store, 2).forward_map()
     path.unlink()
     with pytest.raises(DamageError, match="is missing"):
-        Bundle.open(store, 2)
+        Bundle.open(store, 2).forward_map()
+    assert len(Bundle.open(store, 2).index()) == 10, "who needs another file is not refused"
     path.write_bytes(raw)
     (store.interval(2) / "manifest.json").unlink()
     with pytest.raises(DamageError, match=r"manifest.json is missing"):
@@ -337,14 +338,14 @@ def test_catalog_is_rebuilt_from_the_store_alone(tmp_path: Path) -> None:
     before = (catalog.intervals(), catalog.baseline(), catalog.history("verification"), catalog.history("restore"))
     assert catalog.last_verification(2) == {"interval": 2, "ok": False, "time_ns": 77}
     assert catalog.last_verification(1) is None
-    assert catalog.intervals()[2][0] == Bundle.open(store, 2).interval
+    assert catalog.intervals()[2].interval == Bundle.open(store, 2).interval
     catalog.close()
-    raw = (store.path / "catalog.db").read_bytes()
+    raw = catalog_file(store).read_bytes()
     for damage in (None, b"not a database" * 1000, raw[:100] + b"\xff" * 5000):
-        for path in store.path.glob("catalog.db*"):
+        for path in catalog_file(store).parent.glob("catalog.db*"):
             path.unlink()
         if damage is not None:
-            (store.path / "catalog.db").write_bytes(damage)
+            catalog_file(store).write_bytes(damage)
         again, damages = rebuild(Store.open(store.path))
         assert not damages
         after = (again.intervals(), again.baseline(), again.history("verification"), again.history("restore"))
@@ -359,7 +360,8 @@ def test_catalog_is_rebuilt_from_the_store_alone(tmp_path: Path) -> None:
 
 def test_damaged_catalog_says_how_to_mend_it(tmp_path: Path) -> None:
     store = make_store(tmp_path, 1)
-    (store.path / "catalog.db").write_bytes(b"x" * 8192)
+    Catalog.open(store).close()
+    catalog_file(store).write_bytes(b"x" * 8192)
     with pytest.raises(DamageError, match=r"catalog\.db cannot be read") as caught:
         Catalog.open(store)
     assert "pgcdp rebuild" in str(caught.value.hint)
@@ -434,7 +436,7 @@ def test_a_catalog_that_lies_is_not_believed(tmp_path: Path) -> None:
         return {number: each.interval for number, each in published(store).items()}
 
     def change(statement: str) -> None:
-        with sqlite3.connect(store.path / "catalog.db") as connection:
+        with sqlite3.connect(catalog_file(store)) as connection:
             assert connection.execute(statement).rowcount
         connection.close()
 
@@ -444,34 +446,55 @@ def test_a_catalog_that_lies_is_not_believed(tmp_path: Path) -> None:
     assert listed() == truth
     change("delete from intervals where number = 2")
     assert listed() == truth
-    with sqlite3.connect(store.path / "catalog.db") as connection:
+    with sqlite3.connect(catalog_file(store)) as connection:
         connection.executescript(
             "drop table intervals; create table intervals (number, content); pragma user_version = 1"
         )
     connection.close()
     assert listed() == truth
     rebuild(store)[0].close()
-    with sqlite3.connect(store.path / "catalog.db") as connection:
+    with sqlite3.connect(catalog_file(store)) as connection:
         connection.execute("pragma user_version = 99")
     connection.close()
     later = Catalog.open(store)
     assert later.intervals() == {}
     later.close()
     assert listed() == truth
-    (store.path / "catalog.db").write_bytes(b"not a database" * 1000)
+    catalog_file(store).write_bytes(b"not a database" * 1000)
     assert listed() == truth
-    (store.path / "catalog.db").unlink()
+    catalog_file(store).unlink()
     assert listed() == truth
 
 
-def test_listing_intervals_does_not_read_what_the_catalog_has(tmp_path: Path) -> None:
+def test_a_verification_that_the_catalog_tells_wrongly_is_not_told(tmp_path: Path) -> None:
+    """A failed one must not become a right one by a flipped bit."""
+    store = make_store(tmp_path)
+    catalog = Catalog.open(store)
+    catalog.remember("verification", 77, {"interval": 2, "ok": False})
+    assert catalog.last_verification(2) == {"interval": 2, "ok": False, "time_ns": 77}
+    catalog.close()
+    with sqlite3.connect(catalog_file(store)) as connection:
+        connection.execute("update history set content = replace(content, 'false', 'true')")
+    connection.close()
+    catalog = Catalog.open(store)
+    assert catalog.last_verification(2) is None
+    assert catalog.history("verification") == []
+    with pytest.raises(DamageError, match="is not as it was written"):
+        catalog.check()
+    catalog.close()
+
+
+def test_listing_intervals_passes_over_what_is_damaged(tmp_path: Path) -> None:
     """A point behind a damaged interval can be listed and opened: only who needs the damaged file is refused."""
     store = make_store(tmp_path)
     rebuild(store)[0].close()
     (store.interval(1) / "manifest.json").write_text("{}")
-    assert list(published(store)) == store.interval_numbers()
     with pytest.raises(DamageError):
-        Bundle.open(store, 1)
+        published(store)
+    listed = survey(store)
+    assert list(listed) == store.interval_numbers()
+    assert (listed[1].interval.from_write, listed[1].interval.to_write, bool(listed[1].damage)) == (1, 10, True)
+    assert not any(each.damage for number, each in listed.items() if number > 1)
 
 
 def test_a_view_that_cannot_be_told_stops_the_image_and_says_which_file(tmp_path: Path) -> None:
