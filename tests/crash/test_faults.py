@@ -145,11 +145,13 @@ def test_faults_at_random_moments(make_capture: MakeCapture, faults: Faults) -> 
 @pytest.mark.timeout(3600)
 def test_three_hundred_faults_at_random_moments(make_capture: MakeCapture, faults: Faults) -> None:
     rows: list[dict[str, object]] = []
+    came: Counter[str] = Counter()
+    missed: list[str] = []
     for seed in range(6):
         faults.again()
         rows += rounds(make_capture, faults, 100 + seed, 50)
-    came = Counter(str(row["point"]) for row in rows if "point" in row)
-    missed = sorted(set(points_here()) - set(came))
-    keep_result("faults", {"faults": sum(came.values()), "by point": came, "never reached": missed, "rounds": rows})
+        came = Counter(str(row["point"]) for row in rows if "point" in row)
+        missed = sorted(set(points_here()) - set(came))
+        keep_result("faults", {"faults": sum(came.values()), "by point": came, "never reached": missed, "rounds": rows})
     assert sum(came.values()) >= 300
     assert missed == []
