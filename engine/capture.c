@@ -362,13 +362,18 @@ static json_t *not_durable(struct capture *c, int rc, const char *command, struc
     return NULL;
 }
 
-/* Of a mark: 0, or that of a rewind's begin or end; -1: of neither. */
-static int mark_flags(const json_t *rewind)
+/* Of a mark: 0, or that of the begin or end of a rewind or gap; -1: of none of them. */
+static int mark_flags(const json_t *request)
 {
-    const char *what = rewind ? json_string_value(rewind) : "";
-    if (!what)
+    const json_t *rewind = json_object_get(request, "rewind"), *gap = json_object_get(request, "gap");
+    if (!rewind && !gap)
+        return 0;
+    const char *what = json_string_value(rewind ? rewind : gap);
+    if (!what || (rewind && gap))
         return -1;
-    return !*what ? 0 : strcmp(what, "begin") == 0 ? FMT_REWIND_BEGIN : strcmp(what, "end") == 0 ? FMT_REWIND_END : -1;
+    if (strcmp(what, "begin") == 0)
+        return rewind ? FMT_REWIND_BEGIN : FMT_GAP_BEGIN;
+    return strcmp(what, "end") ? -1 : rewind ? FMT_REWIND_END : FMT_GAP_END;
 }
 
 static json_t *handle(void *self, const json_t *request, struct err *e, const char **kind)
@@ -392,10 +397,10 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
         return grow(c, request, e, kind);
     if (strcmp(cmd, "mark") == 0) {
         const char *name = json_string_value(json_object_get(request, "name"));
-        int flags = mark_flags(json_object_get(request, "rewind"));
+        int flags = mark_flags(request);
         if (!name || !*name || strlen(name) > 1024 || flags < 0) {
             *kind = "usage";
-            err_set(e, ERR_USAGE, flags < 0 ? "\"rewind\" of a mark is \"begin\" or \"end\""
+            err_set(e, ERR_USAGE, flags < 0 ? "\"rewind\" or \"gap\" of a mark is \"begin\" or \"end\""
                                             : "a mark needs a name of 1 to 1024 bytes");
             return NULL;
         }

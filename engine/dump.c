@@ -104,8 +104,10 @@ static void format_time(char out[64], uint64_t ns)
 
 static const char *kind_name(const struct fmt_record *r)
 {
+    static const char *const BETWEEN[] = {[FMT_REWIND_BEGIN] = "rewind-begin", [FMT_REWIND_END] = "rewind-end",
+                                          [FMT_GAP_BEGIN] = "gap-begin", [FMT_GAP_END] = "gap-end"};
     if (r->kind == FMT_MARK && r->flags)
-        return r->flags == FMT_REWIND_BEGIN ? "rewind-begin" : "rewind-end";
+        return BETWEEN[r->flags];
     return KIND_NAME[r->kind];
 }
 

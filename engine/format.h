@@ -49,7 +49,7 @@ static_assert(sizeof(struct fmt_batch) == 72, "FORMAT.md 1.2");
 static_assert(offsetof(struct fmt_batch, checksum) == 64, "FORMAT.md 1.2");
 
 enum fmt_kind { FMT_WRITE = 1, FMT_ZERO = 2, FMT_DISCARD = 3, FMT_FLUSH = 4, FMT_MARK = 5 };
-enum fmt_mark_flags { FMT_REWIND_BEGIN = 1, FMT_REWIND_END = 2 };
+enum fmt_mark_flags { FMT_REWIND_BEGIN = 1, FMT_REWIND_END = 2, FMT_GAP_BEGIN = 3, FMT_GAP_END = 4 };
 
 struct fmt_record { /* FORMAT.md 1.3 */
     uint8_t kind;

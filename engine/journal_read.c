@@ -243,7 +243,7 @@ static int check_records(const struct jr *jr, struct err *e)
     uint64_t data = 0;
     for (uint32_t i = 0; i < h->records; i++, r++) {
         bool right = r->number == h->first_write + i && r->offset % BLOCK == 0 &&
-                     r->flags <= (r->kind == FMT_MARK ? FMT_REWIND_END : 0) &&
+                     r->flags <= (r->kind == FMT_MARK ? FMT_GAP_END : 0) &&
                      r->length % BLOCK == 0 && r->length <= UINT64_MAX - r->offset;
         if (r->kind == FMT_WRITE)
             right = right && r->data_length == r->length;

@@ -188,6 +188,29 @@ REWIND_BEGIN, REWIND_END = 1, 2
 """Flags of the marks between which a rewind in place writes (FORMAT.md 1.3)."""
 
 
+GAP_BEGIN, GAP_END = 3, 4
+"""Flags of the marks between which lies what was changed while nobody captured it (FORMAT.md 1.3)."""
+GAP_REASONS = ("changed", "untracked")
+"""Why there is a gap: volumes were changed while they were detached; the journal could not take writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Changes that nobody captured, taken into the order of writes all at once: between its first begin record and its
+    end record (None: it has not ended), by write number.
+
+    `reason` is one of GAP_REASONS. From `since_ns` on writes are missing, until `to_ns`, when the end record was made.
+    `blocks`: so many were taken in.
+    """
+
+    begin: int
+    end: int | None
+    reason: str
+    since_ns: int
+    to_ns: int | None
+    blocks: int
+
+
 @dataclass(frozen=True, slots=True)
 class Rewind:
     """A rewind in place: its first begin record and its end record (None: it has not ended), by write number.
@@ -232,6 +255,7 @@ class Interval(NamedTuple):
     blocks_changed: int
     stored: dict[str, int]
     rewinds: tuple[Rewind, ...] = ()
+    gaps: tuple[Gap, ...] = ()
     outside: tuple[tuple[str, str], ...] | None = None
     covers: int = 1
     restorable_by_write: bool = True

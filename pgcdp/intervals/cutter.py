@@ -4,7 +4,8 @@ pg_control is also written for other reasons (recovery's minimum point, a change
 and are no boundaries. Recognised by system identifier and CRC in the first bytes of a block (postgres/control).
 
 A rewind in place writes back an earlier pg_control, or undoing another one a later one: nothing between its begin and
-its end record is a boundary, and what follows is compared with the checkpoint that was written back.
+its end record is a boundary, and what follows is compared with the checkpoint that was written back. So it is with
+what was changed while nobody captured it, and is taken in between the begin and end record of a gap.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun
 from pgcdp.postgres.control import Control, find_control_blocks
-from pgcdp.records import BLOCK, REWIND_BEGIN, Boundary, Kind
+from pgcdp.records import BLOCK, GAP_BEGIN, REWIND_BEGIN, Boundary, Kind
 from pgcdp.store.frames import FrameReader
-from pgcdp.store.rewinds import rewind_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class CheckpointFinder:
         self.system_identifier = system_identifier
         self.checkpoint_lsn = checkpoint_lsn
         self.back: tuple[int, int] | None = None
-        self.rewound = -1  # the end record of the newest rewind that was seen
+        self.rewound = -1  # the end record of the newest rewind or gap that was seen
         self._inside = False
         self._written_back = 0
 
@@ -67,7 +67,7 @@ class CheckpointFinder:
 
     def scan(self, run: BatchRun) -> list[Checkpoint]:
         """The new checkpoints in a run, in order."""
-        seen: list[tuple[int, Control | None]] = [(int(row), None) for row in rewind_records(run.records)]
+        seen: list[tuple[int, Control | None]] = [(int(row), None) for row in np.flatnonzero(_between(run.records))]
         for position, control in find_control_blocks(run.data, self.system_identifier):
             seen.append((int(np.searchsorted(run.data_offsets, position, side="right")) - 1, control))
         seen.sort(key=lambda each: each[0])
@@ -77,8 +77,7 @@ class CheckpointFinder:
     def scan_stored(self, index: NDArray[np.void], writes: FrameReader) -> list[Checkpoint]:
         """The same for writes that are already in an open interval: what a restart passes over otherwise."""
         found = []
-        rewinds = (index["kind"] == Kind.MARK) & (index["flags"] != 0)
-        for entry in index[((index["kind"] == Kind.WRITE) & (index["data_length"] % BLOCK == 0)) | rewinds]:
+        for entry in index[((index["kind"] == Kind.WRITE) & (index["data_length"] % BLOCK == 0)) | _between(index)]:
             if entry["kind"] == Kind.MARK:
                 self._take(entry, None)
                 continue
@@ -90,7 +89,7 @@ class CheckpointFinder:
         return found
 
     def _take(self, record: np.void, control: Control | None) -> Checkpoint | None:
-        """`control` is None for the begin or end record of a rewind."""
+        """`control` is None for the begin or end record of a rewind or gap."""
         if control is None:
             self._pass(int(record["flags"]), int(record["number"]))
             return None
@@ -106,8 +105,14 @@ class CheckpointFinder:
         return Checkpoint(int(record["number"]), int(record["wall_ns"]), control)
 
     def _pass(self, flags: int, write: int) -> None:
-        if flags == REWIND_BEGIN:
+        if flags in (REWIND_BEGIN, GAP_BEGIN):
             self._inside = True
         elif self._inside:
             self._inside, self.rewound = False, write
             self.checkpoint_lsn, self._written_back = self._written_back or self.checkpoint_lsn, 0
+
+
+def _between(records: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which are begin or end records, of rewinds or gaps."""
+    found: NDArray[np.bool_] = (records["kind"] == Kind.MARK) & (records["flags"] != 0)
+    return found

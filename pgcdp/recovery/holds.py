@@ -101,8 +101,8 @@ def _find(database: int, file: int, looks: list[Look]) -> tuple[Relation | None,
 
 
 def kind_of(holds: Json) -> str:
-    """In a word: "wal", "pg_control", "mark", "rewind", "relation", "file", "filesystem" or "unknown"."""
-    for word in ("mark", "rewind", "pg_control", "wal"):
+    """In a word: "wal", "pg_control", "mark", "rewind", "gap", "relation", "file", "filesystem" or "unknown"."""
+    for word in ("mark", "rewind", "gap", "pg_control", "wal"):
         if word in holds:
             return word
     owners = holds.get("files", [])

@@ -235,6 +235,7 @@ def _manifest(store: Store, parts: Sequence[Bundle], files: dict[str, Any], span
         },
         "transactions": summed_up(said) if said else None,
         **({"rewinds": [asdict(each) for part in intervals for each in part.rewinds]} if first.rewinds else {}),
+        **({"gaps": [asdict(each) for part in intervals for each in part.gaps]} if first.gaps else {}),
         "outside": lacking(intervals),
         "files": files,
         "increments": {

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UnseenError
-from pgcdp.records import INDEX, Boundary, Interval, RecoveryPoint, Rewind, Span, Target
+from pgcdp.records import INDEX, Boundary, Gap, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
+from pgcdp.recovery.gaps import refuse_in_gap, refuse_time_in_gap
 from pgcdp.recovery.left import hint_of, refuse_lost, refuse_lost_target, write_named
 from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
 from pgcdp.store.base import base_settings, missing_before, read_base
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
+from pgcdp.store.gaps import GapFinder, may_have_gaps
 from pgcdp.store.image import ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
@@ -124,12 +126,14 @@ class Source:
         return Listing(base, intervals, newest, times, missing=partial(missing_before, self.store))
 
     def resolve(self, target: Target) -> RecoveryPoint:
-        """The recovery point of a target; TargetError when there is none, also inside a rewind in place.
+        """The recovery point of a target; TargetError when there is none, also inside a rewind in place or a gap.
 
         Nor is there one where retention let go of single writes. Damage behind the last boundary is raised only to
         those who want to go there.
         """
         try:
+            if target.kind == "time":
+                refuse_time_in_gap(target.value, self.gaps())
             refuse_lost_target(self, target)
             point = self.place(target)
         except DamageError as damage:
@@ -138,9 +142,11 @@ class Source:
             raise DamageError(damage.message, hint) from None
         stored = self.intervals()
         within = [rewind for interval in stored for rewind in interval.rewinds]
+        gaps = [gap for interval in stored for gap in interval.gaps]
         if not stored or point.write > stored[-1].to_write:
-            within = self.rewinds()
+            within, gaps = self.rewinds(), self.gaps()
         refuse_inside(point.write, within)
+        refuse_in_gap(point.write, gaps)
         self.refuse_let_go(point)
         refuse_lost(self, point)
         return point
@@ -165,18 +171,36 @@ class Source:
         stored = [rewind for interval in intervals for rewind in interval.rewinds]
         if not stored and not (self.store.path / TIMELINES).is_dir():  # made before the first one begins
             return []
-        done = intervals[-1].to_write if intervals else self.base().write
         said: list[Said] = []
+        for records, data_of in self._tail(intervals):
+            said += said_in(records, data_of)
+        return stored + pair(said)
+
+    def gaps(self) -> list[Gap]:
+        """All gaps up to the newest write, in order; the last one may not have ended."""
+        return self.again(self._gaps)
+
+    def _gaps(self) -> list[Gap]:
+        intervals, finder = self.intervals(), GapFinder()
+        stored = [gap for interval in intervals for gap in interval.gaps]
+        if not stored and not may_have_gaps(self.store):
+            return []
+        for records, data_of in self._tail(intervals):
+            finder.take(records, data_of)
+        return stored + finder.found
+
+    def _tail(self, intervals: list[Interval]) -> Iterator[tuple[NDArray[np.void], Callable[[int], bytes]]]:
+        """The writes behind the last boundary, in order: arrays INDEX or RECORD, each with what gives a row's data."""
+        done = intervals[-1].to_write if intervals else self.base().write
         opened = self.snapshot(done + 1)
         if opened is not None:
             with opened.writes as writes:
                 columns = opened.index["position"], opened.index["data_length"]
-                said += said_in(opened.index, lambda row: writes.read(*(int(column[row]) for column in columns)))
+                yield opened.index, lambda row: writes.read(*(int(column[row]) for column in columns))
             done = int(opened.index["number"][-1])
         newest = self._newest(done)
         for run in self.batches(done, newest) if newest > done else ():
-            said += said_in(run.records, lambda row, run=run: run.data_of(row).tobytes())  # type: ignore[misc]
-        return stored + pair(said)
+            yield run.records, lambda row, run=run: run.data_of(row).tobytes()  # type: ignore[misc]
 
     def place(self, target: Target) -> RecoveryPoint:
         """As `resolve`; a write inside a rewind in place is given, too, and one that is not kept by itself any more."""

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.fsio import publish_directory, read_json, write_json
-from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, INDEX, Boundary, Interval, Rewind, Span
+from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, INDEX, Boundary, Gap, Interval, Rewind, Span
 from pgcdp.store.frames import FileSummary, FrameReader
+from pgcdp.store.gaps import GapFinder
 from pgcdp.store.layout import Store, boundary_from
 from pgcdp.store.open_interval import OUTSIDE, SETTINGS, OpenInterval, OpenSnapshot, read_open
 from pgcdp.store.rewinds import pair, said_in
@@ -99,6 +100,7 @@ def publish(
     index = opened.index()
     walls = index["wall_ns"]
     rewinds = rewinds_of(opened)
+    gaps = gaps_of(opened)
     outside = read_json(place / OUTSIDE)["outside"] if (place / OUTSIDE).exists() else None
     write_json(
         place / "manifest.json",
@@ -125,6 +127,7 @@ def publish(
             },
             "transactions": indexed.summary if indexed else None,
             **({"rewinds": [asdict(rewind) for rewind in rewinds]} if rewinds else {}),
+            **({"gaps": [asdict(gap) for gap in gaps]} if gaps else {}),
             "outside": outside,
             "files": {
                 name: {"bytes": s.bytes, "checksum": s.checksum, "length": s.length} for name, s in files.items()
@@ -151,6 +154,16 @@ def rewinds_of(opened: OpenInterval) -> list[Rewind]:
     with ExitStack() as stack:
         data = cache(lambda: stack.enter_context(opened.reader()))  # hardly any interval has one
         return pair(said_in(index, lambda row: data().read(*(int(column[row]) for column in places))))
+
+
+def gaps_of(opened: OpenInterval) -> list[Gap]:
+    """Gaps that an interval holds before it is published."""
+    index, finder = opened.index(), GapFinder()
+    places = index["position"], index["data_length"]
+    with ExitStack() as stack:
+        data = cache(lambda: stack.enter_context(opened.reader()))
+        finder.take(index, lambda row: data().read(*(int(column[row]) for column in places)))
+    return finder.found
 
 
 class Bundle:
@@ -203,13 +216,14 @@ class Bundle:
         if manifest.get("set_id") != store.set_id.hex() or manifest.get("number") != number:
             raise DamageError(f"{place} is not that of interval {number} of this set (offset 0)", _still(number))
         try:
-            apart = ("boundary", "rewinds", "covers", "outside")
+            apart = ("boundary", "rewinds", "gaps", "covers", "outside")
             names = [name for name in Interval._fields if name not in apart]
             interval = Interval(
                 **{name: manifest[name] for name in names},
                 covers=int(manifest.get("covers", 1)),
                 boundary=boundary_from(manifest["boundary"], place),
                 rewinds=tuple(Rewind(**each) for each in manifest.get("rewinds", ())),
+                gaps=tuple(Gap(**each) for each in manifest.get("gaps", ())),
                 outside=_outside(manifest.get("outside")),
             )
             for name in NEEDED[interval.restorable_by_write]:

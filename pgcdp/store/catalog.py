@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import xxhash
 
 from pgcdp.errors import DamageError, PgcdpError
-from pgcdp.records import Boundary, Interval, Rewind
+from pgcdp.records import Boundary, Gap, Interval, Rewind
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.history import HistoryKind, add_history
 from pgcdp.store.layout import Store
@@ -261,12 +261,13 @@ def _checksum(content: str, transactions: str | None, seen: str | None) -> str:
     return xxhash.xxh3_64_hexdigest(f"{content}\n{transactions}\n{seen}".encode())
 
 
-_BOUNDARY, _REWINDS, _OUTSIDE = map(Interval._fields.index, ("boundary", "rewinds", "outside"))
+_BOUNDARY, _REWINDS, _GAPS, _OUTSIDE = map(Interval._fields.index, ("boundary", "rewinds", "gaps", "outside"))
 
 
 def _content(interval: Interval) -> str:
     values: list[Any] = [*interval]
     values[_REWINDS] = [astuple(each) for each in interval.rewinds]
+    values[_GAPS] = [astuple(each) for each in interval.gaps]
     return json.dumps(values)
 
 
@@ -274,6 +275,7 @@ def _interval(values: list[Any]) -> Interval:
     """What `_content` was made of: there can be ten thousand, so this is short."""
     values[_BOUNDARY] = Boundary._make(values[_BOUNDARY])
     values[_REWINDS] = tuple(Rewind(*each) for each in values[_REWINDS]) if values[_REWINDS] else ()
+    values[_GAPS] = tuple(Gap(*each) for each in values[_GAPS]) if values[_GAPS] else ()
     if values[_OUTSIDE] is not None:
         values[_OUTSIDE] = tuple((name, place) for name, place in values[_OUTSIDE])
     return Interval._make(values)

@@ -290,6 +290,7 @@ def _seams(intervals: Sequence[Interval], indexed: Collection[int]) -> set[int]:
 def _may_join(one: Interval, other: Interval, indexed: Collection[int]) -> bool:
     return (
         not other.rewinds
+        and not other.gaps
         and one.boundary.timeline == other.boundary.timeline
         and one.boundary.checkpoint_lsn < other.boundary.checkpoint_lsn
         and (one.number in indexed) == (other.number in indexed)

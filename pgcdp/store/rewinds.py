@@ -22,7 +22,7 @@ def point_name(write: int, lsn: int | None) -> str:
 
 def rewind_records(records: NDArray[np.void]) -> NDArray[np.intp]:
     """Rows of begin and end records in an array RECORD or INDEX."""
-    return np.flatnonzero((records["kind"] == Kind.MARK) & (records["flags"] != 0))
+    return np.flatnonzero((records["kind"] == Kind.MARK) & np.isin(records["flags"], (REWIND_BEGIN, REWIND_END)))
 
 
 def said_in(records: NDArray[np.void], data_of: Callable[[int], bytes]) -> list[Said]:

@@ -1,4 +1,5 @@
-"""Where boundaries are when production is rewound in place: never inside, and behind it by what was written back."""
+"""Where boundaries are when production is rewound in place, or a gap was taken in: never inside, and behind it by what
+was written back."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ def control(checkpoint_lsn: int) -> Item:
 
 
 BEGIN, END = Item(MARK, 65535, 0, b"7", flags=1), Item(MARK, 65535, 0, b"7", flags=2)
+GAP, GAP_END = Item(MARK, 65535, 0, b"changed 5", flags=3), Item(MARK, 65535, 0, b"changed 5", flags=4)
 HISTORIES: dict[str, tuple[list[Item], list[int]]] = {
     "back, and a later checkpoint with a lower LSN than was captured before": (
         [control(5000), BEGIN, control(2000), END, control(2000), control(2500), control(3000)],
@@ -36,6 +38,14 @@ HISTORIES: dict[str, tuple[list[Item], list[int]]] = {
     "older copies of it are written back behind it": (
         [control(5000), BEGIN, control(2000), control(1500), END, control(2000), control(2500)],
         [1, 7],
+    ),
+    "a gap with checkpoints of a Postgres that ran while nobody captured it": (
+        [control(5000), GAP, control(6000), GAP_END, control(6000), control(6500)],
+        [1, 6],
+    ),
+    "an older pg_control was put there while nobody captured it": (
+        [control(5000), GAP, control(2000), GAP_END, control(2500)],
+        [1, 5],
     ),
 }
 
@@ -57,7 +67,7 @@ def test_boundaries(tmp_path: Path, what: str, stored: bool) -> None:
         else:
             found += finder.scan(run)
     assert [checkpoint.write for checkpoint in found] == expected
-    assert finder.rewound == max(number for number, item in enumerate(items, 1) if item is END)
+    assert finder.rewound == max(number for number, item in enumerate(items, 1) if item in (END, GAP_END))
 
 
 class _Stream:
