@@ -33,6 +33,7 @@ from pgcdp.fsio import FileLock, told
 from pgcdp.intervals import policy
 from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.stages import Stages, StageSettings
+from pgcdp.machine import Place
 from pgcdp.postgres.agent_session import Session
 from pgcdp.postgres.control import State
 from pgcdp.recovery.make_way import MakeWay
@@ -46,6 +47,7 @@ from pgcdp.serving.store import open_store, without_put_back
 from pgcdp.serving.surroundings import Surroundings
 from pgcdp.serving.telling import describe
 from pgcdp.store.bundle import Bundle
+from pgcdp.store.lease import Lease
 from pgcdp.store.mirroring import Mirror
 from pgcdp.store.notes import clear_old_catalog
 from pgcdp.units import format_lsn
@@ -71,7 +73,7 @@ class Agent:
         self.policy = policy.parse_policy(config.cut)
         self.stages: Stages | None = None
         self.catalog: Mirror | None = None
-        self.store_lock: FileLock | None = None
+        self.store_lock: Lease | None = None
         self.status: EngineStatus | None = None
         self.questions = Questions(config, self._in_worker)
         self.asked: str | None = None
@@ -197,6 +199,8 @@ class Agent:
             await self._in_worker(self._open_stages, status)
         stages = self.stages
         assert stages is not None
+        assert self.store_lock is not None
+        await self._in_worker(self.store_lock.keep)
         if status.state != "stalled":  # else Postgres waits for what follows here
             busy = self.asking is not None or self.learning is not None
             await self.questions.refresh_settings(busy=busy)
@@ -258,7 +262,7 @@ class Agent:
         config = self.config
         self.waiting = ""
         store = open_store(config, status)
-        self.store_lock = store.lock()
+        self.store_lock = Lease.take(store, Place.here(config.root))
         store = without_put_back(store, config, status)
         self.stages = Stages.open(
             store,

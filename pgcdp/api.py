@@ -12,7 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from pgcdp import cloning, doctor, extending, growing, rewinding, salvaging, scrubbing, service, transactions, verifying
+from pgcdp import (
+    cloning,
+    doctor,
+    extending,
+    growing,
+    healing,
+    owning,
+    rewinding,
+    salvaging,
+    scrubbing,
+    service,
+    transactions,
+    verifying,
+)
 from pgcdp.capture import attach, volumes
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -27,8 +40,8 @@ from pgcdp.expiring import expire as expire
 from pgcdp.expiring import expire_look as expire_look
 from pgcdp.following import follow as follow
 from pgcdp.intervals.policy import parse_policy
+from pgcdp.looking import gap_json, gaps_json, interval_json
 from pgcdp.looking import info as info
-from pgcdp.looking import interval_json
 from pgcdp.looking import status as status
 from pgcdp.marking import mark as mark
 from pgcdp.marking import unkeep as unkeep
@@ -47,7 +60,7 @@ from pgcdp.postgres import role, session
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.postgres.followers import followers
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import REWIND_BEGIN, Kind, RecoveryPoint, Remark, Target
+from pgcdp.records import GAP_BEGIN, GAP_END, REWIND_BEGIN, Kind, RecoveryPoint, Remark, Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import restore as writing
 from pgcdp.recovery.expiring import AnotherRuns, expiring
@@ -170,17 +183,28 @@ def _end_agent(config: Config, progress: Report) -> None:
     service.stop(config)
 
 
-def up(set_name: str, progress: Report = silent) -> Json:
-    """Attach, mount, start Postgres and the agent."""
+def up(set_name: str, progress: Report = silent, *, heal: healing.Agree | None = None, take_over: bool = False) -> Json:
+    """Attach, mount, start Postgres and the agent.
+
+    With `take_over` a journal and store that belong to another machine or state root are this one's from now on.
+    With `heal` every block is compared before that, and what differs is taken in as a gap ("gap" in what is returned,
+    None when nothing differed): it is told what was found, and raises to stop it.
+    """
     config = load_config(set_name)
+    owning.check(config, take_over, progress)
+    below = scratch_of(config.set_id_bytes)
+    gap = healing.resume(config, below, progress)
     extending.resume(config, progress)
     config = load_config(set_name)
-    rewinding.resume(config, scratch_of(config.set_id_bytes), progress)
+    rewinding.resume(config, below, progress)
+    if heal is not None and gap is None:
+        gap = healing.heal(config, below, heal, progress)
     attach.up(config, progress, lambda: service.start(config))
     cloned.clear_dead(config.paths.root, config.name)
     with suppress(PgcdpError):  # databases that were made since; pgcdp check says what is missing
         role.install(session.Dsn.of(config))
-    return status(set_name)
+    told = {} if heal is None and gap is None else {"gap": None if gap is None else gap_json(gap)}
+    return {**status(set_name), **told}
 
 
 def down(set_name: str, progress: Report = silent) -> Json:
@@ -204,12 +228,14 @@ def cut(set_name: str) -> Json:
 
 def log(set_name: str | None, store: Path | None = None, **wanted: Any) -> Json:
     """Transactions, newest first; `wanted` as `pgcdp.transactions.log`."""
-    return transactions.log(open_source(set_name, store), **wanted)
+    source = open_source(set_name, store)
+    return {**transactions.log(source, **wanted), "gaps": gaps_json(source)}
 
 
 def find(set_name: str | None, sql: str, store: Path | None = None, **wanted: Any) -> Json:
     """Transactions that did what a statement does; `wanted` as `pgcdp.transactions.find`."""
-    return transactions.find(open_source(set_name, store), sql, **wanted)
+    source = open_source(set_name, store)
+    return {**transactions.find(source, sql, **wanted), "gaps": gaps_json(source)}
 
 
 def show(set_name: str, write: int) -> Json:
@@ -234,7 +260,7 @@ def _show(set_name: str | None, source: Source, write: int) -> Json:
     if kind == Kind.MARK:
         holds = {"mark": _name_of(source, write, point.interval)}
         if record["flags"]:
-            holds = {"rewind": "begin" if record["flags"] == REWIND_BEGIN else "end", "to": holds["mark"]}
+            holds = _between_json(int(record["flags"]), holds["mark"])
     elif kind == Kind.WRITE:
         holds = _holds(set_name, source, record, point.interval)
     return {
@@ -247,6 +273,14 @@ def _show(set_name: str | None, source: Source, write: int) -> Json:
         "interval": point.interval,
         "holds": {"what": kind_of(holds), **holds},
     }
+
+
+def _between_json(flags: int, name: str | None) -> Json:
+    """What the begin or end record of a rewind or gap tells."""
+    what = "begin" if flags in (REWIND_BEGIN, GAP_BEGIN) else "end"
+    if flags in (GAP_BEGIN, GAP_END):
+        return {"gap": what, "reason": (name or "").partition(" ")[0]}
+    return {"rewind": what, "to": name}
 
 
 def _name_of(source: Source, write: int, interval: int | None) -> str | None:

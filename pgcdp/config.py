@@ -159,6 +159,11 @@ class SetPaths:
         return self.state / "rewind.json"
 
     @property
+    def heal_state(self) -> Path:
+        """Since when writes are missing that are being taken in; nothing is mounted as long as it is there."""
+        return self.state / "heal.json"
+
+    @property
     def extend_state(self) -> Path:
         """The volume that the set is being given, and at which step that is."""
         return self.state / "extend.json"

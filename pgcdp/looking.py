@@ -15,7 +15,7 @@ from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
 from pgcdp.opening import engine_status, open_source, outside_json, source_of
 from pgcdp.postgres import cluster
-from pgcdp.records import Interval, RecoveryPoint
+from pgcdp.records import Gap, Interval, RecoveryPoint
 from pgcdp.recovery import instant
 from pgcdp.recovery.left import damages_of
 from pgcdp.recovery.source import Source
@@ -110,6 +110,11 @@ def _interrupted(config: Config) -> str | None:
             "taking a tablespace into the set has not ended: unless its command still runs, "
             f"pgcdp up {config.name} finishes it or puts everything back"
         )
+    if config.paths.heal_state.exists():
+        return (
+            "taking in what was changed on the volumes has not ended: unless its command still runs, "
+            f"pgcdp up {config.name} finishes it"
+        )
     left = rewinding.pending(config.paths)
     if left is None:
         return None
@@ -155,6 +160,7 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
             for number, each in listed.items()
         ],
         "marks": known,
+        "gaps": gaps_json(source),
         "expired": [_expired(each) for each in events if each.get("event") == EXPIRE][:EXPIRED],
         "damages": [damage_json(each) for each in damages],
         "lost": [_lost_json(first, last) for first, last in _joined(lost)],
@@ -216,6 +222,26 @@ def lost_in(first: int, last: int, lost: Sequence[Range]) -> list[Range]:
     """What of writes `first` to `last` is lost."""
     within = [(max(first, begin), last if end is None else min(last, end)) for begin, end in lost]
     return _joined([(begin, end) for begin, end in within if begin <= end])
+
+
+def gaps_json(source: Source) -> list[Json] | None:
+    """Gaps in order of writes, as far as they are known; None when what may tell of them cannot be read."""
+    try:
+        return [gap_json(gap) for gap in source.gaps()]
+    except (DamageError, PreconditionError, TargetError):
+        return None
+
+
+def gap_json(gap: Gap) -> Json:
+    """A gap: no recovery point is among its writes, nor between its times."""
+    return {
+        "from_write": gap.begin,
+        "to_write": None if gap.end is None else gap.end - 1,
+        "from_time": format_time(gap.since_ns),
+        "to_time": None if gap.to_ns is None else format_time(gap.to_ns),
+        "reason": gap.reason,
+        "blocks": gap.blocks,
+    }
 
 
 def _expired(event: Json) -> Json:

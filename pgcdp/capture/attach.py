@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgcdp import fsio, proc
-from pgcdp.capture import volumes
+from pgcdp.capture import fingerprint, home, sharing, volumes
 from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone, spawn_capture
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, SetPaths, VolumeConfig
@@ -49,6 +49,7 @@ def up(config: Config, progress: Report = silent, captured: Callable[[], None] =
     with hold(config.paths):
         refuse_pending(config.paths)
         attach(config, progress, captured=captured)
+        home.settle(config)
         start_cluster(config, progress)
 
 
@@ -65,7 +66,7 @@ def down(config: Config, progress: Report = silent) -> None:
                 return
             clean_leftovers(config, progress)
             progress(Progress("replaying the journal"))
-            spawn_capture(config)
+            _start_capture(config)
         elif is_attached(config):
             stop_cluster(config, progress)
         else:
@@ -99,6 +100,11 @@ def refuse_pending(paths: SetPaths) -> None:
             f'taking a tablespace into "{paths.name}" was interrupted',
             f"pgcdp up {paths.name} finishes it or puts back",
         )
+    if paths.heal_state.exists():
+        raise PreconditionError(
+            f'taking in what was changed on the volumes of "{paths.name}" was interrupted',
+            f"pgcdp up {paths.name} finishes it; nothing is mounted before",
+        )
     if paths.rewind_state.exists():
         raise PreconditionError(
             f'a rewind in place of "{paths.name}" was interrupted: its volumes may be neither what they were nor what '
@@ -128,7 +134,7 @@ def attach(
         if _anything_left(config):
             clean_leftovers(config, progress)
         progress(Progress("starting capture" if create else "starting capture, replaying the journal"))
-        client = spawn_capture(config, create=create)
+        client = spawn_capture(config, create=True) if create else _start_capture(config)
         captured()
     elif any(_our_mount(config, volume) and not _healthy(config, volume) for volume in config.volumes):
         end_postgres(config, progress)
@@ -172,18 +178,31 @@ def start_capture(config: Config, progress: Report = silent, captured: Callable[
         if _anything_left(config):
             clean_leftovers(config, progress)
         progress(Progress("starting capture, replaying the journal"))
-        client = spawn_capture(config)
+        client = _start_capture(config)
     captured()
     end_postgres(config, progress)
     unmount(config, progress)
     return client
 
 
+def _start_capture(config: Config) -> EngineClient:
+    """Every start on volumes that have been in use: not on one that somebody else wrote to meanwhile (truth 9)."""
+    home.refuse_elsewhere(config)
+    sharing.refuse_shared(config)
+    fingerprint.refuse_changed(config)
+    return spawn_capture(config)
+
+
 def detach(config: Config, progress: Report = silent) -> None:
-    """`down` without stopping Postgres; raises PreconditionError when something still uses the mounts."""
+    """`down` without stopping Postgres; raises PreconditionError when something still uses the mounts.
+
+    How the volumes are then is written down, so that the next start knows whether somebody has changed them.
+    """
+    control = fingerprint.control_place(config)
     _unmount_all(config, progress)
     progress(Progress("stopping capture"))
     _detach_all(config)
+    fingerprint.keep(config, control)
     client = EngineClient(config.paths.control)
     _retry(client.stop, EngineBusy)
     volumes.unmount_lazily(config.paths.fuse)

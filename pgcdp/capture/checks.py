@@ -18,7 +18,8 @@ from pgcdp.capture.engine import find_engine
 from pgcdp.capture.planning import Backing
 from pgcdp.capture.promises import nearest_existing
 from pgcdp.config import ClusterConfig, Config, SetPaths, VolumeConfig
-from pgcdp.errors import PreconditionError, UsageError
+from pgcdp.errors import DamageError, PreconditionError, UsageError
+from pgcdp.machine import Place
 from pgcdp.postgres import cluster, ports
 from pgcdp.records import Remark
 from pgcdp.units import format_size
@@ -135,6 +136,10 @@ def check_places(request: ProtectRequest, places: Sequence[Path], journal: Path)
                     f"{what} {place} is inside the {'tablespace' if number else 'data'} directory {each}",
                     f"choose a --{what} elsewhere, best on another disk",
                 )
+        if (place / "store.json").exists():
+            raise PreconditionError(
+                f"{place} is the store of {_owner_of(place)}", f"choose an empty --{what} directory"
+            )
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise PreconditionError(f"{what} {place} exists and is not empty", f"choose an empty --{what} directory")
     if not request.store.parent.is_dir():
@@ -145,6 +150,18 @@ def check_places(request: ProtectRequest, places: Sequence[Path], journal: Path)
     one, other = Path(os.path.realpath(request.store)), Path(os.path.realpath(journal))
     if one == other or one in other.parents or other in one.parents:
         raise PreconditionError(f"store {one} and journal {other} lie in each other", "choose separate directories")
+
+
+def _owner_of(store: Path) -> str:
+    """The set, cluster and machine that a store is of, as far as it tells."""
+    try:
+        said = fsio.read_json(store / "store.json")
+        told = f"set {said['set']} ({said['set_id']}), cluster {said['cluster']['system_identifier']}"
+        return f"{told}, on {Place.of(fsio.read_json(store / 'owner.json')['place'])}"
+    except (DamageError, KeyError, TypeError):
+        return "another set, and damaged"
+    except FileNotFoundError:
+        return told
 
 
 def need_space(place: Path, need: int, what: str, option: str | None) -> None:

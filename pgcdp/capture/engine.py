@@ -142,6 +142,10 @@ class EngineClient:
         """Put the begin or end record of a rewind in place into the write order; returns its write number."""
         return int(self.request("mark", name=name, rewind=what)["write"])
 
+    def gap_record(self, what: Literal["begin", "end"], name: str) -> int:
+        """Put the begin or end record of a gap into the write order; returns its write number."""
+        return int(self.request("mark", name=name, gap=what)["write"])
+
     def grow(self, volume: str, size: int) -> None:
         """Have a volume, by name, show so many bytes of its backing, which has become larger."""
         self.request("grow", volume=volume, bytes=size)

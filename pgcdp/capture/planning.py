@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgcdp import proc
-from pgcdp.capture import volumes
+from pgcdp.capture import sharing, volumes
 from pgcdp.capture.copying import measure
 from pgcdp.capture.outside import find_outside
 from pgcdp.config import ClusterConfig, VolumeConfig
@@ -191,6 +191,7 @@ def planned(found: Sequence[Wish], directory: Path, overwrite: bool) -> Iterator
         if device is not None:
             # By the name that was given: what /dev/vg/lv leads to is another number after the next boot.
             backing, count = Path(os.path.abspath(device)), volumes.check_device(device, overwrite)
+            sharing.refuse_held(backing)
             other = devices.setdefault(device.stat().st_rdev, wish.option)
             if other != wish.option:
                 raise UsageError(f"{other} and {wish.option} name the same device", "give each volume one of its own")

@@ -38,6 +38,10 @@ def _render(value: Mapping[str, Any]) -> None:
     unknown = [int(row["number"]) for row in value["intervals"] if row["outside"] is None]
     if unknown:
         screen.text(f"whether data lay outside of the set is not known: interval {_ranges(unknown)}")
+    for each in value["gaps"] or ():
+        screen.text(screen.gap(each))
+    if value["gaps"] is None:
+        screen.text("whether there are gaps behind the last boundary is not known")
     if value["marks"]:
         screen.text()
         rows = [

@@ -113,6 +113,8 @@ def render(value: Mapping[str, Any]) -> None:
         )
     if value["unseen"]:
         screen.note(OTHERS.format(value["unseen"]))
+    for each in value["gaps"] or ():
+        screen.note(screen.gap(each))
 
 
 def candidates(failure: TargetError) -> list[str]:

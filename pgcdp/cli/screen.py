@@ -112,6 +112,14 @@ def pairs(items: Sequence[tuple[str, str]]) -> None:
         text(f"{name:{width}}  {value}".rstrip())
 
 
+def gap(value: Mapping[str, Any]) -> str:
+    """A gap, as docs/json.md has it, in one line."""
+    last, until = value["to_write"], value["to_time"]
+    where = f"writes {value['from_write']} " + ("on, which goes on" if last is None else f"to {last}")
+    when = f"from {value['from_time']} " + ("on" if until is None else f"to {until}")
+    return f"GAP of {value['blocks']} blocks ({value['reason']}), {where}, {when}: no recovery point is there"
+
+
 def one_line(statement: str) -> str:
     """SQL as one indented line of the terminal's width (elsewhere of LINE characters), without control characters."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else LINE

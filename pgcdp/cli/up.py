@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from pgcdp.cli import options, screen
 from pgcdp.cli.status import render
+from pgcdp.units import format_size
+
+if TYPE_CHECKING:
+    from pgcdp.healing import Differences
 
 
-@click.command(epilog=options.examples("pgcdp up main"))
+@click.command(epilog=options.examples("pgcdp up main", "pgcdp up main --heal"))
 @options.set_argument()
+@click.option(
+    "--heal", is_flag=True, help="Take in what was changed on the volumes while they were detached, as a gap."
+)
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Journal and store of another machine, which is gone for good, are this one's now.",
+)
+@options.yes_option
 @options.output_option
-def command(set_name: str | None, output: str) -> None:
+def command(set_name: str | None, heal: bool, take_over: bool, yes: bool, output: str) -> None:
     """Attach and mount the volumes, start Postgres.
 
     The service that cuts intervals starts too. After a crash of any part, what is left is cleared away first, and
     the volumes are brought up to the journal. Harmless when everything runs already.
+
+    A volume that somebody wrote to while it was detached is refused. With --heal all of each volume is compared with
+    what was captured; you are shown how much differs, and asked. It is then captured as it is, between two records: a
+    gap, in which no recovery point lies. All points before and behind it stay right.
+
+    A set whose journal or store belongs to another machine, or to another state root, is refused: this may be a copy of
+    it. --take-over moves it here, unless the other one still uses the store.
     """
     from pgcdp import api
 
+    name = options.pick_set(set_name)
+
+    def agree(found: Differences) -> None:
+        told = [found.changed] if found.changed else []
+        told += [f"volume {each}: {n // 4096} blocks differ ({format_size(n)})" for each, n in found.volumes.items()]
+        for line in told if output == "text" else ():
+            screen.note(line)
+        if not found.volumes:
+            options.confirm("the first backup image is not complete, and will be begun anew", yes, output)
+            return
+        options.confirm(f"what differs on the volumes of {name} will be taken in as a gap", yes, output)
+
     with screen.progress(output) as progress:
-        value = api.up(options.pick_set(set_name), progress=progress)
-    screen.result(value, output, render)
+        value = api.up(name, progress, heal=agree if heal else None, take_over=take_over)
+    screen.result(value, output, _render)
+
+
+def _render(value: Mapping[str, Any]) -> None:
+    if "gap" in value:
+        screen.text(screen.gap(value["gap"]) if value["gap"] else "nothing differs from what was captured")
+    render(value)

@@ -1,17 +1,24 @@
-"""Write a recovery point back to the volumes of its own set: only blocks that differ, through the capture layer.
+"""Compare the volumes of a set with a recovery point, and bring one to the other through the capture layer.
+
+A rewind in place writes the point back to the volumes: only blocks that differ.
 
 What can differ from the point lies in two maps: that of the point and that of the newest write, which is what the
 volumes hold; in every other block both are the image's. So the work grows with what was changed in between, not with
 the volume. Killed anywhere, writing back begins anew, with what it wrote among what was changed.
+
+Healing goes the other way: the volumes are right, and what was captured of them is not. All of their blocks are
+compared, and those that differ are written to the volumes again as they are there, so that they are captured.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -34,6 +41,8 @@ PIECE_BLOCKS = 256
 GAP_BLOCKS = 16
 """Blocks that cannot differ, but are read with their neighbours."""
 AT_A_TIME = 16
+AHEAD = 4096
+"""Pieces that are planned at once."""
 ZERO_BLOCKS = 16
 """Zeros of at least so many blocks are discarded, which is journalled without data."""
 
@@ -121,10 +130,43 @@ def write_back(
         pairs = []
         for device, file in zip(devices, files, strict=True):
             pairs.append((_opened(stack, device, EXCLUSIVE), _opened(stack, file, os.O_RDONLY)))
-        written = _bring_all(pairs, pieces(spans(extents)), progress)
+        written = _bring_all(pairs, pieces(spans(extents)), Way.TO_POINT, progress)
         for device_fd, _ in pairs:
             os.fsync(device_fd)
-    return written
+    return sum(written)
+
+
+class Way(Enum):
+    """What becomes of blocks that differ: the device gets what the point has; what the device has is written to it
+    once more; or nothing, they are counted."""
+
+    TO_POINT = "writing back what differs"
+    TO_CAPTURE = "taking in what differs"
+    NONE = "comparing"
+
+
+def compare(
+    source: Source, point: RecoveryPoint, devices: Sequence[Path], way: Way, below: Path, progress: Report = silent
+) -> list[int]:
+    """Compare all of the volumes at `devices` (as `check_devices` wants them) with a point; bytes that differ, of each.
+
+    Zeros count, unless they are written. Nobody else opens the devices meanwhile. Scratch files lie below `below`.
+    Raises DamageError when a byte of the point is not what was stored.
+    """
+    with ExitStack() as stack:
+        place = stack.enter_context(place_below(below))
+        files = stack.enter_context(shown(source, point, place, progress))[: len(devices)]
+        pairs = []
+        for device, file in zip(devices, files, strict=True):
+            flags = os.O_DIRECT | (os.O_EXCL if stat.S_ISBLK(device.stat().st_mode) else 0)
+            flags |= os.O_RDONLY if way == Way.NONE else os.O_RDWR
+            pairs.append((_opened(stack, device, flags), _opened(stack, file, os.O_RDONLY)))
+        everything = [(each.number, 0, each.bytes // BLOCK) for each in source.store.in_use]
+        found = _bring_all(pairs, pieces(everything), way, progress)
+        if way != Way.NONE:
+            for device_fd, _ in pairs:
+                os.fsync(device_fd)
+    return found
 
 
 def pieces(found: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -143,29 +185,35 @@ def pieces(found: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     return made
 
 
-def _bring_all(pairs: Sequence[tuple[int, int]], todo: list[tuple[int, int, int]], progress: Report) -> int:
-    """All pieces, several at a time: each write waits for a sync of the journal, and one sync can serve many."""
-    total, done, written = sum(count for _, _, count in todo) * BLOCK, 0, 0
+def _bring_all(
+    pairs: Sequence[tuple[int, int]], todo: list[tuple[int, int, int]], way: Way, progress: Report
+) -> list[int]:
+    """All pieces, several at a time: each write waits for a sync of the journal, and one sync can serve many.
+
+    The bytes of each volume that were written, or that differ.
+    """
+    total, done, written = sum(count for _, _, count in todo) * BLOCK, 0, [0] * len(pairs)
     with ExitStack() as stack:
         memory: SimpleQueue[tuple[mmap.mmap, mmap.mmap]] = SimpleQueue()
         for _ in range(AT_A_TIME):
             ours, theirs = (stack.enter_context(mmap.mmap(-1, PIECE_BLOCKS * BLOCK)) for _ in range(2))
             memory.put((ours, theirs))
 
-        def bring(piece: tuple[int, int, int]) -> tuple[int, int]:
+        def bring(piece: tuple[int, int, int]) -> tuple[int, int, int]:
             volume, block, count = piece
             buffers = memory.get()
             try:
-                return count * BLOCK, _bring(*pairs[volume], *buffers, block, count)
+                return volume, count * BLOCK, _bring(*pairs[volume], *buffers, way, block, count)
             finally:
                 memory.put(buffers)
 
         pool = stack.enter_context(ThreadPoolExecutor(AT_A_TIME))
         stack.callback(pool.shutdown, cancel_futures=True)
-        for length, bytes_written in pool.map(bring, todo):
-            done += length
-            written += bytes_written
-            progress(Progress("writing back what differs", done, total))
+        for at in range(0, len(todo), AHEAD):
+            for volume, length, bytes_written in pool.map(bring, todo[at : at + AHEAD]):
+                done += length
+                written[volume] += bytes_written
+                progress(Progress(way.value, done, total))
     return written
 
 
@@ -175,25 +223,31 @@ def _opened(stack: ExitStack, path: Path, flags: int) -> int:
     return fd
 
 
-def _bring(device: int, view: int, ours: mmap.mmap, theirs: mmap.mmap, block: int, count: int) -> int:
-    """Make `count` blocks of a device what a view shows there; returns the bytes written."""
+def _bring(device: int, view: int, ours: mmap.mmap, theirs: mmap.mmap, way: Way, block: int, count: int) -> int:
+    """Compare `count` blocks of a device with what a view shows there, and go that way.
+
+    Returns the bytes that were written, or that differ.
+    """
     length, at = count * BLOCK, block * BLOCK
     with memoryview(ours) as our_bytes, memoryview(theirs) as their_bytes:
         for fd, memory in ((device, our_bytes), (view, their_bytes)):
             if os.preadv(fd, [memory[:length]], at) != length:
                 raise OSError(f"{length} bytes at {at} cannot be read whole")
         now = np.frombuffer(our_bytes[:length], dtype=np.uint64).reshape(count, -1)
-        wanted = np.frombuffer(their_bytes[:length], dtype=np.uint64).reshape(count, -1)
-        written = 0
-        for begin, end, zeros in _runs(np.any(now != wanted, axis=1), np.logical_not(np.any(wanted, axis=1))):
+        there = np.frombuffer(their_bytes[:length], dtype=np.uint64).reshape(count, -1)
+        wanted, wanted_bytes = (there, their_bytes) if way == Way.TO_POINT else (now, our_bytes)
+        differs = np.any(now != there, axis=1)
+        written = int(differs.sum()) * BLOCK if way == Way.NONE else 0
+        todo = _runs(differs, np.logical_not(np.any(wanted, axis=1))) if way != Way.NONE else []
+        for begin, end, zeros in todo:
             if zeros:
                 discard(device, at + begin * BLOCK, (end - begin) * BLOCK)
                 continue
-            piece = their_bytes[begin * BLOCK : end * BLOCK]
+            piece = wanted_bytes[begin * BLOCK : end * BLOCK]
             if os.pwrite(device, piece, at + begin * BLOCK) != len(piece):
                 raise OSError(f"{len(piece)} bytes at {at + begin * BLOCK} cannot be written whole")
             written += len(piece)
-        del now, wanted
+        del now, there, wanted, wanted_bytes
     return written
 
 

@@ -1,0 +1,203 @@
+"""Take in what somebody changed on the volumes while they were detached: `pgcdp up --heal`, and what a kill has left.
+
+Every block is compared with the newest write as store and journal have it. That is a look first, with nothing attached.
+Then the blocks that differ are written to the volumes once more, as they are there, through the capture layer: so store
+and volume are the same again at the next boundary. They lie between the begin and end record of a *gap*, in which no
+recovery point is. That it is under way stands in the set's state directory, durably, before the first of them: nothing
+is mounted until it has ended, and `up` finishes it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgcdp import fsio, log, service
+from pgcdp.capture import attach, fingerprint, volumes
+from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.journal import Journal
+from pgcdp.config import Config, SetPaths
+from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.fsio import free_space
+from pgcdp.opening import source_of
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import Gap, RecoveryPoint, Target
+from pgcdp.recovery.rewind import Way, check_devices, compare
+from pgcdp.recovery.source import Source
+from pgcdp.store.gaps import announce, gap_name
+from pgcdp.store.layout import Store
+from pgcdp.units import format_size
+
+_log = log.get(__name__)
+REASON = "changed"
+SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """What the look found: bytes that differ on each volume, by name; `changed`: what the fingerprint says of it.
+
+    Without any volume: no point can be restored yet, and the first backup image is begun anew.
+    """
+
+    volumes: dict[str, int]
+    changed: str | None
+
+
+Agree = Callable[[Differences], None]
+"""Is told what the look found, and raises to stop it."""
+
+
+def pending(paths: SetPaths) -> int | None:
+    """Since when writes are missing, if healing is under way or was killed. Raises DamageError when that is damaged."""
+    try:
+        return int(fsio.read_json(paths.heal_state)["since_ns"])
+    except FileNotFoundError:
+        return None
+
+
+def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -> Gap | None:
+    """Compare all, ask, and take in what differs; None when nothing does. The set stays down until then.
+
+    Scratch files lie below `below`. Raises PreconditionError where it cannot begin, with nothing changed.
+    """
+    with attach.hold(config.paths):
+        attach.refuse_pending(config.paths)
+        changed = _refuse_unready(config)
+        if _nothing_restorable(config):
+            agree(Differences({}, changed))
+            (config.store / "image/state.json").unlink(missing_ok=True)
+            if config.store.is_dir():
+                fsio.sync_directory(config.store / "image")
+            fingerprint.forget(config)
+            return None
+        source = source_of(config, None)
+        found = _look(config, source, changed, below, progress)
+        if not any(found.volumes.values()):
+            fingerprint.forget(config)
+            return None
+        agree(found)
+        _refuse_full(config, sum(found.volumes.values()))
+        since = fingerprint.detached_ns(config)
+        if since is None:
+            since = source.place(Target("newest")).time_ns
+        fsio.write_json(config.paths.heal_state, {"since_ns": since})
+        return _finish(config, since, below, progress)
+
+
+def resume(config: Config, below: Path, progress: Report = silent) -> Gap | None:
+    """What `up` does first: finish what a kill has left. None when there was nothing."""
+    if pending(config.paths) is None:
+        return None
+    with attach.hold(config.paths):
+        since = pending(config.paths)
+        if since is None:
+            return None
+        progress(Progress("finishing the healing of the volumes"))
+        return _finish(config, since, below, progress)
+
+
+def _refuse_unready(config: Config) -> str | None:
+    """What the fingerprint says. Raises PreconditionError unless the set was stopped cleanly and is detached."""
+    if EngineClient(config.paths.control).alive():
+        raise PreconditionError(
+            f"the set {config.name} is attached: what is written to its volumes now is captured",
+            f"pgcdp down {config.name}, then run this again, if they were changed before",
+        )
+    mark = Journal(config.journal, config.set_id_bytes).applied_mark()
+    if mark is None or not mark.clean:
+        raise PreconditionError(
+            f"the set {config.name} was not stopped cleanly: its volumes are behind its journal",
+            f"pgcdp up {config.name} replays it; if somebody wrote to the volumes since, pgcdp down {config.name} and "
+            "run this again",
+        )
+    try:
+        fingerprint.refuse_changed(config)
+    except PreconditionError as told:
+        return told.message
+    return None
+
+
+def _nothing_restorable(config: Config) -> bool:
+    """Whether the first backup image is not complete, so that a gap would be in front of everything."""
+    mark = Journal(config.journal, config.set_id_bytes).applied_mark()
+    if not (config.store / "store.json").exists() and mark is not None and not mark.released_write:
+        return True
+    store = Store.open(config.store, config.set_id_bytes)
+    return store.baseline is None and not store.interval_numbers()
+
+
+def _look(config: Config, source: Source, changed: str | None, below: Path, progress: Report) -> Differences:
+    point = source.place(Target("newest"))
+    backings = [volume.backing for volume in config.volumes]
+    _refuse_mounted(config)
+    check_devices(source, backings)
+    differ = compare(source, point, backings, Way.NONE, below, progress)
+    return Differences(dict(zip((volume.name for volume in config.volumes), differ, strict=True)), changed)
+
+
+def _refuse_mounted(config: Config) -> None:
+    for volume in config.volumes:
+        status = os.stat(volume.backing)
+        devices = [volume.backing] if stat.S_ISBLK(status.st_mode) else list(volumes.loops_over(volume.backing))
+        for device in devices:
+            places = volumes.mounted_by(device)
+            if places:
+                raise PreconditionError(
+                    f"volume {volume.name} of {config.name} is still mounted at {places[0][2]}",
+                    f"umount {places[0][2]}",
+                )
+
+
+def _refuse_full(config: Config, size: int) -> None:
+    need, have = 2 * size + SPARE_BYTES, free_space(config.store)  # what is written, and the backward increment of it
+    if have < need:
+        raise PreconditionError(
+            f"the store at {config.store} has {format_size(have)} free, {format_size(need)} are needed to take in what "
+            "differs",
+            "free space there; nothing was changed",
+        )
+
+
+def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
+    """From whatever a kill has left to a gap that has ended; nothing is mounted."""
+    name = gap_name(REASON, since)
+    fingerprint.forget(config)
+    client = attach.start_capture(config, progress, captured=lambda: service.start(config))
+    done = _healed(config, since)
+    if done is None:
+        devices = attach.attach_devices(config, progress)
+        source = source_of(config, client.status())
+        check_devices(source, devices)
+        announce(source.store, client.cut())
+        begin = client.gap_record("begin", name)
+        with service.kept(config):
+            _take_in(config, begin - 1, devices, below, progress)
+        client.gap_record("end", name)
+        done = _healed(config, since)
+        assert done is not None
+    _log.info("a gap of %d blocks: writes %d to %s", done.blocks, done.begin, done.end)
+    config.paths.heal_state.unlink()
+    fsio.sync_directory(config.paths.state)
+    return done
+
+
+def _healed(config: Config, since: int) -> Gap | None:
+    """The gap, if its end record is there: a kill may have come right behind it."""
+    gaps = source_of(config, EngineClient(config.paths.control).status()).gaps()
+    return gaps[-1] if gaps and gaps[-1].end is not None and gaps[-1].since_ns == since else None
+
+
+def _take_in(config: Config, newest: int, devices: list[Path], below: Path, progress: Report) -> None:
+    source = source_of(config, EngineClient(config.paths.control).status())
+    point = RecoveryPoint(newest, None, 0)
+    try:
+        compare(source, point, devices, Way.TO_CAPTURE, below, progress)
+    except OSError as error:
+        raise PgcdpError(
+            f"taking in what differs on {', '.join(map(str, devices))} failed: {error.strerror or error}",
+            f"look at {config.paths.engine_log}; pgcdp up {config.name} goes on with it",
+        ) from error
