@@ -133,6 +133,8 @@ STEP: Shape = {**CLONE, "from": POINT, "writes_passed": int, "writes": [SHOW], "
                "transactions_in": [END], "transactions_out": [END],
                "transactions": {"in": int, "out": int}}  # fmt: skip
 
+GAP: Shape = {"from_write": int, "to_write": Maybe(int), "from_time": TIME, "to_time": Maybe(TIME), "reason": str,
+              "blocks": int}  # fmt: skip
 LOST: Shape = {"database": str, "schema": str, "name": str, "inserted": int, "updated": int, "deleted": int}
 IN_PLACE: Shape = {
     **RESOLVED, "to": str, "bytes": int, "set": str, "undo": Maybe(str), "boundary": int, "timeline": int,
@@ -281,6 +283,7 @@ def test_cut_and_info(protected: Protected) -> None:
     assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL], "expired": [EXPIRED]}) == []
     assert fits(value, {"damages": [DAMAGE], "lost": [LOST_WRITES]}) == []
     assert value["damages"] == value["lost"] == []
+    assert value["gaps"] == []
     assert value["intervals"][-1]["number"] >= closed["number"]
     assert protected.json("info", "--store", str(protected.directory / "store"))["set"] == "main"
     assert protected.text("info").count("\n") >= len(value["intervals"])
@@ -312,7 +315,7 @@ def test_log_and_find(protected: Protected) -> None:
         for sql in ("create table found as select generate_series(1, 9) as id", "delete from found"):
             session.query(connection, sql)
     shape = {"transactions": [TRANSACTION], "total": int, "unknown": [], "unseen": Maybe(str), "left_out": int,
-             "note": Maybe(str)}  # fmt: skip
+             "note": Maybe(str), "gaps": [GAP]}  # fmt: skip
     for words in (["log"], ["find", "delete from found"]):
         value = protected.json(*words)
         assert fits(value, shape) == []
@@ -531,10 +534,32 @@ def test_down_and_up(protected: Protected) -> None:
     assert value["state"] == "capturing"
 
 
+def test_a_changed_volume_exits_6_and_is_healed(protected: Protected) -> None:
+    (volume,) = protected.json("down")["volumes"]
+    subprocess.run(["tune2fs", "-L", "other", volume["backing"]], check=True, capture_output=True)
+    refused = protected.json("up", code=6)["error"]
+    assert "volume data of main" in refused["message"]
+    assert "pgcdp up main --heal" in refused["hint"]
+    assert protected.json("up", "--heal", code=2)["error"]["hint"] == "add --yes, or run it on a terminal to be asked"
+    assert protected.json("status")["state"] == "stopped"
+    value = protected.json("up", "--heal", "--yes")
+    assert fits(value, {**STATUS, "gap": GAP}) == []
+    assert value["state"] == "capturing"
+    gap = value["gap"]
+    assert protected.json("info")["gaps"][-1:] == [gap]
+    assert (
+        f"GAP of {gap['blocks']} blocks (changed), writes {gap['from_write']} to {gap['to_write']}"
+        in protected.text("info")
+    )
+    inside = ["restore", "--target-write", str(gap["from_write"]), "--to-image", str(protected.directory / "nothing")]
+    assert f"--target-write {gap['to_write'] + 1}" in protected.json(*inside, code=3)["error"]["hint"]
+    assert protected.json("show", str(gap["from_write"]))["holds"]["what"] == "gap"
+
+
 def test_documented_keys_are_the_pinned_ones() -> None:
     text = (ROOT / "docs" / "json.md").read_text("utf-8")
     documented = set(re.findall(r'"(\w+)"', text))
-    several = (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, IN_PLACE, TRANSACTION, TABLE, CLONE, CLONES, STEP)
+    several = (STATUS, INTERVAL, POINT, WINDOW, CHECK, RESTORE, IN_PLACE, TRANSACTION, TABLE, CLONE, CLONES, STEP, GAP)
     for shape in (*several, EXPIRE):
         keys = set(shape)
         for inner in shape.values():
