@@ -49,7 +49,7 @@ def samples(port: int) -> dict[tuple[str, str], float]:
 
 @pytest.fixture
 def shown(make_set: MakeSet, binaries_of: BindirOf) -> tuple[ProtectedSet, int]:
-    found = make_set(binaries_of(17), allowed=KILLED)
+    found = make_set(binaries_of(17), allowed=[*KILLED, r"terminating connection due to unexpected postmaster exit"])
     port = free_port()
     listen(found, f"127.0.0.1:{port}")
     return found, port
