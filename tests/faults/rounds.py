@@ -287,7 +287,10 @@ def under_load(capture: Capture, faults: Faults, seed: int) -> Iterator[Truth]:
         truth.load().wait_answered(50)
         try:
             yield truth
-        finally:
-            faults.clear_all()
+        except BaseException:
             if truth.work is not None:
                 truth.work.stop.set()
+            capture.kill()  # with nobody to make room in the journal, who writes would wait for ever
+            raise
+        finally:
+            faults.clear_all()
