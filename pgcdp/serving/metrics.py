@@ -179,6 +179,8 @@ def _of_store(name: str, intervals: list[Interval]) -> Iterator[Metric]:
     stored = sum(sum(each.stored.values()) for each in intervals)
     yield _gauge(name, "intervals", "Intervals in the store.", len(intervals))
     yield _gauge(name, "incomplete_intervals", "Intervals that lack data which lay outside of the set.", lacking)
+    gaps = sum(len(each.gaps) for each in intervals)
+    yield _gauge(name, "gaps", "Gaps in the store's intervals: nothing in them can be restored.", gaps)
     yield _gauge(name, "store_bytes", "Bytes of the intervals in the store, without its image.", stored)
 
 

@@ -11,13 +11,14 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pgcdp.capture.engine import parse_status
-from pgcdp.records import Boundary, Volume
+from pgcdp.records import Boundary, Gap, Interval, Volume
 from pgcdp.serving import metrics
 from pgcdp.serving.metrics import Numbers, registry
 from pgcdp.store.layout import Store
 from tests.unit.test_config import sample
 
 ROOT = Path(__file__).resolve().parents[2]
+GAP = Gap(3, 5, "changed", 0, 10, 2)
 SET_ID = bytes(range(16))
 STATUS = parse_status(
     {
@@ -101,3 +102,13 @@ def test_every_metric_is_documented(store: Store, tmp_path: Path) -> None:
     documented = set(re.findall(r"`(pgcdp_[a-z_]+)`", text))
     names = {name.partition("/")[0] for name in told} | {"pgcdp_last_verified_age_seconds"}
     assert names == documented - {"pgcdp_state"} | {"pgcdp_state"}
+
+
+def test_gaps_and_what_is_incomplete_are_counted() -> None:
+    boundary = Boundary(1, 9, 10, 1, 1, 1, 1, "requested")
+    whole = Interval(1, 1, 9, 0, 10, boundary, 9, 9, 9, {"writes": 5, "index": 2}, outside=())
+    torn = whole._replace(number=2, gaps=(GAP, GAP), outside=(("pg_tblspc/1", "/x"),))
+    told = {each.name: each.samples[0].value for each in metrics._of_store("main", [whole, torn])}
+    assert told == {
+        "pgcdp_intervals": 2, "pgcdp_gaps": 2, "pgcdp_incomplete_intervals": 1, "pgcdp_store_bytes": 14,
+    }  # fmt: skip
