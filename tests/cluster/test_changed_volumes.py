@@ -23,7 +23,7 @@ from pgcdp.records import Target
 from pgcdp.units import parse_time
 from tests.crash.test_kill_set import ALLOWED
 from tests.fix_postgres import BindirOf
-from tests.fix_sets import MakeSet, ProtectedSet
+from tests.fix_sets import MakeSet, ProtectedSet, first_difference
 from tests.moments import scratch_below
 
 BOTH = pytest.mark.parametrize("fs", ["ext4", "xfs"])
@@ -94,8 +94,14 @@ def test_a_volume_that_was_written_to_is_refused_healed_and_its_gap_shown(
     with pytest.raises(PreconditionError, match="was changed"):
         found.up()  # a look changes nothing
 
+    as_found = found.root / "as-found.img"
+    shutil.copyfile(volume.backing, as_found)
     told_up = api.up(found.name, heal=seen.append)
     gap = told_up["gap"]
+    (healed,) = found.restored(Target("write", gap["to_write"] + 1))
+    assert first_difference(as_found, healed, volume.bytes) is None, "behind the gap is what was on the volume"
+    for each in (as_found, healed):
+        each.unlink()
     assert seen[1] == seen[0]
     assert (gap["from_write"], gap["reason"]) == (last + 1, "changed")
     assert gap["blocks"] >= seen[0].volumes["data"] // 4096
