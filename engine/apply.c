@@ -15,6 +15,7 @@
 #include "cleanup.h"
 #include "io.h"
 #include "log.h"
+#include "runs.h"
 #include "util.h"
 #include "volume_set.h"
 
@@ -24,7 +25,6 @@
 #define SYNC_BYTES ((uint64_t)64 << 20)
 #define SYNC_NS 5000000000u
 #define RETRY_NS 999999999
-#define MAX_IOV 256
 
 /* Called with the lock. */
 static void wait_ns(struct volume_set *vs, long ns)
@@ -37,63 +37,21 @@ static void wait_ns(struct volume_set *vs, long ns)
     pthread_cond_timedwait(&vs->to_apply, &vs->lock, &until);
 }
 
-struct block {
-    uint64_t key; /* volume in the upper 16 bits, block below */
-    uint64_t order;
-    const uint8_t *data;
-};
-
 struct window {
     uint64_t batch_end, data_end, record_end, last_write, bytes;
     struct block *blocks;
     size_t count;
 };
 
-static int by_place_then_newest(const void *a, const void *b)
-{
-    const struct block *x = a, *y = b;
-    if (x->key != y->key)
-        return x->key < y->key ? -1 : 1;
-    return x->order > y->order ? -1 : 1;
-}
-
-static int write_run(struct volume_set *vs, uint64_t key, struct iovec *iov, int iovs)
-{
-    const struct volume *v = &vs->volumes[key >> 48];
-    uint64_t block = key & (((uint64_t)1 << 48) - 1);
-    int rc = io_pwritev("volume.apply.write", v->fd, iov, iovs, block * BLOCK);
-    if (rc)
-        vs_note_error(vs, VS_APPLY, "volume %s: cannot write at block %lu: %s", v->name, block, strerror(-rc));
-    return rc;
-}
-
 /* Writes the blocks gathered so far, newest version of each. */
 static int write_blocks(struct volume_set *vs, struct window *w)
 {
-    struct iovec iov[MAX_IOV];
-    int iovs = 0, rc = 0;
-    uint64_t run = 0, next = 0;
-    qsort(w->blocks, w->count, sizeof *w->blocks, by_place_then_newest);
-    for (size_t i = 0; i < w->count && rc == 0; i++) {
-        const struct block *b = &w->blocks[i];
-        if (i > 0 && b->key == b[-1].key)
-            continue;
-        if (iovs && (b->key != next || iovs == MAX_IOV)) {
-            rc = write_run(vs, run, iov, iovs);
-            iovs = 0;
-        }
-        if (iovs == 0)
-            run = b->key;
-        if (iovs && (const uint8_t *)iov[iovs - 1].iov_base + iov[iovs - 1].iov_len == b->data)
-            iov[iovs - 1].iov_len += BLOCK;
-        else
-            iov[iovs++] = (struct iovec){.iov_base = (void *)(uintptr_t)b->data, .iov_len = BLOCK};
-        next = b->key + 1;
-    }
-    if (rc == 0 && iovs)
-        rc = write_run(vs, run, iov, iovs);
+    struct err e;
+    int rc = runs_write("volume.apply.write", vs->volumes, w->blocks, w->count, &e);
     if (rc == 0)
         w->count = 0;
+    else
+        vs_note_error(vs, VS_APPLY, "%s", e.message);
     return rc;
 }
 
@@ -147,7 +105,7 @@ static int gather(struct volume_set *vs, struct window *w, const struct fmt_reco
     if (r->kind == FMT_ZERO || r->kind == FMT_DISCARD)
         return apply_zero(vs, w, r);
     for (uint64_t i = 0; r->kind == FMT_WRITE && i < r->length / BLOCK; i++)
-        w->blocks[w->count++] = (struct block){.key = (uint64_t)r->volume << 48 | (r->offset / BLOCK + i),
+        w->blocks[w->count++] = (struct block){.key = block_key(r->volume, r->offset / BLOCK + i),
                                                .order = r->number,
                                                .data = data + i * BLOCK};
     return 0;

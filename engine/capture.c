@@ -2,11 +2,15 @@
  *
  * Order at the start: the journal's lock, the backings' locks, replay of everything behind the applied mark, sync, the mark,
  * then the journal is opened for writing, then the door. So no reader ever sees a volume that lacks what was answered.
+ *
+ * With a holder (holder.c) the connection may have been served by a process that died. What that one had answered is in the
+ * journal, so on the volumes by then; what it had not answered, the door is sent again.
  */
 #include "capture.h"
 
 #include <fcntl.h>
 #include <getopt.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,16 +18,18 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "cleanup.h"
 #include "control.h"
 #include "front_fuse.h"
-#include "io.h"
+#include "held.h"
 #include "journal_read.h"
 #include "journal_write.h"
 #include "log.h"
+#include "replay.h"
 #include "util.h"
 #include "volume.h"
 
@@ -32,7 +38,7 @@
 #endif
 
 struct capture {
-    const char *journal, *fuse_dir, *socket;
+    const char *journal, *fuse_dir, *socket, *holder;
     uint8_t set_id[16];
     bool has_set_id, create, put_back;
     uint64_t segment_bytes, limit;
@@ -42,6 +48,7 @@ struct capture {
     int lock_fd;
     struct jw *jw;
     struct volume_set *set;
+    struct held *held; /* NULL: without a holder */
     struct front *front;
     struct control *control;
 };
@@ -49,8 +56,9 @@ struct capture {
 /* ---- command line ---- */
 
 static const char USAGE[] =
-    "usage: pgcdp-engine capture --set-id HEX --journal DIR [--create] --fuse DIR --control SOCKET\n"
+    "usage: pgcdp-engine capture --set-id HEX --journal DIR [--create] --fuse DIR --control SOCKET [--holder SOCKET]\n"
     "                            [--segment-bytes N] [--journal-limit N] [--put-back] NAME[:BYTES]=PATH ...\n"
+    "With --holder the FUSE connection is the one that pgcdp-engine hold keeps there, mounted at DIR.\n"
     "BYTES of the backing are shown; without, all of it. With --put-back the journal may hold writes to one volume more,\n"
     "which is given up: they are not replayed.\n";
 
@@ -83,6 +91,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
                                             {"put-back", no_argument, NULL, 'p'},
                                             {"fuse", required_argument, NULL, 'f'},
                                             {"control", required_argument, NULL, 'k'},
+                                            {"holder", required_argument, NULL, 'h'},
                                             {NULL, 0, NULL, 0}};
     int option;
     while ((option = getopt_long(argc, argv, "", OPTIONS, NULL)) != -1) {
@@ -96,6 +105,7 @@ static int parse_arguments(struct capture *c, int argc, char **argv, struct err 
         case 'l': rc = parse_bytes(optarg, &c->limit); break;
         case 'f': c->fuse_dir = optarg; break;
         case 'k': c->socket = optarg; break;
+        case 'h': c->holder = optarg; break;
         default: return err_set(e, ERR_USAGE, "unknown option\n%s", USAGE);
         }
         if (rc)
@@ -172,49 +182,14 @@ static int lock_journal(struct capture *c, struct err *e)
     return 0;
 }
 
-static int replay_record(struct capture *c, const struct fmt_record *r, const uint8_t *data, struct err *e)
-{
-    if (r->kind == FMT_MARK || r->kind == FMT_FLUSH)
-        return 0;
-    if (c->put_back && r->volume == c->volume_count)
-        return 0; /* its backing may be what made it be given up */
-    if (r->volume >= c->volume_count || r->offset + r->length > c->volumes[r->volume].size) {
-        err_set(e, ERR_PRECONDITION, "write %lu of the journal lies outside volume %u", r->number, r->volume);
-        err_hint(e, "give the same volumes in the same order as when it was written");
-        return ERR_PRECONDITION;
-    }
-    const struct volume *v = &c->volumes[r->volume];
-    int rc = r->kind == FMT_WRITE ? io_pwrite("volume.replay.write", v->fd, data, r->length, r->offset)
-                                  : io_zero("volume.replay.zero", v->fd, r->offset, r->length);
-    return rc ? err_sys(e, rc, "cannot replay write %lu to volume %s", r->number, v->name) : 0;
-}
-
-static int replay_batches(struct capture *c, struct jr *jr, uint64_t applied, uint64_t *replayed, struct err *e)
-{
-    struct jr_batch b;
-    int rc;
-    while ((rc = jr_next(jr, &b, e)) == 1) {
-        const uint8_t *data = b.data;
-        for (uint32_t i = 0; i < b.records; i++) {
-            if (b.record[i].number > applied) {
-                rc = replay_record(c, &b.record[i], data, e);
-                if (rc)
-                    return rc;
-                ++*replayed;
-            }
-            data += round_block(b.record[i].data_length);
-        }
-    }
-    return rc;
-}
-
 /* Brings the volumes to the journal's end and opens it for writing. */
-static int replay(struct capture *c, struct err *e)
+static int bring_up(struct capture *c, struct err *e)
 {
     CLEANUP_FREE struct jw_segment *segments = NULL;
     struct jr *jr;
     struct jr_end end;
     uint64_t replayed = 0;
+    struct replay_volumes to = {.volumes = c->volumes, .count = c->volume_count, .put_back = c->put_back};
     int rc = jr_open(&jr, c->journal, c->set_id, e);
     if (rc)
         return rc == -EPERM ? ERR_PRECONDITION : rc;
@@ -224,13 +199,9 @@ static int replay(struct capture *c, struct err *e)
     if (rc == 0) /* killed between writing a batch and its sync: no volume may have it before the journal does */
         rc = jr_sync(jr, e);
     if (rc == 0)
-        rc = replay_batches(c, jr, applied, &replayed, e);
-    if (rc == 0) {
+        rc = replay(jr, &to, applied, &replayed, e);
+    if (rc == 0)
         jr_end(jr, &end);
-        for (unsigned i = 0; rc == 0 && i < c->volume_count; i++)
-            if ((rc = io_fdatasync("volume.replay.sync", c->volumes[i].fd)) != 0)
-                err_sys(e, rc, "cannot sync volume %s", c->volumes[i].name);
-    }
     size_t count = 0;
     const struct jr_segment *found = jr_segments(jr, &count);
     if (rc == 0 && !(segments = calloc(count + 1, sizeof *segments)))
@@ -289,6 +260,9 @@ static json_t *status(struct capture *c)
         json_array_append_new(volumes, json_pack("{s:s, s:i, s:I, s:s, s:b}", "name", c->volumes[i].name, "number", (int)i,
                                                  "bytes", (json_int_t)volume_size(&c->volumes[i]), "backing", c->volumes[i].path,
                                                  "open", front_open_count(c->front, i) > 0));
+    json_t *held = c->held ? json_pack("{s:I, s:I, s:i, s:i}", "captures", (json_int_t)held_captures(c->held), "resent",
+                                       (json_int_t)front_resent(c->front), "fuse_fd", c->held->fuse, "note_fd", c->held->note_fd)
+                           : json_null();
     json_t *errors = json_array();
     if (j.error[0])
         json_array_append_new(errors, json_sprintf("journal: %s", j.error));
@@ -297,7 +271,7 @@ static json_t *status(struct capture *c)
             json_array_append_new(errors, json_string(v.errors[i]));
     return json_pack(
         "{s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:{s:I, s:I}, s:{s:I, s:I, s:I, s:I}, s:o, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:o, s:I}",
+        "s:o, s:I, s:s, s:o}",
         "state", v.stalled ? "stalled" : "capturing", "pid", (int)getpid(), "last_write", (json_int_t)v.last_write,
         "durable_write", (json_int_t)j.durable_write, "applied_write", (json_int_t)v.applied_write, "synced_write",
         (json_int_t)j.synced_write, "released_write", (json_int_t)j.released_write, "batch", (json_int_t)j.durable_batch,
@@ -305,11 +279,42 @@ static json_t *status(struct capture *c)
         (json_int_t)j.bytes, "limit", (json_int_t)j.limit, "segments", (json_int_t)j.segments, "segment_bytes",
         (json_int_t)j.segment_bytes, "volumes", volumes, "unapplied_bytes", (json_int_t)v.unapplied_bytes, "parked_bytes",
         (json_int_t)v.parked_bytes, "writes", (json_int_t)v.writes, "bytes_written", (json_int_t)v.bytes_written, "reads",
-        (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read, "errors", errors, "rss_kib", (json_int_t)rss_kib());
+        (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read, "errors", errors, "rss_kib", (json_int_t)rss_kib(), "version",
+        PGCDP_VERSION, "held", held);
+}
+
+static json_t *stop_held(struct capture *c, struct err *e, const char **kind)
+{
+    int rc = front_unmount(c->front);
+    if (rc == 0)
+        return json_pack("{s:b}", "stopping", 1);
+    if (rc == -EBUSY) {
+        *kind = "busy";
+        err_set(e, rc, "a volume in %s is open", c->fuse_dir);
+        err_hint(e, "unmount its filesystem and detach its loop device first");
+    } else {
+        err_sys(e, rc, "cannot unmount %s", c->fuse_dir);
+    }
+    return NULL;
+}
+
+/* For a successor: what was answered is applied and the journal clean when this process has ended. */
+static json_t *hand_over(struct capture *c, struct err *e, const char **kind)
+{
+    if (!c->held) {
+        *kind = "precondition";
+        err_set(e, ERR_PRECONDITION, "this capture process has no holder that would keep its connection");
+        err_hint(e, "pgcdp down and pgcdp up do it, with Postgres stopped meanwhile");
+        return NULL;
+    }
+    front_leave(c->front);
+    return json_pack("{s:b}", "handing_over", 1);
 }
 
 static json_t *stop(struct capture *c, struct err *e, const char **kind)
 {
+    if (c->held)
+        return stop_held(c, e, kind);
     for (unsigned i = 0; i < c->volume_count; i++)
         if (front_open_count(c->front, i)) {
             *kind = "busy";
@@ -387,6 +392,8 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
         return status(c);
     if (strcmp(cmd, "stop") == 0)
         return stop(c, e, kind);
+    if (strcmp(cmd, "hand_over") == 0)
+        return hand_over(c, e, kind);
     if (strcmp(cmd, "cut") == 0) {
         int rc = vs_cut(c->set, &write);
         return rc ? not_durable(c, rc, "cut", e, kind) : json_pack("{s:I}", "durable_write", (json_int_t)write);
@@ -427,9 +434,13 @@ static json_t *handle(void *self, const json_t *request, struct err *e, const ch
 
 /* ---- serving ---- */
 
-/* The kernel writes dirty pages back through this process: it must never wait for memory that only it can free. */
+/* The kernel writes dirty pages back through this process: it must never wait for memory that only it can free. Production
+ * waits for it, so whoever started it may give way, but not it: the agent does (pgcdp/background.py). */
 static void settle_in(void)
 {
+    static const struct sched_param NO_PRIORITY;
+    setpriority(PRIO_PROCESS, 0, 0);
+    sched_setscheduler(0, SCHED_OTHER, &NO_PRIORITY);
     if (prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) < 0)
         log_warn("cannot become an I/O flusher: %s", strerror(errno));
     if (mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) < 0)
@@ -468,7 +479,7 @@ static void *signal_main(void *arg)
 static int serve(struct capture *c, struct err *e)
 {
     struct backend backend = vs_backend(c->set);
-    int rc = front_open(&c->front, &backend, c->fuse_dir, e);
+    int rc = front_open(&c->front, &backend, c->fuse_dir, c->held, e);
     if (rc == 0)
         rc = control_start(&c->control, c->socket, handle, c, e);
     pthread_t signals;
@@ -492,10 +503,12 @@ static int run(struct capture *c, int argc, char **argv, struct err *e)
         rc = lock_journal(c, e);
     if (rc == 0)
         rc = open_volumes(c, argc, argv, e);
+    if (rc == 0 && c->holder)
+        rc = held_get(&c->held, c->holder, e);
     if (rc == 0)
         settle_in();
     if (rc == 0)
-        rc = replay(c, e);
+        rc = bring_up(c, e);
     if (rc == 0)
         rc = serve(c, e);
     return rc;
@@ -525,6 +538,7 @@ int cmd_capture(int argc, char **argv)
     jw_close(c.jw);
     if (c.front)
         front_close(c.front);
+    held_close(c.held);
     if (c.lock_fd >= 0)
         close(c.lock_fd);
     if (rc) {

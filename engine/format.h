@@ -1,4 +1,4 @@
-/* The on-disk structs of FORMAT.md, sections 1 (journal), 2 (frames) and 5 (map of a view). Little-endian machines only; sizes are asserted. */
+/* The on-disk structs of FORMAT.md, sections 1 (journal), 2 (frames), 5 (map of a view) and 6 (what a holder keeps). Little-endian machines only; sizes are asserted. */
 #ifndef PGCDP_FORMAT_H
 #define PGCDP_FORMAT_H
 
@@ -255,6 +255,39 @@ struct fmt_map_extent {
     uint32_t reserved;
 };
 static_assert(sizeof(struct fmt_map_extent) == 32, "FORMAT.md 5");
+
+/* FORMAT.md 6 */
+static const char FMT_HELD_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'H', 'L', 'D'};
+static const char FMT_HELD_NOTE_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'N', 'T', 'E'};
+#define FMT_HELD_NOTE_BYTES 4096u
+#define FMT_HELD_NOTE_INIT 256u
+#define FMT_HELD_NOTE_AGREED 544u
+
+struct fmt_held { /* what comes with the descriptors */
+    char magic[8];
+    uint32_t version;
+    uint32_t reserved;
+};
+static_assert(sizeof(struct fmt_held) == 16, "FORMAT.md 6");
+
+struct fmt_held_note {
+    char magic[8];
+    uint32_t version;
+    uint32_t init_length;
+    uint32_t answer_length;
+    uint32_t reserved;
+    uint64_t checksum; /* of the first FMT_HELD_NOTE_AGREED bytes */
+    uint8_t init[FMT_HELD_NOTE_INIT];
+    uint8_t answer[FMT_HELD_NOTE_INIT];
+    uint64_t captures;
+    uint64_t resent;
+    uint8_t reserved2[464];
+    uint32_t open[256];
+    uint8_t reserved3[2048];
+};
+static_assert(sizeof(struct fmt_held_note) == FMT_HELD_NOTE_BYTES, "FORMAT.md 6");
+static_assert(offsetof(struct fmt_held_note, captures) == FMT_HELD_NOTE_AGREED, "FORMAT.md 6");
+static_assert(offsetof(struct fmt_held_note, open) == 1024, "FORMAT.md 6");
 
 /* Header length of a batch with so many records. */
 static inline uint64_t fmt_batch_header(uint64_t records)

@@ -2,31 +2,59 @@
  * smaller batches. Answers are given by other threads: fuse_reply_* is thread-safe. The files are opened with direct_io, the
  * loop device above needs no page cache in between. fsync is answered with ENOSYS once and never comes again: every write is
  * durable when it is answered, and the kernel would hold the file's inode lock while a flush is under way.
+ *
+ * A connection that a holder keeps (held.h) outlives the process that serves it. The kernel sends FUSE_INIT once in its life;
+ * libfuse wants one in each process. So libfuse is always given it by hand, at one end of a pair of sockets where the answer
+ * comes out at the other: the first process notes both and gives the kernel the answer, a later one must come to the same
+ * answer, or the two of them would not mean the same by what follows. It then asks for what its predecessor had taken and not
+ * answered (FUSE_NOTIFY_RESEND, Linux 6.9). Such requests come with the highest bit of their number set, and are answered by
+ * that number. A write among them may be in the journal already: it becomes one more (docs/decisions/2026-11-27-holder.md).
  */
 #define FUSE_USE_VERSION 34
 #include "front_fuse.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/falloc.h>
+#include <linux/fuse.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
 
+#include "cleanup.h"
 #include "log.h"
 #include "util.h"
 #include "backing.h"
 
 #define FIRST_INO 2u
 #define ATTR_SECONDS 3600.0
+#define BUFFER_BYTES (BACKEND_MAX_REQUEST + 4096) /* a write and libfuse's room for its header */
+static const struct timespec PAUSE = {.tv_nsec = 1000000};
+#define NOTIFY_RESEND 7                           /* FUSE_NOTIFY_RESEND, and */
+#define RESENT ((uint64_t)1 << 63)                /* FUSE_UNIQUE_RESEND, both missing in older headers */
 
 struct front {
     struct backend backend;
     struct fuse_session *session;
-    atomic_uint open_count[MAX_VOLUMES];
+    uint32_t own_count[MAX_VOLUMES], *open_count; /* of each volume; in the note, if there is one */
     atomic_bool stopping;
+
+    struct held *held; /* NULL: the connection ends with this process */
+    const char *mountpoint;
+    void *buffer;
+    pthread_t reader;
+    atomic_bool left;
+    atomic_uint leaving; /* threads that wait for that */
+    atomic_ulong resent;
 };
 
 /* Requests are pointers to aligned memory: bit 0 tells a fallocate from a write. */
@@ -115,17 +143,17 @@ static void op_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
         return;
     }
     fi->direct_io = 1;
-    atomic_fetch_add(&f->open_count[ino - FIRST_INO], 1);
-    if (fuse_reply_open(req, fi) < 0)
-        atomic_fetch_sub(&f->open_count[ino - FIRST_INO], 1);
+    if (fuse_reply_open(req, fi) == 0) /* only then: one that is not answered comes again */
+        __atomic_fetch_add(&f->open_count[ino - FIRST_INO], 1, __ATOMIC_RELAXED);
 }
 
 static void op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
     (void)fi;
     struct front *f = fuse_req_userdata(req);
-    atomic_fetch_sub(&f->open_count[ino - FIRST_INO], 1);
-    fuse_reply_err(req, 0);
+    uint32_t *count = &f->open_count[ino - FIRST_INO];
+    if (fuse_reply_err(req, 0) == 0 && __atomic_load_n(count, __ATOMIC_RELAXED))
+        __atomic_fetch_sub(count, 1, __ATOMIC_RELAXED);
 }
 
 /* 0, or the errno for a range that the backend's contract does not allow. */
@@ -241,25 +269,136 @@ static const struct fuse_lowlevel_ops OPS = {
     .readdir = op_readdir,
 };
 
-int front_open(struct front **out, const struct backend *backend, const char *mountpoint, struct err *e)
+/* ---- a connection that a holder keeps ---- */
+
+static void nothing(int number) { (void)number; } /* it is there to end a read with EINTR */
+
+/* The kernel's FUSE_INIT into the buffer; its length, or -errno. A predecessor may have taken it and died. */
+static ssize_t take_init(struct front *f)
+{
+    struct fuse_out_header resend = {.len = sizeof resend, .error = NOTIFY_RESEND};
+    if (write(f->held->fuse, &resend, sizeof resend) < 0)
+        return -errno;
+    ssize_t n;
+    do
+        n = read(f->held->fuse, f->buffer, BUFFER_BYTES);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+/* Gives libfuse a FUSE_INIT; what it answers comes out at `socket`. The answer's length, or -errno. */
+static ssize_t answer_of(struct front *f, void *init, size_t length, int socket, void *answer, size_t room)
+{
+    struct fuse_buf buffer = {.mem = init, .size = length};
+    fuse_session_process_buf(f->session, &buffer);
+    ssize_t n = recv(socket, answer, room, MSG_DONTWAIT);
+    const struct fuse_out_header *head = answer;
+    if (n < 0)
+        return -errno;
+    return n < (ssize_t)sizeof *head ? -EPROTO : head->error ? head->error : n;
+}
+
+static int refuse(int rc, struct err *e)
+{
+    err_sys(e, rc, "the FUSE connection cannot be begun");
+    return rc;
+}
+
+/* libfuse, whose session is at `ours` of a pair of sockets, and the kernel agree, or have done so before. */
+static int agree(struct front *f, int theirs, struct err *e)
+{
+    struct held *h = f->held;
+    uint8_t answer[FMT_HELD_NOTE_INIT];
+    bool agreed;
+    int rc = held_agreed(h, &agreed, e);
+    if (rc)
+        return rc;
+    ssize_t length = h->note->init_length;
+    if (agreed)
+        memcpy(f->buffer, h->note->init, (size_t)length);
+    else if ((length = take_init(f)) < 0)
+        return refuse((int)length, e);
+    ssize_t answered = answer_of(f, f->buffer, (size_t)length, theirs, answer, sizeof answer);
+    if (answered < 0)
+        return refuse((int)answered, e);
+    if (agreed && (answered != h->note->answer_length || memcmp(answer, h->note->answer, (size_t)answered) != 0)) {
+        err_set(e, ERR_PRECONDITION, "this engine or its libfuse would agree on something else with the kernel than the one "
+                                     "before did: its connection cannot be taken over");
+        err_hint(e, "pgcdp down and pgcdp up begin another one");
+        return ERR_PRECONDITION;
+    }
+    if (!agreed && (rc = held_agree(h, f->buffer, (size_t)length, answer, (size_t)answered, e)) != 0)
+        return rc;
+    /* ENOENT: it was answered by the one before, who may as well have died just before that. */
+    if (write(h->fuse, answer, (size_t)answered) < 0 && errno != ENOENT)
+        return refuse(-errno, e);
+    return 0;
+}
+
+/* The session is on the holder's connection, which is begun. */
+static int open_held(struct front *f, struct err *e)
+{
+    int pair[2];
+    char place[32];
+    /* Touched, so that a request never dies of a page that is not there when this process is killed while it is copied:
+     * the kernel would end it with an I/O error. By malloc, since libfuse may make it larger. */
+    if (posix_memalign(&f->buffer, BLOCK, BUFFER_BYTES) != 0)
+        return err_sys(e, -ENOMEM, "fuse");
+    memset(f->buffer, 0, BUFFER_BYTES);
+    f->open_count = f->held->note->open;
+    struct sigaction action = {.sa_handler = nothing};
+    sigaction(SIGUSR1, &action, NULL);
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+        return err_sys(e, -errno, "cannot make a pair of sockets");
+    snprintf(place, sizeof place, "/dev/fd/%d", pair[0]);
+    int rc = fuse_session_mount(f->session, place) == 0 ? 0 : err_set(e, -EIO, "libfuse does not take %s", place);
+    bool taken = rc == 0; /* then pair[0] is the session's to close */
+    if (rc == 0)
+        rc = agree(f, pair[1], e);
+    if (rc == 0 && dup3(f->held->fuse, pair[0], O_CLOEXEC) < 0)
+        rc = err_sys(e, -errno, "cannot copy a descriptor");
+    close(pair[1]);
+    if (!taken)
+        close(pair[0]);
+    if (rc == 0)
+        __atomic_add_fetch(&f->held->note->captures, 1, __ATOMIC_RELAXED);
+    return rc;
+}
+
+static int mount_own(struct front *f, struct err *e)
+{
+    if (fuse_session_mount(f->session, f->mountpoint) == 0)
+        return 0;
+    err_set(e, ERR_PRECONDITION, "cannot mount FUSE at %s", f->mountpoint);
+    err_hint(e, "see that /dev/fuse exists and the directory is empty and not mounted");
+    return ERR_PRECONDITION;
+}
+
+int front_open(struct front **out, const struct backend *backend, const char *mountpoint, struct held *held, struct err *e)
 {
     struct front *f = calloc(1, sizeof *f);
     if (!f)
         return err_sys(e, -ENOMEM, "fuse");
     f->backend = *backend;
+    f->mountpoint = mountpoint;
+    f->held = held;
+    f->open_count = f->own_count;
+    f->reader = pthread_self();
     char options[] = "fsname=pgcdp,subtype=pgcdp,default_permissions,max_read=1048576";
     char program[] = "pgcdp-engine", flag[] = "-o";
     char *argv[] = {program, flag, options, NULL};
     struct fuse_args args = FUSE_ARGS_INIT(3, argv);
     f->session = fuse_session_new(&args, &OPS, sizeof OPS, f);
     fuse_opt_free_args(&args);
-    if (!f->session || fuse_session_mount(f->session, mountpoint) != 0) {
+    int rc = f->session ? 0 : err_set(e, -ENOMEM, "libfuse makes no session");
+    if (rc == 0)
+        rc = held ? open_held(f, e) : mount_own(f, e);
+    if (rc) {
         if (f->session)
             fuse_session_destroy(f->session);
+        free(f->buffer);
         free(f);
-        err_set(e, ERR_PRECONDITION, "cannot mount FUSE at %s", mountpoint);
-        err_hint(e, "see that /dev/fuse exists and the directory is empty and not mounted");
-        return ERR_PRECONDITION;
+        return rc;
     }
     static const struct done done = {.write = done_write, .read = done_read};
     f->backend.set_done(f->backend.self, &done);
@@ -267,18 +406,42 @@ int front_open(struct front **out, const struct backend *backend, const char *mo
     return 0;
 }
 
+/* From now on the kernel sends again what the process before had taken and not answered. */
+static void take_over(struct front *f)
+{
+    struct fuse_out_header resend = {.len = sizeof resend, .error = NOTIFY_RESEND};
+    if (write(f->held->fuse, &resend, sizeof resend) < 0)
+        log_error("fuse: the kernel does not send again what was not answered: %s", strerror(errno));
+    log_info("serving a held connection, capture process %lu of it", held_captures(f->held));
+}
+
+static void count_resent(struct front *f, const struct fuse_buf *buffer)
+{
+    const struct fuse_in_header *head = buffer->mem;
+    if (head->unique & RESENT) {
+        atomic_fetch_add(&f->resent, 1);
+        __atomic_add_fetch(&f->held->note->resent, 1, __ATOMIC_RELAXED);
+    }
+}
+
 int front_serve(struct front *f)
 {
-    struct fuse_buf buffer = {.mem = NULL};
+    struct fuse_buf buffer = {.mem = f->buffer};
     int rc = 0;
-    while (!fuse_session_exited(f->session)) {
+    f->buffer = NULL;
+    if (f->held)
+        take_over(f);
+    while (!fuse_session_exited(f->session) && !(f->held && atomic_load(&f->stopping))) {
         rc = fuse_session_receive_buf(f->session, &buffer);
         if (rc == -EINTR)
             continue;
         if (rc <= 0)
             break;
+        if (f->held)
+            count_resent(f, &buffer);
         fuse_session_process_buf(f->session, &buffer);
     }
+    atomic_store(&f->left, true);
     free(buffer.mem);
     /* Unmounting from another thread closes the descriptor under this one. */
     if (rc >= 0 || rc == -ENODEV || atomic_load(&f->stopping))
@@ -287,17 +450,45 @@ int front_serve(struct front *f)
     return rc;
 }
 
-unsigned front_open_count(const struct front *f, unsigned volume) { return atomic_load(&f->open_count[volume]); }
+unsigned front_open_count(const struct front *f, unsigned volume)
+{
+    return __atomic_load_n(&f->open_count[volume], __ATOMIC_RELAXED);
+}
+
+uint64_t front_resent(const struct front *f) { return atomic_load(&f->resent); }
 
 int front_grown(struct front *f, unsigned volume)
 {
     return fuse_lowlevel_notify_inval_inode(f->session, FIRST_INO + volume, -1, 0); /* attributes alone */
 }
 
+void front_leave(struct front *f)
+{
+    atomic_fetch_add(&f->leaving, 1);
+    atomic_store(&f->stopping, true);
+    while (!atomic_load(&f->left)) { /* a signal that comes just before the read is lost */
+        pthread_kill(f->reader, SIGUSR1);
+        nanosleep(&PAUSE, NULL);
+    }
+    atomic_fetch_sub(&f->leaving, 1);
+}
+
+int front_unmount(struct front *f)
+{
+    int rc = umount2(f->mountpoint, UMOUNT_NOFOLLOW) < 0 ? -errno : 0;
+    if (rc && rc != -EINVAL)
+        return rc;
+    for (unsigned i = 0; rc && i < f->backend.volumes; i++) /* somebody else took it out of the tree, and files may be open */
+        if (front_open_count(f, i))
+            return -EBUSY;
+    front_leave(f);
+    return 0;
+}
+
 void front_stop(struct front *f)
 {
     /* The kernel then ends the reader's blocking read with ENODEV. */
-    if (!atomic_exchange(&f->stopping, true))
+    if (!atomic_exchange(&f->stopping, true) && !f->held)
         fuse_session_unmount(f->session);
 }
 
@@ -306,6 +497,9 @@ void front_close(struct front *f)
     if (!f)
         return;
     front_stop(f);
+    while (atomic_load(&f->leaving))
+        nanosleep(&PAUSE, NULL);
     fuse_session_destroy(f->session);
+    free(f->buffer);
     free(f);
 }

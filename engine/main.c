@@ -4,6 +4,7 @@
 
 #include "capture.h"
 #include "dump.h"
+#include "holder.h"
 #include "list_map.h"
 #include "show_view.h"
 #include "wal_index.h"
@@ -14,6 +15,7 @@ static const struct {
     const char *help;
 } COMMANDS[] = {
     {"capture", cmd_capture, "serve a set's volumes and journal every write"},
+    {"hold", cmd_hold, "keep a set's FUSE connection while capture processes come and go"},
     {"view", cmd_view, "serve a set's volumes as they were at a recovery point"},
     {"dump", cmd_dump, "list the records of a journal"},
     {"map", cmd_map, "list what the map of a view says"},

@@ -212,7 +212,7 @@ static void settle_in(void)
 static int serve(struct shown *s, struct err *e)
 {
     s->backend = view_backend(s->view);
-    int rc = front_open(&s->front, &s->backend, s->fuse_dir, e);
+    int rc = front_open(&s->front, &s->backend, s->fuse_dir, NULL, e);
     if (rc == 0)
         rc = control_start(&s->control, s->socket, handle, s, e);
     if (rc == 0)

@@ -429,6 +429,13 @@ static void stop_thread(struct volume_set *vs, bool *flag, pthread_cond_t *cond,
 int vs_stop(struct volume_set *vs, struct err *e)
 {
     int rc = 0;
+    if (vs->threads > 1) { /* what waits for room gets it, as long as there is any to be had */
+        HOLD_LOCK(&vs->lock);
+        while (vs->parked_first && !why_not_to_wait(vs)) {
+            pthread_cond_signal(&vs->to_apply);
+            pthread_cond_wait(&vs->progress, &vs->lock);
+        }
+    }
     if (vs->threads > 0)
         stop_thread(vs, &vs->stop_committer, &vs->to_commit, vs->committer);
     if (vs->threads > 1) {

@@ -5,7 +5,7 @@ One asyncio loop asks the engine how far the journal is, decides when to cut, an
 begun again from what is on disk: there is no state that only this process has.
 
 The socket takes a JSON object a line and answers with one: {"cmd":"status"}, {"cmd":"cut"}, {"cmd":"cut_at_shutdown"},
-{"cmd":"grow","volume","bytes"}, {"cmd":"stop"}.
+{"cmd":"grow","volume","bytes"}, {"cmd":"swap"}, {"cmd":"stop"}.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pgcdp.postgres.control import State
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.serving.answers import Answers, Json
 from pgcdp.serving.background import Background
+from pgcdp.serving.keeping import Keeping
 from pgcdp.serving.metrics import Numbers, registry
 from pgcdp.serving.metrics_door import MetricsService
 from pgcdp.serving.questions import Questions
@@ -100,6 +101,7 @@ class Agent:
         self.newest_write_ns: int | None = None
         self.metrics = MetricsService(config.metrics_listen, registry(config, self._numbers))
         self.background = Background(config, self.stopping.is_set)
+        self.keeping = Keeping(config)
 
     # --- life
 
@@ -116,6 +118,7 @@ class Agent:
                 "cut": self._cut,
                 "cut_at_shutdown": self._cut_at_shutdown,
                 "grow": self._grow,
+                "swap": self._swap,
                 "stop": self._end,
             },
             paths.agent_log,
@@ -127,6 +130,7 @@ class Agent:
             os.umask(mask)
         logger.info("agent of set %s, pid %d", self.config.name, os.getpid())
         expiring = asyncio.create_task(self.background.expire_clones())
+        self.keeping.start()
         try:
             while not self.stopping.is_set():
                 await self._turn()
@@ -144,6 +148,7 @@ class Agent:
             await self.questions.close()
             self.worker.shutdown()
             self.background.close()
+            self.keeping.close()
             paths.agent_socket.unlink(missing_ok=True)
             logger.info("agent stopped")
 
@@ -435,6 +440,7 @@ class Agent:
             **describe(self.stages, self.error, self.waiting, self.questions, self.surroundings, self.background),
             "rates": self.rates.told(),
             "metrics": self.metrics.told(),
+            "not_kept": self.keeping.error,
             "clock_jumps": [asdict(jump) for jump in self.clock.jumps],
         }
 
@@ -472,6 +478,10 @@ class Agent:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
         await self._in_worker(self.stages.grow, int(request["volume"]), int(request["bytes"]))
         return {"bytes": int(request["bytes"])}
+
+    async def _swap(self, request: Json) -> Json:
+        """The installed engine captures instead of the running one when this is answered."""
+        return await asyncio.to_thread(self.keeping.swap)
 
     async def _until(self, happened: Callable[[], bool]) -> None:
         """Wait for a turn after which it has happened. Raises PgcdpError with what went wrong before it did."""

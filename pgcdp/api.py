@@ -18,6 +18,7 @@ from pgcdp import (
     extending,
     growing,
     healing,
+    keeping,
     owning,
     rewinding,
     salvaging,
@@ -183,13 +184,22 @@ def _end_agent(config: Config, progress: Report) -> None:
     service.stop(config)
 
 
-def up(set_name: str, progress: Report = silent, *, heal: healing.Agree | None = None, take_over: bool = False) -> Json:
-    """Attach, mount, start Postgres and the agent.
+def up(
+    set_name: str,
+    progress: Report = silent,
+    *,
+    heal: healing.Agree | None = None,
+    take_over: bool = False,
+    upgrade: bool = False,
+) -> Json:
+    """Attach, mount, start Postgres and the agent; with `upgrade` the installed version captures from now on.
 
     With `take_over` a journal and store that belong to another machine or state root are this one's from now on.
     With `heal` every block is compared before that, and what differs is taken in as a gap ("gap" in what is returned,
     None when nothing differed): it is told what was found, and raises to stop it.
     """
+    if upgrade and engine_status(load_config(set_name)) is not None:
+        keeping.upgrade(load_config(set_name), progress)
     config = load_config(set_name)
     owning.check(config, take_over, progress)
     below = scratch_of(config.set_id_bytes)

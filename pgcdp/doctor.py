@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from pgcdp import rewinding, scrubbing, service
-from pgcdp.capture import clocks, disks, kernel, modes, volumes
+from pgcdp import keeping, rewinding, scrubbing, service
+from pgcdp.capture import clocks, disks, holder, kernel, modes, volumes
 from pgcdp.capture.engine import EngineStatus, run_engine
 from pgcdp.capture.outside import all_mounted, find_outside, takes_in
 from pgcdp.checking import space
@@ -26,6 +26,8 @@ from pgcdp.store.layout import Store
 from pgcdp.store.published import published
 from pgcdp.units import format_size
 
+ON_VOLUMES = frozenset({"settings", "data outside the set", "role", "places"})
+"""Checks that look at the volumes or ask Postgres: left out while those wait for a capture process."""
 LOOK_LATE_SECONDS = 300
 """Age of the last look at all catalogs from which on it is told."""
 
@@ -40,6 +42,7 @@ def examine(
     steps: list[Step] = [
         ("rewind", lambda: _rewind(config)),
         ("capture", lambda: _capture(config, engine)),
+        ("holder", lambda: _holder(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config, engine)),
         ("data outside the set", lambda: _outside(config)),
@@ -52,6 +55,8 @@ def examine(
         ("journal", lambda: _journal(config, engine, full)),
         ("store", lambda: _store(config, full, config.scrub_rate if rate is None else rate, progress)),
     ]
+    if engine is None and keeping.state_of(config, engine) == "stalled":
+        steps = [step for step in steps if step[0] not in ON_VOLUMES]
     return run(steps, progress)
 
 
@@ -79,6 +84,20 @@ def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
         yield failed("capture", "; ".join(engine.raw["errors"]), f"look at {config.paths.engine_log}")
     else:
         yield passed("capture", f"write {engine.durable_write} is durable")
+
+
+def _holder(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
+    """Whether capture would outlive its process."""
+    missing, problem = holder.missing(), keeping.problem(config, engine)
+    if missing is not None:
+        yield warned("holder", f"none: if capture dies, Postgres sees I/O errors and panics: {missing}")
+    elif problem is not None:
+        yield failed("holder", problem, f"pgcdp up {config.name}")
+    elif engine is None:
+        yield passed("holder", "none: nothing is captured")
+    else:
+        found = holder.find(config.paths)
+        yield passed("holder", f"pid {found.pid if found else 0} keeps the connection when capture dies")
 
 
 def _agent(config: Config) -> Iterator[Finding]:

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import fsio, log, service
-from pgcdp.capture import attach, checks, places, planning, volumes
+from pgcdp.capture import attach, checks, held, places, planning, volumes
 from pgcdp.capture.copying import copy_tree, measure
-from pgcdp.capture.engine import EngineClient, EngineGone, spawn_capture
+from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.planning import Backing, Wish
 from pgcdp.config import Config, SetPaths, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError
@@ -347,6 +347,8 @@ def _put_back(doing: Pending, progress: Report) -> None:
     if doing.captured:
         if EngineClient(before.paths.control).alive():
             service.start(before)  # unmounting may wait for room in the journal
+        else:
+            held.cut_off(before.paths)  # unmounting shall not wait for one that may never come up
         _unmount_scratch(doing)
         _capture_without(doing, progress)
     if doing.step == "back":
@@ -381,11 +383,10 @@ def _capture_without(doing: Pending, progress: Report) -> None:
             attach.detach(doing.after, progress)
         except (PgcdpError, OSError) as error:
             _log.warning("capture with the new volume does not end cleanly: %s", error)
-            with suppress(EngineGone):
-                attach.kill_and_wait(client.status().pid)
+            held.cut_off(before.paths)
     if not client.alive():
         attach.clean_leftovers(doing.after, progress)
-        spawn_capture(before, put_back=True)
+        held.start(before, put_back=True)
 
 
 def _switch_back(doing: Pending) -> None:

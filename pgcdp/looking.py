@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pgcdp import forecast, rewinding, scrubbing, service
+from pgcdp import forecast, keeping, rewinding, scrubbing, service
 from pgcdp.capture import volumes
 from pgcdp.capture.engine import EngineStatus
 from pgcdp.config import Config, load_config
@@ -58,6 +58,8 @@ def status(set_name: str) -> Json:
                 points = source.window()
             except DamageError as error:
                 damage, points = error.message, window(source.published())
+            except OSError as error:  # the journal's directory is gone
+                damage, points = str(error), window(source.published())
             opened = window_json(*points)
             intervals = source.intervals()
             stored = intervals[-1] if intervals else None
@@ -66,10 +68,11 @@ def status(set_name: str) -> Json:
     return {
         "set": set_name,
         "dsn": service_dsn(config),
-        "state": engine.state if engine else "stopped",
-        "postgres": "stopped" if cluster.find_postmaster(config.pgdata) is None else "running",
+        "state": keeping.state_of(config, engine),
+        "postgres": _postgres(config, engine),
         "phase": agent.get("phase", "stopped"),
         "error": "; ".join(_wrong(engine, agent.get("error") or damage or _interrupted(config))) or None,
+        "held": keeping.held_json(config, engine, agent),
         "baseline": agent.get("baseline"),
         "engine": engine.raw if engine else None,
         "agent": agent or None,
@@ -102,6 +105,13 @@ def status(set_name: str) -> Json:
 def _wrong(engine: EngineStatus | None, other: str | None) -> list[str]:
     """What does not work: the disks of journal and volumes first, since production waits for them."""
     return [*(engine.errors if engine else ()), *([other] if other else [])]
+
+
+def _postgres(config: Config, engine: EngineStatus | None) -> str:
+    """Whether it runs. While writes wait for a capture process, what lies on the volumes is not looked at."""
+    waits = engine is None and keeping.state_of(config, engine) == "stalled"
+    found = cluster.find_processes(config.pgdata) if waits else cluster.find_postmaster(config.pgdata)
+    return "running" if found else "stopped"
 
 
 def _interrupted(config: Config) -> str | None:
@@ -161,6 +171,7 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
         ],
         "marks": known,
         "gaps": gaps_json(source),
+        "restarts": keeping.restarts_json(events),
         "expired": [_expired(each) for each in events if each.get("event") == EXPIRE][:EXPIRED],
         "damages": [damage_json(each) for each in damages],
         "lost": [_lost_json(first, last) for first, last in _joined(lost)],

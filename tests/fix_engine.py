@@ -193,8 +193,12 @@ class Capture:
             return []
         suspicious = re.compile(r"\b(warn|warning|error|ERROR|runtime error|assert\w*)\b")
         lines = self.log.read_text(errors="replace").splitlines()
-        allowed = self.allowed if _may_flush() else [*self.allowed, "cannot become an I/O flusher"]
+        allowed = self.allowed if _may_flush() else [*self.allowed, *NOT_ALLOWED]
         return [line for line in lines if suspicious.search(line) and not any(re.search(a, line) for a in allowed)]
+
+
+NOT_ALLOWED = ("cannot become an I/O flusher", "cannot leave the out-of-memory killer's list")
+"""What an engine says where the machine does not let root do that."""
 
 
 def _may_flush() -> bool:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,10 @@ import pytest
 
 from pgcdp import config as settings
 from pgcdp import proc
-from pgcdp.capture import attach, protect, volumes
+from pgcdp.capture import held, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
-from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from tests.waiting import wait_until
 
@@ -121,15 +120,18 @@ def free_port() -> int:
 
 def _take_down(house: House) -> None:
     """Whatever a test left: every Postgres process, mount, loop device and engine of the scratch directory."""
+    sets = [settings.set_paths(place.name) for place in house.root.glob("sets/run/pgcdp/*/")]
+    for paths in sets:
+        if not EngineClient(paths.control).alive():
+            held.cut_off(paths)  # else what is above its holder waits
     cluster.kill_leftovers(house.pgdata)
     for mount in reversed(volumes.mounts_below(house.root)):
         if mount.mountpoint.name != "fuse":
             wait_until(partial(_unmounted, mount.mountpoint), what=f"unmount of {mount.mountpoint}")
     for device in volumes.loops_over(house.root):
         volumes.detach_loop(device)
-    for door in list(house.root.glob("sets/run/pgcdp/*/engine.sock")):
-        with suppress(PgcdpError):
-            attach.kill_and_wait(EngineClient(door).status().pid)
+    for paths in sets:
+        held.cut_off(paths)
     for mount in volumes.mounts_below(house.root):
         volumes.unmount_lazily(mount.mountpoint)
 

@@ -23,7 +23,7 @@ import psycopg
 import pytest
 
 from pgcdp import api, opening, service
-from pgcdp.capture import attach, engine
+from pgcdp.capture import attach, engine, held, holder
 from pgcdp.capture.attach import kill_and_wait
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.volumes import backing_bytes
@@ -38,7 +38,7 @@ from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 from tests.beside import repeated
-from tests.fix_engine import _may_flush, _plain_program
+from tests.fix_engine import NOT_ALLOWED, _may_flush, _plain_program
 from tests.fix_postgres import bad_lines, postgres_user
 from tests.moments import scratch_below
 from tests.waiting import wait_until
@@ -157,8 +157,16 @@ class ProtectedSet:
         return result
 
     def kill_engine(self) -> None:
-        """kill -9 of the capture process."""
+        """kill -9 of the capture process and its holder: what is above sees I/O errors."""
+        held.cut_off(self.config.paths)
+
+    def kill_capture(self) -> None:
+        """kill -9 of the capture process alone: its holder keeps the connection for the next one."""
         kill_and_wait(self.engine.status().pid)
+
+    def kill_holder(self) -> None:
+        """kill -9 of the holder alone."""
+        holder.end(self.config.paths)
 
     def capturing(self) -> bool:
         """Whether a capture process serves the volumes now."""
@@ -174,13 +182,11 @@ class ProtectedSet:
         _reap()
 
     def kill_both(self) -> None:
-        """kill -9 of agent and capture process, one right after the other."""
+        """kill -9 of agent, holder and capture process, one right after the other."""
         agent = self.agent_pid()
-        capture = self.engine.status().pid
-        for pid in (capture, agent):
-            os.kill(pid, signal.SIGKILL)
-        for pid in (capture, agent):
-            kill_and_wait(pid)
+        os.kill(agent, signal.SIGKILL)
+        held.cut_off(self.config.paths)
+        kill_and_wait(agent)
         _reap()
 
     def up(self) -> None:
@@ -241,7 +247,7 @@ class ProtectedSet:
             log = self.config.cluster.log_file
             if log.exists():
                 found += bad_lines(log.read_text(errors="replace"), self.allowed)
-            allowed = self.allowed if _may_flush() else [*self.allowed, "cannot become an I/O flusher"]
+            allowed = self.allowed if _may_flush() else [*self.allowed, *NOT_ALLOWED]
             return [line for line in found if not any(re.search(pattern, line) for pattern in allowed)]
         return []
 
@@ -294,7 +300,7 @@ def _reap() -> None:
     """Collect ended agents and engines, so that none stays a zombie; the test's own children are left to it."""
     for child in service._children:
         child.poll()
-    engine._reap()
+    engine.reap()
 
 
 def cutting(found: ProtectedSet) -> AbstractContextManager[None]:

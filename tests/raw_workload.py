@@ -327,8 +327,17 @@ def order_faults(ops: Iterable[Op]) -> list[str]:
     return wrong
 
 
-def coverage_faults(ops: Iterable[Op], records: Iterable[Record]) -> list[str]:
-    """Answered operations whose records do not cover their whole range."""
+def coverage_faults(ops: Iterable[Op], records: Iterable[Record], resent: bool = False) -> list[str]:
+    """Answered operations whose records do not cover their whole range, each part once; `resent`: at least once."""
+    if resent:
+        ranges = {record.number: range(record.offset, record.offset + record.length, BLOCK) for record in records}
+        return [
+            f"{op}: the journal lacks blocks of it"
+            for op in ops
+            if op.answered
+            and op.kind != MARK
+            and {at for n in op.numbers for at in ranges[n]} != set(range(op.offset, op.offset + op.length, BLOCK))
+        ]
     lengths = {record.number: record.length for record in records}
     return [
         f"{op}: the journal has {sum(lengths[n] for n in op.numbers)} bytes of it"
@@ -337,7 +346,10 @@ def coverage_faults(ops: Iterable[Op], records: Iterable[Record]) -> list[str]:
     ]
 
 
-def assert_history(ops: Sequence[Op], records: Sequence[Record]) -> None:
-    """Everything that can be said of a journal that holds all the writes of these operations, and no others."""
-    faults = match(ops, records) + order_faults(ops) + coverage_faults(ops, records)
+def assert_history(ops: Sequence[Op], records: Sequence[Record], resent: bool = False) -> None:
+    """Everything that can be said of a journal that holds all the writes of these operations, and no others.
+
+    `resent`: it may hold one twice, whose first record was durable and not answered when its engine died.
+    """
+    faults = match(ops, records) + order_faults(ops) + coverage_faults(ops, records, resent)
     assert not faults, "\n".join(faults[:20])

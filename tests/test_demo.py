@@ -123,12 +123,18 @@ def signalled(word: bytes, number: int) -> Callable[[Path], None]:
     return act
 
 
+def cut_off(place: Path) -> None:
+    """Kill capture with its holder, which would keep the volumes for the next one."""
+    for word in (b"hold", b"capture"):
+        signalled(word, signal.SIGKILL)(place)
+
+
 FAILURES: dict[str, tuple[dict[str, Callable[[Path], None]], str]] = {
     "while the agent hangs": (
         {"load:": lay_in_the_way, "restoring": signalled(b"agent", signal.SIGSTOP)}, "restoring to just before it"
     ),
     "the agent is gone": ({"load:": signalled(b"agent", signal.SIGKILL)}, "checkpoint, cutting the interval"),
-    "capture is gone": ({"load:": signalled(b"capture", signal.SIGKILL)}, ""),
+    "capture is gone": ({"load:": cut_off}, ""),
 }  # fmt: skip
 
 

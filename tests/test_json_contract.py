@@ -109,8 +109,10 @@ STATUS: Shape = {
     "recovery_window": WINDOW,
     "outside": Maybe([OUTSIDE]),
     "scrub": Maybe(SCRUB),
+    "held": {"holder": Maybe(int), "restarts": int, "resent": int, "problem": Maybe(str)},
     "volumes": [{"name": str, "device": Maybe(str), "backing": str, "mountpoint": str, "bytes": int}],
 }
+RESTART: Shape = {"time": TIME, "why": re.compile("died|upgrade"), "pid": Maybe(int), "seconds": float}
 END: Shape = {"xid": int, "time": TIME, "lsn": LSN, "write": int, "status": str}
 RESOLVED: Shape = {"recovery_point": POINT, "seconds": float, "outside": Maybe([OUTSIDE]),
                    "last_in": Maybe(END), "first_out": Maybe(END), "out": Maybe(int), "also_out": [END]}  # fmt: skip
@@ -281,6 +283,7 @@ def test_cut_and_info(protected: Protected) -> None:
     assert fits(closed, INTERVAL) == []
     value = protected.json("info")
     assert fits(value, {"set": str, "recovery_window": WINDOW, "intervals": [INTERVAL], "expired": [EXPIRED]}) == []
+    assert fits(value, {"restarts": [RESTART]}) == []
     assert fits(value, {"damages": [DAMAGE], "lost": [LOST_WRITES]}) == []
     assert value["damages"] == value["lost"] == []
     assert value["gaps"] == []

@@ -52,6 +52,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.extending": 7,
     "pgcdp.growing": 7,
     "pgcdp.healing": 7,
+    "pgcdp.keeping": 7,
     "pgcdp.expiring": 7,
     "pgcdp.marking": 7,
     "pgcdp.scrubbing": 7,
@@ -115,11 +116,15 @@ C_FLOORS: dict[str, int] = {
     "volume": 4,
     "volume_set": 4,
     "apply": 4,
+    "runs": 3,
+    "replay": 4,
     "reads": 4,
     "view": 4,
+    "held": 4,
     "front_fuse": 5,
     "control": 5,
     "capture": 6,
+    "holder": 6,
     "dump": 6,
     "show_view": 6,
     "list_map": 6,
@@ -303,15 +308,16 @@ def test_back_rooms_of_the_engine_are_private() -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "room"), [("fuse_lowlevel.h", "front_fuse"), ("fuse.h", "front_fuse"), ("sys/un.h", "control")]
+    ("header", "rooms"),
+    [("fuse_lowlevel.h", {"front_fuse"}), ("fuse.h", {"front_fuse"}), ("sys/un.h", {"control", "held"})],
 )
-def test_doors_of_the_engine_have_one_file_each(header: str, room: str) -> None:
+def test_doors_of_the_engine_have_one_file_each(header: str, rooms: set[str]) -> None:
     users = [
         name
         for name in _c_files()
         if re.search(rf"#\s*include\s+<(fuse3/)?{re.escape(header)}>", (ROOT / "engine" / name).read_text("utf-8"))
     ]
-    assert {_room(user) for user in users} <= {room}
+    assert {_room(user) for user in users} <= rooms
 
 
 def test_meson_builds_each_c_file() -> None:

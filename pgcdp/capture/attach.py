@@ -12,16 +12,17 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pgcdp import fsio, proc
-from pgcdp.capture import fingerprint, home, sharing, volumes
-from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone, spawn_capture
+from pgcdp import fsio, log, proc
+from pgcdp.capture import fingerprint, held, home, sharing, volumes
+from pgcdp.capture.engine import EngineBusy, EngineClient
 from pgcdp.capture.journal import Journal
+from pgcdp.capture.keeper import Keeper
 from pgcdp.config import Config, SetPaths, VolumeConfig
-from pgcdp.errors import PreconditionError
+from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.progress import Progress, Report, silent
 
@@ -31,6 +32,7 @@ BUSY_SECONDS = 20.0
 STOP_SECONDS = 600.0
 """A shutdown checkpoint of large shared buffers takes minutes on slow disks."""
 T = TypeVar("T")
+_log = log.get(__name__)
 
 
 def nothing() -> None:
@@ -61,7 +63,7 @@ def down(config: Config, progress: Report = silent) -> None:
     """
     with hold(config.paths):
         refuse_pending(config.paths)
-        if not EngineClient(config.paths.control).alive():
+        if not EngineClient(config.paths.control).alive() and not _goes_on(config, progress):
             if not _anything_left(config) and _journal_is_clean(config):
                 return
             clean_leftovers(config, progress)
@@ -87,10 +89,16 @@ def quiesce(config: Config, progress: Report = silent) -> None:
             stop_cluster(config, progress)
 
 
-def hold(paths: SetPaths) -> fsio.FileLock:
-    """The lock that protect, unprotect, up and down of a set hold. Raises PreconditionError naming who has it."""
+@contextlib.contextmanager
+def hold(paths: SetPaths) -> Iterator[None]:
+    """The lock that protect, unprotect, up and down of a set hold. Raises PreconditionError naming who has it.
+
+    A capture process that dies meanwhile is replaced (keeper.py): what is done inside may wait for it, also without an
+    agent.
+    """
     paths.lock.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    return fsio.FileLock(paths.lock, "another pgcdp protect, unprotect, up or down")
+    with fsio.FileLock(paths.lock, "another pgcdp protect, unprotect, up or down"), Keeper(paths):
+        yield
 
 
 def refuse_pending(paths: SetPaths) -> None:
@@ -124,6 +132,7 @@ def attach(
 ) -> EngineClient:
     """`up` without Postgres. `create` begins a new journal."""
     client = EngineClient(config.paths.control)
+    _take_over(config, progress)
     if client.alive():
         captured()
     if not create and is_attached(config):
@@ -134,7 +143,7 @@ def attach(
         if _anything_left(config):
             clean_leftovers(config, progress)
         progress(Progress("starting capture" if create else "starting capture, replaying the journal"))
-        client = spawn_capture(config, create=True) if create else _start_capture(config)
+        client = held.start(config, True) if create else _start_capture(config)
         captured()
     elif any(_our_mount(config, volume) and not _healthy(config, volume) for volume in config.volumes):
         end_postgres(config, progress)
@@ -174,6 +183,7 @@ def start_capture(config: Config, progress: Report = silent, captured: Callable[
     Raises what `unmount` does.
     """
     client = EngineClient(config.paths.control)
+    _take_over(config, progress)
     if not client.alive():
         if _anything_left(config):
             clean_leftovers(config, progress)
@@ -190,7 +200,7 @@ def _start_capture(config: Config) -> EngineClient:
     home.refuse_elsewhere(config)
     sharing.refuse_shared(config)
     fingerprint.refuse_changed(config)
-    return spawn_capture(config)
+    return held.start(config)
 
 
 def detach(config: Config, progress: Report = silent) -> None:
@@ -203,19 +213,22 @@ def detach(config: Config, progress: Report = silent) -> None:
     progress(Progress("stopping capture"))
     _detach_all(config)
     fingerprint.keep(config, control)
-    client = EngineClient(config.paths.control)
-    _retry(client.stop, EngineBusy)
-    volumes.unmount_lazily(config.paths.fuse)
+    _retry(lambda: held.stop(config.paths), EngineBusy)
 
 
 def is_attached(config: Config) -> bool:
     """Whether the engine answers and every volume is mounted, readable and writable."""
-    return all(_healthy(config, volume) for volume in config.volumes) and EngineClient(config.paths.control).alive()
+    # In this order: while nobody serves a connection that a holder keeps, looking at a volume waits.
+    return EngineClient(config.paths.control).alive() and all(_healthy(config, volume) for volume in config.volumes)
 
 
 def clean_leftovers(config: Config, progress: Report = silent) -> None:
-    """After a crash of the engine: end Postgres, unmount, detach, drop the dead FUSE mount."""
+    """After a crash of the engine: end Postgres, unmount, detach, drop the dead FUSE mount.
+
+    A holder that keeps its connection is ended first, so that nothing of that waits any more.
+    """
     progress(Progress("cleaning up what a crash left"))
+    held.cut_off(config.paths)
     end_postgres(config, progress)
     _unmount_all(config, silent, sync=False)
     _detach_all(config)
@@ -224,11 +237,12 @@ def clean_leftovers(config: Config, progress: Report = silent) -> None:
 
 def discard(config: Config) -> None:
     """Take everything down at once, without applying the journal: for volumes that are given up."""
+    if not EngineClient(config.paths.control).alive():
+        held.cut_off(config.paths)
     end_postgres(config)
     _unmount_all(config, silent, sync=False)
     _detach_all(config)
-    with contextlib.suppress(EngineGone):
-        kill_and_wait(EngineClient(config.paths.control).status().pid)
+    held.cut_off(config.paths)
     volumes.unmount_lazily(config.paths.fuse)
 
 
@@ -333,6 +347,27 @@ def stop_cluster(config: Config, progress: Report = silent, timeout: float = STO
     """Stop Postgres (fast), if it runs. Raises PreconditionError when it has not stopped after `timeout` seconds."""
     progress(Progress("stopping Postgres"))
     cluster.stop(config.pgdata, timeout)
+
+
+def _take_over(config: Config, progress: Report) -> None:
+    """Go on with the connection that a holder keeps for a capture process that died, if there is one.
+
+    Raises what keeps the next one from starting; what is above the volumes waits then.
+    """
+    if held.takes_over(config.paths):
+        progress(Progress("taking over from a capture process that died"))
+        held.start(config)
+
+
+def _goes_on(config: Config, progress: Report) -> bool:
+    """The same where nothing shall wait for ever: whether capture runs again."""
+    try:
+        _take_over(config, progress)
+    except PgcdpError as error:
+        _log.warning(
+            "the connection of %s is given up, what is above it sees I/O errors: %s", config.name, error.message
+        )
+    return EngineClient(config.paths.control).alive()
 
 
 def _healthy(config: Config, volume: VolumeConfig) -> bool:

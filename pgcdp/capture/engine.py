@@ -12,16 +12,17 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pgcdp import proc
+from pgcdp.capture import holder as keeping
 from pgcdp.capture import volumes
-from pgcdp.config import Config
+from pgcdp.config import Config, SetPaths
 from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.records import Position, Volume
 
@@ -175,7 +176,7 @@ class EngineClient:
         finally:
             if ended is not None:
                 os.close(ended)
-            _reap()
+            reap()
 
 
 _NO_FILES: Mapping[int, int] = MappingProxyType({})
@@ -218,8 +219,8 @@ def find_engine() -> Path:
     return program
 
 
-def capture_command(config: Config, create: bool, put_back: bool = False) -> list[str]:
-    """The command line that captures the volumes of a set, numbered in their order."""
+def capture_command(config: Config, create: bool, put_back: bool = False, holder: Path | None = None) -> list[str]:
+    """The command line that captures the volumes of a set, numbered in their order; `holder`: its holder's socket."""
     paths = config.paths
     return [
         os.fspath(find_engine()), "capture",
@@ -231,22 +232,77 @@ def capture_command(config: Config, create: bool, put_back: bool = False) -> lis
         "--journal-limit", str(config.journal_limit),
         "--fuse", os.fspath(paths.fuse),
         "--control", os.fspath(paths.control),
+        *(["--holder", os.fspath(holder)] if holder is not None else []),
         *(f"{volume.name}:{volume.bytes}={volume.backing}" for volume in config.volumes),
     ]  # fmt: skip
 
 
 def spawn_capture(
-    config: Config, create: bool = False, timeout: float = 3600.0, *, put_back: bool = False
+    config: Config, create: bool = False, timeout: float = 3600.0, *, put_back: bool = False, holder: Path | None = None
 ) -> EngineClient:
     """Start capture in a session of its own and wait until it answers (after it replayed the journal).
 
-    With `put_back` the journal may hold writes to one volume behind the set's last, which is given up. Its output goes
-    to the set's engine log, 0600. Raises what the engine died of, by its exit code.
+    With `put_back` the journal may hold writes to one volume behind the set's last, which is given up. `holder` is the
+    socket of the set's holder, which has mounted. Its output goes to the set's engine log, 0600. Raises what the engine
+    died of, by its exit code.
     """
     paths = config.paths
-    for directory in (paths.state, paths.run, paths.fuse, config.journal):
+    for directory in (paths.state, paths.run, *([config.journal] if create else [])):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return _start(capture_command(config, create, put_back), paths.control, paths.engine_log, timeout)[0]
+    if holder is None:  # else it is mounted, and to look at it is to wait for who serves it
+        paths.fuse.mkdir(mode=0o700, exist_ok=True)
+    command = capture_command(config, create, put_back, holder)
+    return _start(command, paths.control, paths.engine_log, timeout)[0]
+
+
+def spawn_holder(paths: SetPaths, at: Path, adopt: EngineStatus | None = None, timeout: float = 60.0) -> None:
+    """Start a holder in a session of its own that listens `at`, and wait until it does: it has mounted then.
+
+    `adopt`: the status of a capture process whose holder is gone; the new one takes the connection from it instead.
+    Raises what it died of, by its exit code.
+    """
+    for directory in (paths.state, paths.run):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    command = [os.fspath(find_engine()), "hold", "--socket", os.fspath(at)]
+    if adopt is None:
+        paths.fuse.mkdir(mode=0o700, exist_ok=True)
+        command += ["--fuse", os.fspath(paths.fuse)]
+    else:
+        held = adopt.raw["held"]
+        command += ["--of", str(adopt.pid), "--fuse-fd", str(held["fuse_fd"]), "--note-fd", str(held["note_fd"])]
+    at.unlink(missing_ok=True)
+    with _log_of(paths.engine_log) as log:
+        begin = os.fstat(log).st_size
+        pid = _spawn(command, log, _NO_FILES)
+        _await(lambda: keeping.find(paths) is not None, pid, paths.engine_log, begin, timeout)
+
+
+def hand_over(client: EngineClient, ended: int, timeout: float) -> None:
+    """Have a capture process end for its successor, with its journal clean; killed after `timeout` seconds.
+
+    `ended` is its pidfd. Raises PreconditionError when it has no holder.
+    """
+    with suppress(EngineGone):  # it may end before its answer is read
+        client.request("hand_over", timeout=timeout)
+    if not select.select([ended], [], [], timeout)[0]:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(ended, signal.SIGKILL)
+        select.select([ended], [], [], timeout)
+    reap()
+
+
+def kill(pid: int, ended: int, timeout: float = 60.0) -> None:
+    """SIGKILL by a pidfd, which is closed, and await the end. Raises PreconditionError when it does not end."""
+    try:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(ended, signal.SIGKILL)
+        if not select.select([ended], [], [], timeout)[0]:
+            raise PreconditionError(
+                f"process {pid} does not end after SIGKILL", f"see /proc/{pid}/stack for what it waits"
+            )
+    finally:
+        os.close(ended)
+        reap()
 
 
 def _start(
@@ -254,15 +310,12 @@ def _start(
 ) -> tuple[EngineClient, int]:
     """Start an engine that serves and wait until it answers at `control`; gives its process id, too."""
     control.unlink(missing_ok=True)
-    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
+    with _log_of(log_file) as log:
         begin = os.fstat(log).st_size
         pid = _spawn(command, log, files)
-    finally:
-        os.close(log)
     client = EngineClient(control)
     try:
-        _await_answer(client, pid, log_file, begin, timeout)
+        _await(client.alive, pid, log_file, begin, timeout)
     except BaseException as error:
         if not isinstance(error, Exception):  # interrupted: nobody could find it before it answers
             _end(pid)
@@ -388,13 +441,14 @@ def _await_end(pid: int, timeout: float = 60.0) -> None:
     """Until a child has ended, which is killed when it does not."""
     deadline = time.monotonic() + timeout
     while pid in _children and time.monotonic() < deadline:
-        _reap()
+        reap()
         if pid in _children:
             time.sleep(0.005)
     _end(pid)
 
 
-def _reap() -> None:
+def reap() -> None:
+    """Collect the engines that this process started and that have ended, so that none stays a zombie."""
     for pid in list(_children):
         try:
             ended = os.waitpid(pid, os.WNOHANG)[0]
@@ -404,10 +458,14 @@ def _reap() -> None:
             _children.discard(pid)
 
 
-def _await_answer(client: EngineClient, pid: int, log: Path, begin: int, timeout: float) -> None:
+def _await(answers: Callable[[], bool], pid: int, log: Path, begin: int, timeout: float) -> None:
+    """Until a child answers. Raises what it died of, by its exit code and what it wrote to the log behind `begin`."""
     deadline = time.monotonic() + timeout
-    while not client.alive():
-        ended, status = os.waitpid(pid, os.WNOHANG)
+    while not answers():
+        try:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # another thread has collected it
+            ended, status = pid, 1 << 8
         if ended:
             _children.discard(pid)
             with log.open("rb") as text:
@@ -415,7 +473,16 @@ def _await_answer(client: EngineClient, pid: int, log: Path, begin: int, timeout
                 raise _died(os.waitstatus_to_exitcode(status), text.read().decode("utf-8", "replace"), log)
         if time.monotonic() > deadline:
             raise PreconditionError(f"the engine (pid {pid}) did not answer in {timeout:g} s", f"look at {log}")
-        time.sleep(0.02)
+        time.sleep(0.005)
+
+
+@contextmanager
+def _log_of(file: Path) -> Iterator[int]:
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        yield log
+    finally:
+        os.close(log)
 
 
 def _died(code: int, text: str, log: Path | None) -> PgcdpError:

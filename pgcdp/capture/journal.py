@@ -16,6 +16,7 @@ import re
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from pgcdp.errors import DamageError
 from pgcdp.records import BLOCK, RECORD, Position
 
 MARK_BYTES = 4096
+FORMAT = 1
+"""Format version of journals that this reader and the engine beside it know."""
 
 _MARK = struct.Struct("<8sII16sQQQQQQQQ")
 _NO_DATA: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
@@ -418,3 +421,14 @@ class _Walk:
         finally:
             segment.close()
         return None
+
+
+def formats(directory: Path) -> set[int]:
+    """The format versions that the applied mark and the headers of the segments have now."""
+    found = set()
+    for file in [directory / "applied", *directory.glob("*.seg")]:
+        with suppress(FileNotFoundError), file.open("rb") as content:  # its name may change just now
+            head = content.read(12)
+            if len(head) == 12:
+                found.add(int.from_bytes(head[8:], "little"))
+    return found

@@ -24,10 +24,9 @@ from typing import Any
 
 from pgcdp import config as settings
 from pgcdp import fsio, log
-from pgcdp.capture import attach, checks, modes, places, planning, volumes
+from pgcdp.capture import attach, checks, held, modes, places, planning, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.copying import copy_tree, measure
-from pgcdp.capture.engine import spawn_capture
 from pgcdp.config import Config, SetPaths, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.progress import Progress, Report, silent
@@ -246,7 +245,7 @@ def _fill_volumes(pending: _Pending, progress: Report) -> _Pending:
     progress(Progress("starting capture"))
     if config.journal.is_dir():
         modes.close_to_others(config.journal)
-    spawn_capture(config, create=True)
+    held.start(config, create=True)
     return pending
 
 

@@ -49,6 +49,11 @@ def _render(value: Mapping[str, Any]) -> None:
             for each in value["marks"]
         ]
         screen.table(["mark", "kind", "write", "lsn", "kept"], rows)
+    if value["restarts"]:
+        screen.text()
+        for each in value["restarts"]:
+            why = "had died" if each["why"] == "died" else "was upgraded"
+            screen.text(f"capture {why}: another process after {each['seconds']:.3f} s ({each['time']})")
     if value["expired"]:
         screen.text()
         for each in value["expired"]:

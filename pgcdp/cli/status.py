@@ -33,6 +33,11 @@ def render(value: Mapping[str, Any]) -> None:
         lines.append(("error", str(value["error"])))
     if (value.get("agent") or {}).get("waiting"):
         lines.append(("waiting", value["agent"]["waiting"]))
+    kept = value["held"]
+    if kept["restarts"]:
+        lines.append(("capture restarts", f"{kept['restarts']}, {kept['resent']} requests were sent again"))
+    if kept["problem"]:
+        lines.append(("NOT KEPT", kept["problem"]))
     for each in value.get("outside") or ():
         lines.append(("NOT CAPTURED", f"{each['name']} in {each['place']}, outside of the set; see pgcdp check"))
     if value["lag_seconds"] is not None:

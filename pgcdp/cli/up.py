@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pgcdp.healing import Differences
 
 
-@click.command(epilog=options.examples("pgcdp up main", "pgcdp up main --heal"))
+@click.command(epilog=options.examples("pgcdp up main", "pgcdp up main --heal", "pgcdp up main --upgrade"))
 @options.set_argument()
 @click.option(
     "--heal", is_flag=True, help="Take in what was changed on the volumes while they were detached, as a gap."
@@ -25,9 +25,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Journal and store of another machine, which is gone for good, are this one's now.",
 )
+@click.option(
+    "--upgrade",
+    is_flag=True,
+    help="Swap what captures for the installed version while Postgres runs on; its writes wait for a moment.",
+)
 @options.yes_option
 @options.output_option
-def command(set_name: str | None, heal: bool, take_over: bool, yes: bool, output: str) -> None:
+def command(set_name: str | None, heal: bool, take_over: bool, upgrade: bool, yes: bool, output: str) -> None:
     """Attach and mount the volumes, start Postgres.
 
     The service that cuts intervals starts too. After a crash of any part, what is left is cleared away first, and
@@ -55,7 +60,7 @@ def command(set_name: str | None, heal: bool, take_over: bool, yes: bool, output
         options.confirm(f"what differs on the volumes of {name} will be taken in as a gap", yes, output)
 
     with screen.progress(output) as progress:
-        value = api.up(name, progress, heal=agree if heal else None, take_over=take_over)
+        value = api.up(name, progress, heal=agree if heal else None, take_over=take_over, upgrade=upgrade)
     screen.result(value, output, _render)
 
 

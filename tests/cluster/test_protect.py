@@ -20,7 +20,7 @@ import pytest
 
 from pgcdp import config as settings
 from pgcdp import proc
-from pgcdp.capture import attach, protect, volumes
+from pgcdp.capture import attach, held, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.journal import Journal
@@ -86,7 +86,7 @@ def test_there_under_load_killed_and_back(house: House, fs: str) -> None:
     for _ in range(3):
         load = Load(house)
         wait_until(partial(load.has_done, 200), what="200 commits")
-        os.kill(client.status().pid, signal.SIGKILL)
+        held.cut_off(config.paths)
         acknowledged = load.end()
         attach.up(config)
         assert house.count() in (acknowledged, acknowledged + 1)
@@ -149,7 +149,7 @@ def test_a_new_cluster_with_wal_on_a_volume_of_its_own(house: House) -> None:
     assert volumes.mount_at(fresh / "pg_wal") is not None
     with psycopg.connect(host=str(house.root / "socket"), port=config.cluster.port, user="postgres") as session:
         session.execute("CREATE TABLE t AS SELECT generate_series(1, 5000)")
-    os.kill(EngineClient(config.paths.control).status().pid, signal.SIGKILL)
+    held.cut_off(config.paths)
     attach.up(config)
     status = EngineClient(config.paths.control).status()
     assert [volume.name for volume in status.volumes] == ["data", "wal"]
@@ -195,7 +195,7 @@ def test_down_after_a_crash_of_the_machine_replays(house: House) -> None:
     config = protect.protect(house.request())
     with house.connect() as session:
         session.execute("INSERT INTO ledger VALUES (1001)")
-    os.kill(EngineClient(config.paths.control).status().pid, signal.SIGKILL)
+    held.cut_off(config.paths)
     attach.clean_leftovers(config)  # what a boot leaves: nothing runs, nothing is mounted or attached
     journal = Journal(config.journal, config.set_id_bytes)
     mark = journal.applied_mark()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ import pytest
 
 from pgcdp import config as settings
 from pgcdp import proc
-from pgcdp.capture import attach, protect, volumes
+from pgcdp.capture import attach, held, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
-from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.planning import Backing
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
@@ -117,7 +115,7 @@ def test_there_killed_and_back(spread: Spread) -> None:
     ]
     assert config == settings.load_config("main")
     spread.assert_protected(config)
-    os.kill(EngineClient(config.paths.control).status().pid, signal.SIGKILL)
+    held.cut_off(config.paths)
     attach.up(config)
     spread.assert_protected(config)
     protect.unprotect(config)

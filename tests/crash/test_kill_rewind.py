@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from pgcdp import api, rewinding
-from pgcdp.capture import attach, volumes
-from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.capture import attach, held, volumes
+from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
 from pgcdp.service import AgentGone
@@ -54,11 +54,10 @@ def kill(found: ProtectedSet, command: subprocess.Popen[bytes], victims: tuple[s
     if "agent" in victims:
         with suppress(AgentGone):
             pids.append(found.agent_pid())
-    if "engine" in victims:
-        with suppress(PgcdpError):
-            pids.append(found.engine.status().pid)
     if "command" in victims:
         command.send_signal(signal.SIGKILL)
+    if "engine" in victims:
+        held.cut_off(found.config.paths)
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

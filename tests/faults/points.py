@@ -1,6 +1,7 @@
 """Which fault points there are, read from the sources; and what changes a disk without passing one.
 
-A point of the engine is the name in a call of `io_...`; one of Python is ROOM.FUNCTION.CALL, as `sitecustomize` has it.
+A point of the engine is the name in a call of `io_...`, or of `runs_write`, which hands it on; one of Python is
+ROOM.FUNCTION.CALL, as `sitecustomize` has it.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def engine_points() -> dict[str, str]:
     for file in sorted((ROOT / "engine").glob("*.c")):
         if file.name == "io.c":
             continue
-        for call, name in re.findall(r'\b(io_\w+)\(\s*"([\w.]+)"', file.read_text("utf-8")):
+        for call, name in re.findall(r'\b(io_\w+|runs_write)\(\s*"([\w.]+)"', file.read_text("utf-8")):
             assert name not in found, f"two places are called {name}"
-            found[name] = call
+            found[name] = "io_pwritev" if call == "runs_write" else call  # which hands the name on to that
     return found
 
 

@@ -10,9 +10,16 @@ NO_DISK = {
     "control.c: unlink(c->path);",
     "show_view.c: unlink(s->socket);",
     "overlay.c: ftruncate(o->fd, (off_t)bytes) < 0))",
+    "held.c: unlink(path);",
+    "holder.c: unlink(o.socket);",
+    "holder.c: if (*note < 0 || ftruncate(*note, FMT_HELD_NOTE_BYTES) < 0)",
+    'holder.c: if (score < 0 || write(score, "-1000", 5) != 5)',
+    "front_fuse.c: if (write(h->fuse, answer, (size_t)answered) < 0 && errno != ENOENT)",
+    "front_fuse.c: if (write(f->held->fuse, &resend, sizeof resend) < 0)",
+    "runs.c: int rc = io_pwritev(point, v->fd, iov, iovs, block * BLOCK);",
     "overlay.c: int rc = fallocate(o->fd, mode, (off_t)(block * BLOCK), (off_t)(count * BLOCK)) < 0 ? -errno : 0;",
 }
-"""Sockets, and what is written to a clone, which is disposable."""
+"""Sockets, files of the kernel, memory, a name handed on, and what is written to a clone, which is disposable."""
 
 
 def test_nothing_in_the_engine_changes_a_disk_past_the_fault_points() -> None:
