@@ -119,6 +119,8 @@ def needs(settled: Settled, name: str, number: int) -> Callable[[int], bool | No
     first, last = settled.boundaries[number - 1] + 1, settled.boundaries[number]
 
     def judge(write: int) -> bool | None:
+        if name == "backward" and write < last and write != first - 1:
+            return None  # what lies over the damaged block may hide it; nothing lies over it at the boundary itself
         if name in ("backward", "backward.map"):
             return write < last
         if name == "index":
