@@ -213,7 +213,10 @@ def test_the_holder_ends_by_nothing_but_the_end_of_its_mount(held: Held) -> None
     held.crash()
     assert held.handed() == 2
     status = Path(f"/proc/{held.holder.pid}/status").read_text()
-    assert int(re.search(r"VmLck:\s+(\d+)", status)[1]) > 0, "its memory can be swapped out"  # type: ignore[index]
+    locked = re.search(r"VmLck:\s+(\d+)", status)
+    assert locked
+    sanitized = "asan" in held.program.parent.name  # which makes nothing of mlockall
+    assert int(locked[1]) > 0 or sanitized, "its memory can be swapped out"
     score = Path(f"/proc/{held.holder.pid}/oom_score_adj").read_text().strip()
     assert score == "-1000" or not _may_flush(), "it could be chosen when memory is short"
     assert status.count("Threads:\t1\n") == 1

@@ -279,7 +279,7 @@ def test_segments_of_two_sets(engine_program: Path, tmp_path: Path) -> None:
         [Item(9)],
         [Item(1, 0, 0, block(1), 2 * BLOCK)],
         [Item(1, 0, 0, block(1), BLOCK, flags=1)],
-        [Item(MARK, 65535, 0, b"7", flags=3)],
+        [Item(MARK, 65535, 0, b"7", flags=5)],
     ],
     ids=["unaligned", "flush", "unknown kind", "data of another length", "rewind that is no mark", "unknown mark"],
 )
