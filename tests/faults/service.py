@@ -45,6 +45,7 @@ class Service(Follower):
         self.error: str | None = None
         self.taken = 0
         self.ending = self.ended = False
+        self.end_at: int | None = None  # the last interval reaches at least to this write
         self.wanted = threading.Event()
         threading.Thread(target=self._checkpoints, daemon=True).start()
 
@@ -108,7 +109,9 @@ class Service(Follower):
             merge_due(stages.store, lambda: False)
         assert stages.opened is not None
         self.taken = stages.opened.last_write
-        if last and self.taken >= durable and published:
+        if last and self.end_at is None:
+            self.end_at = durable
+        if self.end_at is not None and published and published[-1].to_write >= self.end_at:
             stages.close()
             self.ended = True
         pass_time(0.01)
