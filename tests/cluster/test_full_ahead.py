@@ -22,7 +22,7 @@ def test_the_journal_is_full_when_it_was_said(make_set: MakeSet, binaries_of: Bi
     """
     found = make_set(
         binaries_of(17),
-        size=2 << 30,  # without an agent there are no checkpoints: WAL must not fill the volume before the journal is full
+        size=2 << 30,  # nobody asks for checkpoints meanwhile: WAL must not fill the volume before the journal is full
         journal_limit=512 << 20,
         segment_size=16 << 20,
         settings={"max_wal_size": "8GB"},
