@@ -143,8 +143,16 @@ static void op_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
         return;
     }
     fi->direct_io = 1;
-    if (fuse_reply_open(req, fi) == 0) /* only then: one that is not answered comes again */
-        __atomic_fetch_add(&f->open_count[ino - FIRST_INO], 1, __ATOMIC_RELAXED);
+    /* Counted before the answer, so that who has opened it is not overlooked. Of a held connection behind it: one that is not
+     * answered comes again to the next process, and who stops asks the kernel. */
+    uint32_t *count = &f->open_count[ino - FIRST_INO];
+    if (!f->held)
+        __atomic_fetch_add(count, 1, __ATOMIC_RELAXED);
+    bool answered = fuse_reply_open(req, fi) == 0;
+    if (f->held && answered)
+        __atomic_fetch_add(count, 1, __ATOMIC_RELAXED);
+    if (!f->held && !answered)
+        __atomic_fetch_sub(count, 1, __ATOMIC_RELAXED);
 }
 
 static void op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
