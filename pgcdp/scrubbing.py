@@ -15,7 +15,7 @@ from pgcdp.store.catalog import Catalog, catalog_file
 from pgcdp.store.damage import Damage
 from pgcdp.store.layout import Store
 from pgcdp.store.mirroring import what_differs
-from pgcdp.store.scrub import check_store
+from pgcdp.store.scrub import ScrubReport, check_store
 from pgcdp.store.scrub_record import Record, read_record
 from pgcdp.store.scrubbing import Pace, Pass, scrub
 from pgcdp.units import format_duration, format_size, format_time
@@ -54,7 +54,7 @@ def check(store: Store, full: bool, rate: int, progress: Report, *, remember: bo
         damages, told = list(done.record.damages), _told(done)
     else:
         report = check_store(store, full=False)
-        damages, told = report.damages, f"{report.files} files, {format_size(report.bytes_read)} read"
+        damages, told = report.damages, _read(report)
     for damage in damages:
         yield Said("store", False, f"{damage.file} at offset {damage.offset}: {damage.message}", damage.still)
     if not damages:
@@ -66,11 +66,14 @@ def check(store: Store, full: bool, rate: int, progress: Report, *, remember: bo
         yield from _catalog(store)
 
 
+def _read(report: ScrubReport) -> str:
+    lines = f", {report.timelines} timelines of rewinds" if report.timelines else ""
+    return f"{report.files} files, {format_size(report.bytes_read)} read{lines}"
+
+
 def _told(done: Pass) -> str:
     """What was read; where it went on, when an earlier one was killed."""
-    report = done.report
-    lines = f", {report.timelines} timelines of rewinds" if report.timelines else ""
-    told = f"{report.files} files, {format_size(report.bytes_read)} read{lines}"
+    told = _read(done.report)
     if done.gone_on is None:
         return told
     before = done.gone_on

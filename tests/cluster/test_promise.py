@@ -93,7 +93,7 @@ def test_check_of_a_cluster_that_is_not_protected_has_the_exit_codes_of_any_chec
     assert "is inside the data directory" in out
     assert main([*words, "--full"]) == 2
     assert main(["check", "main", *words[1:]]) == 2
-    assert main(["check", "--store", str(tmp_path)]) == 2
+    assert main(["check", "--store", str(tmp_path)]) == 6, "a store alone, and there is none"
     assert main(["check", "--pgdata", str(tmp_path)]) == 6
     assert "is not a data directory" in capsys.readouterr().out
 
