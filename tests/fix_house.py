@@ -80,7 +80,8 @@ class House:
         """Everything in the scratch directory but the cluster's content, and who runs on it."""
         running = self.postmaster()
         names = [str(path) for path in self.root.rglob("*") if self.pgdata not in path.parents]
-        names = [name for name in names if not name.endswith((".lock", "/run/pgcdp", "/run", "/sets"))]
+        ours_or_of_any_session = (".lock", "/run/pgcdp", "/run", "/sets", "/pg_internal.init")
+        names = [name for name in names if not name.endswith(ours_or_of_any_session)]
         return [*sorted(names), str(running.pid if running else None)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import time
 import urllib.request
@@ -105,7 +103,7 @@ def test_a_scrape_says_what_status_and_info_say(shown: tuple[ProtectedSet, int])
 
 def test_capture_that_died_shows_as_stopped(shown: tuple[ProtectedSet, int]) -> None:
     found, port = shown
-    os.kill(found.engine.status().pid, signal.SIGKILL)
+    found.kill_engine()
     wait_until(lambda: samples(port)["pgcdp_state", "stopped"] == 1, what="the state stopped")
     now = samples(port)
     assert now["pgcdp_state", "capturing"] == 0

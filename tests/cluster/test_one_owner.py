@@ -25,6 +25,9 @@ from tests.waiting import wait_until
 
 CODE = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
+ENDED = ["no look at the catalogs: .*administrator command"]
+"""What the agent says when Postgres is stopped just as it looks."""
+
 
 @contextmanager
 def looped(backing: Path, *options: str) -> Iterator[Path]:
@@ -46,7 +49,7 @@ def protect_another(found: ProtectedSet, name: str, **options: Any) -> None:
 
 
 def test_a_backing_of_another_set_is_refused_by_whatever_path(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make_set(binaries_of(15), size=384 << 20)
+    found = make_set(binaries_of(15), size=384 << 20, allowed=ENDED)
     (volume,) = found.config.volumes
     other = found.root / "link.img"
     other.symlink_to(volume.backing)
@@ -66,7 +69,7 @@ def test_a_backing_of_another_set_is_refused_by_whatever_path(make_set: MakeSet,
 
 
 def test_a_backing_that_somebody_has_attached_is_refused(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make_set(binaries_of(15), size=384 << 20)
+    found = make_set(binaries_of(15), size=384 << 20, allowed=ENDED)
     (volume,) = found.config.volumes
     api.down(found.name)
     for options in ((), ("--offset", "1048576"), ("--read-only",)):
@@ -79,7 +82,7 @@ def test_a_backing_that_somebody_has_attached_is_refused(make_set: MakeSet, bina
 
 
 def test_a_store_of_another_set_is_refused_and_named(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make_set(binaries_of(15), size=384 << 20)
+    found = make_set(binaries_of(15), size=384 << 20, allowed=ENDED)
     with pytest.raises(
         PreconditionError, match=rf"is the store of set main \({found.config.set_id}\), cluster \d+, on "
     ):
@@ -99,7 +102,7 @@ def as_machine(root: Path, state: Path, *words: str) -> subprocess.CompletedProc
 
 
 def test_a_second_machine_at_the_same_disks_is_refused(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make_set(binaries_of(15), size=384 << 20)
+    found = make_set(binaries_of(15), size=384 << 20, allowed=ENDED)
     state = found.root / "state"
     done = as_machine(found.root, state, "up", "main")
     assert done.returncode == 6, done.stderr
@@ -119,7 +122,7 @@ def test_a_second_machine_at_the_same_disks_is_refused(make_set: MakeSet, binari
 def test_a_copied_root_is_noticed_and_taken_over_when_that_is_wanted(
     make_set: MakeSet, binaries_of: BindirOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = make_set(binaries_of(15), size=384 << 20)
+    found = make_set(binaries_of(15), size=384 << 20, allowed=ENDED)
     found.sql("create table kept as select 1 as n")
     api.cut(found.name)
     api.down(found.name)
@@ -145,7 +148,7 @@ def test_a_copied_root_is_noticed_and_taken_over_when_that_is_wanted(
 
 
 def test_an_agent_whose_store_was_taken_writes_no_more(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make_set(binaries_of(15), size=384 << 20, allowed=[r"was taken over by", r"belongs to "])
+    found = make_set(binaries_of(15), size=384 << 20, allowed=[*ENDED, r"was taken over by", r"belongs to "])
     api.cut(found.name)
     store = found.source().store
     owner = lease.owner_of(store)
