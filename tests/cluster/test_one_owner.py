@@ -39,6 +39,8 @@ def looped(backing: Path, *options: str) -> Iterator[Path]:
         yield Path(device)
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+        used = Path(f"/sys/block/{Path(device).name}/loop/backing_file")
+        wait_until(lambda: not used.exists(), what="its end: whoever looks at it keeps it")
 
 
 def protect_another(found: ProtectedSet, name: str, **options: Any) -> None:
