@@ -236,6 +236,24 @@ class FileLock:
         self.release()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether somebody has an exclusive flock on a file now; False when there is no such file. Writes nothing.
+
+    Raises OSError when it cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # its owner has ended it
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # those who ask at the same time are not in each other's way
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def json_checksum(content: Mapping[str, object]) -> str:
     """16 hex digits over all keys but `checksum` as canonical JSON (FORMAT.md 3)."""
     plain = {key: value for key, value in content.items() if key != "checksum"}

@@ -53,14 +53,11 @@ def _journal(config: Config, ahead: Forecast | None) -> Iterator[Finding]:
             "free space there, or lower journal_limit",
         )  # fmt: skip
         return
-    told = f"{format_size(room)} for up to {format_size(limit)}"
-    if ahead is not None and ahead.seconds is not None:
-        told += f"; {_when(ahead)} if the store took nothing any more, then writes wait"
-        if ahead.seconds < JOURNAL_SOON:
-            hint = "raise journal_limit: so long the store may be away, or slower than what is written"
-            yield warned("journal space", told, hint)
-            return
-    yield passed("journal space", told)
+    yield _lasting(
+        "journal space", f"{format_size(room)} for up to {format_size(limit)}", ahead,
+        " if the store took nothing any more, then writes wait", JOURNAL_SOON,
+        "raise journal_limit: so long the store may be away, or slower than what is written",
+    )  # fmt: skip
 
 
 def _store(config: Config, ahead: Forecast | None) -> Iterator[Finding]:
@@ -68,27 +65,26 @@ def _store(config: Config, ahead: Forecast | None) -> Iterator[Finding]:
     if free < STORE_LEAST_FREE:
         yield failed("store space", f"{format_size(free)} free in {config.store}", "make room or move the store")
         return
-    told = f"{format_size(free)} free"
-    if ahead is not None and ahead.seconds is not None:
-        told += f"; {_when(ahead)} unless something goes"
-        if ahead.seconds < DISK_SOON:
-            hint = "a larger disk, or keep_writes and the other settings of retention (docs/operations.md)"
-            yield warned("store space", told, hint)
-            return
-    yield passed("store space", told)
+    yield _lasting(
+        "store space", f"{format_size(free)} free", ahead, " unless something goes", DISK_SOON,
+        "a larger disk, or keep_writes and the other settings of retention (docs/operations.md)",
+    )  # fmt: skip
 
 
 def _volume(name: str, ahead: Forecast, set_name: str) -> Iterator[Finding]:
     what, hint = f"space on volume {name}", f"pgcdp grow {set_name} SIZE --volume {name}, or remove what is not needed"
-    told = f"{format_size(ahead.room)} free"
-    if ahead.seconds is not None:
-        told += f"; {_when(ahead)}"
     if not ahead.room:
         yield failed(what, "full: Postgres finds no room", hint)
-    elif ahead.seconds is not None and ahead.seconds < DISK_SOON:
-        yield warned(what, told, hint)
     else:
-        yield passed(what, told)
+        yield _lasting(what, f"{format_size(ahead.room)} free", ahead, "", DISK_SOON, hint)
+
+
+def _lasting(what: str, told: str, ahead: Forecast | None, unless: str, soon: float, hint: str) -> Finding:
+    """How long the room lasts, where that is known; a warning when that is less than `soon` seconds."""
+    if ahead is None or ahead.seconds is None:
+        return passed(what, told)
+    told += f"; {_when(ahead)}{unless}"
+    return warned(what, told, hint) if ahead.seconds < soon else passed(what, told)
 
 
 def _when(ahead: Forecast) -> str:

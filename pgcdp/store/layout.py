@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from pgcdp.capture.modes import close_to_others
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
-from pgcdp.fsio import FileLock, make_directory, read_json, write_json
+from pgcdp.fsio import FileLock, is_locked, make_directory, read_json, write_json
 from pgcdp.records import Boundary, Span, Volume
 
 FORMAT = 1
@@ -160,17 +159,7 @@ class Store:
 
     def has_agent(self) -> bool:
         """Whether an agent has this store's lock now. Writes nothing."""
-        try:
-            fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+        return is_locked(self.path / "lock")
 
     @property
     def image(self) -> Path:

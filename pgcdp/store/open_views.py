@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgcdp.errors import DamageError
-from pgcdp.fsio import write_all
+from pgcdp.fsio import is_locked, write_all
 from pgcdp.store.layout import Store
 
 MOMENT_SECONDS = 1.0
@@ -42,7 +42,7 @@ class OpenView:
 
     def is_open(self) -> bool:
         """Whether its engine still lives."""
-        return _is_locked(self.file)
+        return is_locked(self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def seen_views(store: Store) -> list[OpenView]:
     found = []
     for file in sorted(_directory(store).glob("*")):
         with suppress(FileNotFoundError):
-            if _is_locked(file):
+            if is_locked(file):
                 found.append(_read_soon(file))
     return found
 
@@ -113,7 +113,7 @@ def open_views(store: Store) -> list[OpenView]:
     """
     found = []
     for file in sorted(_directory(store).glob("*")):
-        if _is_locked(file):
+        if is_locked(file):
             with suppress(FileNotFoundError):  # it has ended just now
                 found.append(_read(file))
         else:
@@ -135,17 +135,3 @@ def _read(file: Path) -> OpenView:
 
 def _directory(store: Store) -> Path:
     return store.image / "views"
-
-
-def _is_locked(file: Path) -> bool:
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # its owner has ended it
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # those who ask at the same time are not in each other's way
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False

@@ -6,7 +6,6 @@ written every few seconds; a part that was read and not recorded is read again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pgcdp.fsio import FileLock
+from pgcdp.fsio import FileLock, is_locked
 from pgcdp.records import BLOCK
 from pgcdp.store.damage import Damage
 from pgcdp.store.layout import Store
@@ -94,16 +93,9 @@ def scrub(store: Store, by: By, pace: Pace, progress: Progress = lambda done, to
 def is_wanted(store: Store) -> bool:
     """Whether somebody waits to check this store, or does: the agent's scrub makes way for that."""
     try:
-        fd = os.open(notes_of(store) / WANTED_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        return is_locked(notes_of(store) / WANTED_NAME)
     except OSError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 class _Run:

@@ -5,55 +5,24 @@ Nothing is mounted before it has ended; then image and volume are equal, and poi
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from pgcdp import api, healing
 from pgcdp.capture import attach, volumes
-from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
-from pgcdp.service import AgentGone
 from tests.cluster.test_changed_volumes import mounted_plain
-from tests.crash.test_kill_rewind import LOOK, START
+from tests.crash.test_kill_rewind import LOOK, START, kill_when, start_command
 from tests.crash.test_kill_set import ALLOWED
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.results import keep_result
-from tests.waiting import pass_time, wait_until
 
 FOREIGN_BYTES = 24 << 20
-
-
-def start_heal(found: ProtectedSet) -> subprocess.Popen[bytes]:
-    code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    with (found.root / "command.log").open("ab") as log:
-        words = [sys.executable, "-P", "-c", code, "up", found.name, "--heal", "--yes"]
-        return subprocess.Popen(words, stdout=log, stderr=log, cwd="/")
-
-
-def kill(found: ProtectedSet, command: subprocess.Popen[bytes], victims: tuple[str, ...]) -> None:
-    pids = []
-    if "agent" in victims:
-        with suppress(AgentGone):
-            pids.append(found.agent_pid())
-    if "engine" in victims:
-        with suppress(PgcdpError):
-            pids.append(found.engine.status().pid)
-    if "command" in victims:
-        command.send_signal(signal.SIGKILL)
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    for pid in pids:
-        attach.kill_and_wait(pid)
 
 
 def kill_round(found: ProtectedSet, chooser: random.Random, number: int) -> dict[str, Any]:
@@ -68,19 +37,9 @@ def kill_round(found: ProtectedSet, chooser: random.Random, number: int) -> dict
     victims = chooser.choice(
         [("command",), ("command", "agent"), ("command", "agent", "engine"), ("engine", "command")]
     )
-    command = start_heal(found)
-    try:
-        wait_until(
-            lambda: healing.pending(found.config.paths) is not None or command.poll() is not None,
-            timeout=120, what="healing begins",
-        )  # fmt: skip
-        pass_time(chooser.random() * chooser.choice([0.05, 0.5, 2.0]))
-        kill(found, command, victims)
-        command.wait(timeout=300)
-    finally:
-        if command.poll() is None:
-            command.kill()
-            command.wait()
+    command = start_command(found, "up", found.name, "--heal", "--yes")
+    later = chooser.random() * chooser.choice([0.05, 0.5, 2.0])
+    kill_when(found, command, victims, lambda: healing.pending(found.config.paths) is not None, "healing begins", later)
     left = healing.pending(found.config.paths) is not None
     begun = False
     if left:

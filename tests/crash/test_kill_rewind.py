@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -37,10 +38,14 @@ START = r"FATAL:  (configuration file .* contains errors|could not load .*pg_hba
 
 
 def start_rewind(found: ProtectedSet, target: Target) -> subprocess.Popen[bytes]:
+    place = target.name or str(target.value)
+    return start_command(found, "restore", found.name, f"--target-{target.kind}", place, "--in-place", "--yes")
+
+
+def start_command(found: ProtectedSet, *words: str) -> subprocess.Popen[bytes]:
+    """A command of pgcdp beside the test; what it says is in the set's command.log."""
     code = "import sys; from pgcdp.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    words = ["restore", found.name, f"--target-{target.kind}", target.name or str(target.value), "--in-place", "--yes"]
-    log = (found.root / "command.log").open("ab")
-    with log:
+    with (found.root / "command.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-P", "-c", code, *words], stdout=log, stderr=log, cwd="/")
 
 
@@ -65,6 +70,22 @@ def kill(found: ProtectedSet, command: subprocess.Popen[bytes], victims: tuple[s
         attach.kill_and_wait(pid)
 
 
+def kill_when(
+    found: ProtectedSet, command: subprocess.Popen[bytes], victims: tuple[str, ...], reached: Callable[[], bool],
+    what: str, later: float,
+) -> None:  # fmt: skip
+    """Kill `later` seconds after `reached`, or after the command's end if that comes first; the command has ended."""
+    try:
+        wait_until(lambda: reached() or command.poll() is not None, timeout=120, what=what)
+        pass_time(later)
+        kill(found, command, victims)
+        command.wait(timeout=300)
+    finally:
+        if command.poll() is None:
+            command.kill()
+            command.wait()
+
+
 def rows(found: ProtectedSet) -> int:
     """How many rows there are; all of them whole, in table and index."""
     ((count, total),) = found.sql("select count(*), sum(length(filler)) from ledger")
@@ -81,15 +102,8 @@ def kill_round(found: ProtectedSet, chooser: random.Random, target: Target, goal
     victims = chooser.choice([("command",), ("command", "agent"), ("command", "agent", "engine"), ("engine",)])
     timeline = cluster.read_control(found.pgdata).timeline
     command = start_rewind(found, target)
-    try:
-        wait_until(lambda: step_of(found) == step or command.poll() is not None, timeout=120, what=f"step {step}")
-        pass_time(chooser.random() * chooser.choice([0.01, 0.1, 0.4]))
-        kill(found, command, victims)
-        command.wait(timeout=300)
-    finally:
-        if command.poll() is None:
-            command.kill()
-            command.wait()
+    later = chooser.random() * chooser.choice([0.01, 0.1, 0.4])
+    kill_when(found, command, victims, lambda: step_of(found) == step, f"step {step}", later)
     left = step_of(found)
     if left is not None:
         with pytest.raises(PreconditionError, match="a rewind in place"):
