@@ -1,7 +1,9 @@
 """From the command to the first answered query: a clone, beside a restore with pgbackrest to the same moment.
 
 Each database is filled with what does not compress, in a volume as large as it needs, and works (8 clients, default
-checkpoint settings) while clones of it are made. Before each, the page cache is dropped. What Postgres itself needs to
+checkpoint settings) while clones of it are made. Before each, the page cache is dropped. Newest boundaries are opened
+in turn, one of each database after the other, so that a disk that is slow for a while is slow for all sizes; then the
+other points of each database, and pgbackrest beside them. What Postgres itself needs to
 start and to replay is told apart: it is little at a boundary that pgcdp cut; at a checkpoint that Postgres spread it is
 the WAL since that one's redo point, inside an interval the WAL since the boundary before.
 """
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +30,9 @@ from bench.clusters import BIN, Protected, fresh_root, tell
 from bench.machine import description, run
 
 ROUNDS = 5
+FIRST_PORT = 5714
+BEGUN = 1000
+"""Transactions after which a load has begun to work."""
 BACK = 40
 """How many intervals before the newest one lies a point that is far back."""
 PGBACKREST = """[global]
@@ -64,41 +69,66 @@ def clone_at(side: Protected, *target: str) -> dict[str, float]:
     return {"seconds": took, "recovery_seconds": made["recovery"]["seconds"]}
 
 
-def median_of(measure: Callable[[], dict[str, float]], rounds: int) -> dict[str, float]:
-    """The medians of several rounds."""
-    found = [measure() for _ in range(rounds)]
+def medians(found: list[dict[str, float]]) -> dict[str, float]:
+    """Of several rounds, key by key."""
     print(json.dumps(found), file=sys.stderr)  # a long run shows that it goes on
     return {key: round(statistics.median(each[key] for each in found), 3) for key in found[0]}
 
 
-def working(side: Protected, stack: ExitStack) -> None:
-    """8 clients until the end of the stack."""
+def median_of(measure: Callable[[], dict[str, float]], rounds: int) -> dict[str, float]:
+    """The medians of several rounds."""
+    return medians([measure() for _ in range(rounds)])
+
+
+def commits(side: Protected) -> int:
+    """How many transactions its databases have seen."""
+    return int(side.sql("select sum(xact_commit) from pg_stat_database"))
+
+
+@contextmanager
+def working(side: Protected) -> Iterator[None]:
+    """8 clients meanwhile, which have begun to work."""
     command = [str(BIN / "pgbench"), "-h", str(side.root), "-p", str(side.port), "-n", "-c", "8", "-T", "36000"]
+    before = commits(side)
     load = subprocess.Popen(
         [*command, "postgres"], user="postgres", cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,  # as programs on another terminal: the scheduler shares by sessions
     )  # fmt: skip
-    stack.callback(load.wait)
-    stack.callback(load.terminate)
+    try:
+        while commits(side) < before + BEGUN:
+            if load.poll() is not None:
+                raise RuntimeError(f"pgbench ended with {load.returncode}")
+            time.sleep(0.2)
+        yield
+    finally:
+        load.terminate()
+        load.wait()
 
 
-def clones(side: Protected, rounds: int, back: int, boundary_only: bool) -> dict[str, Any]:
-    """All kinds of points, under load, or newest boundaries alone."""
+def newest_in_turn(sides: Mapping[str, Protected], rounds: int, back: int) -> dict[str, dict[str, float]]:
+    """The boundary cut last, of one database after the other and again, each under its load."""
+    for side in sides.values():
+        with working(side):
+            for _ in range(back):
+                side.pgcdp("cut", "bench")
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            with working(side):
+                last = side.pgcdp("cut", "bench")["number"]
+                found[name].append(clone_at(side, "--target-boundary", str(last)))
+    return {name: medians(each) for name, each in found.items()}
+
+
+def clones(side: Protected, rounds: int, back: int) -> dict[str, Any]:
+    """The other kinds of points."""
     found: dict[str, Any] = {}
     chooser = random.Random(1)
-
-    def newest() -> dict[str, float]:
-        return clone_at(side, "--target-boundary", str(side.pgcdp("cut", "bench")["number"]))
 
     def middle() -> dict[str, float]:
         last = intervals(side)[-1]
         return clone_at(side, "--target-write", str(chooser.randrange(last["from_write"], last["to_write"])))
 
-    for _ in range(back):
-        side.pgcdp("cut", "bench")
-    found["boundary"] = median_of(newest, rounds)
-    if boundary_only:
-        return found
     last = intervals(side)[-1]["number"]
     with spread_checkpoint(side):
         found[f"boundary_{back}_back"] = median_of(
@@ -213,26 +243,52 @@ def many_tables(side: Protected, count: int) -> None:
         side.sql(f"do $$ begin for n in {first + 1}..{min(first + 1000, count)} loop {make}; end loop; end $$")
 
 
-def measure(gb: float, asked: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """One size, on a cluster made for it."""
-    options = {"shared_buffers": "512MB", "checkpoint_timeout": "5min"}
-    side = Protected(root, f"protected{gb:g}", 5714, options)
-    found: dict[str, Any] = {}
+def prepare(gb: float, asked: argparse.Namespace, root: Path, port: int) -> Protected:
+    """A protected database of one size."""
+    side = Protected(root, f"protected{gb:g}", port, {"shared_buffers": "512MB", "checkpoint_timeout": "5min"})
     try:
         side.configure_more("archive_mode = on\narchive_command = '/bin/true'\nmax_wal_size = 1GB\n")
         side.create(math.ceil(gb * 1.1 + 3) << 30, "ext4", "2G", gb, "--cut", "checkpoint")
         side.pgbench("-i", "-q", "-s", "20")
         many_tables(side, asked.tables)
         side.cut_often(asked.intervals)
-        with ExitStack() as stack:
-            working(side, stack)
-            if not asked.no_pgbackrest:
-                with PgBackRest(side) as peer:
-                    peer.back_up()
-                    found["pgbackrest"] = beside(side, peer)
-            return {**clones(side, asked.rounds, asked.back, asked.boundary_only), **found}
-    finally:
+    except BaseException:
         side.destroy()
+        raise
+    return side
+
+
+def others(side: Protected, asked: argparse.Namespace) -> dict[str, Any]:
+    """What is measured of one database alone."""
+    found: dict[str, Any] = {}
+    with working(side):
+        if not asked.no_pgbackrest:
+            with PgBackRest(side) as peer:
+                peer.back_up()
+                found["pgbackrest"] = beside(side, peer)
+        if not asked.boundary_only:
+            found.update(clones(side, asked.rounds, asked.back))
+    return found
+
+
+def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All sizes."""
+    with ExitStack() as stack:
+        sides: dict[str, Protected] = {}
+        ends: dict[str, ExitStack] = {}
+        # The largest first: it needs its room twice while it is made.
+        for number, gb in enumerate(sorted(map(float, asked.gb.split(",")), reverse=True)):
+            ends[f"{gb:g}"] = end = stack.enter_context(ExitStack())
+            side = prepare(gb, asked, end.enter_context(fresh_root()), FIRST_PORT + number)
+            end.callback(side.destroy)
+            sides[f"{gb:g}"] = side
+        sizes: dict[str, dict[str, Any]] = {
+            name: {"boundary": boundary} for name, boundary in newest_in_turn(sides, asked.rounds, asked.back).items()
+        }
+        for name in reversed(sides):  # the repository of the largest needs the room of the smaller
+            sizes[name].update(others(sides[name], asked))
+            ends[name].close()
+    return {name: sizes[name] for name in reversed(sizes)}
 
 
 def main() -> None:
@@ -247,16 +303,15 @@ def main() -> None:
     parser.add_argument("--no-pgbackrest", action="store_true", help="without the other side")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    sizes: dict[str, Any] = {}
-    for gb in map(float, arguments.gb.split(",")):
-        with fresh_root() as root:
-            sizes[f"{gb:g}"] = measure(gb, arguments, root)
+    sizes = measure(arguments)
+    boundaries = {gb: found["boundary"]["seconds"] for gb, found in sizes.items()}
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": description(),
         "tables": arguments.tables,
         "intervals": arguments.intervals,
-        "boundary_seconds": {gb: found["boundary"]["seconds"] for gb, found in sizes.items()},
+        "boundary_seconds": boundaries,
+        "slowest_over_fastest": round(max(boundaries.values()) / min(boundaries.values()), 2),
         "mid_interval": {gb: found.get("mid_interval") for gb, found in sizes.items()},
         "pgbackrest": {gb: found.get("pgbackrest") for gb, found in sizes.items()},
         "by_gb": sizes,
