@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from pgcdp.around import end_json
-from pgcdp.config import list_sets, root_directory
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
     between,
@@ -35,6 +34,7 @@ from pgcdp.recovery.left import naming_nearest
 from pgcdp.recovery.sandbox import Recovery
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
+from pgcdp.sets import list_sets, root_directory
 from pgcdp.units import format_lsn, format_time
 
 Json = dict[str, Any]

@@ -25,6 +25,7 @@ from pgcdp.postgres import cluster, session
 from pgcdp.progress import Progress, Report
 from pgcdp.records import Target
 from pgcdp.recovery.salvage import Wanted
+from pgcdp.sets import list_sets
 
 SET = "demo"
 PAID = 1000
@@ -468,7 +469,7 @@ def _remove(demo: _Demo) -> None:
     try:
         for each in api.clones()["clones"]:
             api.destroy(each["name"])
-        if SET in config.list_sets():
+        if SET in list_sets():
             api.down(SET)
     except PgcdpError as error:
         _log.warning("the demo does not go down cleanly, it is discarded: %s", error)
@@ -487,7 +488,7 @@ def _end_at_once(demo: _Demo) -> None:
     with suppress(PgcdpError):
         for each in api.clones()["clones"]:
             api.destroy(each["name"])
-    if SET in config.list_sets():
+    if SET in list_sets():
         attach.discard(config.load_config(SET))
     for place in (demo.pgdata, demo.directory / "restored"):
         if place.is_dir():

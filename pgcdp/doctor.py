@@ -14,13 +14,14 @@ from pgcdp.capture.engine import EngineStatus, run_engine
 from pgcdp.capture.outside import all_mounted, find_outside, takes_in
 from pgcdp.checking import space
 from pgcdp.checking.finding import Finding, Step, failed, of_remarks, passed, run, warned
-from pgcdp.config import Config, exact_period
+from pgcdp.config import Config
 from pgcdp.errors import DamageError
 from pgcdp.expiring import policy_of
 from pgcdp.postgres import promise, role, session
 from pgcdp.postgres.control import describe, find_control_blocks
 from pgcdp.progress import Report
 from pgcdp.records import BLOCK
+from pgcdp.setting_values import exact_period
 from pgcdp.store.base import base_outside
 from pgcdp.store.layout import Store
 from pgcdp.store.published import published

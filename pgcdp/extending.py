@@ -29,14 +29,16 @@ from pgcdp.capture import attach, checks, held, places, planning, volumes
 from pgcdp.capture.copying import copy_tree, measure
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.planning import Backing, Wish
-from pgcdp.config import Config, SetPaths, VolumeConfig
+from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError
 from pgcdp.postgres import cluster
 from pgcdp.postgres.control import State
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Volume
+from pgcdp.sets import SetPaths
 from pgcdp.store.image import add_volume, grow_volume
 from pgcdp.store.layout import Store
+from pgcdp.units import exact_size
 
 _log = log.get(__name__)
 
@@ -173,7 +175,7 @@ def _check(config: Config, name: str, backing: Backing, fs: str, overwrite: bool
         raise PreconditionError(
             f"the set has a volume {volume} without data from an earlier run, of {unused[0].bytes} bytes; this one has "
             f"{made.bytes}",
-            f"give it that size or a larger one: --tablespace {name}={settings.exact_size(unused[0].bytes)}",
+            f"give it that size or a larger one: --tablespace {name}={exact_size(unused[0].bytes)}",
         )
     for place in (places.before(space.location, config.name), places.plain(space.location, config.name)):
         if os.path.lexists(place):

@@ -23,7 +23,7 @@ from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.fsio import free_space, sync_directory
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.store.layout import Store
-from pgcdp.units import format_size
+from pgcdp.units import exact_size, format_size
 
 _CAP_SYS_RESOURCE = 24
 DEVICE_SECONDS = 60.0
@@ -133,7 +133,7 @@ def _wanted(config: Config, volume: VolumeConfig, size: int | None, known: int) 
         raise UsageError(
             f"volume {volume.name} has {format_size(known)}, {format_size(wanted)} would be less",
             "a volume never becomes smaller; for that, unprotect and protect again. One that was killed is finished by "
-            f"pgcdp grow {config.name} --volume {volume.name} {settings.exact_size(known)}",
+            f"pgcdp grow {config.name} --volume {volume.name} {exact_size(known)}",
         )
     return wanted
 

@@ -19,7 +19,7 @@ from pgcdp import fsio, log, service
 from pgcdp.capture import attach, fingerprint, volumes
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.journal import Journal
-from pgcdp.config import Config, SetPaths
+from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import free_space
 from pgcdp.opening import source_of
@@ -27,6 +27,7 @@ from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Gap, RecoveryPoint, Target
 from pgcdp.recovery.rewind import Way, check_devices, compare
 from pgcdp.recovery.source import Source
+from pgcdp.sets import SetPaths
 from pgcdp.store.gaps import announce, gap_name
 from pgcdp.store.layout import Store
 from pgcdp.units import format_size

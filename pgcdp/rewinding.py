@@ -23,7 +23,7 @@ from pgcdp import fsio, log, proc, service
 from pgcdp.capture import attach
 from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.outside import find_outside, takes_in
-from pgcdp.config import Config, SetPaths
+from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.opening import binaries_of, engine_status, source_of
 from pgcdp.postgres import cluster, timelines
@@ -35,6 +35,7 @@ from pgcdp.recovery.restored_spaces import created
 from pgcdp.recovery.rewind import check_devices, most_bytes, write_back
 from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
+from pgcdp.sets import SetPaths
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.rewinds import point_name

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from pgcdp.config import Config, SetPaths
+from pgcdp.config import Config
 from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
+from pgcdp.sets import SetPaths
 
 _BY_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
 START_SECONDS = 60.0

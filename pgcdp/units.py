@@ -29,6 +29,14 @@ def format_size(count: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def exact_size(count: int) -> str:
+    """A size that `parse_size` reads back to the same number: "16G", "20481M", "4096"."""
+    for suffix, step in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if count and count % step == 0:
+            return f"{count // step}{suffix}"
+    return str(count)
+
+
 def parse_duration(text: str) -> float:
     """Seconds of "5min", "30s", "1h", "500ms". Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h|d)", text.strip())
@@ -46,6 +54,11 @@ def format_duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
+
+
+def exact_duration(seconds: float) -> str:
+    """A duration that `parse_duration` reads back to the same number."""
+    return f"{int(seconds) if seconds == int(seconds) else seconds}s"
 
 
 def format_time(time_ns: int) -> str:

@@ -19,13 +19,13 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pgcdp import config as settings
 from pgcdp import proc
 from pgcdp.capture import held, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.engine import EngineClient
 from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
+from pgcdp.sets import list_sets, set_paths
 from tests.waiting import wait_until
 
 MIB = 1 << 20
@@ -121,7 +121,7 @@ def free_port() -> int:
 
 def _take_down(house: House) -> None:
     """Whatever a test left: every Postgres process, mount, loop device and engine of the scratch directory."""
-    sets = [settings.set_paths(place.name) for place in house.root.glob("sets/run/pgcdp/*/")]
+    sets = [set_paths(place.name) for place in house.root.glob("sets/run/pgcdp/*/")]
     for paths in sets:
         if not EngineClient(paths.control).alive():
             held.cut_off(paths)  # else what is above its holder waits
@@ -153,7 +153,7 @@ def assert_as_before(house: House) -> None:
     assert house.count() == 1000
     assert volumes.mounts_below(house.root) == []
     assert volumes.loops_over(house.root) == {}
-    assert settings.list_sets() == []
+    assert list_sets() == []
     assert [path.name for path in house.root.iterdir() if ".pgcdp-" in path.name] == []
     assert not list((house.root / "sets").rglob("*.img"))
     assert not list((house.root / "sets").rglob("*.seg"))

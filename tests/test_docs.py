@@ -13,9 +13,9 @@ import click
 import pytest
 
 import pgcdp as package
-from pgcdp import config
 from pgcdp.cli import docs
 from pgcdp.cli.main import VERBS, pgcdp
+from pgcdp.settings_table import documentation
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -70,7 +70,7 @@ def test_examples_are_understood(verb: str) -> None:
 
 def test_every_setting_is_documented() -> None:
     text = (DOCS / "settings.md").read_text("utf-8")
-    for name, default, meaning, _ in config.documentation():
+    for name, default, meaning, _ in documentation():
         assert f"| `{name}` |" in text
         assert meaning
         assert default is not None

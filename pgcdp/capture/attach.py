@@ -21,10 +21,11 @@ from pgcdp.capture import fingerprint, held, home, sharing, volumes
 from pgcdp.capture.engine import EngineBusy, EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.keeper import Keeper
-from pgcdp.config import Config, SetPaths, VolumeConfig
+from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.progress import Progress, Report, silent
+from pgcdp.sets import SetPaths
 
 DEAD_OPTIONS = frozenset({"ro", "emergency_ro", "shutdown"})
 """Mount options that tell that a filesystem has given up after I/O errors (pgcdp never mounts a set read-only)."""

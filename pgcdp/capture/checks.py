@@ -17,11 +17,13 @@ from pgcdp.capture import kernel, places, planning, promises, volumes
 from pgcdp.capture.engine import find_engine
 from pgcdp.capture.planning import Backing
 from pgcdp.capture.promises import nearest_existing
-from pgcdp.config import ClusterConfig, Config, SetPaths, VolumeConfig
+from pgcdp.config import ClusterConfig, Config, VolumeConfig
 from pgcdp.errors import DamageError, PreconditionError, UsageError
 from pgcdp.machine import Place
 from pgcdp.postgres import cluster, ports
 from pgcdp.records import Remark
+from pgcdp.sets import SetPaths, set_paths
+from pgcdp.settings_table import check_value
 from pgcdp.units import format_size
 
 PROGRAMS = {
@@ -217,7 +219,7 @@ def check(request: ProtectRequest) -> Plan:
 
     Raises UsageError for a wrong request, PreconditionError for what must be mended first.
     """
-    paths = settings.set_paths(request.name)
+    paths = set_paths(request.name)
     check_name(paths)
     check_machine({request.fs, *dict(request.fs_of).values()})
     if not request.pgdata.is_absolute():
@@ -292,7 +294,7 @@ def _config(
     request: ProtectRequest, pgdata: Path, journal: Path, planned: tuple[VolumeConfig, ...], facts: ClusterConfig
 ) -> Config:
     given = {
-        key: settings.check_value(key, value)
+        key: check_value(key, value)
         for key in ("journal_limit", "segment_size", "cut", "apply", "compression_level")
         if (value := getattr(request, key)) is not None
     }
@@ -304,7 +306,7 @@ def _config(
         journal=Path(os.path.realpath(journal)),
         volumes=planned,
         cluster=facts,
-        fs=settings.check_value("fs", request.fs),
+        fs=check_value("fs", request.fs),
         **given,
     )
     return settings.parse_config(settings.render_config(config), request.name, config.paths.config_file, config.root)

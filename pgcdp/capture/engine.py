@@ -22,9 +22,10 @@ from typing import Any, Literal
 from pgcdp import proc
 from pgcdp.capture import holder as keeping
 from pgcdp.capture import volumes
-from pgcdp.config import Config, SetPaths
+from pgcdp.config import Config
 from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.records import Position, Volume
+from pgcdp.sets import SetPaths
 
 _BY_EXIT_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
 _BY_KIND: dict[str, type[PgcdpError]] = {

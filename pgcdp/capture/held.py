@@ -20,8 +20,9 @@ from pgcdp import fsio, log
 from pgcdp.capture import engine, holder, volumes
 from pgcdp.capture.engine import EngineClient, EngineGone
 from pgcdp.capture.journal import FORMAT, formats
-from pgcdp.config import Config, SetPaths
+from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
+from pgcdp.sets import SetPaths
 
 logger = log.get(__name__)
 

@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgcdp.config import SetPaths
 from pgcdp.errors import PreconditionError
+from pgcdp.sets import SetPaths
 
 LEAST_KERNEL = (6, 9)
 """The first Linux that sends requests again (FUSE_NOTIFY_RESEND)."""

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pgcdp import log
 from pgcdp.capture import engine, held, holder
 from pgcdp.capture.holder import Process
-from pgcdp.config import SetPaths
 from pgcdp.errors import PgcdpError
+from pgcdp.sets import SetPaths
 
 logger = log.get(__name__)
 

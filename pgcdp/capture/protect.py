@@ -27,10 +27,11 @@ from pgcdp import fsio, log
 from pgcdp.capture import attach, checks, held, modes, places, planning, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.copying import copy_tree, measure
-from pgcdp.config import Config, SetPaths, VolumeConfig
+from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Remark
+from pgcdp.sets import SetPaths, set_paths
 
 __all__ = ["ProtectRequest", "protect", "recover", "unprotect"]
 
@@ -103,7 +104,7 @@ def protect(
     or finishes. Raises UsageError, PreconditionError.
     """
     checks.check_root()
-    paths = settings.set_paths(request.name)
+    paths = set_paths(request.name)
     with attach.hold(paths):
         if _recover(paths, progress) == "protected":
             return settings.load_config(request.name)
@@ -174,7 +175,7 @@ def recover(name: str, progress: Report = silent) -> str | None:
     Returns "protected" or "unprotected" for what the set is now, None when nothing was pending.
     """
     checks.check_root()
-    paths = settings.set_paths(name)
+    paths = set_paths(name)
     with attach.hold(paths):
         return _recover(paths, progress)
 

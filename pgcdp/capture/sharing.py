@@ -19,6 +19,7 @@ from pgcdp import config as settings
 from pgcdp.capture import volumes
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.sets import list_sets
 
 _SECTOR = 512
 """Unit of sizes below /sys/block."""
@@ -127,7 +128,7 @@ def holders() -> Iterator[Holder]:
         if process.name.isdigit():
             with suppress(OSError):
                 yield from _captured((process / "cmdline").read_bytes(), int(process.name))
-    for name in settings.list_sets():
+    for name in list_sets():
         with suppress(PgcdpError):
             config = settings.load_config(name)
             for volume in config.volumes:

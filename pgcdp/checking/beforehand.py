@@ -12,11 +12,12 @@ from pathlib import Path
 from pgcdp.capture import checks, disks, kernel, promises
 from pgcdp.capture.outside import find_outside
 from pgcdp.checking.finding import Finding, Step, failed, of_remarks, passed, run, warned
-from pgcdp.config import set_of_pgdata, set_paths
+from pgcdp.config import set_of_pgdata
 from pgcdp.errors import PgcdpError
 from pgcdp.postgres import cluster
 from pgcdp.progress import Report
 from pgcdp.records import Remark
+from pgcdp.sets import set_paths
 
 ANY_NAME = "new"
 """Of the set that would be: its journal lies where every set's does."""

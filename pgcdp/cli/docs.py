@@ -16,9 +16,10 @@ from pathlib import Path
 import click
 
 import pgcdp as package
-from pgcdp import config, errors
+from pgcdp import errors
 from pgcdp.cli.main import VERBS, pgcdp
 from pgcdp.errors import PgcdpError
+from pgcdp.settings_table import documentation
 
 WRITTEN_BY = "<!-- Written by `python -m pgcdp.cli.docs docs`; change the program instead. -->"
 WIDTH = 100
@@ -114,7 +115,7 @@ def settings() -> str:
         "| setting | default | what it is | a change |",
         "|---|---|---|---|",
     ]
-    for name, default, meaning, effect in config.documentation():
+    for name, default, meaning, effect in documentation():
         lines.append(f"| `{name}` | {f'`{default}`' if default else ''} | {meaning} | {effect} |")
     return "\n".join(lines) + "\n"
 

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from pgcdp.cli import options, screen
-from pgcdp.config import exact_period, exact_size
-from pgcdp.units import format_size
+from pgcdp.setting_values import exact_period
+from pgcdp.units import exact_size, format_size
 
 
 @click.command(epilog=options.examples("pgcdp expire --dry-run", "pgcdp expire main --yes"))

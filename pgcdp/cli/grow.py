@@ -9,7 +9,7 @@ import click
 
 from pgcdp import units
 from pgcdp.cli import options, screen
-from pgcdp.config import list_sets
+from pgcdp.sets import list_sets
 from pgcdp.units import format_size
 
 

@@ -20,9 +20,10 @@ from typing import NoReturn
 
 import click
 
-from pgcdp import __version__, config, log
+from pgcdp import __version__, log
 from pgcdp.cli import screen
 from pgcdp.errors import BugError, PgcdpError, TargetError, UsageError
+from pgcdp.sets import root_directory
 
 VERBS = (
     "protect",
@@ -165,7 +166,7 @@ def _bug(error: Exception) -> BugError:
 
 
 def _log_file() -> Path:
-    return config.root_directory() / "var/lib/pgcdp/pgcdp.log"
+    return root_directory() / "var/lib/pgcdp/pgcdp.log"
 
 
 def _start_log() -> None:

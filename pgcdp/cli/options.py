@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pgcdp import config, units
+from pgcdp import units
 from pgcdp.errors import PgcdpError, UsageError
+from pgcdp.sets import only_set
 
 if TYPE_CHECKING:
     from pgcdp.records import Target
@@ -141,7 +142,7 @@ def target_options(function: F) -> F:
 
 def pick_set(name: str | None) -> str:
     """The set that is meant. Raises UsageError when none is named and there is not exactly one."""
-    return config.only_set() if name is None else name
+    return only_set() if name is None else name
 
 
 def pick_set_or_store(name: str | None, store: Path | None) -> str | None:

@@ -11,8 +11,8 @@ import click
 from pgcdp import units
 from pgcdp.cli import options, screen
 from pgcdp.cli.status import render
-from pgcdp.config import list_sets
 from pgcdp.errors import UsageError
+from pgcdp.sets import list_sets
 
 
 def backing(text: str) -> tuple[Path | None, int | None]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import xxhash
 
-from pgcdp.config import root_directory
 from pgcdp.fsio import sync_directory
+from pgcdp.sets import root_directory
 from pgcdp.store.layout import Store
 
 

@@ -28,6 +28,7 @@ from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError
 from pgcdp.postgres import cluster
 from pgcdp.progress import Progress
+from pgcdp.sets import list_sets
 from tests.fix_house import MIB, House, assert_as_before, run_until
 from tests.waiting import wait_until
 
@@ -111,7 +112,7 @@ def test_there_under_load_killed_and_back(house: House, fs: str) -> None:
     assert running.argv == house.argv
     assert house.count() == total
     assert volumes.mount_at(house.pgdata) is None
-    assert settings.list_sets() == []
+    assert list_sets() == []
     assert not config.volumes[0].backing.exists()
     assert not config.journal.exists()
     assert house.pgdata.stat().st_mode == before.st_mode

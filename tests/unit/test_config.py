@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from pgcdp import config as settings
 from pgcdp.config import ClusterConfig, Config, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
-from pgcdp.units import parse_size
+from pgcdp.sets import list_sets, only_set, set_paths
+from pgcdp.settings_table import SETTINGS
+from pgcdp.units import exact_size, parse_size
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,7 @@ def test_every_setting_is_a_field_and_every_field_a_setting() -> None:
 
 def test_defaults_of_the_table_are_those_of_the_dataclass() -> None:
     config = sample()
-    for row in settings.SETTINGS:
+    for row in SETTINGS:
         if row.section == "" and row.default is not None:
             assert row.read(row.default) == getattr(config, row.key), row.name
 
@@ -75,14 +77,14 @@ def test_saved_settings_are_read_back(root: Path) -> None:
     assert settings.load_config("main") == config
     assert config.paths.config_file.stat().st_mode & 0o777 == 0o600
     text = config.paths.config_file.read_text()
-    for row in settings.SETTINGS:
+    for row in SETTINGS:
         assert row.help in text
     assert 'journal_limit = "1536M"' in text
 
 
 def test_only_what_must_be_given_is_needed(root: Path) -> None:
     document = tomlkit.parse(settings.render_config(sample()))
-    for row in settings.SETTINGS:
+    for row in SETTINGS:
         if row.section == "" and row.default is not None:
             del document[row.key]
     config = settings.parse_config(tomlkit.dumps(document), "main", Path("main.toml"), root)
@@ -129,15 +131,15 @@ def test_an_unknown_set_names_those_that_exist() -> None:
 
 def test_the_only_set_need_not_be_named() -> None:
     with pytest.raises(UsageError, match="no volume set"):
-        settings.only_set()
+        only_set()
     settings.save_config(sample("a"))
-    assert settings.only_set() == "a"
+    assert only_set() == "a"
     settings.save_config(sample("b"))
-    assert settings.list_sets() == ["a", "b"]
+    assert list_sets() == ["a", "b"]
     with pytest.raises(UsageError, match="a, b"):
-        settings.only_set()
+        only_set()
     settings.remove_config(sample("a"))
-    assert settings.only_set() == "b"
+    assert only_set() == "b"
 
 
 def test_the_set_of_a_data_directory_is_found_through_links(tmp_path: Path) -> None:
@@ -151,18 +153,18 @@ def test_the_set_of_a_data_directory_is_found_through_links(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["", "A", "a b", "../x", "-a", "a" * 33, "ä"])
 def test_a_name_that_cannot_be_one_is_refused(name: str) -> None:
     with pytest.raises(UsageError):
-        settings.set_paths(name)
+        set_paths(name)
 
 
 def test_a_root_too_deep_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCDP_ROOT", "/" + "d" * 90)
     with pytest.raises(UsageError, match="too deep"):
-        settings.set_paths("main")
+        set_paths("main")
     monkeypatch.setenv("PGCDP_ROOT", "relative")
     with pytest.raises(UsageError, match="not absolute"):
-        settings.set_paths("main")
+        set_paths("main")
 
 
 @given(st.integers(min_value=0, max_value=1 << 50))
 def test_a_size_is_written_exactly(count: int) -> None:
-    assert parse_size(settings.exact_size(count)) == count
+    assert parse_size(exact_size(count)) == count
