@@ -11,7 +11,17 @@ from typing import Any
 
 from pgcdp.background import give_way
 from pgcdp.errors import TargetError
-from pgcdp.opening import binaries_of, open_source, point_json, production_places, remember, scratch_place
+from pgcdp.opening import (
+    Announce,
+    between,
+    binaries_of,
+    open_source,
+    point_json,
+    point_of,
+    production_places,
+    remember,
+    scratch_place,
+)
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import verify as proving
@@ -23,6 +33,57 @@ Json = dict[str, Any]
 
 LOOK_SECONDS = 1.0
 """How often a new boundary is looked for."""
+
+
+def verify(
+    set_name: str | None,
+    target: Target,
+    *,
+    sql_file: Path | None = None,
+    store: Path | None = None,
+    before: str | None = None,
+    announce: Announce | None = None,
+    progress: Report = silent,
+) -> Json:
+    """Start Postgres on the recovery point in a sandbox and run all checks."""
+    source = open_source(set_name, store)
+    point = point_of(source, target, before)
+    if announce is not None:
+        announce(between(source, point))
+    result = prove(source, set_name, point, sql_file, progress)
+    return {"ok": result["ok"], "results": [result]}
+
+
+def verify_sample(
+    set_name: str | None,
+    count: int,
+    *,
+    sql_file: Path | None = None,
+    store: Path | None = None,
+    progress: Report = silent,
+) -> Json:
+    """The same for `count` writes chosen at random."""
+    source = open_source(set_name, store)
+    results = []
+    for point in at_random(source, count):
+        progress(Progress(f"write {point.write}"))
+        results.append(prove(open_source(set_name, store), set_name, point, sql_file, progress))
+    return {"ok": all(result["ok"] for result in results), "results": results}
+
+
+def verify_boundaries(set_name: str, *, sql_file: Path | None = None, progress: Report = silent) -> Iterator[Json]:
+    """The newest boundary, then each as it is cut, without end and giving way to all other work: parts of "results"."""
+    give_way()
+    done = max(open_source(set_name, None).store.interval_numbers(), default=0) - 1
+    while True:
+        source = open_source(set_name, None)
+        behind = [number for number in source.store.interval_numbers() if number > done]
+        if not behind:
+            time.sleep(LOOK_SECONDS)
+        for number in behind:
+            source = open_source(set_name, None)
+            yield prove(source, set_name, source.resolve(Target("boundary", number)), sql_file, progress)
+            done = number
 
 
 def prove(
@@ -94,18 +155,3 @@ def _restorable(source: Source) -> list[tuple[int, int]]:
         found.append((interval.from_write if interval.restorable_by_write else interval.to_write, interval.to_write))
         done = interval.to_write
     return [*found, *([(done + 1, listing.newest_write)] if listing.newest_write > done else [])]
-
-
-def each_boundary(set_name: str, sql_file: Path | None = None, progress: Report = silent) -> Iterator[Json]:
-    """Prove the newest boundary, then each that is cut from now on, without end and giving way to all other work."""
-    give_way()
-    done = max(open_source(set_name, None).store.interval_numbers(), default=0) - 1
-    while True:
-        source = open_source(set_name, None)
-        behind = [number for number in source.store.interval_numbers() if number > done]
-        if not behind:
-            time.sleep(LOOK_SECONDS)
-        for number in behind:
-            source = open_source(set_name, None)
-            yield prove(source, set_name, source.resolve(Target("boundary", number)), sql_file, progress)
-            done = number

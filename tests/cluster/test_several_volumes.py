@@ -16,7 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pgcdp import api
+from pgcdp import api, restoring
 from pgcdp.capture import volumes
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.postgres import cluster
@@ -199,7 +199,7 @@ def test_a_tablespace_made_anew_in_its_place(spread: ProtectedSet, monkeypatch: 
     with pytest.raises(PreconditionError, match=r"makes tablespace \d+ in .*/fast, production's own:"):
         api.restore(spread.name, Target("write", point), to_directory=spread.root / "restored")
     with monkeypatch.context() as without:
-        without.setattr(api, "binaries_of", no_programs)
+        without.setattr(restoring, "binaries_of", no_programs)
         with pytest.raises(PreconditionError, match="is not known: PostgreSQL of its version is not found"):
             api.restore(spread.name, Target("write", point), to_directory=spread.root / "restored")
     assert not (spread.root / "restored").exists()
