@@ -12,7 +12,8 @@ import numpy as np
 
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.branches import beyond, branch_at, current_branch
-from pgcdp.recovery.instant import STATUS, Around, around
+from pgcdp.recovery.commits import STATUS
+from pgcdp.recovery.neighbours import Around, around
 from pgcdp.recovery.source import Source
 from pgcdp.units import format_lsn, format_time
 

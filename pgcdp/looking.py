@@ -16,7 +16,7 @@ from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
 from pgcdp.opening import engine_status, open_source, outside_json, source_of
 from pgcdp.postgres import cluster
 from pgcdp.records import Gap, Interval, RecoveryPoint
-from pgcdp.recovery import instant
+from pgcdp.recovery import named
 from pgcdp.recovery.left import damages_of
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
@@ -309,7 +309,7 @@ def marks(source: Source) -> list[Json]:
     kept = {each.write for each in kept_marks(source.store)}
 
     def look() -> list[Json]:
-        found = instant.marks(source.transactions().everywhere().history())
+        found = named.marks(source.transactions().everywhere().history())
         return [
             {
                 "name": each.event["name"],

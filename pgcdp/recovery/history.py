@@ -24,8 +24,8 @@ from pgcdp.intervals.transactions import TransactionIndex
 from pgcdp.postgres.relations import Look
 from pgcdp.records import Rewind
 from pgcdp.recovery.branches import Stretch, current_branch, on_branch, share
+from pgcdp.recovery.commits import Commits, History, is_lost
 from pgcdp.recovery.ends import Ends
-from pgcdp.recovery.instant import Commits, History, is_lost
 from pgcdp.recovery.places import place_below, scratch_of
 from pgcdp.store.base import places_back
 from pgcdp.store.bundle import settings_behind

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED
+from pgcdp.recovery.commits import is_committed
 from pgcdp.recovery.dropped import HIDDEN_SCHEMAS
 from pgcdp.recovery.history import Transactions
-from pgcdp.recovery.instant import is_committed
 
 _NAMES = ("database", "schema", "name")
 _COUNTS = ("inserted", "updated", "deleted")

@@ -18,9 +18,9 @@ from pgcdp.postgres.relations import WITHOUT_FILE
 from pgcdp.postgres.statements import Deed
 from pgcdp.records import ABORTED, COMMITTED, COMMITTED_PREPARED, PREPARED
 from pgcdp.recovery import dropped
+from pgcdp.recovery.commits import STATUS, pends
 from pgcdp.recovery.dropped import HIDDEN_SCHEMAS, Lsns
 from pgcdp.recovery.history import Transactions
-from pgcdp.recovery.instant import STATUS, pends
 from pgcdp.recovery.nearest import nearest
 from pgcdp.store.parquet import Ranges
 from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, TRUNCATED

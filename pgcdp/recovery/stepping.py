@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import TargetError
 from pgcdp.records import RecoveryPoint, Target
-from pgcdp.recovery.instant import History, is_committed, refuse_gap
+from pgcdp.recovery.commits import History, is_committed, refuse_gap
 
 
 def by_writes(point: RecoveryPoint, count: int) -> Target:

@@ -1,6 +1,7 @@
 """Pure: what a user asks for, and what exists, to a recovery point.
 
-Writes, boundaries and the newest are looked up here; what transactions say is in `recovery.instant`.
+Writes, boundaries and the newest are looked up here; what transactions say is in `recovery.instant`, and what bears a
+name in `recovery.named`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.records import Boundary, Interval, RecoveryPoint, Target
-from pgcdp.recovery.instant import NO_HISTORY, History, Instant, at_lsn, at_name, at_time, at_xid
+from pgcdp.recovery.commits import NO_HISTORY, History
+from pgcdp.recovery.instant import Instant, at_lsn, at_time, at_xid
+from pgcdp.recovery.named import at_name
 from pgcdp.units import format_time
 
 

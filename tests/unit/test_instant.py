@@ -30,7 +30,9 @@ from pgcdp.records import (
     RecoveryPoint,
     Target,
 )
-from pgcdp.recovery.instant import Commits, History, around, at_xid
+from pgcdp.recovery.commits import Commits, History
+from pgcdp.recovery.instant import at_xid
+from pgcdp.recovery.neighbours import around
 from pgcdp.recovery.target import Listing, resolve
 
 BASE_WRITE = 10

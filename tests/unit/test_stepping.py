@@ -10,7 +10,7 @@ import pytest
 
 from pgcdp.errors import TargetError
 from pgcdp.records import ABORTED, COMMITTED, TRANSACTION, RecoveryPoint, Target
-from pgcdp.recovery.instant import Commits, History
+from pgcdp.recovery.commits import Commits, History
 from pgcdp.recovery.stepping import by_commits
 
 NO_ENDS = np.empty(0, dtype=TRANSACTION)
