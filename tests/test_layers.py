@@ -67,6 +67,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.agent": 7,
     "pgcdp.api": 7,
     "pgcdp.demo": 7,
+    "pgcdp.throwaway": 7,
     "pgcdp.cli.*": 8,
     "pgcdp.pytest_plugin": 8,
     "pgcdp.__main__": 8,
