@@ -25,7 +25,7 @@ from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
 from pgcdp.capture.attach import syncfs
 from pgcdp.capture.clocks import ClockWatch
-from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError, PreconditionError

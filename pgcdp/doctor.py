@@ -10,7 +10,8 @@ import numpy as np
 
 from pgcdp import keeping, rewinding, scrubbing, service
 from pgcdp.capture import clocks, disks, holder, kernel, modes, volumes
-from pgcdp.capture.engine import EngineStatus, run_engine
+from pgcdp.capture.control import EngineStatus
+from pgcdp.capture.engine import run_engine
 from pgcdp.capture.outside import all_mounted, find_outside, takes_in
 from pgcdp.checking import space
 from pgcdp.checking.finding import Finding, Step, failed, of_remarks, passed, run, warned

@@ -26,8 +26,8 @@ from pathlib import Path
 from pgcdp import config as settings
 from pgcdp import fsio, log, service
 from pgcdp.capture import attach, checks, held, places, planning, volumes
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.copying import copy_tree, measure
-from pgcdp.capture.engine import EngineClient
 from pgcdp.capture.planning import Backing, Wish
 from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pgcdp.capture.engine import EngineStatus
+from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.volumes import mount_at
 from pgcdp.config import Config
 from pgcdp.fsio import free_space

@@ -17,7 +17,7 @@ from pathlib import Path
 from pgcdp import config as settings
 from pgcdp import proc, service
 from pgcdp.capture import attach, checks, volumes
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.fsio import free_space, sync_directory

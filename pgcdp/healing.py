@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pgcdp import fsio, log, service
 from pgcdp.capture import attach, fingerprint, volumes
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError

@@ -6,7 +6,7 @@ from typing import Any
 
 from pgcdp import service
 from pgcdp.capture import attach, held, holder
-from pgcdp.capture.engine import EngineStatus
+from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.serving.keeping import CAPTURE

@@ -10,7 +10,7 @@ from typing import Any
 
 from pgcdp import forecast, keeping, rewinding, scrubbing, service
 from pgcdp.capture import volumes
-from pgcdp.capture.engine import EngineStatus
+from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
 from pgcdp.opening import engine_status, open_source, outside_json, source_of

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.config import load_config
 from pgcdp.errors import PgcdpError, TargetError
 from pgcdp.looking import marks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp.around import around_json
-from pgcdp.capture.engine import EngineClient, EngineGone, EngineStatus
+from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PreconditionError

@@ -12,7 +12,7 @@ from pgcdp import extending, healing, keeping, owning, rewinding, service
 from pgcdp.capture import attach
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.planning import Backing
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError, PreconditionError

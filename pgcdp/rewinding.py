@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pgcdp import fsio, log, proc, service
 from pgcdp.capture import attach
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.outside import find_outside, takes_in
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError

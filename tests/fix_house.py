@@ -22,7 +22,7 @@ import pytest
 from pgcdp import proc
 from pgcdp.capture import held, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.sets import list_sets, set_paths

@@ -23,9 +23,9 @@ import psycopg
 import pytest
 
 from pgcdp import api, opening, service
-from pgcdp.capture import attach, engine, held, holder
+from pgcdp.capture import attach, children, held, holder
 from pgcdp.capture.attach import kill_and_wait
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.volumes import backing_bytes
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError
@@ -300,7 +300,7 @@ def _reap() -> None:
     """Collect ended agents and engines, so that none stays a zombie; the test's own children are left to it."""
     for child in service._children:
         child.poll()
-    engine.reap()
+    children.reap()
 
 
 def cutting(found: ProtectedSet) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone
+from pgcdp.capture.control import EngineBusy, EngineClient, EngineGone
 from pgcdp.recovery.mapfile import ViewMap, encode
 from tests.fix_engine import _is_mounted
 from tests.waiting import wait_until

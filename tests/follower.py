@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.records import Volume

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.intervals.increments import Mode
 from pgcdp.intervals.stages import Stages, StageSettings

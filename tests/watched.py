@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.records import BLOCK, RecoveryPoint
 from pgcdp.recovery import restore
 from pgcdp.recovery.mapfile import ViewMap, decode

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from pgcdp import fsio, log, proc
 from pgcdp.capture import fingerprint, held, home, sharing, volumes
-from pgcdp.capture.engine import EngineBusy, EngineClient
+from pgcdp.capture.control import EngineBusy, EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.keeper import Keeper
 from pgcdp.config import Config, VolumeConfig

@@ -1,214 +1,32 @@
-"""Run the C engine and talk to it: the only place that spawns it.
+"""Run the C engine: the only place that spawns it. What is asked of one that runs, is in `capture.control`.
 
-The control socket takes one JSON object a line and answers one a line; an error comes as
-`{"error":{"kind","message","hint"}}`. Exit codes of the engine are those of `pgcdp.errors`.
+Exit codes of the engine are those of `pgcdp.errors`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
 
 from pgcdp import proc
 from pgcdp.capture import holder as keeping
 from pgcdp.capture import volumes
+from pgcdp.capture.children import await_end, end, exit_code, pidfd, reap, spawn
+from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
 from pgcdp.config import Config
-from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
-from pgcdp.records import Position, Volume
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.sets import SetPaths
 
 _BY_EXIT_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
-_BY_KIND: dict[str, type[PgcdpError]] = {
-    "usage": UsageError,
-    "target": TargetError,
-    "damage": DamageError,
-    "precondition": PreconditionError,
-    "busy": PreconditionError,
-    "bug": BugError,
-}
-
-
-MARK_LIMIT = 1024
-"""The longest name of a mark in bytes."""
-
-
-class EngineGone(PreconditionError):
-    """No engine answers at the control socket."""
-
-
-class EngineBusy(PreconditionError):
-    """The engine refuses to stop while a volume file is open."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """The engine's `status` reply. Writes are write numbers, sizes bytes; `raw` is the whole reply.
-
-    `state` is "capturing" or "stalled"; `position` is where the last durable batch ends.
-    `open_volumes` names the volumes whose file is held open (by a loop device), `errors` what could not be written.
-    """
-
-    state: str
-    pid: int
-    last_write: int
-    durable_write: int
-    applied_write: int
-    synced_write: int
-    released_write: int
-    batch: int
-    position: Position
-    journal_bytes: int
-    journal_limit: int
-    segments: int
-    segment_bytes: int
-    volumes: tuple[Volume, ...]
-    open_volumes: tuple[str, ...]
-    rss_kib: int
-    errors: tuple[str, ...]
-    raw: dict[str, Any]
-
-
-class EngineClient:
-    """Requests to the engine at `control`; each opens a connection of its own, so a client survives the engine."""
-
-    def __init__(self, control: Path, timeout: float = 60.0) -> None:
-        self.control = control
-        self.timeout = timeout
-
-    def request(self, command: str, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Send one request and return its reply. Raises EngineGone, EngineBusy, or the error that the engine names."""
-        patience = self.timeout if timeout is None else timeout
-        line = json.dumps({"cmd": command, **arguments}).encode() + b"\n"
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
-                door.settimeout(patience)
-                door.connect(os.fspath(self.control))
-                door.sendall(line)
-                answer = _line_of(door)
-        except TimeoutError:
-            raise PreconditionError(
-                f"the engine at {self.control} did not answer {command} in {patience:g} s",
-                "look at its log and at the load of its disks",
-            ) from None
-        except OSError as error:
-            raise EngineGone(
-                f"no engine answers at {self.control}: {error.strerror or error}", "start it with pgcdp up"
-            ) from None
-        if not answer:
-            raise EngineGone(
-                f"the engine at {self.control} closed the connection without an answer", "start it with pgcdp up"
-            )
-        return _reply(command, answer)
-
-    def alive(self) -> bool:
-        """Whether an engine answers."""
-        try:
-            self.request("status", timeout=10.0)
-        except EngineGone:
-            return False
-        return True
-
-    def status(self) -> EngineStatus:
-        return parse_status(self.request("status"))
-
-    def cut(self) -> int:
-        """Make everything that was answered durable. Returns the last durable write."""
-        return int(self.request("cut")["durable_write"])
-
-    def durable_write(self) -> int:
-        """The last durable write."""
-        return self.status().durable_write
-
-    def mark(self, name: str) -> int:
-        """Put a mark into the write order and return its write number.
-
-        Raises UsageError for a name that is empty or longer than MARK_LIMIT.
-        """
-        size = len(name.encode(errors="surrogateescape"))
-        if not 1 <= size <= MARK_LIMIT:
-            what = f"has {size} bytes, more than {MARK_LIMIT}" if size else "is empty"
-            raise UsageError(f"the name of the mark {what}", "give it a name, such as pgcdp mark before-upgrade")
-        return int(self.request("mark", name=name)["write"])
-
-    def rewind_record(self, what: Literal["begin", "end"], name: str) -> int:
-        """Put the begin or end record of a rewind in place into the write order; returns its write number."""
-        return int(self.request("mark", name=name, rewind=what)["write"])
-
-    def gap_record(self, what: Literal["begin", "end"], name: str) -> int:
-        """Put the begin or end record of a gap into the write order; returns its write number."""
-        return int(self.request("mark", name=name, gap=what)["write"])
-
-    def grow(self, volume: str, size: int) -> None:
-        """Have a volume, by name, show so many bytes of its backing, which has become larger."""
-        self.request("grow", volume=volume, bytes=size)
-
-    def release(self, write: int) -> None:
-        """The store holds all writes up to `write` durably: their segments may be used again."""
-        self.request("release", write=write)
-
-    def sync(self, timeout: float = 3600.0) -> int:
-        """Bring all that is durable now to the volumes and sync them. Returns the write up to which that is so."""
-        return int(self.request("sync", timeout=timeout)["applied_write"])
-
-    def stop(self, timeout: float = 3600.0) -> None:
-        """Apply all, sync, mark the journal clean, unmount, end; waits until the process has ended.
-
-        Raises EngineBusy while a volume file is open. Harmless when no engine runs.
-        """
-        try:
-            pid = int(self.request("status")["pid"])
-        except EngineGone:
-            return
-        ended = _pidfd(pid)
-        try:
-            self.request("stop", timeout=timeout)
-            if ended is not None and not select.select([ended], [], [], timeout)[0]:
-                raise PreconditionError(f"the engine (pid {pid}) did not end in {timeout:g} s", "look at its log")
-        finally:
-            if ended is not None:
-                os.close(ended)
-            reap()
-
-
 _NO_FILES: Mapping[int, int] = MappingProxyType({})
-
-
-def parse_status(reply: dict[str, Any]) -> EngineStatus:
-    """EngineStatus of a `status` reply. Raises BugError when it lacks a key."""
-    try:
-        journal, position = reply["journal"], reply["position"]
-        return EngineStatus(
-            state=str(reply["state"]),
-            pid=int(reply["pid"]),
-            last_write=int(reply["last_write"]),
-            durable_write=int(reply["durable_write"]),
-            applied_write=int(reply["applied_write"]),
-            synced_write=int(reply["synced_write"]),
-            released_write=int(reply["released_write"]),
-            batch=int(reply["batch"]),
-            position=Position(int(position["segment"]), int(position["offset"])),
-            journal_bytes=int(journal["bytes"]),
-            journal_limit=int(journal["limit"]),
-            segments=int(journal["segments"]),
-            segment_bytes=int(journal["segment_bytes"]),
-            volumes=tuple(Volume(int(row["number"]), str(row["name"]), int(row["bytes"])) for row in reply["volumes"]),
-            open_volumes=tuple(str(row["name"]) for row in reply["volumes"] if row["open"]),
-            rss_kib=int(reply["rss_kib"]),
-            errors=tuple(str(error) for error in reply.get("errors", ())),
-            raw=reply,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BugError(f"the engine's status reply is not understood: {error!r}") from None
+_HELD = 100
+"""Number that a descriptor to keep has in the engine: above those that the shell could use."""
 
 
 def find_engine() -> Path:
@@ -274,7 +92,7 @@ def spawn_holder(paths: SetPaths, at: Path, adopt: EngineStatus | None = None, t
     at.unlink(missing_ok=True)
     with _log_of(paths.engine_log) as log:
         begin = os.fstat(log).st_size
-        pid = _spawn(command, log, _NO_FILES)
+        pid = spawn(command, log, _NO_FILES)
         _await(lambda: keeping.find(paths) is not None, pid, paths.engine_log, begin, timeout)
 
 
@@ -292,20 +110,6 @@ def hand_over(client: EngineClient, ended: int, timeout: float) -> None:
     reap()
 
 
-def kill(pid: int, ended: int, timeout: float = 60.0) -> None:
-    """SIGKILL by a pidfd, which is closed, and await the end. Raises PreconditionError when it does not end."""
-    try:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(ended, signal.SIGKILL)
-        if not select.select([ended], [], [], timeout)[0]:
-            raise PreconditionError(
-                f"process {pid} does not end after SIGKILL", f"see /proc/{pid}/stack for what it waits"
-            )
-    finally:
-        os.close(ended)
-        reap()
-
-
 def _start(
     command: Sequence[str], control: Path, log_file: Path, timeout: float, files: Mapping[int, int] = _NO_FILES
 ) -> tuple[EngineClient, int]:
@@ -313,36 +117,15 @@ def _start(
     control.unlink(missing_ok=True)
     with _log_of(log_file) as log:
         begin = os.fstat(log).st_size
-        pid = _spawn(command, log, files)
+        pid = spawn(command, log, files)
     client = EngineClient(control)
     try:
         _await(client.alive, pid, log_file, begin, timeout)
     except BaseException as error:
         if not isinstance(error, Exception):  # interrupted: nobody could find it before it answers
-            _end(pid)
+            end(pid)
         raise
     return client, pid
-
-
-def _spawn(command: Sequence[str], log: int, files: Mapping[int, int]) -> int:
-    """The process id of a child in a session of its own, whose directory is / and whose output goes to `log`.
-
-    `files` are further descriptors: {its number there: the one here}; standard input is empty unless named there.
-    """
-    passed = {**files, 1: log, 2: log}
-    # Copied to where nothing is first: any of them may have the number that another one gets.
-    free = max(*passed.keys(), *passed.values()) + 1
-    copies = dict(enumerate(passed, free))
-    steps: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
-        *((os.POSIX_SPAWN_DUP2, passed[there], copy) for copy, there in copies.items()),
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-        *((os.POSIX_SPAWN_DUP2, copy, there) for copy, there in copies.items()),
-        *((os.POSIX_SPAWN_CLOSE, copy) for copy in copies),
-    ]
-    shell = ["/bin/sh", "-c", 'cd / && exec "$@"', "sh", *command]
-    pid = os.posix_spawn(shell[0], shell, os.environ, file_actions=steps, setsid=True)
-    _children.add(pid)
-    return pid
 
 
 @contextmanager
@@ -360,7 +143,7 @@ def serving_view(place: Path, map_file: Path, held: int, cache: int | None = Non
         yield client
     finally:
         os.close(ours)  # it ends by that
-        _await_end(pid)
+        await_end(pid)
         volumes.unmount_lazily(place / "fuse")
 
 
@@ -392,10 +175,6 @@ def start_view(
         raise
 
 
-_HELD = 100
-"""Number that a descriptor to keep has in the engine: above those that the shell could use."""
-
-
 def end_views(place: Path, timeout: float = 60.0) -> None:
     """End the engines that have `place` or a file below it open: what a killed process left or does not end by itself.
 
@@ -403,7 +182,7 @@ def end_views(place: Path, timeout: float = 60.0) -> None:
     """
     name = find_engine().name
     for pid, found in volumes.users_of(place):
-        ended = _pidfd(pid) if found == name else None
+        ended = pidfd(pid) if found == name else None
         if ended is None:
             continue
         try:
@@ -427,51 +206,15 @@ def run_engine(arguments: Sequence[str], timeout: float | None = None) -> str:
     return done.stdout
 
 
-_children: set[int] = set()
-"""Engines that this process started: their ends are collected, so that no zombie stays while this process lives."""
-
-
-def _end(pid: int) -> None:
-    if pid in _children:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        _children.discard(pid)
-
-
-def _await_end(pid: int, timeout: float = 60.0) -> None:
-    """Until a child has ended, which is killed when it does not."""
-    deadline = time.monotonic() + timeout
-    while pid in _children and time.monotonic() < deadline:
-        reap()
-        if pid in _children:
-            time.sleep(0.005)
-    _end(pid)
-
-
-def reap() -> None:
-    """Collect the engines that this process started and that have ended, so that none stays a zombie."""
-    for pid in list(_children):
-        try:
-            ended = os.waitpid(pid, os.WNOHANG)[0]
-        except ChildProcessError:  # somebody else has collected it
-            ended = pid
-        if ended:
-            _children.discard(pid)
-
-
 def _await(answers: Callable[[], bool], pid: int, log: Path, begin: int, timeout: float) -> None:
     """Until a child answers. Raises what it died of, by its exit code and what it wrote to the log behind `begin`."""
     deadline = time.monotonic() + timeout
     while not answers():
-        try:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:  # another thread has collected it
-            ended, status = pid, 1 << 8
-        if ended:
-            _children.discard(pid)
+        code = exit_code(pid)
+        if code is not None:
             with log.open("rb") as text:
                 text.seek(begin)
-                raise _died(os.waitstatus_to_exitcode(status), text.read().decode("utf-8", "replace"), log)
+                raise _died(code, text.read().decode("utf-8", "replace"), log)
         if time.monotonic() > deadline:
             raise PreconditionError(f"the engine (pid {pid}) did not answer in {timeout:g} s", f"look at {log}")
         time.sleep(0.005)
@@ -499,35 +242,3 @@ def _died(code: int, text: str, log: Path | None) -> PgcdpError:
         said = f"the engine ended with exit code {code} and said nothing"
     kind = _BY_EXIT_CODE.get(code, PgcdpError)
     return kind(said, hint or (f"look at {log}" if log else None))
-
-
-def _reply(command: str, answer: bytes) -> dict[str, Any]:
-    try:
-        reply = json.loads(answer)
-    except ValueError:
-        raise BugError(f"the engine's answer to {command} is not JSON: {answer[:80]!r}") from None
-    if not isinstance(reply, dict):
-        raise BugError(f"the engine's answer to {command} is not an object: {answer[:80]!r}")
-    error = reply.get("error")
-    if error is None:
-        return reply
-    kind = EngineBusy if error.get("kind") == "busy" else _BY_KIND.get(str(error.get("kind")), PgcdpError)
-    raise kind(str(error.get("message")), error.get("hint"))
-
-
-def _line_of(door: socket.socket) -> bytes:
-    parts: list[bytes] = []
-    while not parts or not parts[-1].endswith(b"\n"):
-        part = door.recv(65536)
-        if not part:
-            break
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _pidfd(pid: int) -> int | None:
-    """A descriptor that is readable when the process has ended; None when it has already."""
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None

@@ -22,7 +22,7 @@ import numpy as np
 
 from pgcdp import fsio, log
 from pgcdp.capture import volumes
-from pgcdp.capture.engine import EngineClient, EngineGone
+from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.capture.filemap import file_extents
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.superblock import LogHead, Read, Superblock, checksum, read_superblock, reading

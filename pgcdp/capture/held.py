@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import fsio, log
-from pgcdp.capture import engine, holder, volumes
-from pgcdp.capture.engine import EngineClient, EngineGone
+from pgcdp.capture import children, engine, holder, volumes
+from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.capture.journal import FORMAT, formats
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
@@ -180,7 +180,7 @@ def _end_both(paths: SetPaths) -> None:
     holder.end(paths)
     found = holder.process_at(paths.control)
     if found is not None:
-        engine.kill(found.pid, found.ended)
+        children.kill(found.pid, found.ended)
 
 
 def _clear_mount(paths: SetPaths) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from pgcdp import log
-from pgcdp.capture import engine, held, holder
+from pgcdp.capture import children, held, holder
 from pgcdp.capture.holder import Process
 from pgcdp.errors import PgcdpError
 from pgcdp.sets import SetPaths
@@ -84,7 +84,7 @@ class Keeper:
             self._failed(error)
         finally:
             self._wait([each for each in (capture, keeping) if each is not None])
-        engine.reap()
+        children.reap()
 
     def _replace(self) -> None:
         """A capture process follows one that died."""

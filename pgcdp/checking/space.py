@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from pgcdp import forecast, service
-from pgcdp.capture.engine import EngineStatus
+from pgcdp.capture.control import EngineStatus
 from pgcdp.checking.finding import Finding, failed, passed, warned
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PreconditionError

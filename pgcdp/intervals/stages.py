@@ -41,7 +41,7 @@ SAVE_BYTES = 512 << 20
 
 
 class Capture(Protocol):
-    """What the stages need of the engine (`capture.engine.EngineClient`)."""
+    """What the stages need of the engine (`capture.control.EngineClient`)."""
 
     def release(self, write: int) -> None:
         """The store holds all writes up to `write`."""

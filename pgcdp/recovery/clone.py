@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp import proc
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
 from pgcdp.fsio import read_json, write_json
 from pgcdp.postgres import cluster

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp import proc
-from pgcdp.capture.engine import EngineClient, EngineGone
+from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import cluster, session
 from pgcdp.postgres.cluster import Binaries

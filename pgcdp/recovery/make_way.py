@@ -17,7 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pgcdp.capture.engine import EngineClient, end_views
+from pgcdp.capture.control import EngineClient
+from pgcdp.capture.engine import end_views
 from pgcdp.errors import PgcdpError
 from pgcdp.recovery.mapfile import decode
 from pgcdp.recovery.view import FENCED_FILE, exchange, moved_on

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgcdp.capture.engine import EngineClient, EngineGone
+from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import make_directory, sync_directory
 from pgcdp.recovery.mapfile import FramesSource, decode

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pgcdp.capture.engine import EngineBusy, EngineClient, EngineGone, serving_view, start_view
+from pgcdp.capture.control import EngineBusy, EngineClient, EngineGone
+from pgcdp.capture.engine import serving_view, start_view
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import write_all
 from pgcdp.intervals.extents import forward_map

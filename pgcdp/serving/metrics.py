@@ -24,7 +24,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from pgcdp import __version__, forecast
-from pgcdp.capture.engine import EngineStatus
+from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError
 from pgcdp.records import Interval

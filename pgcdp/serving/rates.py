@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from pgcdp.capture.engine import EngineStatus
+from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.volumes import mount_at
 from pgcdp.config import Config
 from pgcdp.horizon import Meter, Rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pgcdp.capture.engine import EngineStatus
+from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config
 from pgcdp.errors import PreconditionError
 from pgcdp.store.layout import Store

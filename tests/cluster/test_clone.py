@@ -14,7 +14,7 @@ import pytest
 
 from pgcdp import api, cloning, service
 from pgcdp.capture import volumes
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.errors import BugError, DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.fsio import write_json
 from pgcdp.opening import open_source, scratch_place

@@ -137,7 +137,7 @@ def test_refused_and_nothing_changed(
 RUNNER = """
 import os, signal, sys
 from pgcdp import api, config, fsio, growing, service
-from pgcdp.capture import engine
+from pgcdp.capture import control
 
 def killed(*arguments, **more):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -149,7 +149,7 @@ if what == "before the store":
 elif what == "before the settings":
     config.save_config = killed
 elif what == "before capture":
-    engine.EngineClient.grow = killed
+    control.EngineClient.grow = killed
 elif what == "before the device":
     run = growing.proc.run
     growing.proc.run = lambda words, *a, **m: (killed if words[0] == "losetup" else run)(words, *a, **m)

@@ -22,7 +22,7 @@ from pgcdp import config as settings
 from pgcdp import proc
 from pgcdp.capture import attach, held, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError, UsageError

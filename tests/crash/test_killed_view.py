@@ -15,7 +15,7 @@ import pytest
 
 from pgcdp import api, service
 from pgcdp.capture import volumes
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.config import save_config
 from pgcdp.errors import PreconditionError
 from pgcdp.opening import scratch_place

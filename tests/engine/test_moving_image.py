@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pgcdp.capture.engine import EngineClient
+from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.errors import PgcdpError
 from pgcdp.intervals.increments import Mode

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgcdp.capture.engine import EngineBusy
+from pgcdp.capture.control import EngineBusy
 from pgcdp.errors import DamageError, PgcdpError, UsageError
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, Volume
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, MapSource, ViewMap, encode

@@ -15,14 +15,14 @@ for n in $(seq 101 120); do [ ! -e /proc/$$/fd/$n ] || echo $n is left; done
 """
 STARTER = """
 import os, sys
-from pgcdp.capture import engine
+from pgcdp.capture import children, engine
 numbers = [int(word) for word in sys.argv[2:]]
 for kind, number in zip(("log", "until", "held"), numbers, strict=True):
     fd = os.open(kind, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(fd, number, inheritable=False)
     os.close(fd)
 log, until, held = numbers
-pid = engine._spawn(["/bin/sh", "-c", sys.argv[1]], log, {0: until, engine._HELD: held})
+pid = children.spawn(["/bin/sh", "-c", sys.argv[1]], log, {0: until, engine._HELD: held})
 os.waitpid(pid, 0)
 """
 """A process of its own: here the numbers may be somebody's."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pgcdp.capture.engine import EngineGone
+from pgcdp.capture.control import EngineGone
 from pgcdp.errors import PgcdpError
 from pgcdp.fsio import told
 from pgcdp.intervals.stages import Stages

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pgcdp.capture.engine import parse_status
+from pgcdp.capture.control import parse_status
 from pgcdp.records import Boundary, Gap, Interval, Volume
 from pgcdp.serving import metrics
 from pgcdp.serving.metrics import Numbers, registry
