@@ -23,22 +23,18 @@ from typing import Any
 
 from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
-from pgcdp.capture.attach import syncfs
 from pgcdp.capture.clocks import ClockWatch
 from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, told
-from pgcdp.intervals import policy
-from pgcdp.intervals.cutter import Checkpoint
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.machine import Place
-from pgcdp.postgres.agent_session import Session
-from pgcdp.postgres.control import State
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.serving.answers import Answers, Json
 from pgcdp.serving.background import Background
+from pgcdp.serving.cutting import Cutting
 from pgcdp.serving.keeping import Keeping
 from pgcdp.serving.metrics import Numbers, registry
 from pgcdp.serving.metrics_door import MetricsService
@@ -51,7 +47,6 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.lease import Lease
 from pgcdp.store.mirroring import Mirror
 from pgcdp.store.notes import clear_old_catalog
-from pgcdp.units import format_lsn
 
 logger = log.get(__name__)
 
@@ -59,8 +54,6 @@ TICK_SECONDS = 0.5
 STALLED_TICK_SECONDS = 0.05
 BASELINE_TICK_SECONDS = 0.1
 RETRY_SECONDS = 5.0
-SHUTDOWN_SECONDS = 600.0
-"""How long a shutdown of Postgres that was announced is waited for."""
 PRESSURE = 0.5
 """Share of the journal's limit from which on segments are freed before their interval ends."""
 
@@ -71,25 +64,18 @@ class Agent:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.engine = EngineClient(config.paths.control)
-        self.policy = policy.parse_policy(config.cut)
         self.stages: Stages | None = None
         self.catalog: Mirror | None = None
         self.store_lock: Lease | None = None
         self.status: EngineStatus | None = None
         self.questions = Questions(config, self._in_worker)
-        self.asked: str | None = None
-        self.asking: asyncio.Task[int] | None = None
-        self.asked_lsn: int | None = None
+        self.cutting = Cutting(
+            config, lambda: self.stages, self.questions.session, self.engine.durable_write, self._in_worker, self._wake
+        )
         self.rewound = -1  # the end of the newest rewind in place that was seen
-        self.shutdown_until = 0.0
-        self.gone_back = -1  # the write behind which the WAL lies before where it was
         self.learning: asyncio.Task[int] | None = None
-        self.ask_again_at = 0.0
-        self.no_checkpoint: str | None = None
         self.error: str | None = None
         self.waiting = ""  # for which views the image waits
-        self.rate = 0.0
-        self.rate_seen = (time.monotonic(), 0)
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
         self.changed = asyncio.Condition()
@@ -137,7 +123,7 @@ class Agent:
         finally:
             server.close()
             self.metrics.close()
-            for task in (self.asking, self.learning, expiring):
+            for task in (self.cutting.asking, self.learning, expiring):
                 if task is not None:
                     task.cancel()
                     with suppress(asyncio.CancelledError, PgcdpError):
@@ -154,6 +140,9 @@ class Agent:
 
     def _stop(self) -> None:
         self.stopping.set()
+        self._wake()
+
+    def _wake(self) -> None:
         self.wake.set()
 
     async def _turn(self) -> None:
@@ -207,21 +196,22 @@ class Agent:
         assert self.store_lock is not None
         await self._in_worker(self.store_lock.keep)
         if status.state != "stalled":  # else Postgres waits for what follows here
-            busy = self.asking is not None or self.learning is not None
+            busy = self.cutting.asking is not None or self.learning is not None
             await self.questions.refresh_settings(busy=busy)
         if stages.baseline is not None:
             return await self._baseline_tick(stages, status)
         if status.state != "stalled":
-            await self.questions.look(stages, busy=self.asking is not None)
-        published = await self._in_worker(stages.follow, status.durable_write, self._decide, self.questions.settings)
-        if self.asking is None and self.asked_lsn is not None and stages.finder.passed(self.asked_lsn):
-            self.asked = self.asked_lsn = None  # cut at, or passed over because a reader held the image: asked anew
+            await self.questions.look(stages, busy=self.cutting.asking is not None)
+        published = await self._in_worker(
+            stages.follow, status.durable_write, self.cutting.decide, self.questions.settings
+        )
+        self.cutting.forget_passed(stages)
         if stages.finder.rewound > self.rewound:  # settings and catalogs are those of then
             self.rewound = stages.finder.rewound
             self.questions.ask_anew()
         if self._pressed(status):
             await self._in_worker(stages.relieve)
-        self._watch(stages, status)
+        self.cutting.watch(stages, status)
         self.background.begin(stages)
         more = stages.opened is not None and stages.opened.last_write < status.durable_write
         if published or more:
@@ -241,12 +231,11 @@ class Agent:
             assert self.catalog is not None
             assert stages.store.baseline is not None
             await self._in_worker(self.catalog.put_baseline, stages.store.baseline)
-            self.asked = self.asked_lsn = None
+            self.cutting.forget()
             return 0.0
         if self._pressed(status):
             await self._in_worker(stages.relieve)
-        if self.asked is None and time.monotonic() >= self.ask_again_at:
-            self._ask("baseline")
+        self.cutting.ask_for_baseline()
         return BASELINE_TICK_SECONDS
 
     async def _baseline_copied(self, stages: Stages) -> float:
@@ -348,91 +337,6 @@ class Agent:
         assert self.catalog is not None
         self.catalog.put_interval(bundle)
 
-    # --- when to cut
-
-    def _decide(self, checkpoint: Checkpoint) -> str | None:
-        """Called by the worker for each checkpoint in the stream."""
-        if checkpoint.control.state == State.SHUT_DOWN and time.monotonic() < self.shutdown_until:
-            self.shutdown_until = 0.0
-            return "rewind"
-        if self.asked is not None:
-            return self.asked
-        decision = policy.decide(self.policy, self._progress(seen=True))
-        return decision.reason if decision.action == "cut" else None
-
-    def _progress(self, *, seen: bool = False) -> policy.Progress:
-        stages = self.stages
-        assert stages is not None
-        assert stages.opened is not None
-        opened = stages.opened
-        return policy.Progress(
-            seconds=time.monotonic() - stages.begun,
-            writes=opened.last_write - opened.from_write + 1,
-            bytes_written=opened.bytes_written,
-            rate=self.rate,
-            checkpoint_seen=seen,
-            checkpoint_asked=self.asked is not None,
-        )
-
-    def _watch(self, stages: Stages, status: EngineStatus) -> None:
-        """Whether it is time to ask Postgres for a checkpoint."""
-        now, written = time.monotonic(), int(status.raw.get("bytes_written", 0))
-        before, then = self.rate_seen
-        self.rate = policy.smooth_rate(self.rate, max(0, written - then), now - before)
-        self.rate_seen = (now, written)
-        if stages.opened is None or self.asked is not None or now < max(self.ask_again_at, self.shutdown_until):
-            return
-        if stages.behind:  # a reader holds the image: no checkpoint could be cut at, and each costs Postgres
-            return
-        decision = policy.decide(self.policy, self._progress())
-        if decision.action == "ask":
-            self._ask(decision.reason or "period")
-
-    def _ask(self, reason: str) -> asyncio.Task[int]:
-        """Have Postgres run a checkpoint; the task's result is its LSN. One at a time."""
-        if self.asking is None:
-            self.asked, self.asked_lsn = reason, None
-            self.asking = asyncio.create_task(self._checkpoint())
-            self.asking.add_done_callback(self._asked_done)
-        return self.asking
-
-    async def _checkpoint(self) -> int:
-        """What was written without fsync must be on the volumes before the checkpoint says that all is (R6)."""
-        async with self.questions.session() as session:
-            await self._see_whether_it_went_back(session)
-            await asyncio.to_thread(syncfs, [volume.mountpoint for volume in self.config.volumes])
-            await session.checkpoint()
-            return await session.checkpoint_lsn()
-
-    async def _see_whether_it_went_back(self, session: Session) -> None:
-        """A copy of the data directory in its place has an older checkpoint than was captured: boundaries go on there.
-
-        What was captured before Postgres is asked cannot be newer than its answer otherwise.
-        """
-        stages = self.stages
-        if stages is None or stages.baseline is not None or stages.newest is None:
-            return
-        captured = stages.finder.checkpoint_lsn
-        said = await session.checkpoint_lsn()
-        if said < captured:
-            logger.info("the WAL went back from %s to %s", format_lsn(captured), format_lsn(said))
-            self.gone_back = (await self._in_worker(self.engine.status)).durable_write
-            await self._in_worker(stages.finder.go_back, self.gone_back, said)
-
-    def _asked_done(self, task: asyncio.Task[int]) -> None:
-        self.asking = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            message = getattr(error, "message", None) or str(error)
-            if message != self.no_checkpoint:
-                logger.warning("no checkpoint: %s", message)
-            self.no_checkpoint = message
-            self.asked = self.asked_lsn = None
-            self.ask_again_at = time.monotonic() + RETRY_SECONDS
-        elif not task.cancelled():
-            self.no_checkpoint = None
-            self.asked_lsn = task.result()
-        self.wake.set()
-
     # --- what is asked at the socket
 
     async def _describe(self, request: Json) -> Json:
@@ -452,13 +356,14 @@ class Agent:
         """A boundary now: waits until the interval that ends there is published."""
         if self.stages is None or self.stages.baseline is not None:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
-        if self.asking is not None:
-            await self._ask("requested")
+        cutting = self.cutting
+        if cutting.asking is not None:
+            await cutting.ask("requested")
         while True:
-            wanted = await self._ask("requested")
-            await self._until(lambda lsn=wanted: self._reached(lsn) or self.asked is None)  # type: ignore[misc]
+            wanted = await cutting.ask("requested")
+            await self._until(lambda lsn=wanted: cutting.reached(lsn) or cutting.asked is None)  # type: ignore[misc]
             stages = self.stages
-            if stages is not None and stages.newest is not None and self._reached(wanted):
+            if stages is not None and stages.newest is not None and cutting.reached(wanted):
                 return {"boundary": stages.newest.number, "write": stages.newest.write}
             # A restore read the image, so that nothing could be cut at this one.
             await self._until(lambda: self.stages is not None and not self.stages.behind)
@@ -467,9 +372,9 @@ class Agent:
         """Postgres is about to be shut down: that checkpoint becomes a boundary, and none is asked for until then."""
         if self.stages is None or self.stages.baseline is not None:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
-        self.shutdown_until = time.monotonic() + SHUTDOWN_SECONDS
-        while self.asking is not None:
-            await asyncio.wait({self.asking})
+        self.cutting.expect_shutdown()
+        while self.cutting.asking is not None:
+            await asyncio.wait({self.cutting.asking})
         return {"waiting": True}
 
     async def _grow(self, request: Json) -> Json:
@@ -489,13 +394,6 @@ class Agent:
             await self.changed.wait_for(lambda: self.error is not None or happened())
         if not happened():
             raise PgcdpError(f"no boundary was stored: {self.error}", f"look at {self.config.paths.agent_log}")
-
-    def _reached(self, checkpoint_lsn: int) -> bool:
-        stages = self.stages
-        newest = stages.newest if stages else None
-        if stages is None or newest is None or newest.write <= max(self.gone_back, stages.finder.rewound):
-            return False
-        return newest.checkpoint_lsn >= checkpoint_lsn
 
 
 def main(set_name: str) -> int:
