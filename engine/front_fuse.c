@@ -312,39 +312,57 @@ static int refuse(int rc, struct err *e)
     return rc;
 }
 
-/* libfuse, whose session is at `ours` of a pair of sockets, and the kernel agree, or have done so before. */
-static int agree(struct front *f, int theirs, struct err *e)
+/* What this engine and its libfuse agree on with the kernel. */
+struct agreement {
+    bool before; /* it is in the note: another process has come to it, or this one just now */
+    uint8_t answer[FMT_HELD_NOTE_INIT];
+    size_t answer_length, init_length; /* FUSE_INIT itself is in the buffer */
+};
+
+/* libfuse's session is at the other end of `theirs`. Asks the kernel for its FUSE_INIT if the note has none. ERR_PRECONDITION
+ * for what the note contradicts. */
+static int work_out(struct front *f, int theirs, struct agreement *a, struct err *e)
 {
     struct held *h = f->held;
-    uint8_t answer[FMT_HELD_NOTE_INIT];
-    bool agreed;
-    int rc = held_agreed(h, &agreed, e);
+    int rc = held_agreed(h, &a->before, e);
     if (rc)
         return rc;
     ssize_t length = h->note->init_length;
-    if (agreed)
+    if (a->before)
         memcpy(f->buffer, h->note->init, (size_t)length);
     else if ((length = take_init(f)) < 0)
         return refuse((int)length, e);
-    ssize_t answered = answer_of(f, f->buffer, (size_t)length, theirs, answer, sizeof answer);
+    ssize_t answered = answer_of(f, f->buffer, (size_t)length, theirs, a->answer, sizeof a->answer);
     if (answered < 0)
         return refuse((int)answered, e);
-    if (agreed && (answered != h->note->answer_length || memcmp(answer, h->note->answer, (size_t)answered) != 0)) {
+    a->init_length = (size_t)length;
+    a->answer_length = (size_t)answered;
+    if (a->before && (a->answer_length != h->note->answer_length || memcmp(a->answer, h->note->answer, a->answer_length) != 0)) {
         err_set(e, ERR_PRECONDITION, "this engine or its libfuse would agree on something else with the kernel than the one "
                                      "before did: its connection cannot be taken over");
         err_hint(e, "pgcdp down and pgcdp up begin another one");
         return ERR_PRECONDITION;
     }
-    if (!agreed && (rc = held_agree(h, f->buffer, (size_t)length, answer, (size_t)answered, e)) != 0)
+    return 0;
+}
+
+/* Both agree, or have done so before. */
+static int agree(struct front *f, int theirs, struct err *e)
+{
+    struct agreement a;
+    int rc = work_out(f, theirs, &a, e);
+    if (rc == 0 && !a.before)
+        rc = held_agree(f->held, f->buffer, a.init_length, a.answer, a.answer_length, e);
+    if (rc)
         return rc;
     /* ENOENT: it was answered by the one before, who may as well have died just before that. */
-    if (write(h->fuse, answer, (size_t)answered) < 0 && errno != ENOENT)
+    if (write(f->held->fuse, a.answer, a.answer_length) < 0 && errno != ENOENT)
         return refuse(-errno, e);
     return 0;
 }
 
-/* The session is on the holder's connection, which is begun. */
-static int open_held(struct front *f, struct err *e)
+/* The session is at one end of a pair of sockets, `ours`, which is the session's to close from then on. */
+static int pair_up(struct front *f, int *ours, int *theirs, struct err *e)
 {
     int pair[2];
     char place[32];
@@ -353,21 +371,32 @@ static int open_held(struct front *f, struct err *e)
     if (posix_memalign(&f->buffer, BLOCK, BUFFER_BYTES) != 0)
         return err_sys(e, -ENOMEM, "fuse");
     memset(f->buffer, 0, BUFFER_BYTES);
-    f->open_count = f->held->note->open;
-    struct sigaction action = {.sa_handler = nothing};
-    sigaction(SIGUSR1, &action, NULL);
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
         return err_sys(e, -errno, "cannot make a pair of sockets");
     snprintf(place, sizeof place, "/dev/fd/%d", pair[0]);
-    int rc = fuse_session_mount(f->session, place) == 0 ? 0 : err_set(e, -EIO, "libfuse does not take %s", place);
-    bool taken = rc == 0; /* then pair[0] is the session's to close */
-    if (rc == 0)
-        rc = agree(f, pair[1], e);
-    if (rc == 0 && dup3(f->held->fuse, pair[0], O_CLOEXEC) < 0)
-        rc = err_sys(e, -errno, "cannot copy a descriptor");
+    *ours = pair[0];
+    *theirs = pair[1];
+    if (fuse_session_mount(f->session, place) == 0)
+        return 0;
+    close(pair[0]);
     close(pair[1]);
-    if (!taken)
-        close(pair[0]);
+    return err_set(e, -EIO, "libfuse does not take %s", place);
+}
+
+/* The session is on the holder's connection, which is begun. */
+static int open_held(struct front *f, struct err *e)
+{
+    int ours, theirs;
+    f->open_count = f->held->note->open;
+    struct sigaction action = {.sa_handler = nothing};
+    sigaction(SIGUSR1, &action, NULL);
+    int rc = pair_up(f, &ours, &theirs, e);
+    if (rc)
+        return rc;
+    rc = agree(f, theirs, e);
+    if (rc == 0 && dup3(f->held->fuse, ours, O_CLOEXEC) < 0)
+        rc = err_sys(e, -errno, "cannot copy a descriptor");
+    close(theirs);
     if (rc == 0)
         __atomic_add_fetch(&f->held->note->captures, 1, __ATOMIC_RELAXED);
     return rc;
@@ -382,6 +411,23 @@ static int mount_own(struct front *f, struct err *e)
     return ERR_PRECONDITION;
 }
 
+static int session_new(struct front *f, struct err *e)
+{
+    char options[] = "fsname=pgcdp,subtype=pgcdp,default_permissions,max_read=1048576";
+    char program[] = "pgcdp-engine", flag[] = "-o";
+    char *argv[] = {program, flag, options, NULL};
+    struct fuse_args args = FUSE_ARGS_INIT(3, argv);
+    f->session = fuse_session_new(&args, &OPS, sizeof OPS, f);
+    fuse_opt_free_args(&args);
+    return f->session ? 0 : err_set(e, -ENOMEM, "libfuse makes no session");
+}
+
+static void discard(struct front *f)
+{
+    if (f->session)
+        discard(f);
+}
+
 int front_open(struct front **out, const struct backend *backend, const char *mountpoint, struct held *held, struct err *e)
 {
     struct front *f = calloc(1, sizeof *f);
@@ -392,26 +438,39 @@ int front_open(struct front **out, const struct backend *backend, const char *mo
     f->held = held;
     f->open_count = f->own_count;
     f->reader = pthread_self();
-    char options[] = "fsname=pgcdp,subtype=pgcdp,default_permissions,max_read=1048576";
-    char program[] = "pgcdp-engine", flag[] = "-o";
-    char *argv[] = {program, flag, options, NULL};
-    struct fuse_args args = FUSE_ARGS_INIT(3, argv);
-    f->session = fuse_session_new(&args, &OPS, sizeof OPS, f);
-    fuse_opt_free_args(&args);
-    int rc = f->session ? 0 : err_set(e, -ENOMEM, "libfuse makes no session");
+    int rc = session_new(f, e);
     if (rc == 0)
         rc = held ? open_held(f, e) : mount_own(f, e);
     if (rc) {
-        if (f->session)
-            fuse_session_destroy(f->session);
-        free(f->buffer);
-        free(f);
+        discard(f);
         return rc;
     }
     static const struct done done = {.write = done_write, .read = done_read};
     f->backend.set_done(f->backend.self, &done);
     *out = f;
     return 0;
+}
+
+int front_fits(struct held *held, struct err *e)
+{
+    bool agreed;
+    int ours, theirs, rc = held_agreed(held, &agreed, e);
+    if (rc || !agreed)
+        return rc;
+    struct front *f = calloc(1, sizeof *f);
+    if (!f)
+        return err_sys(e, -ENOMEM, "fuse");
+    f->held = held;
+    rc = session_new(f, e);
+    if (rc == 0)
+        rc = pair_up(f, &ours, &theirs, e);
+    if (rc == 0) {
+        struct agreement a;
+        rc = work_out(f, theirs, &a, e);
+        close(theirs);
+    }
+    discard(f);
+    return rc;
 }
 
 /* From now on the kernel sends again what the process before had taken and not answered. */
@@ -507,7 +566,5 @@ void front_close(struct front *f)
     front_stop(f);
     while (atomic_load(&f->leaving))
         nanosleep(&PAUSE, NULL);
-    fuse_session_destroy(f->session);
-    free(f->buffer);
-    free(f);
+    discard(f);
 }

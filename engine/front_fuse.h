@@ -12,6 +12,10 @@ struct front;
  * over as its note says, and goes on when this process ends. On the thread that will serve. */
 int front_open(struct front **out, const struct backend *backend, const char *mountpoint, struct held *held, struct err *e);
 
+/* Whether this engine could take over a connection that another one has begun: 0, or ERR_PRECONDITION. Asks the kernel nothing,
+ * and leaves both as they are. */
+int front_fits(struct held *held, struct err *e);
+
 /* Serves on this thread, the reader, until front_stop, front_leave or an unmount from outside. Of a connection that was taken
  * over, first what the process before had taken and not answered. */
 int front_serve(struct front *front);

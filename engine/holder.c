@@ -7,6 +7,9 @@
  * it sees within a second, or at once when somebody connects. SIGKILL alone ends it before.
  *
  * With --of PID it takes both from a capture process whose own holder was killed, instead of mounting.
+ *
+ * With --fits it holds nothing: it tells whether this engine could go on with what the holder there keeps. Who upgrades asks
+ * before the running capture process ends, since behind that nobody would serve.
  */
 #include "holder.h"
 
@@ -30,6 +33,7 @@
 #include "backend.h"
 #include "cleanup.h"
 #include "command.h"
+#include "front_fuse.h"
 #include "held.h"
 #include "log.h"
 
@@ -37,11 +41,14 @@
 #define FUSE_DEVICE makedev(10, 229) /* Documentation/admin-guide/devices.txt */
 
 static const char USAGE[] = "usage: pgcdp-engine hold --socket PATH --fuse DIR\n"
-                            "       pgcdp-engine hold --socket PATH --of PID --fuse-fd N --note-fd N\n";
+                            "       pgcdp-engine hold --socket PATH --of PID --fuse-fd N --note-fd N\n"
+                            "       pgcdp-engine hold --socket PATH --fits\n"
+                            "The last one tells whether this engine could take over from the holder at PATH: exit code 0, or 6.\n";
 
 struct options {
     const char *socket, *directory;
     uint64_t pid, fuse_fd, note_fd;
+    bool fits;
 };
 
 static int parse_arguments(struct options *o, int argc, char **argv, struct err *e)
@@ -49,7 +56,8 @@ static int parse_arguments(struct options *o, int argc, char **argv, struct err 
     static const struct option OPTIONS[] = {
         {"socket", required_argument, NULL, 's'},  {"fuse", required_argument, NULL, 'd'},
         {"of", required_argument, NULL, 'o'},      {"fuse-fd", required_argument, NULL, 'f'},
-        {"note-fd", required_argument, NULL, 'n'}, {NULL, 0, NULL, 0}};
+        {"note-fd", required_argument, NULL, 'n'}, {"fits", no_argument, NULL, 't'},
+        {NULL, 0, NULL, 0}};
     int option;
     while ((option = getopt_long(argc, argv, "", OPTIONS, NULL)) != -1) {
         bool right = true;
@@ -59,12 +67,13 @@ static int parse_arguments(struct options *o, int argc, char **argv, struct err 
         case 'o': right = command_number(optarg, &o->pid); break;
         case 'f': right = command_number(optarg, &o->fuse_fd); break;
         case 'n': right = command_number(optarg, &o->note_fd); break;
+        case 't': o->fits = true; break;
         default: return err_set(e, ERR_USAGE, "unknown option\n%s", USAGE);
         }
         if (!right)
             return err_set(e, ERR_USAGE, "\"%s\" is not a number", optarg);
     }
-    if (!o->socket || optind != argc || !o->directory == !o->pid)
+    if (!o->socket || optind != argc || !!o->directory + !!o->pid + o->fits != 1)
         return err_set(e, ERR_USAGE, "an option is missing, or there is one too many\n%s", USAGE);
     return 0;
 }
@@ -171,6 +180,16 @@ static void hold(int listener, int fuse, int note)
     }
 }
 
+static int fits(const struct options *o, struct err *e)
+{
+    struct held *held = NULL;
+    int rc = held_get(&held, o->socket, e);
+    if (rc == 0)
+        rc = front_fits(held, e);
+    held_close(held);
+    return rc;
+}
+
 int cmd_hold(int argc, char **argv)
 {
     struct options o = {.socket = NULL};
@@ -178,6 +197,10 @@ int cmd_hold(int argc, char **argv)
     int fuse = -1, note = -1, listener = -1;
     umask(0077);
     int rc = parse_arguments(&o, argc, argv, &e);
+    if (rc == 0 && o.fits) {
+        rc = fits(&o, &e);
+        return rc ? command_failed(&e, rc) : 0;
+    }
     if (rc == 0)
         rc = lock(o.socket, &e);
     if (rc == 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import proc, service
-from pgcdp.capture import attach, checks, volumes
+from pgcdp.capture import attach, checks, held, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
@@ -67,6 +67,7 @@ def grow(config: Config, size: int | None, name: str | None = None, progress: Re
         changed = replace(volume, bytes=wanted)
         rows = tuple(changed if each.name == volume.name else each for each in config.volumes)
         settings.save_config(replace(config, volumes=rows))
+        held.note(replace(config, volumes=rows))
         _grow_device(config, volume, wanted)
         progress(Progress("growing the filesystem"))
         _grow_filesystem(config, volume)

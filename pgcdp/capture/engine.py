@@ -114,7 +114,6 @@ def _start(
     command: Sequence[str], control: Path, log_file: Path, timeout: float, files: Mapping[int, int] = _NO_FILES
 ) -> tuple[EngineClient, int]:
     """Start an engine that serves and wait until it answers at `control`; gives its process id, too."""
-    control.unlink(missing_ok=True)
     with _log_of(log_file) as log:
         begin = os.fstat(log).st_size
         pid = spawn(command, log, files)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import fsio, log
-from pgcdp.capture import children, engine, holder, volumes
+from pgcdp.capture import children, engine, holder, sharing, volumes
 from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.capture.journal import FORMAT, formats
 from pgcdp.config import Config
@@ -28,6 +28,8 @@ logger = log.get(__name__)
 
 LOCK_SECONDS = 3600.0
 """How long a start may take that somebody else waits for: a replay on a slow disk."""
+SETTLE_SECONDS = 60.0
+"""How long a capture process that a killed command has started may take until it serves."""
 HAND_OVER_SECONDS = 20.0
 """How long an upgrade waits for the running capture process to end by itself."""
 
@@ -46,7 +48,7 @@ def start(config: Config, create: bool = False, *, put_back: bool = False) -> En
     paths.run.mkdir(mode=0o700, parents=True, exist_ok=True)
     with alone(paths):
         client = EngineClient(paths.control)
-        if client.alive():
+        if _serves(config, client):
             return client
         _note(config, put_back)
         if holder.find(paths) is not None:
@@ -102,6 +104,8 @@ def mend(paths: SetPaths) -> bool:
         if kept is None:
             raise Broken(f"no holder keeps the connection of {paths.name}", f"pgcdp up {paths.name}")
         config, put_back = noted(paths)
+        if _serves(config, client):
+            return False
         engine.spawn_capture(config, put_back=put_back, holder=holder.socket_of(paths))
         return True
 
@@ -124,6 +128,17 @@ def swap(config: Config) -> None:
                 os.close(running.ended)
         _note(config, False)
         engine.spawn_capture(config, holder=holder.socket_of(paths))
+
+
+def note(config: Config) -> None:
+    """Have whoever starts the next capture process know these settings, where one runs: a volume has grown.
+
+    SET.toml says the same; but it may be damaged just then, and a volume that is shown smaller than its filesystem is
+    would give I/O errors.
+    """
+    if _note_file(config.paths).exists():
+        with alone(config.paths):
+            _note(config, noted(config.paths)[1])
 
 
 def noted(paths: SetPaths) -> tuple[Config, bool]:
@@ -167,6 +182,24 @@ def alone(paths: SetPaths) -> Iterator[None]:
         os.close(lock)
 
 
+def _serves(config: Config, client: EngineClient) -> bool:
+    """Whether a capture process answers; waits for one that replays still: whoever started it may have been killed.
+
+    It has the journal's lock from its beginning to its end, and answers when it serves.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while not client.alive():
+        try:
+            if not fsio.is_locked(config.journal / "lock"):
+                return False
+        except OSError:  # the engine tells of it
+            return False
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def _note_file(paths: SetPaths) -> Path:
     return paths.run / "capture.json"
 
@@ -176,11 +209,18 @@ def _note(config: Config, put_back: bool) -> None:
 
 
 def _end_both(paths: SetPaths) -> None:
-    """The holder first: what it keeps would be taken over."""
+    """The holder first: what it keeps would be taken over. One that replays does not answer yet."""
     holder.end(paths)
     found = holder.process_at(paths.control)
     if found is not None:
         children.kill(found.pid, found.ended)
+    for pid in sharing.captures_at(paths.control):
+        with suppress(ProcessLookupError):
+            ended = os.pidfd_open(pid)
+            if pid in sharing.captures_at(paths.control):  # still: by now the number could be another process's
+                children.kill(pid, ended)
+            else:
+                os.close(ended)
 
 
 def _clear_mount(paths: SetPaths) -> None:
@@ -216,4 +256,9 @@ def refuse_swap(config: Config) -> None:
             f"the journal of {config.name} has format {told}, the installed version reads {FORMAT}",
             f"install a version that reads format {told}; the running one goes on meanwhile",
         )
-    engine.run_engine(["--help"])  # it can be run at all
+    try:
+        engine.run_engine(["hold", "--socket", os.fspath(holder.socket_of(paths)), "--fits"])
+    except PreconditionError as error:
+        raise PreconditionError(
+            f"the installed version cannot go on from the running one: {error.message}", hint
+        ) from None

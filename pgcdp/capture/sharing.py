@@ -122,6 +122,18 @@ def _loops() -> Iterator[Path]:
         yield Path("/dev") / entry.parent.parent.name
 
 
+def captures_at(control: Path) -> set[int]:
+    """The capture processes that answer at a control socket, or will when they have replayed."""
+    found = set[int]()
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if words[1:2] == [b"capture"] and (b"--control", os.fsencode(control)) in pairwise(words):
+                    found.add(int(process.name))
+    return found
+
+
 def holders() -> Iterator[Holder]:
     """Captures that run on this machine, below whichever root; then the sets of this root."""
     for process in Path("/proc").iterdir():

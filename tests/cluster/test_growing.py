@@ -11,7 +11,8 @@ import psycopg
 import pytest
 
 from pgcdp import api
-from pgcdp.capture import volumes
+from pgcdp.capture import holder, volumes
+from pgcdp.capture.attach import kill_and_wait
 from pgcdp.errors import PgcdpError, UsageError
 from pgcdp.growing import may_resize_ext4
 from pgcdp.records import Target
@@ -20,6 +21,7 @@ from tests.fix_disks import MakeDisk
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import KILLED, MakeSet, ProtectedSet
 from tests.load import ALLOWED, Load, check_prefix, keep_wal
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 SIZES = {"ext4": (256 * MIB, 400 * MIB), "xfs": (304 * MIB, 448 * MIB)}
@@ -227,3 +229,24 @@ def test_a_file_that_was_made_larger(make_set: MakeSet, binaries_of: BindirOf) -
     api.down(found.name)
     found.assert_volume_is_newest()
     api.up(found.name)
+
+
+def test_what_grew_is_shown_whole_by_the_next_capture_process_though_its_settings_are_damaged(
+    make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """Shown as it was before, the filesystem would get I/O errors for what lies behind that."""
+    if holder.missing() is not None:
+        pytest.skip(f"no holder here: {holder.missing()}")
+    small, large = SIZES["xfs"]
+    found = make_set(binaries_of(15), fs="xfs", size=small, allowed=[*KILLED, r"no capture process takes over"])
+    api.grow(found.name, large)
+    engine, settings = found.engine, found.config.paths.config_file
+    text = settings.read_text()
+    settings.write_text("[[[")
+    try:
+        kill_and_wait(engine.status().pid)
+        wait_until(engine.alive, timeout=60, what="the next capture process")
+        assert engine.status().volumes[0].bytes == large
+    finally:
+        settings.write_text(text)
+    found.wait_following()

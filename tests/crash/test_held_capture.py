@@ -18,9 +18,13 @@ import pytest
 
 from pgcdp import api
 from pgcdp.capture import holder
+from pgcdp.capture.sharing import captures_at
 from pgcdp.errors import PreconditionError
+from tests.crash.test_kill_rewind import start_command
+from tests.faults.service import Faults
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import KILLED, MakeSet, ProtectedSet
+from tests.held_note import other_answer
 from tests.results import keep_result
 from tests.waiting import pass_time, wait_until
 
@@ -358,3 +362,43 @@ def test_without_a_holder_it_is_as_before(
     api.down(found.name)
     found.up()
     assert found.status()["held"]["problem"] is None
+
+
+def test_an_upgrade_to_what_would_agree_on_something_else_is_refused_before_anything_ends(
+    make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """Found only by the successor, it would leave writes waiting for ever: the one before has ended by then."""
+    found = make(make_set, binaries_of, allowed=[NO_SUCCESSOR, r"would agree on something else"])
+    engine, agent = found.engine.status().pid, found.agent_pid()
+    with other_answer(holder.socket_of(found.config.paths)):
+        with pytest.raises(PreconditionError, match=r"cannot go on from the running one: .* something else") as told:
+            api.up(found.name, upgrade=True)
+        assert "pgcdp down main and pgcdp up main" in str(told.value.hint)
+        assert (found.engine.status().pid, found.agent_pid()) == (engine, agent)
+        found.sql("create table meanwhile as select 1 as n")
+    api.up(found.name, upgrade=True)
+    assert found.engine.status().pid != engine
+    assert found.sql("select n from meanwhile") == [(1,)]
+
+
+def test_a_capture_process_that_replays_is_waited_for_when_its_starter_was_killed(
+    make_set: MakeSet, binaries_of: BindirOf, faulty_engine: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the journal's lock and does not answer yet: the next command must neither fail for that nor hide it."""
+    found = make(make_set, binaries_of, allowed=[NO_SUCCESSOR])
+    monkeypatch.setenv("PGCDP_ENGINE", str(faulty_engine))
+    faults.set("volume.replay.sync", "slow", milliseconds=2000)
+    with bench(found, 12) as load:
+        pass_time(1)
+        found.kill_agent()
+        found.kill_capture()
+        command = start_command(found, "up", found.name)
+        control = found.config.paths.control
+        (pid,) = wait_until(lambda: captures_at(control), interval=0.002, what="the next capture process")
+        command.kill()
+        command.wait()
+        assert not found.capturing(), "it serves already: this tests nothing"
+        found.up()
+        assert found.engine.status().pid == pid
+        assert load.runs
+    found.wait_following()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import random
 import re
@@ -14,15 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from tests.fix_engine import BLOCK, MIB, Capture, Direct, _is_mounted, _may_flush
+from tests.held_note import other_answer
 from tests.model import read_journal, replay
 from tests.raw_workload import Workload, assert_history
 from tests.waiting import pass_time, wait_until
-
-NOTE_BYTES, AGREED, CHECKSUM_AT, ANSWER_AT = 4096, 544, 24, 288
-"""FORMAT.md 6."""
 
 
 class Held(Capture):
@@ -60,6 +56,12 @@ class Held(Capture):
     def command(self, *, create: bool) -> list[str]:
         words = super().command(create=create)
         return [*words[:2], f"--holder={self.door}", *words[2:]]
+
+    def fits(self) -> tuple[int, str]:
+        """Exit code and stderr of who asks whether this engine could take over."""
+        words = [str(self.program), "hold", f"--socket={self.door}", "--fits"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stderr
 
     def crash(self) -> None:
         """kill -9 of the capture process alone."""
@@ -256,18 +258,6 @@ def opened(held: Held) -> Direct:
     return Direct(held.device("data"))
 
 
-def note_of(held: Held) -> mmap.mmap:
-    """The shared page."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
-        door.connect(str(held.door))
-        _, files, _, _ = socket.recv_fds(door, 64, 4)
-    try:
-        return mmap.mmap(files[1], NOTE_BYTES)
-    finally:
-        for file in files:
-            os.close(file)
-
-
 @pytest.mark.parametrize("what", ["another answer", "damaged"])
 def test_who_would_agree_on_something_else_does_not_take_over(held: Held, what: str) -> None:
     """Another libfuse, for instance, that would mean something else by what the kernel sends."""
@@ -275,18 +265,14 @@ def test_who_would_agree_on_something_else_does_not_take_over(held: Held, what: 
     with opened(held) as volume:
         volume.write(0, b"a" * BLOCK)
         held.crash()
-        with note_of(held) as note:
-            before = note[:AGREED]
-            note[ANSWER_AT + 16 + 12] ^= 1  # a flag
-            if what == "another answer":
-                blank = note[:CHECKSUM_AT] + bytes(8) + note[CHECKSUM_AT + 8 : AGREED]
-                note[CHECKSUM_AT : CHECKSUM_AT + 8] = xxhash.xxh3_64_intdigest(blank).to_bytes(8, "little")
-            code, text = held.run_refused()
-            assert code == 6, text
-            assert "cannot be taken over" in text
-            assert "hint: pgcdp down and pgcdp up begin another one" in text
-            note[:AGREED] = before
+        with other_answer(held.door, whole=what == "another answer"):
+            for code, text in (held.fits(), held.run_refused()):
+                assert code == 6, text
+                assert "cannot be taken over" in text
+                assert "hint: pgcdp down and pgcdp up begin another one" in text
+        assert held.fits() == (0, "")
         held.start()
+        assert held.fits() == (0, ""), "asked while another one serves"
         assert volume.read(0, BLOCK) == b"a" * BLOCK
     assert held.stop() == 0
 
