@@ -68,23 +68,42 @@ class Keeper:
             self._look()
 
     def _look(self) -> None:
-        """Mend what is to be mended, then wait until one of the two has ended."""
-        capture, keeping = holder.process_at(self.paths.control), holder.holder_process(self.paths)
+        """Mend what is to be mended, then wait until one of the two has ended. Raises nothing: nobody else keeps."""
+        found: list[Process] = []
         try:
-            if keeping is not None and capture is None:
-                self._replace()
-                capture = holder.process_at(self.paths.control)
-            elif capture is not None and keeping is None:
-                held.mend(self.paths)  # it may be one that never had a holder: that is left as it is
-                keeping = holder.holder_process(self.paths)
+            self._mend(found)
             self.error = ""
         except held.Broken:
             self.error = ""
-        except (PgcdpError, OSError) as error:
+        except (PgcdpError, OSError) as error:  # without a descriptor to be had not even a look is possible
+            self._failed(error)
+        except Exception as error:  # a bug in us: what is above the volumes must not wait for ever for it
+            logger.exception("unexpected")
             self._failed(error)
         finally:
-            self._wait([each for each in (capture, keeping) if each is not None])
+            try:
+                self._wait(found)
+            finally:
+                for each in found:
+                    os.close(each.ended)
         children.reap()
+
+    def _mend(self, found: list[Process]) -> None:
+        """Have both live; `found` gets who was seen to."""
+        capture = _seen(found, holder.process_at(self.paths.control))
+        keeping = _seen(found, holder.holder_process(self.paths))
+        if keeping and not capture:
+            self._replace()
+            _seen(found, holder.process_at(self.paths.control))
+        elif capture and not keeping:
+            self._hold_again()
+            _seen(found, holder.holder_process(self.paths))
+
+    def _hold_again(self) -> None:
+        """A holder follows one that died; a capture process that never had one is left as it is."""
+        if self.error and self._ended.wait(LOOK_SECONDS):
+            return
+        held.mend(self.paths)
 
     def _replace(self) -> None:
         """A capture process follows one that died."""
@@ -114,12 +133,14 @@ class Keeper:
         for file in (*(process.ended for process in processes), self._wake):
             look.register(file, select.POLLIN)
         if self.error:
-            timeout: float | None = 0.0  # the next try waits by itself
+            timeout: float | None = SOON_SECONDS * 1000  # what is tried again waits longer by itself
         else:
             timeout = None if len(processes) == 2 else LOOK_SECONDS * 1000
-        try:
-            if not self._ended.is_set():
-                look.poll(timeout)
-        finally:
-            for each in processes:
-                os.close(each.ended)
+        if not self._ended.is_set():
+            look.poll(timeout)
+
+
+def _seen(found: list[Process], process: Process | None) -> bool:
+    if process is not None:
+        found.append(process)
+    return process is not None
