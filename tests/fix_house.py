@@ -113,7 +113,7 @@ def house(scratch: Path, engine_program: Path, monkeypatch: pytest.MonkeyPatch, 
     assert complaints == []
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def free_port() -> int:
     """A port of its own; the clusters listen on Unix sockets in their own directory only."""
     return 20000 + os.getpid() % 20000

@@ -21,8 +21,8 @@ from pgcdp.recovery import clone
 from tests.fix_disks import MakeDisk
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
+from tests.json_shapes import INTERVAL, fits
 from tests.spread import SPACES, place_of, spread_set
-from tests.test_json_contract import INTERVAL, fits
 from tests.unit.test_store_alone import state_of
 from tests.waiting import wait_until
 

@@ -1,0 +1,30 @@
+"""Fixtures of sandboxes: a place for one, and the oldest programs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pgcdp.postgres.cluster import Binaries
+from tests.fix_postgres import BindirOf
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that user postgres may enter; it must be empty but for `copy*` when the test ends."""
+    path = Path(tempfile.mkdtemp(prefix="pgcdp-place-", dir="/var/tmp"))
+    path.chmod(0o755)
+    yield path
+    left = sorted(each.name for each in path.iterdir() if not each.name.startswith("copy"))
+    mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(path) in line]
+    shutil.rmtree(path)
+    assert (left, mounts) == ([], [])
+
+
+@pytest.fixture
+def pg15(binaries_of: BindirOf) -> Binaries:
+    return binaries_of(15)
