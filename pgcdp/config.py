@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,15 +210,3 @@ def set_of_pgdata(pgdata: Path) -> str | None:
         except UsageError:
             continue
     return None
-
-
-def fields_match() -> bool:
-    """Whether the dataclasses have exactly the settings of the table (a test asks)."""
-    top = {item.name for item in fields(Config)} - {"name", "root", "volumes", "cluster"}
-    facts = {item.name for item in fields(ClusterConfig)}
-    rows = {item.name for item in fields(VolumeConfig)}
-    return (
-        top == {row.key for row in SETTINGS if row.section == ""}
-        and facts == {row.key for row in SETTINGS if row.section == "cluster"}
-        and rows == {row.key for row in SETTINGS if row.section == "volumes"}
-    )
