@@ -26,11 +26,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.clusters import BIN, Protected, fresh_root, tell
+from bench.clusters import BIN, PLACE, Protected, fresh_root, tell
 from bench.machine import description, run
 
 ROUNDS = 5
 FIRST_PORT = 5714
+MARGIN_GB = 8
+"""For journals, WAL and what the load adds."""
 BEGUN = 1000
 """Transactions after which a load has begun to work."""
 BACK = 40
@@ -271,13 +273,26 @@ def others(side: Protected, asked: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def check_room(sizes: list[float], pgbackrest: bool) -> None:
+    """Raises SystemExit when the disk would be full meanwhile, in place of an hour later."""
+    protected = 2 * sum(sizes)  # volumes and images
+    largest = (
+        4 * max(sizes) if pgbackrest else 0
+    )  # with the repository and what is restored from it; the others are gone
+    needs, free = max(protected, largest) + MARGIN_GB, shutil.disk_usage(PLACE).free / 1e9
+    if free < needs:
+        raise SystemExit(f"{PLACE} has {free:.0f} GB free, and this needs {needs:.0f}: give fewer sizes with --gb")
+
+
 def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All sizes."""
+    gbs = sorted(map(float, asked.gb.split(",")), reverse=True)
+    check_room(gbs, not asked.no_pgbackrest)
     with ExitStack() as stack:
         sides: dict[str, Protected] = {}
         ends: dict[str, ExitStack] = {}
         # The largest first: it needs its room twice while it is made.
-        for number, gb in enumerate(sorted(map(float, asked.gb.split(",")), reverse=True)):
+        for number, gb in enumerate(gbs):
             ends[f"{gb:g}"] = end = stack.enter_context(ExitStack())
             side = prepare(gb, asked, end.enter_context(fresh_root()), FIRST_PORT + number)
             end.callback(side.destroy)

@@ -19,6 +19,7 @@ from bench.bulk import fill
 from bench.machine import attach, cpu_seconds, peak_rss_mib, run
 from pgcdp import api
 
+PLACE = Path("/var/tmp")
 BIN = Path("/usr/lib/postgresql/15/bin")
 SETTINGS = """
 shared_buffers = {shared_buffers}
@@ -33,7 +34,7 @@ port = {port}
 @contextmanager
 def fresh_root() -> Iterator[Path]:
     """A directory for the clusters of one measurement; it goes afterwards, unless something in it is still mounted."""
-    root = Path(tempfile.mkdtemp(prefix="pgcdp-bench-", dir="/var/tmp"))
+    root = Path(tempfile.mkdtemp(prefix="pgcdp-bench-", dir=PLACE))
     root.chmod(0o755)
     shutil.chown(root, "postgres", "postgres")
     try:
