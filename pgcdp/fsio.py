@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -197,20 +198,22 @@ LEFT_SECONDS = 5.0
 class FileLock:
     """An exclusive flock, held until `release()` or the end of the process; a context manager.
 
-    Raises PreconditionError naming the holder's process id when somebody else has it; with `wait` it waits instead.
+    Raises PreconditionError naming the holder's process id when somebody else has it, with `wait` seconds only when
+    somebody has it still after these; math.inf waits for as long as it takes.
     """
 
-    def __init__(self, path: Path, owner: str, *, wait: bool = False) -> None:
+    def __init__(self, path: Path, owner: str, *, wait: float = 0.0) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        deadline = time.monotonic() + LEFT_SECONDS
+        begun = time.monotonic()
         while True:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait == math.inf else fcntl.LOCK_NB))
                 break
             except BlockingIOError:
                 holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
-                if not holder.isdecimal() or proc.exists(int(holder)) or time.monotonic() > deadline:
+                left = holder.isdecimal() and not proc.exists(int(holder))
+                if time.monotonic() - begun >= max(wait, LEFT_SECONDS if left else 0.0):
                     os.close(self._fd)
                     raise PreconditionError(
                         f"{path} is locked by {owner}, process {holder}",

@@ -8,7 +8,6 @@ not say that yet.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -163,23 +162,10 @@ def noted(paths: SetPaths) -> tuple[Config, bool]:
 @contextmanager
 def alone(paths: SetPaths) -> Iterator[None]:
     """Nobody else starts or ends capture or its holder inside. Raises PreconditionError after LOCK_SECONDS."""
-    lock = os.open(paths.run / "capture.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_SECONDS
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise PreconditionError(
-                        f"capture of {paths.name} is being started or ended by another process",
-                        f"see pgcdp status {paths.name}",
-                    ) from None
-            time.sleep(0.01)
+    with fsio.FileLock(
+        paths.run / "capture.lock", f"another start or end of capture of {paths.name}", wait=LOCK_SECONDS
+    ):
         yield
-    finally:
-        os.close(lock)
 
 
 def _serves(config: Config, client: EngineClient) -> bool:

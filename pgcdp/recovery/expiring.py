@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,9 @@ class AnotherRuns(PreconditionError):
 def expiring(store: Store, *, wait: bool = False) -> Iterator[None]:
     """One run at a time. Raises AnotherRuns, unless it shall wait for that."""
     try:
-        lock = FileLock(store.path / "expire.lock", f"another expire of set {store.set_name}", wait=wait)
+        lock = FileLock(
+            store.path / "expire.lock", f"another expire of set {store.set_name}", wait=math.inf if wait else 0
+        )
     except PreconditionError as error:
         raise AnotherRuns(error.message, "the agent lets go by itself when the settings say so; try again") from None
     with lock:

@@ -6,6 +6,7 @@ written every few seconds; a part that was read and not recorded is read again.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -76,7 +77,9 @@ def scrub(store: Store, by: By, pace: Pace, progress: Progress = lambda done, to
         if place is not None:
             if by == "check":  # the agent makes way
                 stack.enter_context(FileLock(place / WANTED_NAME, "another check of this store"))
-            stack.enter_context(FileLock(place / LOCK_NAME, "a scrub of this store", wait=by == "check"))
+            stack.enter_context(
+                FileLock(place / LOCK_NAME, "a scrub of this store", wait=math.inf if by == "check" else 0)
+            )
         before = read_record(store)
         resumed = before.under_way and (by == "agent" or before.by == "check")
         if not resumed:
