@@ -145,6 +145,7 @@ def status_json(store: Store, running: Callable[[], bool] = lambda: False) -> Js
         "began": _time(record.began),
         "ended": _time(record.ended),
         "oldest": _time(record.whole),
+        "age_seconds": max(0.0, (time.time_ns() - record.whole) / 1e9) if record.whole else None,
         "bytes": record.bytes,
         "total": record.total,
         "interval": record.interval if record.under_way else None,

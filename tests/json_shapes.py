@@ -30,7 +30,8 @@ LOST_WRITES: Shape = {"from_write": int, "to_write": Maybe(int)}
 DAMAGE: Shape = {"file": str, "offset": int, "message": str, "still": str, "lost": Maybe(LOST_WRITES)}
 SCRUB: Shape = {
     "state": re.compile("running|stopped|waiting|never"), "by": Maybe(str), "began": Maybe(TIME), "ended": Maybe(TIME),
-    "oldest": Maybe(TIME), "bytes": int, "total": int, "interval": Maybe(int), "block": Maybe(int), "damages": int,
+    "oldest": Maybe(TIME), "age_seconds": Maybe(float), "bytes": int, "total": int, "interval": Maybe(int),
+    "block": Maybe(int), "damages": int,
 }  # fmt: skip
 INTERVAL: Shape = {
     "number": int,

@@ -275,6 +275,7 @@ def test_check(protected: Protected) -> None:
     scrub = protected.json("status")["scrub"]
     assert fits(scrub, SCRUB) == []
     assert (scrub["by"], scrub["state"], scrub["damages"]) == ("check", "waiting", 0)
+    assert scrub["age_seconds"] is not None
     alone = protected.json("check", "--store", str(protected.directory / "store"))
     assert [each["name"] for each in alone["checks"]] == ["store", "merged increments"]
     assert alone["ok"]

@@ -48,6 +48,10 @@ def render(value: Mapping[str, Any]) -> None:
         lines.append(
             ("DAMAGED", f"{value['scrub']['damages']} places in the store; pgcdp info names them and what is lost")
         )
+    if (value.get("scrub") or {}).get("age_seconds") is not None:
+        lines.append(
+            ("scrub", f"every part of the store was read in the last {format_duration(value['scrub']['age_seconds'])}")
+        )
     lines.append(("recovery window", window(value["recovery_window"])))
     screen.pairs(lines)
     if value["volumes"]:

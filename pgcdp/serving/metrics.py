@@ -32,6 +32,7 @@ from pgcdp.store.base import read_base
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.layout import Store
 from pgcdp.store.published import Published, published
+from pgcdp.store.scrub_record import Record, read_record
 
 STATES = ("capturing", "tracking", "stalled", "stopped")
 STORE_SECONDS = 15.0
@@ -41,6 +42,7 @@ AGES = {
     "cut": "the newest boundary, by the wall clock of its write",
     "look": "the last whole look at the catalogs",
     "verified": "the newest verification that found all right",
+    "scrub": "the oldest part of the store was read",
 }
 
 
@@ -67,6 +69,7 @@ class Stored:
     oldest_ns: int | None
     intervals: list[Interval]
     verified_ns: int | None
+    scrub: Record
 
 
 class _Looks:
@@ -96,7 +99,7 @@ class _Looks:
         self._known = published(store, self._known)
         intervals = [each.interval for each in self._known.values()]
         base = read_base(store)
-        return Stored(None if base is None else base.time_ns, intervals, _verified(store))
+        return Stored(None if base is None else base.time_ns, intervals, _verified(store), read_record(store))
 
 
 def _verified(store: Store) -> int | None:
@@ -125,6 +128,7 @@ class SetCollector(Collector):
             yield from _of_engine(name, numbers.status)
         if stored is not None:
             yield from _of_store(name, stored.intervals)
+            yield _damages(name, stored.scrub)
         yield from _of_times(name, numbers, stored)
         yield self._full_in(numbers, [] if stored is None else stored.intervals)
 
@@ -184,6 +188,11 @@ def _of_store(name: str, intervals: list[Interval]) -> Iterator[Metric]:
     yield _gauge(name, "store_bytes", "Bytes of the intervals in the store, without its image.", stored)
 
 
+def _damages(name: str, scrub: Record) -> Metric:
+    found = len(scrub.damages)
+    return _gauge(name, "damages", "Damages in the store's parts when they were read last.", found)
+
+
 def _of_times(name: str, numbers: Numbers, stored: Stored | None) -> Iterator[Metric]:
     """Points in time as timestamps, and how long ago things were. What is not known is not told."""
     now = time.time()
@@ -202,6 +211,7 @@ def _of_times(name: str, numbers: Numbers, stored: Stored | None) -> Iterator[Me
         "cut": _age(now, numbers.newest_boundary_ns),
         "look": numbers.look_seconds,
         "verified": _age(now, None if stored is None else stored.verified_ns),
+        "scrub": _age(now, None if stored is None else stored.scrub.whole or None),
     }
     for what, age in ages.items():
         if age is not None:

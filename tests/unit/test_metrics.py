@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from pgcdp.capture.control import parse_status
 from pgcdp.records import Boundary, Gap, Interval, Volume
 from pgcdp.serving import metrics
 from pgcdp.serving.metrics import Numbers, registry
+from pgcdp.store.damage import Damage
 from pgcdp.store.layout import Store
+from pgcdp.store.scrub_record import Record, write_record
 from tests.unit.test_config import sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +94,22 @@ def test_numbers_of_a_store_that_is_gone_are_not_told_any_more(
     assert "pgcdp_intervals" not in after
 
 
+def test_the_age_of_the_last_whole_scrub_and_what_it_found(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is under way, or was killed, does not count: parts that it has not come to may be as old as ever."""
+    monkeypatch.setattr(metrics, "STORE_SECONDS", 0.0)
+    assert "pgcdp_last_scrub_age_seconds" not in read(numbers(store), tmp_path), "nothing was read yet"
+    began = time.time_ns() - 3600 * 10**9
+    gone = Damage(store.path / "image" / "data.img", 4096, "its checksum is wrong", "nothing is lost")
+    whole = Record("agent", began, began + 10**9, began, damages=(gone,))
+    for each in (whole, replace(whole, began=time.time_ns(), ended=0)):
+        write_record(store, each)
+        found = read(numbers(store), tmp_path)
+        assert found["pgcdp_last_scrub_age_seconds"] == pytest.approx(3600, abs=60)
+        assert found["pgcdp_damages"] == 1
+
+
 def test_every_metric_is_documented(store: Store, tmp_path: Path) -> None:
     told = read(
         numbers(
@@ -100,7 +120,10 @@ def test_every_metric_is_documented(store: Store, tmp_path: Path) -> None:
     )  # fmt: skip
     text = (ROOT / "docs/operations.md").read_text("utf-8")
     documented = set(re.findall(r"`(pgcdp_[a-z_]+)`", text))
-    names = {name.partition("/")[0] for name in told} | {"pgcdp_last_verified_age_seconds"}
+    names = {name.partition("/")[0] for name in told} | {
+        "pgcdp_last_verified_age_seconds",
+        "pgcdp_last_scrub_age_seconds",
+    }
     assert names == documented - {"pgcdp_state"} | {"pgcdp_state"}
 
 
