@@ -1,4 +1,4 @@
-"""Disks that fail where and when a test says so: `faults`, `faulty_engine`."""
+"""Disks that fail where and when a test says: `faults`, `faulty_engine`; and `failing`, for calls of the test itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import sitecustomize
 from tests.faults.service import Faults
 
 
@@ -23,3 +24,12 @@ def faults(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> Iterator[Faults]:
 def faulty_engine(built_for_tests: Path) -> Path:
     """The engine with fault points."""
     return built_for_tests / "pgcdp-engine-with-faults"
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Faults:
+    """Faults of this process; nothing fails until one is set."""
+    made = Faults(tmp_path / "faults")
+    monkeypatch.setenv("PGCDP_TEST_FAULTS", str(made.directory))
+    sitecustomize.install(monkeypatch.setattr)
+    return made

@@ -14,7 +14,6 @@ from pgcdp.recovery.merged import merge_due
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.retention import Policy
 from pgcdp.store.scrub import check_store
-from tests.faults import sitecustomize
 from tests.faults.points import python_points
 from tests.faults.service import Faults
 from tests.results import keep_result
@@ -22,15 +21,6 @@ from tests.unit.test_expiring import AN_HOUR, HOURLY, NOW, Years
 
 WORK = {"thin": Policy(0.0), "join": HOURLY, "base": Policy(0.0, 0.0, 0.0, 0.0)}
 """What retention does, and by which policy."""
-
-
-@pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Faults:
-    """Faults of this process; nothing fails until one is set."""
-    made = Faults(tmp_path / "faults")
-    monkeypatch.setenv("PGCDP_TEST_FAULTS", str(made.directory))
-    sitecustomize.install(monkeypatch.setattr)
-    return made
 
 
 def work(years: Years, what: str) -> list[str]:

@@ -14,7 +14,7 @@ NO_DISK = {
     "holder.c: unlink(o.socket);",
     "holder.c: if (*note < 0 || ftruncate(*note, FMT_HELD_NOTE_BYTES) < 0)",
     'holder.c: if (score < 0 || write(score, "-1000", 5) != 5)',
-    "front_fuse.c: if (write(h->fuse, answer, (size_t)answered) < 0 && errno != ENOENT)",
+    "front_fuse.c: if (write(f->held->fuse, a.answer, a.answer_length) < 0 && errno != ENOENT)",
     "front_fuse.c: if (write(f->held->fuse, &resend, sizeof resend) < 0)",
     "runs.c: int rc = io_pwritev(point, v->fd, iov, iovs, block * BLOCK);",
     "overlay.c: int rc = fallocate(o->fd, mode, (off_t)(block * BLOCK), (off_t)(count * BLOCK)) < 0 ? -errno : 0;",
