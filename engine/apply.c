@@ -149,8 +149,8 @@ static void sync_and_mark(struct volume_set *vs)
         if (rc) {
             vs->volume_failed = true;
             vs_note_error(vs, VS_SYNC,
-                          "volume %s: sync failed: %s; the journal keeps everything since write %lu, pgcdp down and "
-                          "pgcdp up write it again",
+                          "volume %s: sync failed: %s; the journal keeps everything since write %lu, pgcdp up --upgrade "
+                          "writes it again",
                           vs->volumes[i].name, strerror(-rc), vs->synced_write);
         }
     }

@@ -28,9 +28,10 @@ from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.fsio import FileLock, told
+from pgcdp.fsio import FileLock
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.machine import Place
+from pgcdp.records import Boundary
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.serving.answers import Answers, Json
 from pgcdp.serving.background import Background
@@ -42,7 +43,7 @@ from pgcdp.serving.questions import Questions
 from pgcdp.serving.rates import Rates
 from pgcdp.serving.store import open_store, without_put_back
 from pgcdp.serving.surroundings import Surroundings
-from pgcdp.serving.telling import describe
+from pgcdp.serving.telling import describe, problem, stored_json
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.lease import Lease
 from pgcdp.store.mirroring import Mirror
@@ -75,6 +76,7 @@ class Agent:
         self.rewound = -1  # the end of the newest rewind in place that was seen
         self.learning: asyncio.Task[int] | None = None
         self.error: str | None = None
+        self.hint: str | None = None  # of the error
         self.waiting = ""  # for which views the image waits
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
@@ -85,6 +87,7 @@ class Agent:
         self.rates = Rates(config)
         self.errors_total = 0
         self.newest_write_ns: int | None = None
+        self.newest_seen: Boundary | None = None
         self.metrics = MetricsService(config.metrics_listen, registry(config, self._numbers))
         self.background = Background(config, self.stopping.is_set)
         self.keeping = Keeping(config)
@@ -156,7 +159,7 @@ class Agent:
             self._note(error.message)
             await self._in_worker(self._give_up_stages)
         except (PgcdpError, OSError) as error:
-            self._note(error.message if isinstance(error, PgcdpError) else told(error))
+            self._note(*problem(error))
             await self._in_worker(self._give_up_stages)
             pause = RETRY_SECONDS
         except Exception as error:  # a bug in us: capture must not lose its agent for it
@@ -171,11 +174,11 @@ class Agent:
                 await asyncio.wait_for(self.wake.wait(), pause)
             self.wake.clear()
 
-    def _note(self, message: str) -> None:
+    def _note(self, message: str, hint: str | None = None) -> None:
         if message != self.error:
             logger.error("%s", message)
             self.errors_total += 1
-        self.error = message
+        self.error, self.hint = message, hint
 
     async def _in_worker(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.worker, work, *arguments)
@@ -291,6 +294,7 @@ class Agent:
                 self.stages.relieve()
 
     def _close_stages(self) -> None:
+        self._newest()
         stages, self.stages = self.stages, None
         catalog, self.catalog = self.catalog, None
         lock, self.store_lock = self.store_lock, None
@@ -309,9 +313,17 @@ class Agent:
         except Exception as error:
             logger.warning("closing the store: %s", error)
 
+    def _newest(self) -> Boundary | None:
+        """The newest boundary of the store; as it was seen last while that cannot be read, so that the lag is known."""
+        stages = self.stages
+        if stages is not None and stages.newest is not None:
+            self.newest_seen = stages.newest
+        return self.newest_seen
+
     def _numbers(self) -> Numbers:
         """For a scrape, in its own thread: each is looked at once."""
         stages, questions = self.stages, self.questions
+        stored = self._newest()
         newest, opened = (stages.newest, stages.opened) if stages is not None else (None, None)
         newest_ns = None if newest is None else newest.time_ns
         if newest is not None and opened is not None and opened.last_write > newest.write:
@@ -321,9 +333,9 @@ class Agent:
             store=None if stages is None else stages.store,
             error=self.error,
             errors_total=self.errors_total,
-            newest_boundary_ns=None if newest is None else newest.time_ns,
+            newest_boundary_ns=None if stored is None else stored.time_ns,
             newest_write_ns=newest_ns,
-            stored_write=None if newest is None else newest.write,
+            stored_write=None if stored is None else stored.write,
             look_seconds=None if newest is None else time.monotonic() - questions.whole_look_at,
             rates=self.rates.told(),
         )
@@ -341,6 +353,8 @@ class Agent:
 
     async def _describe(self, request: Json) -> Json:
         return {
+            "hint": self.hint if self.error else None,
+            **stored_json(self._newest()),
             **describe(self.stages, self.error, self.waiting, self.questions, self.surroundings, self.background),
             "rates": self.rates.told(),
             "metrics": self.metrics.told(),

@@ -78,14 +78,22 @@ def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
     if engine is None:
         yield failed("capture", "no engine runs: nothing is captured", f"pgcdp up {config.name}")
     elif engine.state == "stalled":
-        yield failed(
-            "capture", f"{'; '.join(engine.errors) or 'the journal is full'}: writes wait",
-            "see that the agent runs and that store, journal and volumes have space, or raise journal_limit",
-        )  # fmt: skip
-    elif engine.raw.get("errors"):
-        yield failed("capture", "; ".join(engine.raw["errors"]), f"look at {config.paths.engine_log}")
+        hint = "see that the agent runs and that store, journal and volumes have space, or raise journal_limit"
+        if _sync_failed(engine):  # the journal is full of what it may not forget
+            hint = f"pgcdp up {config.name} --upgrade writes the volume again from the journal, while writes wait"
+        yield failed("capture", f"{'; '.join(engine.errors) or 'the journal is full'}: writes wait", hint)
+    elif engine.errors:
+        hint = f"look at {config.paths.engine_log}"
+        if _sync_failed(engine):
+            hint = f"pgcdp up {config.name} --upgrade writes it again from the journal, before that is full"
+        yield failed("capture", "; ".join(engine.errors), hint)
     else:
         yield passed("capture", f"write {engine.durable_write} is durable")
+
+
+def _sync_failed(engine: EngineStatus) -> bool:
+    """Whether only a next capture process goes on from it, which `down`, with writes that wait, could not lead to."""
+    return any("sync failed" in each for each in engine.errors)
 
 
 def _holder(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
@@ -105,7 +113,7 @@ def _holder(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
 def _agent(config: Config) -> Iterator[Finding]:
     state = service.ask(config.paths, "status")
     if state["error"]:
-        yield failed("agent", state["error"], f"look at {config.paths.agent_log}")
+        yield failed("agent", state["error"], state.get("hint") or f"look at {config.paths.agent_log}")
     else:
         yield passed("agent", state["phase"])
     metrics = state.get("metrics") or {}

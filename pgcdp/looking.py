@@ -13,6 +13,7 @@ from pgcdp.capture import volumes
 from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
+from pgcdp.fsio import told
 from pgcdp.opening import engine_status, open_source, outside_json, source_of
 from pgcdp.postgres import cluster
 from pgcdp.records import Gap, Interval, RecoveryPoint
@@ -52,26 +53,35 @@ def status(set_name: str) -> Json:
     except PreconditionError as error:
         if engine is None or engine.released_write:  # else the agent is about to make it
             damage = error.message
+    except DamageError as error:
+        damage = error.message
+    except OSError as error:  # the store's disk fails
+        damage = told(error)
     else:
-        with suppress(PreconditionError, TargetError):
+        try:
             try:
                 points = source.window()
             except DamageError as error:
                 damage, points = error.message, window(source.published())
             except OSError as error:  # the journal's directory is gone
-                damage, points = str(error), window(source.published())
+                damage, points = told(error), window(source.published())
             opened = window_json(*points)
             intervals = source.intervals()
             stored = intervals[-1] if intervals else None
-    stored_write = stored.to_write if stored else (opened["from_write"] if opened else 0)
-    behind = stored.to_time_ns if stored else None
+        except (PreconditionError, TargetError):
+            pass
+        except OSError as error:
+            damage = told(error)
+    # Without the store, what it holds is known from the agent, so that the lag is.
+    stored_write = stored.to_write if stored else opened["from_write"] if opened else agent.get("stored_write", 0)
+    behind = stored.to_time_ns if stored else agent.get("stored_time_ns")
     return {
         "set": set_name,
         "dsn": service_dsn(config),
         "state": keeping.state_of(config, engine),
         "postgres": _postgres(config, engine),
         "phase": agent.get("phase", "stopped"),
-        "error": "; ".join(_wrong(engine, agent.get("error") or damage or _interrupted(config))) or None,
+        "error": "; ".join(_wrong(engine, _of_agent(agent) or damage or _interrupted(config))) or None,
         "held": keeping.held_json(config, engine, agent),
         "baseline": agent.get("baseline"),
         "engine": engine.raw if engine else None,
@@ -105,6 +115,12 @@ def status(set_name: str) -> Json:
 def _wrong(engine: EngineStatus | None, other: str | None) -> list[str]:
     """What does not work: the disks of journal and volumes first, since production waits for them."""
     return [*(engine.errors if engine else ()), *([other] if other else [])]
+
+
+def _of_agent(agent: Json) -> str | None:
+    """What keeps it from its work, with what mends that."""
+    error, hint = agent.get("error"), agent.get("hint")
+    return f"{error} ({hint})" if error and hint else error
 
 
 def _postgres(config: Config, engine: EngineStatus | None) -> str:

@@ -179,7 +179,7 @@ class ProtectedSet:
     def kill_agent(self) -> None:
         """kill -9 of the agent."""
         kill_and_wait(self.agent_pid())
-        _reap()
+        reap()
 
     def kill_both(self) -> None:
         """kill -9 of agent, holder and capture process, one right after the other."""
@@ -187,7 +187,7 @@ class ProtectedSet:
         os.kill(agent, signal.SIGKILL)
         held.cut_off(self.config.paths)
         kill_and_wait(agent)
-        _reap()
+        reap()
 
     def up(self) -> None:
         api.up(self.name)
@@ -233,7 +233,7 @@ class ProtectedSet:
             with suppress(PgcdpError):
                 service.stop(config, 60)
             attach.discard(config)
-        _reap()
+        reap()
         shutil.rmtree(self.root)
 
     def complaints(self) -> list[str]:
@@ -296,7 +296,7 @@ def _data_from(fd: int, at: int, size: int) -> int:
         return size
 
 
-def _reap() -> None:
+def reap() -> None:
     """Collect ended agents and engines, so that none stays a zombie; the test's own children are left to it."""
     for child in service._children:
         child.poll()

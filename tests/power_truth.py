@@ -28,7 +28,7 @@ from pgcdp.store.catalog import Catalog
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import Store
 from tests.fix_power import Machine
-from tests.fix_sets import ProtectedSet, _reap
+from tests.fix_sets import ProtectedSet, reap
 from tests.model import Wrong, apply, read_interval, read_journal, read_json, read_open_interval, read_store, require
 from tests.survivors import Survivors
 from tests.waiting import pass_time, wait_until
@@ -162,7 +162,7 @@ class PowerTruth:
         moment, told = self._cut()
         self.cuts += 1
         self.machine.off()
-        _reap()
+        reap()
         self.load.pause()
         acknowledged = self.load.acknowledged() - before
         self.machine.on()

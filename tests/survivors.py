@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import psycopg
 
+from tests.load import Connectable
 from tests.waiting import wait_until
 
 _LEDGER = "create table if not exists survivor (client int, counter bigint, filler text, primary key (client, counter))"
@@ -36,7 +37,10 @@ class Cluster(Protocol):
 
 
 class Survivors:
-    """`clients` threads from entering the context to its end, except between `pause` and `resume`."""
+    """`clients` threads from entering the context to its end, except between `pause` and `resume`.
+
+    `errors`: what the clients were told by the server or its end, and went on after.
+    """
 
     def __init__(self, cluster: Cluster, *, clients: int, seed: int, filler: int = 200) -> None:
         self._cluster = cluster
@@ -44,6 +48,8 @@ class Survivors:
         self._filler = filler
         self._acks: list[tuple[int, int]] = []
         self._strange: list[str] = []
+        self.clients = clients
+        self.errors: list[str] = []
         self._end = threading.Event()
         self._go = threading.Event()
         self._busy = 0
@@ -87,7 +93,7 @@ class Survivors:
         """Go on."""
         self._go.set()
 
-    def assert_kept(self, cluster: Cluster) -> None:
+    def assert_kept(self, cluster: Connectable) -> None:
         """Every commit acknowledged up to now is there once, and pgbench's sums agree."""
         acks = list(self._acks)
         with cluster.connect() as connection:
@@ -142,6 +148,7 @@ class Survivors:
 
     def _note(self, error: psycopg.Error) -> None:
         """A deadlock or a full disk would not be the kill's doing."""
+        self.errors.append(repr(error))
         if isinstance(error, psycopg.errors.DeadlockDetected | psycopg.errors.DiskFull):
             self._strange.append(repr(error))
 

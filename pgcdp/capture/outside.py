@@ -35,6 +35,11 @@ class Outside:
     place: Path
 
 
+def rows_of(found: Sequence[Outside] | None) -> list[tuple[str, str]] | None:
+    """As (name, place): so an interval keeps it. None: it is not known."""
+    return None if found is None else [(each.name, os.fspath(each.place)) for each in found]
+
+
 def find_outside(pgdata: Path, mountpoints: Iterable[Path]) -> list[Outside]:
     """What of the cluster does not lie on the volumes mounted there, in order of name. Raises OSError.
 

@@ -7,7 +7,6 @@ kill `Stages.open` looks at the store and the journal and goes on (truth 5).
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 
 from pgcdp.capture.filemap import FileMap
 from pgcdp.capture.journal import BatchRun, Journal
-from pgcdp.capture.outside import Outside
+from pgcdp.capture.outside import Outside, rows_of
 from pgcdp.errors import BugError, DamageError
 from pgcdp.fsio import read_json, write_json
 from pgcdp.intervals.baseline import Baseline
@@ -304,11 +303,10 @@ class Stages:
         if opened.boundary is None:  # a restart finds them before it finds the boundary
             write_json(opened.path / SETTINGS, settings)
             files = self.file_map()
-            outside = self.outside()
-            if outside is None:
+            rows = rows_of(self.outside())
+            if rows is None:
                 (opened.path / OUTSIDE).unlink(missing_ok=True)  # of a try that was killed, at another checkpoint
             else:
-                rows = [[each.name, os.fspath(each.place)] for each in outside]
                 write_json(opened.path / OUTSIDE, {"outside": rows})
         before = self._boundary(boundary.number - 1)
         identifier = self.settings.system_identifier

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Sequence
 from typing import Any
 
-from pgcdp.capture.outside import Outside
+from pgcdp.capture.outside import rows_of
+from pgcdp.errors import PgcdpError
+from pgcdp.fsio import told
 from pgcdp.intervals.stages import Stages
+from pgcdp.opening import outside_json
+from pgcdp.records import Boundary
 from pgcdp.serving.background import Background
 from pgcdp.serving.questions import Questions
 from pgcdp.serving.surroundings import Surroundings
@@ -36,19 +40,27 @@ def describe(
     return {
         **reply,
         "phase": "following",
-        "boundary": newest.number,
-        "stored_write": newest.write,
-        "stored_time_ns": newest.time_ns,
         "taken_write": opened.last_write,
         "look_seconds": round(time.monotonic() - questions.whole_look_at),
         "no_look": questions.no_look,
         "waiting": waiting,
-        "outside": outside_json(surroundings.outside),
+        "outside": outside_json(rows_of(surroundings.outside)),
         "not_expired": background.not_expired,
         "scrubbing": background.scrubber.running,
     }
 
 
-def outside_json(found: Sequence[Outside] | None) -> list[dict[str, str]] | None:
-    """What lies outside of a set."""
-    return None if found is None else [{"name": each.name, "place": os.fspath(each.place)} for each in found]
+def stored_json(newest: Boundary | None) -> dict[str, Any]:
+    """What the store holds, also while it cannot be read: its newest boundary."""
+    if newest is None:
+        return {}
+    return {"boundary": newest.number, "stored_write": newest.write, "stored_time_ns": newest.time_ns}
+
+
+def problem(error: PgcdpError | OSError) -> tuple[str, str | None]:
+    """What keeps the agent from its work, and what mends it."""
+    if isinstance(error, PgcdpError):
+        return error.message, error.hint
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return told(error), "make room there: it goes on by itself"
+    return told(error), "see whether its disk works and is mounted: when it is well again, it goes on by itself"
