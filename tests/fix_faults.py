@@ -1,4 +1,4 @@
-"""Disks that fail where and when a test says: `faults`, `faulty_engine`; and `failing`, for calls of the test itself."""
+"""Disks that fail where and when a test says: `faults`, `faulty_engine`; `failing` for calls of the test itself."""
 
 from __future__ import annotations
 
