@@ -27,12 +27,15 @@ def survey(store: Store, known: Mapping[int, Published] = MappingProxyType({})) 
     What cannot be placed, because nothing whole lies behind it, is left out, with all behind it. Raises DamageError
     when the oldest boundary cannot be read.
     """
+    names: tuple[list[str], ...] | None = None
     while True:
-        names = store.names()
         found, damages = _readable(store, store.spans(), known)
         base = read_base(store)
         whole = found if base is None else _placed(store, base, found, damages)
-        if (not damages and len(whole) == len(found)) or store.names() == names:
+        if not damages and len(whole) == len(found):
+            return whole
+        before, names = names, store.names()  # only now: a store that is whole has no need of it
+        if before == names:  # else what seems to lack may have been joined or let go of just now: looked at once more
             return whole
 
 
