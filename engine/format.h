@@ -92,12 +92,14 @@ struct fmt_frames_file { /* FORMAT.md 2: how a frames file begins */
     char content[4];
     uint8_t set_id[16];
     uint64_t interval;
-    uint8_t reserved[16];
+    uint8_t salt[16]; /* zeros in a plain one */
     uint64_t checksum;
 };
 static_assert(sizeof(struct fmt_frames_file) == 64, "FORMAT.md 2");
 
-enum fmt_codec { FMT_CODEC_PLAIN = 0, FMT_CODEC_ZSTD = 1, FMT_CODEC_DIRECTORY = 255 };
+#define FMT_FRAMES_SEALED 2u /* version of a file whose frames are sealed (FORMAT.md 7.3) */
+
+enum fmt_codec { FMT_CODEC_PLAIN = 0, FMT_CODEC_ZSTD = 1, FMT_CODEC_DIRECTORY = 255, FMT_CODEC_SEALED = 256 /* added */ };
 
 struct fmt_frame { /* FORMAT.md 2: before the stored bytes of each frame */
     char magic[4];
@@ -110,6 +112,21 @@ struct fmt_frame { /* FORMAT.md 2: before the stored bytes of each frame */
 static_assert(sizeof(struct fmt_frame) == 32, "FORMAT.md 2");
 
 #define FMT_FRAME_LIMIT ((size_t)64 << 20)
+
+struct fmt_sealed_block { /* FORMAT.md 7.4: of each block of the image of an encrypted store */
+    uint8_t nonce[12];
+    uint8_t tag[16];
+    uint32_t in_use; /* 1; all is zeros of a block of zeros */
+};
+static_assert(sizeof(struct fmt_sealed_block) == 32, "FORMAT.md 7.4");
+
+#define FMT_PIECE_BLOCKS 16384u /* blocks of a volume's image that have one key */
+
+struct fmt_piece { /* FORMAT.md 7.4: names that key */
+    uint16_t volume;
+    uint16_t number[2]; /* lower half, upper half */
+};
+static_assert(sizeof(struct fmt_piece) == 6, "FORMAT.md 7.4");
 
 struct fmt_frame_entry { /* FORMAT.md 2: of each frame in the directory */
     uint64_t position;

@@ -19,6 +19,8 @@ struct frame_file {
     uint64_t length; /* of the stream */
     uint64_t count;
     struct fmt_frame_entry *entries;
+    bool sealed;
+    uint8_t key[SEAL_KEY];
 };
 
 static int damage(const struct frame_file *f, struct err *e, const char *what, uint64_t offset)
@@ -36,17 +38,58 @@ static int read_at(const struct frame_file *f, void *data, size_t length, uint64
     return rc ? err_sys(e, rc, "cannot read %s at offset %" PRIu64, f->path, offset) : 0;
 }
 
-static int check_header(const struct frame_file *f, const struct frame_identity *wanted, struct err *e)
+int frame_key(const char *path, const struct fmt_frames_file *h, bool *sealed, uint8_t *key, struct err *e)
+{
+    static const char CLEAR[4] = {'P', 'T', 'C', 'H'}; /* a view's own, in no store */
+    *sealed = h->version == FMT_FRAMES_SEALED;
+    if (*sealed && !seal_has_key())
+        return err_set(e, ERR_PRECONDITION, "%s is encrypted, and no key was given", path);
+    if (!*sealed && seal_has_key() && memcmp(h->content, CLEAR, sizeof CLEAR) != 0) {
+        err_set(e, ERR_DAMAGE, "%s is not encrypted as its store is, at offset 0", path);
+        err_hint(e, "pgcdp check --full tells what else is damaged and what can still be restored");
+        return ERR_DAMAGE;
+    }
+    const size_t begin = offsetof(struct fmt_frames_file, version), end = offsetof(struct fmt_frames_file, checksum);
+    return *sealed ? seal_derive("pgcdp frames", (const uint8_t *)h + begin, end - begin, key, e) : 0;
+}
+
+static int check_header(struct frame_file *f, const struct frame_identity *wanted, struct err *e)
 {
     struct fmt_frames_file h, expected = {.version = FORMAT_VERSION, .interval = wanted->interval};
     memcpy(expected.magic, FMT_FRAMES_MAGIC, sizeof expected.magic);
     memcpy(expected.content, wanted->content, sizeof expected.content);
     memcpy(expected.set_id, wanted->set_id, sizeof expected.set_id);
-    expected.checksum = checksum_zeroed(&expected, sizeof expected, offsetof(struct fmt_frames_file, checksum));
     int rc = read_at(f, &h, sizeof h, 0, e);
-    if (rc == 0 && memcmp(&h, &expected, sizeof h) != 0)
-        rc = damage(f, e, "a wrong header", 0);
-    return rc;
+    if (rc)
+        return rc;
+    if (h.version == FMT_FRAMES_SEALED) {
+        expected.version = FMT_FRAMES_SEALED;
+        memcpy(expected.salt, h.salt, sizeof expected.salt);
+    }
+    expected.checksum = checksum_zeroed(&expected, sizeof expected, offsetof(struct fmt_frames_file, checksum));
+    if (memcmp(&h, &expected, sizeof h) != 0)
+        return damage(f, e, "a wrong header", 0);
+    return frame_key(f->path, &h, &f->sealed, f->key, e);
+}
+
+/* The directory's bytes as they were before they were sealed, to the begin of `stored`; damage is told by the caller. */
+static int open_directory(const struct frame_file *f, const struct fmt_frame *h, uint8_t *stored, struct err *e)
+{
+    if (!f->sealed)
+        return 0;
+    struct seal *seal = seal_new();
+    if (!seal || seal_use(seal, f->key)) {
+        seal_free(seal);
+        return err_set(e, -ENOMEM, "no memory for the directory of %s", f->path);
+    }
+    size_t length = h->stored_length - SEAL_OVERHEAD;
+    bool right = seal_open(seal, stored, stored + SEAL_NONCE + length, h, offsetof(struct fmt_frame, checksum), stored + SEAL_NONCE,
+                           length, stored + SEAL_NONCE);
+    seal_free(seal);
+    if (!right)
+        return ERR_DAMAGE;
+    memmove(stored, stored + SEAL_NONCE, length);
+    return 0;
 }
 
 /* The frames must lie one after another and fill the file up to the directory. */
@@ -80,9 +123,10 @@ static int read_directory(struct frame_file *f, struct err *e)
         return damage(f, e, "a damaged trailer", end);
     if ((rc = read_at(f, &h, sizeof h, t.directory, e)))
         return rc;
-    if (memcmp(h.magic, FMT_FRAME_MAGIC, sizeof h.magic) || h.codec != FMT_CODEC_DIRECTORY ||
-        t.directory + sizeof h + h.stored_length != end || h.stored_length % sizeof *f->entries ||
-        h.stored_length / sizeof *f->entries != t.frames)
+    const uint32_t codec = FMT_CODEC_DIRECTORY | (f->sealed ? FMT_CODEC_SEALED : 0u), more = f->sealed ? SEAL_OVERHEAD : 0u;
+    if (memcmp(h.magic, FMT_FRAME_MAGIC, sizeof h.magic) || h.codec != codec || h.stored_length < more ||
+        t.directory + sizeof h + h.stored_length != end || (h.stored_length - more) % sizeof *f->entries ||
+        (h.stored_length - more) / sizeof *f->entries != t.frames)
         return damage(f, e, "a damaged directory", t.directory);
     f->count = t.frames;
     f->entries = malloc((size_t)h.stored_length + 1);
@@ -92,6 +136,8 @@ static int read_directory(struct frame_file *f, struct err *e)
         return rc;
     if (checksum_zeroed2(&h, sizeof h, offsetof(struct fmt_frame, checksum), f->entries, h.stored_length) != h.checksum)
         return damage(f, e, "a damaged directory", t.directory);
+    if ((rc = open_directory(f, &h, (uint8_t *)f->entries, e)))
+        return rc == ERR_DAMAGE ? damage(f, e, "a damaged directory", t.directory) : rc;
     if (!fits(f, t.directory, h.position))
         return damage(f, e, "a directory that does not fit its frames", t.directory);
     f->length = h.position;
@@ -163,14 +209,17 @@ size_t frame_file_find(const struct frame_file *f, uint64_t position)
 void frame_scratch_free(struct frame_scratch *s)
 {
     ZSTD_freeDCtx(s->zstd);
+    seal_free(s->seal);
     free(s->stored);
     *s = (struct frame_scratch){0};
 }
 
-static int make_room(struct frame_scratch *s, size_t length, struct err *e)
+static int make_room(struct frame_scratch *s, size_t length, const struct frame_file *f, struct err *e)
 {
     if (!s->zstd && !(s->zstd = ZSTD_createDCtx()))
         return err_set(e, -ENOMEM, "no memory to unpack frames");
+    if (f->sealed && ((!s->seal && !(s->seal = seal_new())) || seal_use(s->seal, f->key)))
+        return err_set(e, -ENOMEM, "no memory to decrypt frames");
     if (s->room < length) {
         free(s->stored);
         s->room = 0;
@@ -181,23 +230,33 @@ static int make_room(struct frame_scratch *s, size_t length, struct err *e)
     return 0;
 }
 
-bool frame_unpack(const struct fmt_frame *h, const uint8_t *stored, ZSTD_DCtx *zstd, uint8_t *raw)
+bool frame_unpack(const struct fmt_frame *h, uint8_t *stored, struct seal *seal, ZSTD_DCtx *zstd, uint8_t *raw)
 {
+    uint32_t codec = h->codec, length = h->stored_length;
     if (checksum_zeroed2(h, sizeof *h, offsetof(struct fmt_frame, checksum), stored, h->stored_length) != h->checksum)
         return false;
-    if (h->codec == FMT_CODEC_PLAIN && h->stored_length == h->raw_length) {
-        memcpy(raw, stored, h->raw_length);
+    if (seal) {
+        if (!(codec & FMT_CODEC_SEALED) || length < SEAL_OVERHEAD)
+            return false;
+        codec &= ~(uint32_t)FMT_CODEC_SEALED;
+        length -= SEAL_OVERHEAD;
+        if (!seal_open(seal, stored, stored + SEAL_NONCE + length, h, offsetof(struct fmt_frame, checksum), stored + SEAL_NONCE,
+                       length, stored + SEAL_NONCE))
+            return false;
+        stored += SEAL_NONCE;
+    }
+    if (codec == FMT_CODEC_PLAIN && length == h->raw_length) {
+        memcpy(raw, stored, length);
         return true;
     }
-    return h->codec == FMT_CODEC_ZSTD &&
-           ZSTD_decompressDCtx(zstd, raw, h->raw_length, stored, h->stored_length) == h->raw_length;
+    return codec == FMT_CODEC_ZSTD && ZSTD_decompressDCtx(zstd, raw, h->raw_length, stored, length) == h->raw_length;
 }
 
 int frame_file_load(const struct frame_file *f, size_t number, struct frame_scratch *s, uint8_t *raw, struct err *e)
 {
     const struct fmt_frame_entry *entry = &f->entries[number];
     struct fmt_frame h;
-    int rc = make_room(s, (size_t)entry->stored_length + 1, e);
+    int rc = make_room(s, (size_t)entry->stored_length + 1, f, e);
     if (rc == 0)
         rc = read_at(f, &h, sizeof h, entry->offset, e);
     if (rc == 0 && (memcmp(h.magic, FMT_FRAME_MAGIC, sizeof h.magic) || h.position != entry->position ||
@@ -205,7 +264,7 @@ int frame_file_load(const struct frame_file *f, size_t number, struct frame_scra
         rc = damage(f, e, "a damaged frame", entry->offset);
     if (rc == 0)
         rc = read_at(f, s->stored, entry->stored_length, entry->offset + sizeof h, e);
-    if (rc == 0 && !frame_unpack(&h, s->stored, s->zstd, raw))
+    if (rc == 0 && !frame_unpack(&h, s->stored, f->sealed ? s->seal : NULL, s->zstd, raw))
         rc = damage(f, e, "a damaged frame", entry->offset);
     return rc;
 }

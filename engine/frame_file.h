@@ -11,6 +11,7 @@
 
 #include "err.h"
 #include "format.h"
+#include "seal.h"
 
 struct frame_file;
 
@@ -23,6 +24,7 @@ struct frame_identity { /* what the file's header must say */
 /* What a thread needs to unpack frames. Zeroed before the first use. */
 struct frame_scratch {
     ZSTD_DCtx *zstd;
+    struct seal *seal;
     uint8_t *stored;
     size_t room;
 };
@@ -49,7 +51,12 @@ const struct fmt_frame_entry *frame_file_entry(const struct frame_file *f, size_
 /* Reads, checks and unpacks one frame into `raw`, which has room for its raw length. ERR_DAMAGE or -errno. */
 int frame_file_load(const struct frame_file *f, size_t number, struct frame_scratch *s, uint8_t *raw, struct err *e);
 
-/* A frame's stored bytes: whether its checksum is right and they unpack to its raw length. */
-bool frame_unpack(const struct fmt_frame *h, const uint8_t *stored, ZSTD_DCtx *zstd, uint8_t *raw);
+/* A frame's stored bytes, which are spoilt: whether its checksum is right, they are what was sealed (with the key that `seal`
+ * uses; NULL: the file is plain), and unpack to its raw length. */
+bool frame_unpack(const struct fmt_frame *h, uint8_t *stored, struct seal *seal, ZSTD_DCtx *zstd, uint8_t *raw);
+
+/* Whether the frames behind a header are sealed, and their key then, SEAL_KEY bytes. ERR_DAMAGE for a plain file where this
+ * engine was given the key of an encrypted store, ERR_PRECONDITION for a sealed one where it was not, or -errno. */
+int frame_key(const char *path, const struct fmt_frames_file *h, bool *sealed, uint8_t *key, struct err *e);
 
 #endif

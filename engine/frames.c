@@ -24,6 +24,7 @@ struct frames {
     uint64_t position; /* of the next frame in the stream */
     bool ended;
     ZSTD_DCtx *zstd;
+    struct seal *seal; /* NULL: plain */
     uint8_t *stored; /* FMT_FRAME_LIMIT bytes each */
     uint8_t *raw;
     uint64_t raw_begin, raw_end; /* what of `raw` was not taken yet */
@@ -44,13 +45,18 @@ static int read_header(struct frames *f, const char *content, struct err *e)
     int rc = io_pread(f->fd, &h, sizeof h, 0);
     if (rc && rc != -ENODATA)
         return err_sys(e, rc, "cannot read %s", f->path);
-    if (rc || memcmp(h.magic, FMT_FRAMES_MAGIC, sizeof h.magic) || h.version != FORMAT_VERSION ||
+    if (rc || memcmp(h.magic, FMT_FRAMES_MAGIC, sizeof h.magic) || (h.version != FORMAT_VERSION && h.version != FMT_FRAMES_SEALED) ||
         memcmp(h.content, content, sizeof h.content) || checksum_zeroed(&h, sizeof h, offsetof(struct fmt_frames_file, checksum)) != h.checksum)
         return damage(f, e, "a wrong header");
     memcpy(f->header.set_id, h.set_id, sizeof h.set_id);
     f->header.interval = h.interval;
     f->offset = sizeof h;
-    return 0;
+    bool sealed;
+    uint8_t key[SEAL_KEY];
+    rc = frame_key(f->path, &h, &sealed, key, e);
+    if (!rc && sealed && (!(f->seal = seal_new()) || seal_use(f->seal, key)))
+        rc = err_set(e, -ENOMEM, "no memory to decrypt %s", f->path);
+    return rc;
 }
 
 int frames_open(struct frames **out, const char *path, const char *content, struct err *e)
@@ -85,6 +91,7 @@ void frames_close(struct frames *f)
     if (f->fd >= 0)
         close(f->fd);
     ZSTD_freeDCtx(f->zstd);
+    seal_free(f->seal);
     free(f->path);
     free(f->stored);
     free(f->raw);
@@ -105,7 +112,7 @@ static int load(struct frames *f, struct err *e)
         return err_sys(e, rc, "cannot read %s at offset %" PRIu64, f->path, f->offset);
     if (memcmp(h.magic, FMT_FRAME_MAGIC, sizeof h.magic) || h.stored_length > FMT_FRAME_LIMIT || h.raw_length > FMT_FRAME_LIMIT)
         return damage(f, e, "a damaged frame");
-    if (h.codec == FMT_CODEC_DIRECTORY) {
+    if ((h.codec & ~(uint32_t)FMT_CODEC_SEALED) == FMT_CODEC_DIRECTORY) {
         f->ended = true;
         return 0;
     }
@@ -113,7 +120,7 @@ static int load(struct frames *f, struct err *e)
         return 0;
     if ((rc = io_pread(f->fd, f->stored, h.stored_length, f->offset + sizeof h)))
         return err_sys(e, rc, "cannot read %s at offset %" PRIu64, f->path, f->offset);
-    if (h.position != f->position || !frame_unpack(&h, f->stored, f->zstd, f->raw))
+    if (h.position != f->position || !frame_unpack(&h, f->stored, f->seal, f->zstd, f->raw))
         return damage(f, e, "a damaged frame");
     f->raw_begin = 0;
     f->raw_end = h.raw_length;

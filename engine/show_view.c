@@ -6,6 +6,7 @@
 #include "show_view.h"
 
 #include <getopt.h>
+#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -20,6 +21,7 @@
 #include "control.h"
 #include "front_fuse.h"
 #include "log.h"
+#include "seal.h"
 #include "view.h"
 
 #ifndef PR_SET_IO_FLUSHER
@@ -39,7 +41,7 @@ struct shown {
 };
 
 static const char USAGE[] =
-    "usage: pgcdp-engine view --map FILE --fuse DIR --control SOCKET --overlay DIR [--cache BYTES] [--until-eof]\n";
+    "usage: pgcdp-engine view --map FILE --fuse DIR --control SOCKET --overlay DIR [--cache BYTES] [--until-eof] [--key-fd N]\n";
 
 static int parse_arguments(struct shown *s, int argc, char **argv, struct err *e)
 {
@@ -49,6 +51,7 @@ static int parse_arguments(struct shown *s, int argc, char **argv, struct err *e
                                             {"overlay", required_argument, NULL, 'o'},
                                             {"cache", required_argument, NULL, 'c'},
                                             {"until-eof", no_argument, NULL, 'u'},
+                                            {"key-fd", required_argument, NULL, 'K'},
                                             {NULL, 0, NULL, 0}};
     int option;
     while ((option = getopt_long(argc, argv, "", OPTIONS, NULL)) != -1) {
@@ -58,6 +61,15 @@ static int parse_arguments(struct shown *s, int argc, char **argv, struct err *e
         case 'k': s->socket = optarg; break;
         case 'o': s->options.overlay = optarg; break;
         case 'u': s->until_eof = true; break;
+        case 'K': {
+            uint64_t fd;
+            if (!command_number(optarg, &fd) || fd > INT_MAX)
+                return err_set(e, ERR_USAGE, "\"%s\" is not a valid value", optarg);
+            int rc = seal_take_key((int)fd, e);
+            if (rc)
+                return rc;
+            break;
+        }
         case 'c':
             if (command_number(optarg, &s->options.cache))
                 break;

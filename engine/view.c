@@ -255,7 +255,7 @@ static int open_volumes(struct view *v, const struct block_map *map, const char 
         to->bytes = from->bytes;
         if (!(to->name = strdup(from->name)))
             return err_set(e, -ENOMEM, "no memory for a view");
-        int rc = image_open(&to->image, map->sources[from->image].path, to->bytes, e);
+        int rc = image_open(&to->image, map->sources[from->image].path, (uint16_t)i, to->bytes, e);
         if (rc == 0)
             rc = overlay_open(&to->overlay, overlay, to->name, to->bytes, e);
         if (rc)

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@
 #include "io.h"
 #include "journal_read.h"
 #include "logged.h"
+#include "seal.h"
 #include "util.h"
 #include "wal_settle.h"
 #include "wal_state.h"
@@ -25,6 +27,7 @@
 
 struct index_options {
     uint64_t system_identifier, segment_bytes, start_lsn, behind, upto, settle_upto;
+    uint64_t key_fd; /* 0: none, the store is plain */
     const char *state, *save_state, *journal, *out;
     const char *image[IMAGES]; /* by volume */
     bool holes;
@@ -48,7 +51,7 @@ static int usage(const char *message, const char *argument)
     err_set(&e, ERR_USAGE, message, argument);
     err_hint(&e, "pgcdp-engine wal --system-identifier N --out DIR [--segment-bytes N] [--start-lsn X/Y | --state FILE] "
                  "[--save-state FILE] [--journal DIR] [--behind WRITE] [--upto WRITE] "
-                 "[--wal-holes [--image VOLUME=FILE ...] [--settle-upto WRITE]] [INTERVAL ...]");
+                 "[--wal-holes [--image VOLUME=FILE ...] [--settle-upto WRITE]] [--key-fd N] [INTERVAL ...]");
     return command_failed(&e, ERR_USAGE);
 }
 
@@ -88,6 +91,7 @@ static bool take_option(struct index_options *o, int option, const char *value)
     case 'h': o->holes = true; return true;
     case 'I': return parse_image(o, value);
     case 'U': return command_number(value, &o->settle_upto);
+    case 'K': return command_number(value, &o->key_fd) && o->key_fd <= INT_MAX;
     default: return false;
     }
 }
@@ -102,6 +106,7 @@ static int parse(int argc, char **argv, struct index_options *o)
         {"journal", required_argument, NULL, 'j'},           {"out", required_argument, NULL, 'o'},
         {"wal-holes", no_argument, NULL, 'h'},               {"image", required_argument, NULL, 'I'},
         {"settle-upto", required_argument, NULL, 'U'},       {"behind", required_argument, NULL, 'B'},
+        {"key-fd", required_argument, NULL, 'K'},
         {NULL, 0, NULL, 0},
     };
     *o = (struct index_options){.segment_bytes = 16u << 20, .upto = UINT64_MAX};
@@ -332,6 +337,8 @@ int cmd_wal(int argc, char **argv)
     int rc = parse(argc, argv, &o);
     if (rc)
         return rc;
+    if (o.key_fd && (rc = seal_take_key((int)o.key_fd, &e)))
+        return command_failed(&e, rc);
     rc = open_run(&run, &o, &e);
     if (!rc)
         rc = read_all(&run, &o, &e);

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tomlkit
 
-from pgcdp import fsio
+from pgcdp import fsio, keys
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.sets import SetPaths, list_sets, root_directory, set_paths
 from pgcdp.settings_table import EFFECTS, SETTINGS, Setting
@@ -72,6 +72,8 @@ class Config:
     keep_hourly: float | None = None
     keep_daily: float | None = None
     least_free: int = 0
+    encrypt_key_file: Path | None = None
+    encrypt_key_command: str = ""
     metrics_listen: str = "off"
     scrub_every: float | None = 7 * 86400.0
     scrub_rate: int = 32 << 20
@@ -109,7 +111,10 @@ def load_config(name: str) -> Config:
 
 
 def parse_config(text: str, name: str, file: Path, root: Path) -> Config:
-    """Config of the text of SET.toml; `file` is for messages. Raises UsageError."""
+    """Config of the text of SET.toml; `file` is for messages. Raises UsageError.
+
+    Where the key of the set's store is, this process knows from then on (`keys`).
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -130,6 +135,7 @@ def parse_config(text: str, name: str, file: Path, root: Path) -> Config:
         cluster=ClusterConfig(**facts),
         **top,
     )
+    keys.know(config.store, keys.source(config.encrypt_key_file, config.encrypt_key_command))
     if config.journal_limit < 4 * config.segment_size:
         raise UsageError(
             f"{file}: journal_limit {exact_size(config.journal_limit)} is less than four times segment_size "

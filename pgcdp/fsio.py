@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from pgcdp import proc
+from pgcdp import proc, sealing
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -257,6 +257,16 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically and synced; encrypted where it lies in an encrypted store."""
+    write_atomic(path, sealing.sealed(path, content))
+
+
+def read_file(path: Path) -> bytes:
+    """What `write_file` wrote. Raises DamageError when it is not what was encrypted, FileNotFoundError."""
+    return sealing.unsealed(path, path.read_bytes())
+
+
 def json_checksum(content: Mapping[str, object]) -> str:
     """16 hex digits over all keys but `checksum` as canonical JSON (FORMAT.md 3)."""
     plain = {key: value for key, value in content.items() if key != "checksum"}
@@ -267,7 +277,7 @@ def json_checksum(content: Mapping[str, object]) -> str:
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file with its checksum, atomically and synced."""
     whole = {**content, "checksum": json_checksum(content)}
-    write_atomic(path, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(path, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -276,7 +286,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises DamageError when it is no JSON object or the checksum is wrong, FileNotFoundError when it is missing.
     """
     hint = "pgcdp check --full tells what else is damaged and what can still be restored"
-    raw = path.read_bytes()
+    raw = read_file(path)
     try:
         content = json.loads(raw.decode("utf-8"))
     except ValueError as error:

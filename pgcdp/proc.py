@@ -102,12 +102,14 @@ def run(
     timeout: float | None = None,
     check: bool = True,
     output: int | None = None,
+    keep_fds: Sequence[int] = (),
 ) -> Completed:
     """Run a program to its end and capture what it prints (UTF-8, undecodable bytes kept as escapes).
 
     A program named without its place is looked for as `find_program` does. `env` replaces the environment; None passes
     on the caller's. `output`: the descriptor of a file that gets what it writes to stdout. `cwd` is entered with the
-    caller's rights, before it becomes `user`. Raises ProcessFailed when it ends with another code
+    caller's rights, before it becomes `user`. `keep_fds`: descriptors that it inherits. Raises ProcessFailed
+    when it ends with another code
     than 0 (unless `check` is false) or does not end in `timeout` seconds (it is then killed), PreconditionError when
     the program is missing or may not be run.
     """
@@ -127,6 +129,7 @@ def run(
             cwd=cwd,
             timeout=timeout,
             check=False,
+            pass_fds=tuple(keep_fds),
             **_identity(user),
         )
     except subprocess.TimeoutExpired as late:

@@ -37,6 +37,16 @@ def path(value: Any) -> Path:
     return path
 
 
+def optional_path(value: Any) -> Path | None:
+    """None for an empty text."""
+    return None if value == "" else path(value)
+
+
+def path_or_nothing(value: Path | None) -> str:
+    """As `optional_path` reads it."""
+    return "" if value is None else str(value)
+
+
 def flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError

@@ -22,7 +22,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcdp import api, opening, service
+from pgcdp import api, keys, opening, service
 from pgcdp.capture import attach, children, held, holder
 from pgcdp.capture.attach import kill_and_wait
 from pgcdp.capture.control import EngineClient
@@ -39,6 +39,7 @@ from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 from tests.beside import repeated
 from tests.fix_engine import NOT_ALLOWED, _may_flush, _plain_program
+from tests.fix_keys import ENCRYPT_ALL
 from tests.fix_postgres import bad_lines, postgres_user
 from tests.moments import scratch_below
 from tests.waiting import wait_until
@@ -85,6 +86,8 @@ class ProtectedSet:
 
     def protect(self, *, size: int | None, settings: dict[str, str], **options: Any) -> None:
         """initdb behind capture, with checksums and no TCP; returns when the first boundary is there."""
+        if ENCRYPT_ALL:
+            options.setdefault("encrypt_key_file", Path(os.environ[keys.FILE_VARIABLE]))
         own = {"unix_socket_directories": str(self.sockets), "port": str(PORT), "listen_addresses": "", **settings}
         api.protect(
             self.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from pgcdp.capture.control import EngineBusy, EngineClient, EngineGone
 from pgcdp.recovery.mapfile import ViewMap, encode
+from pgcdp.sealing import data_key_of
 from tests.fix_engine import _is_mounted
 from tests.waiting import wait_until
 
@@ -27,6 +29,7 @@ class ShownView:
     options: list[str] = field(default_factory=list)
     allowed: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
+    key: bytes | None = None  # the data key of an encrypted store
     inherited: int | None = None
     """A descriptor that the process gets, too."""
 
@@ -51,11 +54,13 @@ class ShownView:
 
     def start(self) -> None:
         """Starts the process and waits until it serves. RuntimeError if it ends."""
-        with self.log.open("ab") as log:
-            files = () if self.inherited is None else (self.inherited,)
-            self.process = subprocess.Popen(
-                self.command(), stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=files
-            )
+        theirs, ours = os.pipe()
+        with self.log.open("ab") as log, open(theirs) as pipe:
+            with open(ours, "wb") as key:
+                key.write(self.key or b"")
+            files = [each for each in (self.inherited, pipe.fileno() if self.key else None) if each is not None]
+            words = [*self.command(), *([f"--key-fd={pipe.fileno()}"] if self.key else [])]
+            self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=files)
         wait_until(self._serves, timeout=60, what="the view")
 
     def _serves(self) -> bool:
@@ -131,6 +136,7 @@ def show_map(engine_program: Path, scratch: Path) -> Iterator[ShowMap]:
     def show(view_map: ViewMap, *options: str, start: bool = True, allowed: list[str] | None = None) -> ShownView:
         view = ShownView(engine_program, scratch / f"view{len(made)}", list(options), allowed or [])
         made.append(view)
+        view.key = data_key_of(view_map.sources[0].path.parent.parent)
         view.map_file.write_bytes(encode(view_map))
         if start:
             view.start()

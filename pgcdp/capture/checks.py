@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgcdp import config as settings
-from pgcdp import fsio, proc
+from pgcdp import fsio, keys, proc
 from pgcdp.capture import kernel, places, planning, promises, volumes
 from pgcdp.capture.engine import find_engine
 from pgcdp.capture.planning import Backing
@@ -46,8 +46,9 @@ class ProtectRequest:
     `wal_volume` or `wal_size` give pg_wal a volume of its own, `tablespaces` each of these (by name, or OID), in the
     same write order; `fs_of` are filesystems of volumes that differ from `fs`. `journal` defaults to the set's state
     directory, `bindir` to the programs of the cluster's version. `stop_seconds` is how long the cluster
-    may take to stop. `initdb` makes a new cluster at `pgdata`, of `version` (or the newest that is installed), owned by
-    `owner`, with these options of initdb and these lines at the end of its postgresql.conf.
+    may take to stop. With `encrypt_key_file` or `encrypt_key_command` the store is encrypted. `initdb` makes a new
+    cluster at `pgdata`, of `version` (or the newest that is installed), owned by `owner`, with these options of initdb
+    and these lines at the end of its postgresql.conf.
     """
 
     name: str
@@ -66,6 +67,8 @@ class ProtectRequest:
     cut: tuple[str, ...] | None = None
     apply: str | None = None
     compression_level: int | None = None
+    encrypt_key_file: Path | None = None
+    encrypt_key_command: str | None = None
     bindir: Path | None = None
     stop_seconds: float = 600.0
     initdb: bool = False
@@ -241,6 +244,7 @@ def check(request: ProtectRequest) -> Plan:
     planned = planned_volumes(request, paths, pgdata, facts, running)
     config = _config(request, pgdata, journal, planned, facts)
     check_places(request, places.places(config), journal)
+    keys.user_key_for(config.store)
     for place in places.places(config):
         for aside in (places.before(place, config.name), places.plain(place, config.name)):
             if os.path.lexists(aside):
@@ -295,9 +299,11 @@ def _config(
 ) -> Config:
     given = {
         key: check_value(key, value)
-        for key in ("journal_limit", "segment_size", "cut", "apply", "compression_level")
+        for key in ("journal_limit", "segment_size", "cut", "apply", "compression_level", "encrypt_key_command")
         if (value := getattr(request, key)) is not None
     }
+    if request.encrypt_key_file is not None:
+        given["encrypt_key_file"] = check_value("encrypt_key_file", str(request.encrypt_key_file))
     config = Config(
         name=request.name,
         set_id=secrets.token_hex(16),

@@ -25,8 +25,8 @@ from pgcdp.sets import SetPaths
 
 _BY_EXIT_CODE: dict[int, type[PgcdpError]] = {2: UsageError, 3: TargetError, 5: DamageError, 6: PreconditionError}
 _NO_FILES: Mapping[int, int] = MappingProxyType({})
-_HELD = 100
-"""Number that a descriptor to keep has in the engine: above those that the shell could use."""
+_HELD, _KEY = 100, 101
+"""Numbers that a descriptor to keep, and the one with a key, have in the engine: above those the shell could use."""
 
 
 def find_engine() -> Path:
@@ -128,11 +128,28 @@ def _start(
 
 
 @contextmanager
-def serving_view(place: Path, map_file: Path, held: int, cache: int | None = None) -> Iterator[EngineClient]:
+def _piped(secret: bytes | None) -> Iterator[int]:
+    """A descriptor from which a key is read; -1 of none. No argument and no environment has it, and no file."""
+    if secret is None:
+        yield -1
+        return
+    theirs, ours = os.pipe2(os.O_CLOEXEC)
+    try:
+        with open(ours, "wb") as pipe:  # a pipe takes so few bytes at once
+            pipe.write(secret)
+        yield theirs
+    finally:
+        os.close(theirs)
+
+
+@contextmanager
+def serving_view(
+    place: Path, map_file: Path, held: int, cache: int | None = None, key: bytes | None = None
+) -> Iterator[EngineClient]:
     """As `start_view`, inside; it ends with this process, however that ends."""
     theirs, ours = os.pipe2(os.O_CLOEXEC)
     try:
-        client, pid = start_view(place, map_file, held, cache, until=theirs)
+        client, pid = start_view(place, map_file, held, cache, until=theirs, key=key)
     except BaseException:
         os.close(ours)
         raise
@@ -147,13 +164,19 @@ def serving_view(place: Path, map_file: Path, held: int, cache: int | None = Non
 
 
 def start_view(
-    place: Path, map_file: Path, held: int, cache: int | None = None, *, until: int = -1
+    place: Path,
+    map_file: Path,
+    held: int,
+    cache: int | None = None,
+    *,
+    until: int = -1,
+    key: bytes | None = None,
 ) -> tuple[EngineClient, int]:
     """Serve a view of `map_file`: `place`/fuse/NAME is each volume. All else that it needs lies in `place`, too.
 
     `held` is a descriptor that the engine keeps open as long as it lives (-1: none). It outlives this process, unless
     `until` is given: then it ends when that descriptor does. Returns its process id, too; `end_views` ends it. Raises
-    what it died of, by its exit code.
+    what it died of, by its exit code. `key`: the store's data key, where that is encrypted.
     """
     fuse = place / "fuse"
     fuse.mkdir(mode=0o700)
@@ -165,10 +188,13 @@ def start_view(
         "--control", os.fspath(place / "control"),
         "--overlay", os.fspath(place),
         *(["--cache", str(cache)] if cache is not None else []),
+        *(["--key-fd", str(_KEY)] if key is not None else []),
     ]  # fmt: skip
     files = {**({0: until} if until >= 0 else {}), **({_HELD: held} if held >= 0 else {})}
     try:
-        return _start(command, place / "control", place / "engine.log", 600.0, files)
+        with _piped(key) as secret:
+            more = {_KEY: secret} if secret >= 0 else {}
+            return _start(command, place / "control", place / "engine.log", 600.0, {**files, **more})
     except BaseException:
         volumes.unmount_lazily(fuse)
         raise
@@ -194,12 +220,19 @@ def end_views(place: Path, timeout: float = 60.0) -> None:
             os.close(ended)
 
 
-def run_engine(arguments: Sequence[str], timeout: float | None = None) -> str:
+def run_engine(
+    arguments: Sequence[str], timeout: float | None = None, *, key: bytes | None = None, keep_fds: Sequence[int] = ()
+) -> str:
     """Run another sub-command (`check`, `dump`) to its end and return what it prints. Raises by its exit code.
 
-    Raises ProcessFailed when it did not end in `timeout` seconds.
+    `key`: the data key of the encrypted store that it reads; `keep_fds`: descriptors that it inherits. Raises
+    ProcessFailed when it did not end in `timeout` seconds.
     """
-    done = proc.run([os.fspath(find_engine()), *arguments], check=False, timeout=timeout)
+    with _piped(key) as secret:
+        words = ["--key-fd", str(secret)] if secret >= 0 else []
+        kept = [*keep_fds, *([secret] if secret >= 0 else [])]
+        command = [os.fspath(find_engine()), *arguments[:1], *words, *arguments[1:]]
+        done = proc.run(command, check=False, timeout=timeout, keep_fds=kept)
     if done.returncode:
         raise _died(done.returncode, done.stderr, None)
     return done.stdout

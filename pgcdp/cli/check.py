@@ -35,6 +35,7 @@ from pgcdp.errors import DamageError, PreconditionError, UsageError
     metavar="DIR",
     help="A store instead of SET: nothing else is needed, on any machine. With --pgdata: where its store would lie.",
 )
+@options.key_options("Where the key of the store is, if it is encrypted")
 @click.option(
     "--journal",
     type=click.Path(path_type=Path),

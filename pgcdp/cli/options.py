@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pgcdp import units
+from pgcdp import keys, units
 from pgcdp.errors import PgcdpError, UsageError
 from pgcdp.sets import only_set
 
@@ -100,13 +100,47 @@ def yes_option(function: F) -> F:
 
 
 def store_option(function: F) -> F:
-    """--store instead of SET, for commands that need nothing but the store."""
+    """--store instead of SET, for commands that need nothing but the store; and where its key is."""
+    function = key_options("Where the key of the store is, if it is encrypted")(function)
     return click.option(
         "--store",
         type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
         metavar="DIR",
         help="A store instead of SET: nothing else is needed, on any machine.",
     )(function)
+
+
+def key_options(what: str) -> Callable[[F], F]:
+    """--encrypt-key-file and --encrypt-key-command: this process takes the key from there (`keys.give`)."""
+
+    def decorate(function: F) -> F:
+        for option in (
+            click.option(
+                "--encrypt-key-command",
+                metavar="CMD",
+                expose_value=False,
+                callback=_take_key,
+                help="Or a command of the shell that prints it.",
+            ),
+            click.option(
+                "--encrypt-key-file",
+                type=click.Path(path_type=Path, resolve_path=True),
+                metavar="FILE",
+                expose_value=False,
+                callback=_take_key,
+                help=f"{what}: a file with 64 hex digits.",
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _take_key(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    given = context.meta.setdefault("pgcdp.keys", {})
+    given[parameter.name] = value
+    keys.give(keys.source(given.get("encrypt_key_file"), given.get("encrypt_key_command")))
 
 
 def target_options(function: F) -> F:

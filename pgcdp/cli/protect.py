@@ -112,6 +112,14 @@ def filesystem(text: str) -> tuple[str, str]:
     help="Make a new cluster in DIR, which must not exist or be empty; user "
     "postgres of the system gets in through the socket without a password (peer), over TCP all need one (scram).",
 )
+@click.option(
+    "--encrypt-key-file",
+    type=click.Path(path_type=Path, resolve_path=True),
+    metavar="FILE",
+    help="Encrypt the store with the key in FILE: 64 hex digits, which only root may read. Without it nothing can be "
+    "restored, so keep a copy of it elsewhere, and not in the store.",
+)
+@click.option("--encrypt-key-command", metavar="CMD", help="Or with the key that a command of the shell prints.")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="P", help="With --initdb: its port. Default: 5432.")
 @options.yes_option
 @options.output_option
@@ -128,6 +136,8 @@ def command(
     journal_limit: int | None,
     cut: tuple[str, ...],
     initdb: bool,
+    encrypt_key_file: Path | None,
+    encrypt_key_command: str | None,
     port: int | None,
     yes: bool,
     output: str,
@@ -146,7 +156,8 @@ def command(
 
     if pgdata is None and store is None and tablespaces and set_name in list_sets():
         given = {"--volume": volume, "--size": size, "--wal-volume": wal_volume, "--journal": journal,
-                 "--journal-limit": journal_limit, "--cut": cut or None, "--initdb": initdb or None}  # fmt: skip
+                 "--journal-limit": journal_limit, "--cut": cut or None, "--initdb": initdb or None,
+                 "--encrypt-key-file": encrypt_key_file, "--encrypt-key-command": encrypt_key_command}  # fmt: skip
         _take_in(set_name, tablespaces, fs, [name for name, value in given.items() if value is not None], yes, output)
         return
     if pgdata is None or store is None:
@@ -182,6 +193,8 @@ def command(
             journal_limit=journal_limit,
             cut=cut,
             initdb=initdb,
+            encrypt_key_file=encrypt_key_file,
+            encrypt_key_command=encrypt_key_command,
             settings=() if port is None else (("port", str(port)),),
             yes=True,
             progress=progress,

@@ -17,19 +17,22 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.filemap import FileMap
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
-from pgcdp.fsio import read_json, write_atomic, write_json
+from pgcdp.fsio import read_file, read_json, write_file, write_json
 from pgcdp.intervals.events import full_xid
 from pgcdp.intervals.files import changed_files
 from pgcdp.intervals.readout import NOTES, SEGMENT_BYTES, Cluster, Readout, SlowError, read_wal
+from pgcdp.intervals.superblocks import superblocks
 from pgcdp.intervals.transactions import Past, TransactionIndex
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.wal import PAGE, Manager, Note, is_checkpoint, of_database, opened_timeline, pack_notes, read_notes
 from pgcdp.records import COMMITTED, COMMITTED_PREPARED, Boundary, Rewind
+from pgcdp.sealing import data_key_of
 from pgcdp.store.base import places_back
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, Bundle, IndexFiles, rewinds_of
 from pgcdp.store.files import write_files
 from pgcdp.store.frames import FileSummary
 from pgcdp.store.layout import Store
+from pgcdp.store.notes import make_notes, notes_of
 from pgcdp.store.open_interval import OpenInterval
 from pgcdp.store.transactions import STILL, read_look, write_look, write_transactions, write_wal
 from pgcdp.units import format_lsn
@@ -60,7 +63,7 @@ class Start:
         state = place / WAL_STATE
         notes: list[Note] = []
         with suppress(FileNotFoundError):
-            notes = read_notes((place / CATALOG_NOTES).read_bytes())
+            notes = read_notes(read_file(place / CATALOG_NOTES))
         return cls(
             store,
             cluster_of(store, system_identifier, settings),
@@ -71,7 +74,7 @@ class Start:
 
     def read(self, intervals: list[Path], rewinds: Sequence[Rewind] = (), *, tables: Path, **more: Any) -> Readout:
         """Read the WAL behind the boundary: as `readout.read_wal`. `rewinds`: those behind the boundary."""
-        more["tables"] = tables
+        more |= {"tables": tables, "key": data_key_of(self.store.path)}
         if rewinds:
             return self._read_around(intervals, rewinds, **more)
         start_lsn = 0 if self.state else self.boundary.checkpoint_lsn
@@ -152,7 +155,9 @@ def cluster_of(store: Store, system_identifier: int, settings: dict[str, Any]) -
     values = {row["name"]: row["setting"] for row in settings.get("settings", ())}
     size = int(values.get("wal_segment_size", SEGMENT_BYTES))
     images = tuple(store.image / f"{volume.name}.img" for volume in store.volumes)
-    return Cluster(system_identifier, size, values.get("wal_init_zero") == "off", images)
+    holes = values.get("wal_init_zero") == "off"
+    blocks = superblocks(store) if holes and store.encrypted else ()
+    return Cluster(system_identifier, size, holes, images, blocks)
 
 
 def newest_look(store: Store, number: int) -> Look | None:
@@ -224,8 +229,7 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
     state = place / WAL_STATE
     state.unlink(missing_ok=True)
     rewinds = rewinds_of(opened)
-    # Beside the interval, not in it: what a killed agent leaves must not be published.
-    tables = place.with_suffix(".wal")
+    tables = _tables_place(start.store, place)
     readout = start.read([place], rewinds, save_state=state, upto=boundary.write, tables=tables, **more)
     past = start.past_of(rewinds)
     _check_followed(readout, start, boundary)
@@ -244,12 +248,22 @@ def _index(opened: OpenInterval, boundary: Boundary, start: Start, more: dict[st
             opened.number, NOTES, readout.left_out,
         )  # fmt: skip
         recent = [note for note in recent if not of_database(note)]  # their pages lack what was left out
-    write_atomic(place / CATALOG_NOTES, pack_notes(recent))
+    write_file(place / CATALOG_NOTES, pack_notes(recent))
     files = [write_transactions(place, indexed.table), write_wal(place, indexed.wal)]
     files += [summary_of(place / name) for name in (EVENTS, CATALOG_NOTES, WAL_STATE)]
     if indexed.look is not None:
         files.append(write_look(place, indexed.look))
     return IndexFiles(tuple(files), summarize(indexed))
+
+
+def _tables_place(store: Store, place: Path) -> Path:
+    """Beside the interval, not in it: what a killed agent leaves must not be published; in no encrypted store."""
+    if not store.encrypted:
+        return place.with_suffix(".wal")
+    notes = make_notes(store)
+    if notes is None:
+        raise PreconditionError(f"{notes_of(store)} cannot be written to", "run the agent as root")
+    return notes / "wal"
 
 
 def _check_followed(readout: Readout, start: Start, boundary: Boundary) -> None:

@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.engine import run_engine
 from pgcdp.errors import PgcdpError
+from pgcdp.fsio import read_file, write_all, write_file
 from pgcdp.postgres.wal import Note, first_notes
 from pgcdp.proc import ProcessFailed
 from pgcdp.records import CHANGE, END, WAL_WRITE
@@ -53,12 +54,16 @@ class Readout:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Whose WAL it is. `holes`: wal_init_zero is off; `images`: copies of the volumes, in order of their numbers."""
+    """Whose WAL it is. `holes`: wal_init_zero is off; `images`: copies of the volumes, in order of their numbers.
+
+    `superblocks`: of encrypted images the first block of each, None where it is not known.
+    """
 
     system_identifier: int
     segment_bytes: int = SEGMENT_BYTES
     holes: bool = False
     images: tuple[Path, ...] = ()
+    superblocks: tuple[bytes | None, ...] = ()
 
 
 def read_wal(
@@ -73,13 +78,15 @@ def read_wal(
     journal: Path | None = None,
     upto: int | None = None,
     settle_upto: int | None = None,
+    key: bytes | None = None,
 ) -> Readout:
     """Read the WAL in the writes of interval directories, then of a journal, up to write `upto`.
 
     With wal_init_zero off, WAL may be durable only with a write behind that one: it is looked for up to `settle_upto`.
     It begins behind write `behind`, with the first record behind `start_lsn`, or goes on from what another run saved as
-    `state`. The engine's tables lie in the new directory `tables` meanwhile. Raises what the engine says: DamageError,
-    or PreconditionError when the journal does not hold the next write any more; SlowError.
+    `state`. The engine's tables lie in the new directory `tables` meanwhile. `key`: the data key of the encrypted store
+    that the intervals are of; both states are encrypted then, and `tables` must not lie in it. Raises what the engine
+    says: DamageError, or PreconditionError when the journal does not hold the next write any more; SlowError.
     """
     words = [
         "wal",
@@ -92,12 +99,12 @@ def read_wal(
         words += ["--start-lsn", format_lsn(start_lsn)]
     if cluster.holes:
         words.append("--wal-holes")
-        for number, image in enumerate(cluster.images):
+        for number, image in enumerate(cluster.images if key is None else ()):
             words += ["--image", f"{number}={image}"]
     options: dict[str, Any] = {
         "--behind": behind or None,
-        "--state": state,
-        "--save-state": save_state,
+        "--state": state if key is None else None,
+        "--save-state": save_state if key is None else None,
         "--journal": journal,
         "--upto": upto,
     }
@@ -105,8 +112,18 @@ def read_wal(
     for option, value in options.items():
         if value is not None:
             words += [option, str(value)]
-    with _place(tables) as place:
-        _run([*words, "--out", os.fspath(place), *map(os.fspath, intervals)], _bytes_in(intervals, journal))
+    with _place(tables) as place, ExitStack() as stack:
+        kept = list[int]()
+        saved = place / "state" if key is not None and save_state is not None else None
+        if key is not None:
+            words += [] if state is None else ["--state", _given(read_file(state), stack, kept)]
+            words += [] if saved is None else ["--save-state", os.fspath(saved)]
+            for number, block in enumerate(cluster.superblocks if cluster.holes else ()):
+                words += [] if block is None else ["--image", f"{number}={_given(block, stack, kept)}"]
+        words += ["--out", os.fspath(place), *map(os.fspath, intervals)]
+        _run(words, _bytes_in(intervals, journal), key, kept)
+        if saved is not None and save_state is not None:
+            write_file(save_state, saved.read_bytes())
         notes, left_out = _notes(place / "notes")
         return Readout(
             np.fromfile(place / "ends", dtype=END),
@@ -129,10 +146,19 @@ def _place(tables: Path) -> Iterator[Path]:
         shutil.rmtree(tables)
 
 
-def _run(words: Sequence[str], size: int) -> None:
+def _given(content: bytes, stack: ExitStack, kept: list[int]) -> str:
+    """A path by which the engine reads this from memory; its descriptor is added to those that it inherits."""
+    fd = os.memfd_create("pgcdp", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    kept.append(fd)
+    write_all(fd, content, 0)
+    return f"/proc/self/fd/{fd}"
+
+
+def _run(words: Sequence[str], size: int, key: bytes | None, kept: Sequence[int]) -> None:
     seconds = FLOOR_SECONDS + size / BYTES_PER_SECOND
     try:
-        run_engine(words, seconds)
+        run_engine(words, seconds, key=key, keep_fds=kept)
     except ProcessFailed:
         raise SlowError(f"reading the WAL in {format_size(size)} of writes took more than {seconds:.0f} s") from None
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgcdp.errors import DamageError, UsageError
-from pgcdp.fsio import read_json, sync_directory, write_atomic, write_json
+from pgcdp.fsio import read_file, read_json, sync_directory, write_atomic, write_file, write_json
 from pgcdp.proc import User
 from pgcdp.units import parse_lsn
 
@@ -86,7 +86,9 @@ def check(place: Path) -> Iterator[tuple[Path, DamageError | None]]:
     for path in histories(place):
         damage = None
         try:
-            own, parent = int(path.name[:8], 16), _parent(path.read_text())[0]
+            own, parent = int(path.name[:8], 16), _parent(read_file(path).decode())[0]
+        except DamageError as error:
+            damage = error
         except (UnicodeDecodeError, ValueError, IndexError, UsageError):
             damage = DamageError(f"{path} is no history of a timeline (offset 0)")
         else:
@@ -110,7 +112,7 @@ def keep(pg_wal: Path, place: Path, archives: bool) -> None:
     sync_directory(place.parent)
     for path in histories(pg_wal):
         if not (place / path.name).exists():
-            write_atomic(place / path.name, path.read_bytes())
+            write_file(place / path.name, path.read_bytes())
     noted = archived(place)
     status = pg_wal / "archive_status"
     names = sorted(os.listdir(status)) if status.is_dir() else []
@@ -149,7 +151,7 @@ def put(place: Path, pg_wal: Path, user: User) -> None:
     for path in histories(place):
         there = pg_wal / path.name
         if not there.exists():
-            _write(there, path.read_bytes(), user)
+            _write(there, read_file(path), user)
         elif there.stat().st_uid != user.uid:  # killed before it was given to Postgres, as versions before did it
             os.chown(there, user.uid, user.gid)
     status = pg_wal / "archive_status"

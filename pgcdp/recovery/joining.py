@@ -6,7 +6,6 @@ last of them left. What transactions did stays whole; of single writes nothing i
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -15,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
 from pgcdp.errors import BugError
-from pgcdp.fsio import make_directory, publish_directory, sync_directory, sync_file, write_json
-from pgcdp.intervals.indexing import read_events
+from pgcdp.fsio import make_directory, publish_directory, read_file, sync_directory, write_file, write_json
+from pgcdp.intervals.indexing import read_events, summary_of
 from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, Interval, Span
 from pgcdp.recovery.blockmap import flatten, layer
 from pgcdp.store.bundle import CONTENTS, EVENTS, Bundle
@@ -60,9 +58,8 @@ def join(
     for name, bundle in (("settings.json", parts[-1]), (RELATIONS, _newest_with(parts, RELATIONS))):
         if bundle is not None:
             bundle.check_file(name)
-            shutil.copyfile(bundle.path / name, work / name)
-            sync_file(work / name)
-            files[name] = bundle.manifest["files"][name]
+            write_file(work / name, read_file(bundle.path / name))
+            files[name] = _entry(summary_of(work / name))
     write_json(work / "manifest.json", _manifest(store, parts, files, span, blocks))
     make_directory(store.joined)
     with commit():
@@ -163,9 +160,7 @@ def _transactions(parts: Sequence[Bundle], work: Path) -> list[FileSummary]:
     said = [read_events(part.path) for part in parts]
     events = [event for each in said for event in each["events"]]
     write_json(work / EVENTS, {"events": events, "tables": _summed([row for each in said for row in each["tables"]])})
-    raw = (work / EVENTS).read_bytes()
-    summary = FileSummary(EVENTS, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
-    return [write_transactions(work, table), write_wal(work, wal), summary]
+    return [write_transactions(work, table), write_wal(work, wal), summary_of(work / EVENTS)]
 
 
 def _summed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from pgcdp.recovery.mapfile import PATCH, FramesSource, ImageSource, MapSource, 
 from pgcdp.recovery.merged import backward_layers
 from pgcdp.recovery.patch import Patch
 from pgcdp.recovery.source import Source
+from pgcdp.sealing import data_key_of
 from pgcdp.store.bundle import CONTENTS, Bundle
 from pgcdp.store.open_views import Registered, registered
 
@@ -148,7 +149,8 @@ def shown(
     with ExitStack() as stack:
         with _known(source, point, place, progress) as (map_file, known):
             stack.callback(known.forget)
-            client = stack.enter_context(serving_view(place, map_file, known.descriptor, cache))
+            key = data_key_of(source.store.path)
+            client = stack.enter_context(serving_view(place, map_file, known.descriptor, cache, key))
         try:
             yield _files(source, place)
         except Exception as error:
@@ -164,7 +166,7 @@ def leave_open(
     """As `shown`, for good: it lives until `end_views` ends it."""
     place = place.resolve()
     with _known(source, point, place, progress) as (map_file, known):
-        start_view(place, map_file, known.descriptor, cache)
+        start_view(place, map_file, known.descriptor, cache, key=data_key_of(source.store.path))
     return _files(source, place)
 
 

@@ -1,17 +1,22 @@
 """The bytes of frames files (FORMAT.md section 2): headers, frames, directory and trailer, one function each.
 
-Everything here reads or makes bytes at a given place; `pgcdp.store.frames` is what others use.
+Everything here reads or makes bytes at a given place; `pgcdp.store.frames` is what others use. The frames of a file
+in an encrypted store are sealed (FORMAT.md 7.3): compressed first, then encrypted, bound to file, position and kind,
+and the checksum is that of what lies on the disk.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from pgcdp import sealing
 from pgcdp.errors import DamageError
 from pgcdp.fsio import read_all
 
@@ -26,6 +31,8 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 CODEC_PLAIN = 0
 CODEC_ZSTD = 1
 CODEC_DIRECTORY = 255
+SEALED = 256
+"""Added to the codec of a frame whose stored bytes are nonce, ciphertext and tag."""
 
 _HEADER = struct.Struct("<8sI4s16sQ16sQ")
 _FRAME = struct.Struct("<4sIQIIQ")
@@ -55,9 +62,24 @@ class FileSummary:
     length: int
 
 
-def file_header(content: bytes, set_id: bytes, interval: int) -> bytes:
-    plain = _HEADER.pack(b"PGCDPFRM", 1, content, set_id, interval, bytes(16), 0)
+Seal = AESGCM | None
+"""What seals the frames of one file; None: they are plain."""
+
+
+def file_header(content: bytes, set_id: bytes, interval: int, salt: bytes | None = None) -> bytes:
+    """`salt`: 16 bytes of a file whose frames are sealed, None of another one."""
+    version, filler = (1, bytes(16)) if salt is None else (2, salt)
+    plain = _HEADER.pack(b"PGCDPFRM", version, content, set_id, interval, filler, 0)
     return plain[:56] + struct.pack("<Q", xxhash.xxh3_64_intdigest(plain))
+
+
+def new_header(path: Path, content: bytes, set_id: bytes, interval: int) -> tuple[bytes, Seal]:
+    """The header of a new file at this place, and what seals its frames."""
+    sealer = sealing.sealer_of(path)
+    if sealer is None:
+        return file_header(content, set_id, interval), None
+    head = file_header(content, set_id, interval, os.urandom(16))
+    return head, sealer.frames(head[8:56])
 
 
 def frame_header(codec: int, position: int, raw: int, stored: bytes) -> bytes:
@@ -67,12 +89,39 @@ def frame_header(codec: int, position: int, raw: int, stored: bytes) -> bytes:
     return plain[:24] + struct.pack("<Q", digest.intdigest())
 
 
+def closed_frame(seal: Seal, codec: int, position: int, raw: int, stored: bytes) -> tuple[bytes, bytes]:
+    """A frame as it lies in a file: header and stored bytes."""
+    if seal is not None:
+        codec |= SEALED
+        stored = sealing.seal(seal, stored, _bound_to(codec, position, raw, len(stored) + sealing.OVERHEAD))
+    return frame_header(codec, position, raw, stored), stored
+
+
+def _bound_to(codec: int, position: int, raw: int, stored: int) -> bytes:
+    return _FRAME.pack(b"FRAM", codec, position, raw, stored, 0)[:24]
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     codec: int
     position: int
     raw: int
     stored: bytes
+
+    @property
+    def kind(self) -> int:
+        """The codec, sealed or not."""
+        return self.codec & ~SEALED
+
+
+def opened_frame(seal: Seal, frame: Frame) -> Frame | None:
+    """A frame of a file as it was before it was sealed; None when it is not what was sealed there."""
+    if (seal is None) == bool(frame.codec & SEALED):
+        return None
+    if seal is None:
+        return frame
+    stored = sealing.unseal(seal, frame.stored, _bound_to(frame.codec, frame.position, frame.raw, len(frame.stored)))
+    return None if stored is None else Frame(frame.kind, frame.position, frame.raw, stored)
 
 
 def read_frame(fd: int, offset: int, end: int) -> Frame | None:
@@ -94,9 +143,19 @@ def read_frame(fd: int, offset: int, end: int) -> Frame | None:
     return Frame(codec, position, raw, stored)
 
 
-def check_header(path: Path, head: bytes, content: bytes, set_id: bytes, interval: int) -> None:
-    if len(head) < HEADER_BYTES or head != file_header(content, set_id, interval):
+def check_header(path: Path, head: bytes, content: bytes, set_id: bytes, interval: int) -> Seal:
+    """What the frames behind this header are sealed with. Raises DamageError when it is not that of the file."""
+    salt = head[40:56] if head[8:12] == b"\x02\0\0\0" else None
+    if len(head) < HEADER_BYTES or head != file_header(content, set_id, interval, salt):
         raise DamageError(f"{path} has a wrong header at offset 0", HINT)
+    sealer = sealing.sealer_of(path)
+    if sealer is None:
+        if salt is not None:
+            raise sealing.no_key(path)
+        return None
+    if salt is None:
+        raise DamageError(f"{path} is not encrypted as its store is (offset 0)", HINT)
+    return sealer.frames(head[8:56])
 
 
 def scan(path: Path, fd: int, size: int) -> tuple[list[Entry], int, bool]:
@@ -105,9 +164,9 @@ def scan(path: Path, fd: int, size: int) -> tuple[list[Entry], int, bool]:
     offset = HEADER_BYTES
     position = 0
     while (frame := read_frame(fd, offset, size)) is not None:
-        if frame.codec == CODEC_DIRECTORY:
+        if frame.kind == CODEC_DIRECTORY:
             return entries, offset, frame.position == position
-        if frame.position != position or frame.codec not in (CODEC_PLAIN, CODEC_ZSTD):
+        if frame.position != position or frame.kind not in (CODEC_PLAIN, CODEC_ZSTD):
             break
         entries.append(Entry(position, offset, frame.raw, len(frame.stored)))
         offset += FRAME_HEADER_BYTES + len(frame.stored)
@@ -137,7 +196,7 @@ def digest_of(fd: int, size: int) -> xxhash.xxh3_64:
     return digest
 
 
-def read_directory(path: Path, fd: int, size: int) -> list[Entry]:
+def read_directory(path: Path, fd: int, size: int, seal: Seal) -> list[Entry]:
     """The frames of a finished file; they must lie one after another and fill it without gaps."""
     tail = read_all(fd, TRAILER_BYTES, max(0, size - TRAILER_BYTES))
     if len(tail) < TRAILER_BYTES:
@@ -145,9 +204,15 @@ def read_directory(path: Path, fd: int, size: int) -> list[Entry]:
     magic, place, count, checksum = _TRAILER.unpack(tail)
     if magic != b"PGCDPEND" or xxhash.xxh3_64_intdigest(tail[:24]) != checksum:
         raise DamageError(f"{path} has a damaged trailer at offset {size - TRAILER_BYTES}", HINT)
-    frame = read_frame(fd, place, size - TRAILER_BYTES)
+    stored = read_frame(fd, place, size - TRAILER_BYTES)
+    frame = None if stored is None else opened_frame(seal, stored)
     whole = frame is not None and frame.codec == CODEC_DIRECTORY and len(frame.stored) == count * ENTRY.itemsize
-    if not whole or frame is None or place + FRAME_HEADER_BYTES + len(frame.stored) != size - TRAILER_BYTES:
+    if (
+        not whole
+        or frame is None
+        or stored is None
+        or place + FRAME_HEADER_BYTES + len(stored.stored) != size - TRAILER_BYTES
+    ):
         raise DamageError(f"{path} has a damaged directory at offset {place}", HINT)
     entries = [Entry(*row) for row in np.frombuffer(frame.stored, dtype=ENTRY).tolist()]
     offset, position = HEADER_BYTES, 0

@@ -34,15 +34,18 @@ from pgcdp.store.frame_format import (
     Entry,
     FileSummary,
     Frame,
+    Seal,
     check_header,
+    closed_frame,
     digest_of,
-    file_header,
     frame_after,
-    frame_header,
+    new_header,
+    opened_frame,
     read_directory,
     read_frame,
     scan,
 )
+from pgcdp.store.unfinished import check_unfinished, last_frame, whole_frames
 
 __all__ = [
     "DEFAULT_LEVEL",
@@ -57,66 +60,8 @@ __all__ = [
 ]
 
 
-def check_unfinished(path: Path, content: bytes, set_id: bytes, interval: int) -> None:
-    """Check a file that may still grow or have a torn tail. Raises DamageError if valid frames follow a broken one."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(fd).st_size
-        check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
-        _whole_frames(path, fd, size)
-    finally:
-        os.close(fd)
-
-
-def _whole_frames(path: Path, fd: int, size: int) -> list[Entry]:
-    """Frames of a file that may still grow or have a torn tail. DamageError for anything else behind them."""
-    entries, end, directory = scan(path, fd, size)
-    if not directory and frame_after(fd, end, size) is not None:
-        raise DamageError(f"{path} is damaged at offset {end}, valid frames follow", HINT)
-    if not directory:
-        _refuse_broken(path, fd, end, size)
-    return entries
-
-
-def _refuse_broken(path: Path, fd: int, end: int, size: int) -> None:
-    """Behind the last whole frame only the beginning of one may lie. One with all its bytes, but wrong, is damage."""
-    head = read_all(fd, min(FRAME_HEADER_BYTES, size - end), end)
-    torn = head[:4] == b"FRAM"[: len(head)]
-    if torn and len(head) == FRAME_HEADER_BYTES:
-        codec, _, raw, stored, _ = struct.unpack("<IQIIQ", head[4:])
-        known = codec in (CODEC_PLAIN, CODEC_ZSTD, CODEC_DIRECTORY) and stored <= raw <= MAX_FRAME_BYTES
-        torn = known and end + FRAME_HEADER_BYTES + stored > size
-    if not torn:
-        raise DamageError(f"{path} is damaged at offset {end}, where its last frame begins", HINT)
-
-
-def _last_frame(path: Path, fd: int, size: int) -> Entry | None:
-    """The last whole data frame of a file that may still grow, found from its end.
-
-    A frame that ends where the file ends is it; only behind a torn tail is it the last valid one. (What looks like a
-    frame may be the content of one.)
-    """
-    span = 2 * (FRAME_BYTES + FRAME_HEADER_BYTES)
-    begin = max(HEADER_BYTES, size - span)
-    chunk = read_all(fd, size - begin, begin)
-    last: Entry | None = None
-    found = chunk.rfind(b"FRAM")
-    while found >= 0:
-        frame = read_frame(fd, begin + found, size)
-        if frame is not None and frame.codec == CODEC_DIRECTORY:
-            rows = np.frombuffer(frame.stored[: len(frame.stored) // ENTRY.itemsize * ENTRY.itemsize], dtype=ENTRY)
-            return Entry(*rows[-1].tolist()) if len(rows) else None
-        if frame is not None and frame.codec in (CODEC_PLAIN, CODEC_ZSTD):
-            entry = Entry(frame.position, begin + found, frame.raw, len(frame.stored))
-            if entry.offset + FRAME_HEADER_BYTES + entry.stored == size:
-                return entry
-            last = last or entry
-        found = chunk.rfind(b"FRAM", 0, found)
-    if last is None and begin > HEADER_BYTES:
-        entries = _whole_frames(path, fd, size)
-        return entries[-1] if entries else None
-    _refuse_broken(path, fd, last.offset + FRAME_HEADER_BYTES + last.stored if last is not None else HEADER_BYTES, size)
-    return last
+CACHE_BYTES = 16 * 1024 * 1024
+"""Bytes that a reader keeps decompressed."""
 
 
 class FrameWriter:
@@ -125,12 +70,10 @@ class FrameWriter:
     Make one with `create` or `resume`; it ends with `finish()` (complete) or `close()` (taken up later).
     """
 
-    def __init__(self, path: Path, fd: int, content: bytes, set_id: bytes, interval: int, level: int) -> None:
+    def __init__(self, path: Path, fd: int, head: bytes, seal: Seal, level: int) -> None:
         self.path = path
-        self.content = content
-        self.set_id = set_id
-        self.interval = interval
         self._fd = fd
+        self._seal = seal
         self._steady = SteadyWrites(fd)
         self._compressor = zstandard.ZstdCompressor(level=level)
         self._buffer = bytearray()
@@ -138,7 +81,7 @@ class FrameWriter:
         self.entries: list[Entry] = []
         self.file_bytes = HEADER_BYTES
         self.flushed = 0
-        self._digest = xxhash.xxh3_64(file_header(content, set_id, interval))
+        self._digest = xxhash.xxh3_64(head)
         self.finished = False
 
     @classmethod
@@ -155,13 +98,14 @@ class FrameWriter:
         """A new, empty file (one that exists is replaced); its header is synced, its name is not."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            write_all(fd, file_header(content, set_id, interval), 0)
+            head, seal = new_header(path, content, set_id, interval)
+            write_all(fd, head, 0)
             with naming(fd):
                 os.fdatasync(fd)
         except BaseException:
             os.close(fd)
             raise
-        writer = cls(path, fd, content, set_id, interval, level)
+        writer = cls(path, fd, head, seal, level)
         writer._frame_bytes = frame_bytes
         return writer
 
@@ -187,7 +131,8 @@ class FrameWriter:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
-            check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
+            head = read_all(fd, HEADER_BYTES, 0)
+            seal = check_header(path, head, content, set_id, interval)
             entries, end, directory = scan(path, fd, size)
             position = entries[-1].position + entries[-1].raw if entries else 0
             if durable is not None and position < durable:
@@ -202,7 +147,7 @@ class FrameWriter:
                 keep = sum(1 for entry in entries if entry.position < durable)
                 end = entries[keep].offset if keep < len(entries) else end
                 entries = entries[:keep]
-            writer = cls(path, fd, content, set_id, interval, level)
+            writer = cls(path, fd, head, seal, level)
             writer._frame_bytes = frame_bytes
             writer.entries = entries
             writer.file_bytes = end
@@ -256,7 +201,7 @@ class FrameWriter:
         self._write_stored(codec, raw, stored)
 
     def adopt(self, frame: Frame) -> int:
-        """Append a frame of another file without decompressing it; returns its position in this stream."""
+        """Append a frame of another file (`FrameReader.frame`) as it is compressed; its position in this stream."""
         if self.finished:
             raise BugError(f"{self.path} is finished and takes no more bytes")
         self._flush()
@@ -264,7 +209,8 @@ class FrameWriter:
         return self.entries[-1].position
 
     def _write_stored(self, codec: int, raw: int, stored: bytes) -> None:
-        self._write(frame_header(codec, self.flushed, raw, stored), stored)
+        head, stored = closed_frame(self._seal, codec, self.flushed, raw, stored)
+        self._write(head, stored)
         self.entries.append(Entry(self.flushed, self.file_bytes, raw, len(stored)))
         self.file_bytes += FRAME_HEADER_BYTES + len(stored)
         self.flushed += raw
@@ -296,7 +242,7 @@ class FrameWriter:
         partial = self.entries[keep]
         prefix = b""
         if partial.position < length:
-            with FrameReader.of_entries(self.path, os.dup(self._fd), [partial]) as reader:
+            with FrameReader(self.path, os.dup(self._fd), [partial], 0, self._seal) as reader:
                 prefix = reader.read(partial.position, length - partial.position)
         with naming(self._fd):
             os.ftruncate(self._fd, partial.offset)
@@ -312,11 +258,11 @@ class FrameWriter:
             self._flush()
             table = np.array([(e.position, e.offset, e.raw, e.stored) for e in self.entries], dtype=ENTRY).tobytes()
             place = self.file_bytes
-            head = frame_header(CODEC_DIRECTORY, self.flushed, len(table), table)
+            head, stored = closed_frame(self._seal, CODEC_DIRECTORY, self.flushed, len(table), table)
             tail = struct.pack("<8sQQ", b"PGCDPEND", place, len(self.entries))
             tail += struct.pack("<Q", xxhash.xxh3_64_intdigest(tail))
-            self._write(head, table + tail)
-            self.file_bytes = place + len(head) + len(table) + len(tail)
+            self._write(head, stored + tail)
+            self.file_bytes = place + len(head) + len(stored) + len(tail)
             self.finished = True
         with naming(self._fd):
             os.fsync(self._fd)
@@ -327,7 +273,8 @@ class FrameWriter:
     def reader(self) -> FrameReader:
         """A reader of what was appended so far; what comes later is not in it."""
         self._flush()
-        return FrameReader.of_entries(self.path, os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), list(self.entries))
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return FrameReader(self.path, fd, list(self.entries), CACHE_BYTES, self._seal)
 
     def close(self) -> None:
         """Close without finishing; the partial frame is lost. Harmless when done twice."""
@@ -342,8 +289,9 @@ class FrameReader:
     Not for several threads at once. Raises DamageError with file and offset.
     """
 
-    def __init__(self, path: Path, fd: int, entries: list[Entry], cache_bytes: int) -> None:
+    def __init__(self, path: Path, fd: int, entries: list[Entry], cache_bytes: int, seal: Seal) -> None:
         self.path = path
+        self._seal = seal
         self.entries = entries
         self.length = entries[-1].position + entries[-1].raw if entries else 0
         self._fd = fd
@@ -362,7 +310,7 @@ class FrameReader:
         interval: int,
         *,
         unfinished: bool = False,
-        cache_bytes: int = 16 * 1024 * 1024,
+        cache_bytes: int = CACHE_BYTES,
     ) -> FrameReader:
         """Open a finished file by its directory, or (`unfinished`) what is whole of one that may still grow.
 
@@ -371,9 +319,9 @@ class FrameReader:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
-            check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
-            entries = _whole_frames(path, fd, size) if unfinished else read_directory(path, fd, size)
-            return cls(path, fd, entries, cache_bytes)
+            seal = check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
+            entries = whole_frames(path, fd, size) if unfinished else read_directory(path, fd, size, seal)
+            return cls(path, fd, entries, cache_bytes, seal)
         except BaseException:
             os.close(fd)
             raise
@@ -387,17 +335,12 @@ class FrameReader:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
-            check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
-            last = _last_frame(path, fd, size)
-            return cls(path, fd, [last] if last is not None else [], 0)
+            seal = check_header(path, read_all(fd, HEADER_BYTES, 0), content, set_id, interval)
+            last = last_frame(path, fd, size, seal)
+            return cls(path, fd, [last] if last is not None else [], 0, seal)
         except BaseException:
             os.close(fd)
             raise
-
-    @classmethod
-    def of_entries(cls, path: Path, fd: int, entries: list[Entry], cache_bytes: int = 16 * 1024 * 1024) -> FrameReader:
-        """A reader of frames that are known already; takes the descriptor."""
-        return cls(path, fd, entries, cache_bytes)
 
     def _load(self, number: int) -> bytes:
         raw = self._cache.get(number)
@@ -412,11 +355,14 @@ class FrameReader:
         return raw
 
     def frame(self, entry: Entry) -> Frame:
-        """A frame as it is stored, its checksum checked."""
+        """A frame, compressed as it is stored and not sealed any more; its checksum is checked."""
         frame = read_frame(self._fd, entry.offset, entry.offset + FRAME_HEADER_BYTES + entry.stored)
         if frame is None or (frame.position, frame.raw, len(frame.stored)) != (entry.position, entry.raw, entry.stored):
             raise self._damaged(entry)
-        return frame
+        opened = opened_frame(self._seal, frame)
+        if opened is None:
+            raise self._damaged(entry)
+        return opened
 
     def _damaged(self, entry: Entry) -> DamageError:
         return DamageError(f"{self.path} has a damaged frame at offset {entry.offset}", HINT)

@@ -15,32 +15,27 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from pgcdp.errors import BugError, DamageError, PreconditionError
-from pgcdp.fsio import SteadyWrites, naming, punch_hole, read_all, read_json, sync_directory, write_all, write_json
+from pgcdp.fsio import naming, punch_hole, read_all, read_json, sync_directory, write_all, write_json
 from pgcdp.records import BLOCK, Volume
+from pgcdp.store.image_files import VolumeFiles, is_zero
 from pgcdp.store.image_lock import make_lock
 from pgcdp.store.layout import Store
 
-ZERO_SUM = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
 PIECE_BLOCKS = 256
 """Blocks read at once: 1 MiB."""
 HOLE_BLOCKS = 128 * 1024
-"""Blocks of a hole passed over at once: 1 MiB of sums."""
-_PENDING_LIMIT = 1 << 18
+"""Blocks of a hole passed over at once: 1 MiB of sums, of an encrypted store 4 MiB of entries."""
 
 _HINT = "pgcdp check --full tells which boundaries can still be restored"
 
 Lost = Callable[[int, int, int, DamageError], None]
 """Is told (volume, first block, blocks, damage) of blocks whose content cannot be read."""
-
-_digest = xxhash.xxh3_64_intdigest
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,117 +83,6 @@ def read_state(store: Store) -> ImageState:
     return ImageState(**{key: value for key, value in content.items() if key in ImageState.__dataclass_fields__})
 
 
-def block_sums(data: bytes | bytearray | memoryview) -> NDArray[np.uint64]:
-    """The sums of consecutive blocks as `NAME.sums` holds them: XXH3-64 XOR that of a block of zeros."""
-    view = memoryview(data)
-    count = len(view) // BLOCK
-    found = np.fromiter(
-        (_digest(view[at : at + BLOCK]) for at in range(0, count * BLOCK, BLOCK)), dtype=np.uint64, count=count
-    )
-    return found ^ ZERO_SUM
-
-
-class VolumeFiles:
-    """Image and sums of one volume."""
-
-    def __init__(self, directory: Path, name: str, size: int, flags: int) -> None:
-        self.path = directory / f"{name}.img"
-        self.sums_path = directory / f"{name}.sums"
-        self.blocks = size // BLOCK
-        self.fd = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
-        try:
-            self.sums_fd = os.open(self.sums_path, flags | os.O_CLOEXEC, 0o600)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self.steady = SteadyWrites(self.fd)
-        self.pending: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
-        self.pending_blocks = 0
-
-    def used_bytes(self) -> int:
-        """Bytes that the image file takes on disk."""
-        return os.fstat(self.fd).st_blocks * 512
-
-    def used_bytes_in(self, block: int, count: int) -> int:
-        """Of some blocks, the bytes that lie in no hole; their number when the filesystem cannot tell."""
-        at, end, used = block * BLOCK, (block + count) * BLOCK, 0
-        try:
-            while at < end:
-                data = os.lseek(self.fd, at, os.SEEK_DATA)
-                at = min(end, os.lseek(self.fd, data, os.SEEK_HOLE))
-                used += max(0, at - min(data, end))
-        except OSError:  # nothing but a hole from here on
-            return used
-        return used
-
-    def check_size(self) -> None:
-        """Raises DamageError when a file is shorter than the volume needs; longer it is while the volume grows."""
-        for path, fd, size in (
-            (self.path, self.fd, self.blocks * BLOCK),
-            (self.sums_path, self.sums_fd, self.blocks * 8),
-        ):
-            found = os.fstat(fd).st_size
-            if found < size:
-                raise DamageError(f"{path} ends at offset {found} instead of {size}")
-
-    def grow(self, size: int) -> None:
-        """Longer files, durably: what is new is zeros, also where they are longer than they must be."""
-        before, self.blocks = self.blocks, max(self.blocks, size // BLOCK)
-        for fd, unit in ((self.fd, BLOCK), (self.sums_fd, 8)):
-            with naming(fd):
-                os.ftruncate(fd, before * unit)
-                os.ftruncate(fd, self.blocks * unit)
-        self.sync()
-
-    def sync(self) -> None:
-        """What was written is durable."""
-        for fd in (self.fd, self.sums_fd):
-            with naming(fd):
-                os.fsync(fd)
-
-    def sums(self, block: int, count: int) -> NDArray[np.uint64]:
-        """The sums of some blocks, those not yet written included."""
-        self.flush_sums()
-        raw = read_all(self.sums_fd, count * 8, block * 8)
-        return np.frombuffer(raw[: len(raw) // 8 * 8], dtype=np.uint64)
-
-    def put_sums(self, block: int, sums: NDArray[np.uint64]) -> None:
-        """Set sums from `block` on; they are written in order of block later."""
-        self.pending.append((np.arange(block, block + len(sums)), sums))
-        self.pending_blocks += len(sums)
-        if self.pending_blocks >= _PENDING_LIMIT:
-            self.flush_sums()
-
-    def flush_sums(self) -> None:
-        """Write gathered sums, in order of block; a block's last one counts."""
-        if not self.pending:
-            return
-        blocks = np.concatenate([part for part, _ in self.pending])
-        sums = np.concatenate([part for _, part in self.pending])
-        order = np.argsort(blocks, kind="stable")
-        blocks, sums = blocks[order], sums[order]
-        last = np.append(blocks[1:] != blocks[:-1], True)
-        blocks, sums = blocks[last], sums[last]
-        near = np.flatnonzero(np.diff(blocks) > 512) + 1
-        for group, values in zip(np.split(blocks, near), np.split(sums, near), strict=True):
-            first, count = int(group[0]), int(group[-1] - group[0]) + 1
-            if count == len(group):
-                table = values
-            else:
-                table = np.frombuffer(bytearray(read_all(self.sums_fd, count * 8, first * 8)), dtype=np.uint64)
-                table[group - first] = values
-            write_all(self.sums_fd, table.tobytes(), first * 8)
-        self.pending.clear()
-        self.pending_blocks = 0
-
-    def close(self) -> None:
-        """Close both files. Harmless when done twice."""
-        for fd in (self.fd, self.sums_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.sums_fd = -1
-
-
 class Image:
     """The backup image of a set, by volume number. Not for several threads at once.
 
@@ -210,14 +94,14 @@ class Image:
         self.state = state
         self._files: list[VolumeFiles] = []
         for volume in store.volumes:
-            self._files.append(VolumeFiles(store.image, volume.name, volume.bytes, flags))
+            self._files.append(VolumeFiles(store.image, volume.number, volume.name, volume.bytes, flags))
 
     @classmethod
     def create(cls, store: Store, from_write: int) -> Image:
         """New sparse files that hold zeros, state "baseline" from `from_write` on."""
         image = cls(store, os.O_RDWR | os.O_CREAT | os.O_TRUNC, ImageState("baseline", from_write=from_write))
         for files in image._files:
-            for fd, unit in ((files.fd, BLOCK), (files.sums_fd, 8)):
+            for fd, unit in ((files.fd, BLOCK), (files.sums_fd, files.guard.unit)):
                 with naming(fd):
                     os.ftruncate(fd, files.blocks * unit)
         make_lock(store)
@@ -256,15 +140,11 @@ class Image:
         """`count` blocks, each checked against its sum."""
         files = self._range(volume, block, count)
         data = read_all(files.fd, count * BLOCK, block * BLOCK)
-        self._verify(files, block, data, files.sums(block, count))
-        return data
-
-    def _verify(self, files: VolumeFiles, block: int, data: bytes, sums: NDArray[np.uint64]) -> None:
-        found = block_sums(data)
-        if len(found) != len(sums) or not np.array_equal(found, sums):
-            size = min(len(found), len(sums))
-            wrong = np.flatnonzero(found[:size] != sums[:size])
-            raise _damaged_block(files, block + (int(wrong[0]) if len(wrong) else size))
+        plain, wrong = files.guard.open(block, data, files.sums(block, count))
+        wrong = _padded(wrong, count)
+        if wrong.any():
+            raise _damaged_block(files, block + int(np.flatnonzero(wrong)[0]))
+        return plain
 
     def contents(
         self, volume: int, block: int, count: int, lost: Lost | None = None
@@ -281,7 +161,7 @@ class Image:
             if hole:
                 step = min(hole, HOLE_BLOCKS)
                 sums = files.sums(block, step)
-                wrong = _padded(sums != 0, step)
+                wrong = _padded(~is_zero(sums), step)
                 for first, size, bad in _runs(wrong):
                     if not bad:
                         yield block + first, size, None
@@ -296,15 +176,13 @@ class Image:
             else:
                 step = min(end - block, PIECE_BLOCKS)
                 sums = files.sums(block, step)
-                data = read_all(files.fd, step * BLOCK, block * BLOCK)
-                found = block_sums(data)
-                size = min(len(found), len(sums))
-                wrong = _padded(found[:size] != sums[:size], step)
+                data, found = files.guard.open(block, read_all(files.fd, step * BLOCK, block * BLOCK), sums)
+                wrong = _padded(found, step)
                 for first, size, bad in _runs(wrong):
                     at = block + first
                     if not bad:
                         part = data[first * BLOCK : (first + size) * BLOCK]
-                        yield from _split_zeros(at, part, sums[first : first + size])
+                        yield from _split_zeros(at, part, is_zero(sums[first : first + size]))
                         continue
                     if lost is None:
                         raise _damaged_block(files, at)
@@ -330,24 +208,19 @@ class Image:
         hole = self._hole(files, block, end)
         if hole:
             step = min(hole, HOLE_BLOCKS)
-            return step, (np.flatnonzero(_padded(files.sums(block, step) != 0, step)) + block).tolist()
+            return step, (np.flatnonzero(_padded(~is_zero(files.sums(block, step)), step)) + block).tolist()
         step = min(count, PIECE_BLOCKS)
-        sums = files.sums(block, step)
-        found = block_sums(read_all(files.fd, step * BLOCK, block * BLOCK))
-        size = min(len(found), len(sums))
-        return step, [
-            *(np.flatnonzero(found[:size] != sums[:size]) + block).tolist(),
-            *range(block + size, block + step),
-        ]
+        _, wrong = files.guard.open(block, read_all(files.fd, step * BLOCK, block * BLOCK), files.sums(block, step))
+        return step, (np.flatnonzero(_padded(wrong, step)) + block).tolist()
 
     def write_blocks(self, volume: int, block: int, data: bytes | bytearray | memoryview) -> None:
         """Write whole blocks with their sums. Blocks that are all zeros become a hole."""
         if len(data) % BLOCK:
             raise BugError(f"{len(data)} bytes are no whole blocks")
         files = self._range(volume, block, len(data) // BLOCK)
-        sums = block_sums(data)
-        if sums.any():
-            write_all(files.fd, data, block * BLOCK)
+        stored, sums = files.guard.close(block, data)
+        if not is_zero(sums).all():
+            write_all(files.fd, stored, block * BLOCK)
             files.steady.wrote(len(data))
         else:
             punch_hole(files.fd, block * BLOCK, len(data))
@@ -358,10 +231,11 @@ class Image:
         files = self._range(volume, block, count)
         files.flush_sums()
         punch_hole(files.fd, block * BLOCK, count * BLOCK)
+        unit = files.guard.unit
         if count >= 4096:
-            punch_hole(files.sums_fd, block * 8, count * 8)
+            punch_hole(files.sums_fd, block * unit, count * unit)
         else:
-            write_all(files.sums_fd, bytes(count * 8), block * 8)
+            write_all(files.sums_fd, bytes(count * unit), block * unit)
 
     def grow(self, volume: int, size: int) -> Store:
         """A volume is to become larger: its image is, durably, before anything can be written there. The store then."""
@@ -412,7 +286,7 @@ class Image:
 
 def add_volume(store: Store, volume: Volume) -> Store:
     """The store with one more volume that is all zeros at every boundary so far, durably. No agent may run."""
-    files = VolumeFiles(store.image, volume.name, volume.bytes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    files = VolumeFiles(store.image, volume.number, volume.name, volume.bytes, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         files.grow(volume.bytes)
     finally:
@@ -424,7 +298,7 @@ def add_volume(store: Store, volume: Volume) -> Store:
 def grow_volume(store: Store, number: int, size: int) -> Store:
     """The store with a larger volume, durably; what is new is zeros. No agent may run."""
     volume = store.volumes[number]
-    files = VolumeFiles(store.image, volume.name, volume.bytes, os.O_RDWR)
+    files = VolumeFiles(store.image, volume.number, volume.name, volume.bytes, os.O_RDWR)
     try:
         files.grow(size)
     finally:
@@ -451,11 +325,10 @@ def _runs(wrong: NDArray[np.bool_]) -> Iterator[tuple[int, int, bool]]:
         yield begin, end - begin, bool(wrong[begin])
 
 
-def _split_zeros(block: int, data: bytes, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int, bytes | None]]:
-    zero = sums == 0
+def _split_zeros(block: int, data: bytes, zero: NDArray[np.bool_]) -> Iterator[tuple[int, int, bytes | None]]:
     if not zero.any():
-        yield block, len(sums), data
+        yield block, len(zero), data
         return
-    edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), len(sums)]
+    edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), len(zero)]
     for begin, end in pairwise(edges):
         yield block + begin, end - begin, None if zero[begin] else data[begin * BLOCK : end * BLOCK]

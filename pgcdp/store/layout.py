@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pgcdp import keys
 from pgcdp.capture.modes import close_to_others
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, is_locked, make_directory, read_json, write_json
@@ -33,7 +34,7 @@ def boundary_from(content: dict[str, Any], where: Path) -> Boundary:
 class Store:
     """A store directory. `volumes` are in the order of their numbers, `baseline` is boundary 0 once there is one.
 
-    `extra` are further keys of store.json, as `create` was given them.
+    `extra` are further keys of store.json, as `create` was given them. `encrypted` is decided when it is made.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Store:
     volumes: tuple[Volume, ...]
     baseline: Boundary | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    encrypted: bool = False
 
     @classmethod
     def create(
@@ -49,23 +51,29 @@ class Store:
     ) -> Store:
         """Make a store in an empty or missing directory, or in what a killed `create` left; its parent must exist.
 
-        Raises PreconditionError if it is in use.
+        It is encrypted when a key is given for it (`keys`). Raises PreconditionError if it is in use, or for that key.
         """
         if path.exists() and (not path.is_dir() or not _only_begun(path)):
             raise PreconditionError(f"{path} is not an empty directory", "name an empty directory with --store")
         if [volume.number for volume in volumes] != list(range(len(volumes))):
             raise PgcdpError(f"the volumes of set {set_name} are not numbered from 0")
+        key = keys.user_key_for(path)
         make_directory(path)
         close_to_others(path)
         for name in DIRECTORIES:
             make_directory(path / name)
-        store = cls(path, set_name, set_id, tuple(volumes), None, dict(extra or {}))
+        keys.begin(path, set_id, key)
+        store = cls(path, set_name, set_id, tuple(volumes), None, dict(extra or {}), key is not None)
         store._write()
         return store
 
     @classmethod
     def open(cls, path: Path, set_id: bytes | None = None) -> Store:
-        """Open a store; with `set_id`, only that of this set. PreconditionError if it is none or another's."""
+        """Open a store; with `set_id`, only that of this set. PreconditionError if it is none or another's.
+
+        From then on this process reads and writes it with its key; PreconditionError, too, when that is missing or
+        wrong.
+        """
         try:
             content = read_json(path / "store.json")
         except (FileNotFoundError, NotADirectoryError):
@@ -74,7 +82,7 @@ class Store:
             raise PreconditionError(
                 f"{path} has format {content.get('format')}, this pgcdp reads {FORMAT}", "use the pgcdp that wrote it"
             )
-        known = {"format", "set", "set_id", "volumes", "baseline"}
+        known = {"format", "set", "set_id", "volumes", "baseline", "encrypted"}
         baseline = content.get("baseline")
         store = cls(
             path,
@@ -83,12 +91,14 @@ class Store:
             tuple(Volume(entry["number"], entry["name"], entry["bytes"]) for entry in content["volumes"]),
             None if baseline is None else boundary_from(baseline, path / "store.json"),
             {key: value for key, value in content.items() if key not in known},
+            bool(content.get("encrypted")),
         )
         if set_id is not None and store.set_id != set_id:
             raise PreconditionError(
                 f"{path} is the store of set {store.set_name} ({store.set_id.hex()}), not of {set_id.hex()}",
                 "each set has a store of its own; name the right one with --store",
             )
+        keys.open_store(path, store.set_id, store.encrypted)
         return store
 
     def _write(self) -> None:
@@ -99,6 +109,7 @@ class Store:
             "set_id": self.set_id.hex(),
             "volumes": [asdict(volume) for volume in self.volumes],
             "baseline": None if self.baseline is None else self.baseline._asdict(),
+            **({"encrypted": True} if self.encrypted else {}),
         }
         write_json(self.path / "store.json", content)
 
@@ -282,5 +293,9 @@ def numbers_in(directory: Path) -> list[int]:
 
 
 def _only_begun(path: Path) -> bool:
-    """Whether a directory holds nothing but empty directories of a store: none was ever complete here."""
-    return all(entry.name in DIRECTORIES and entry.is_dir() and not any(entry.iterdir()) for entry in path.iterdir())
+    """Whether a directory holds nothing but what `create` makes before store.json: none was ever complete here."""
+    return all(
+        entry.name in (keys.FILE, f".{keys.FILE}.new")
+        or (entry.name in DIRECTORIES and entry.is_dir() and not any(entry.iterdir()))
+        for entry in path.iterdir()
+    )

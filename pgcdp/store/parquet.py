@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pgcdp.errors import DamageError
-from pgcdp.fsio import sync_directory, sync_file
+from pgcdp.fsio import read_file, sync_directory, sync_file, write_file
+from pgcdp.sealing import sealer_of
 from pgcdp.store.frames import FileSummary
 
 ROW_GROUP = 1 << 16
@@ -28,11 +30,12 @@ def write_table(path: Path, table: pa.Table, *, rising: Sequence[str], repeated:
     `rising`: columns that rise steadily, stored as differences; `repeated`: those with few different values.
     """
     fresh = path.with_suffix(".new")
+    plain, made = sealer_of(path) is None, io.BytesIO()
     names = table.schema.names
     try:
         pq.write_table(
             table,
-            fresh,
+            fresh if plain else made,
             compression="zstd",
             use_dictionary=[name for name in names if name in repeated and name not in rising],
             column_encoding={name: "DELTA_BINARY_PACKED" for name in names if name in rising} or None,
@@ -42,6 +45,10 @@ def write_table(path: Path, table: pa.Table, *, rising: Sequence[str], repeated:
     except OSError as error:
         error.filename = error.filename or os.fspath(fresh)
         raise
+    if not plain:
+        write_file(path, made.getvalue())
+        raw = path.read_bytes()
+        return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
     sync_file(fresh)
     raw = fresh.read_bytes()
     fresh.rename(path)
@@ -55,7 +62,8 @@ def read_table(path: Path, still: str, columns: Sequence[str] | None = None, wit
     Raises DamageError with the file and `still`, what can be done all the same; FileNotFoundError.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        source = path if sealer_of(path) is None else pa.BufferReader(read_file(path))
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
             groups = [
                 group for group in range(file.num_row_groups) if _may_hold(file.metadata.row_group(group), within)
             ]

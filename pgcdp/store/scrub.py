@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pgcdp import keys
 from pgcdp.errors import DamageError, PgcdpError, TargetError
 from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
@@ -95,6 +96,9 @@ class Checker:
         everything = "every boundary and write can still be restored if nothing else is damaged"
         with _noting(self, self.store.path / "store.json", everything):
             read_json(self.store.path / "store.json")
+        if self.store.encrypted:
+            with _noting(self, self.store.path / keys.FILE, "everything, as long as a copy of this file is elsewhere"):
+                keys.read_wrapped(self.store.path / keys.FILE)
         self._check_chain()
         self._check_incoming()
         with _noting(

@@ -18,7 +18,7 @@ from pgcdp.errors import DamageError, PgcdpError, UsageError
 from pgcdp.records import BLOCK, EXTENT_DATA, EXTENT_ZEROS, MAP_EXTENT, Volume
 from pgcdp.recovery.mapfile import FramesSource, ImageSource, MapSource, ViewMap, encode
 from pgcdp.store.frames import FrameWriter
-from pgcdp.store.image import block_sums
+from pgcdp.store.image_files import block_sums
 from tests.fix_engine import Direct
 from tests.fix_views import ShowMap, ShownView
 from tests.unit.test_increments import SET_ID

@@ -12,7 +12,8 @@ import pytest
 from pgcdp.errors import BugError, PreconditionError
 from pgcdp.records import BLOCK, Volume
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.image import Image, ImageState, block_sums, read_state
+from pgcdp.store.image import Image, ImageState, read_state
+from pgcdp.store.image_files import block_sums
 from pgcdp.store.layout import Store
 from pgcdp.store.scrub import check_store
 from tests.small_store import BLOCKS, SET_ID, flip, make_store

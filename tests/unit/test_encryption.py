@@ -1,0 +1,411 @@
+"""An encrypted store: nobody reads the cluster in it, only its key opens it, and nothing in it can be moved."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import struct
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import xxhash
+
+from pgcdp import keys, sealing
+from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.fsio import read_json, write_json
+from pgcdp.intervals.increments import close_interval, move_image
+from pgcdp.keys import KeySource
+from pgcdp.postgres import timelines
+from pgcdp.records import RecoveryPoint, Span
+from pgcdp.recovery.merged import merge
+from pgcdp.recovery.source import Source
+from pgcdp.store.bundle import Bundle
+from pgcdp.store.frames import FrameReader
+from pgcdp.store.gaps import announce
+from pgcdp.store.history import add_history
+from pgcdp.store.image import Image
+from pgcdp.store.layout import TIMELINES, Store
+from pgcdp.store.parquet import write_table
+from pgcdp.store.scrub import check_store
+from tests.fix_keys import MakeKey, new_key, opened_with, plain_files
+from tests.journal_writer import BLOCK, WRITE, Op
+from tests.small_store import flip, make_store
+from tests.unit.test_blockmap import Scene, materialized
+from tests.unit.test_increments import (
+    SET_ID,
+    DyingImage,
+    Killed,
+    boundary,
+    capture,
+    fill,
+    make_world,
+    random_op,
+    run_interval,
+)
+from tests.unit.test_store_alone import state_of
+
+MARKER = bytes.fromhex("c0ffee5eed") * 3 + b"the row that nobody may read"
+
+
+@pytest.fixture
+def key(make_key: MakeKey, monkeypatch: pytest.MonkeyPatch) -> KeySource:
+    """What stores that are made in the test are encrypted with."""
+    found = make_key()
+    monkeypatch.setenv(keys.FILE_VARIABLE, str(found.file))
+    return found
+
+
+def marked(place: Path) -> Store:
+    """A store with everything that one can hold; MARKER is in the middle of incompressible blocks and in all texts."""
+    place.mkdir()
+    chooser = random.Random(5)
+    world = make_world(place)
+    for number in (1, 2):
+        blocks = [chooser.randbytes(2000) + MARKER + chooser.randbytes(BLOCK - 2000 - len(MARKER)) for _ in range(8)]
+        capture(world, [Op(WRITE, at % 2, at * BLOCK, BLOCK, data) for at, data in enumerate(blocks)], chooser)
+        run_interval(world, number, "optimal", chooser, 6)
+    store = world.store
+    merge(store, Span(1, 2))
+    add_history(store, "event", 7, {"event": "x", "said": MARKER.decode("latin-1")})
+    announce(store, 3)
+    pg_wal = place / "pg_wal"
+    pg_wal.mkdir()
+    (pg_wal / "00000002.history").write_bytes(b"1\t0/3000000\t" + MARKER[15:] + b"\n")
+    timelines.keep(pg_wal, store.path / TIMELINES, archives=False)
+    write_json(store.incoming(3).with_name("settings.json"), {"hba": MARKER[15:].decode()})
+    names = pa.table({"name": [MARKER[15:].decode()]})
+    write_table(store.incoming(3).with_name("relations.parquet"), names, rising=(), repeated=())
+    return store
+
+
+def with_marker(store: Store) -> set[str]:
+    files = [path for path in store.path.rglob("*") if path.is_file()]
+    return {path.name for path in files if MARKER[15:] in path.read_bytes()}
+
+
+def test_nothing_of_the_cluster_can_be_read_in_any_file(
+    tmp_path: Path, key: KeySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = marked(tmp_path / "sealed")
+    assert store.encrypted
+    assert with_marker(store) == set()
+    assert plain_files(store.path) == []
+    assert check_store(store).ok
+    monkeypatch.delenv(keys.FILE_VARIABLE)
+    plain = marked(tmp_path / "plain")  # the same is found where it is not encrypted
+    assert not plain.encrypted
+    assert with_marker(plain) >= {
+        "writes",
+        "data.img",
+        "wal.img",
+        "00000002.history",
+        "settings.json",
+        "relations.parquet",
+    }
+    assert len(plain_files(plain.path)) > 20
+
+
+def test_equal_content_is_never_the_same_ciphertext(tmp_path: Path, key: KeySource) -> None:
+    store = make_store(tmp_path)
+    image = Image.open(store, writable=True)
+    image.write_blocks(0, 0, b"same" * 1024 * 4)
+    image.sync()
+    once = (store.image / "data.img").read_bytes()[: 4 * BLOCK]
+    assert len({once[at : at + BLOCK] for at in range(0, 4 * BLOCK, BLOCK)}) == 4
+    image.write_blocks(0, 0, b"same" * 1024 * 4)
+    image.sync()
+    assert (store.image / "data.img").read_bytes()[:BLOCK] != once[:BLOCK]
+    assert image.read_blocks(0, 0, 4) == b"same" * 1024 * 4
+    image.close()
+
+
+# --- the key
+
+
+def test_only_the_key_opens_it_and_nothing_is_written(
+    tmp_path: Path, key: KeySource, make_key: MakeKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path)
+    monkeypatch.delenv(keys.FILE_VARIABLE)
+    before = state_of(store.path)
+    wrong, short = make_key(), make_key()
+    assert wrong.file is not None
+    assert short.file is not None
+    assert key.file is not None
+    short.file.write_text(key.file.read_text()[:63])
+    cases: list[tuple[KeySource | None, str]] = [
+        (None, f"the store {store.path} is encrypted, and no key is given"),
+        (wrong, f"the key file {wrong.file} is not that of the store {store.path}: another key was used"),
+        (short, f"the key file {short.file} gives 63 characters that are no key"),
+        (KeySource(tmp_path / "none"), "cannot be read: No such file or directory"),
+        (KeySource(None, "echo no luck >&2; exit 7"), 'the key command "echo.*failed with exit code 7: no luck'),
+        (KeySource(None, "true"), 'the key command "true" gives 0 characters that are no key'),
+    ]
+    for found, said in cases:
+        with pytest.raises(PreconditionError, match=said) as caught:
+            opened_with(store.path, found)
+        assert caught.value.hint
+        with pytest.raises(PreconditionError, match="its store was not opened with a key"):
+            read_json(store.image / "state.json")
+    assert opened_with(store.path, KeySource(None, f"cat {key.file}")) == store
+    assert opened_with(store.path, key) == store
+    assert state_of(store.path) == before
+
+
+def test_a_key_that_others_may_read_is_refused(tmp_path: Path, make_key: MakeKey) -> None:
+    found = make_key()
+    assert found.file is not None
+    assert len(found.read()) == 32
+    for mode in (0o640, 0o604, 0o660):
+        found.file.chmod(mode)
+        with pytest.raises(PreconditionError, match=rf"may be read by others than its owner \(mode {mode:04o}\)"):
+            found.read()
+    found.file.chmod(0o400)
+    os.chown(found.file, 4711, 0)
+    with pytest.raises(PreconditionError, match="belongs to user 4711"):
+        found.read()
+
+
+def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(PreconditionError, match=r'"sleep 600" did not end in 0\.3 s and was killed'):
+        KeySource(None, "sleep 600").read(timeout=0.3)
+
+
+def test_a_key_in_the_store_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store").mkdir()
+    monkeypatch.setenv(keys.FILE_VARIABLE, str(new_key(tmp_path / "store" / "key").file))
+    with pytest.raises(PreconditionError, match="lies in the store"):
+        keys.user_key_for(tmp_path / "store")
+
+
+def test_a_plain_store_takes_no_key(tmp_path: Path, make_key: MakeKey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(keys.FILE_VARIABLE, raising=False)
+    store = make_store(tmp_path)
+    with pytest.raises(PreconditionError, match=f"the store {store.path} is not encrypted, but the key file"):
+        opened_with(store.path, make_key())
+    assert opened_with(store.path, None) == store
+
+
+def test_a_damaged_or_lost_data_key_is_damage_and_no_wrong_key(tmp_path: Path, key: KeySource) -> None:
+    store = make_store(tmp_path)
+    file = store.path / keys.FILE
+    raw = file.read_bytes()
+    flip(file, raw.index(b"wrapped") + 20)
+    assert [damage.file for damage in check_store(store).damages] == [file]
+    with pytest.raises(DamageError, match=rf"{file} has a wrong checksum at offset 0"):
+        opened_with(store.path, key)
+    content = read_json_of(raw, file)
+    write_json(file, {**content, "wrapped": flipped(str(content["wrapped"]))})
+    with pytest.raises(DamageError, match="does not hold what the key wrapped"):
+        opened_with(store.path, key)
+    file.unlink()
+    with pytest.raises(DamageError, match=r"encryption\.json is missing \(offset 0\), and the store is encrypted"):
+        opened_with(store.path, key)
+    file.write_bytes(raw)
+    assert opened_with(store.path, key) == store
+
+
+def read_json_of(raw: bytes, file: Path) -> dict[str, object]:
+    file.write_bytes(raw)
+    return read_json(file)
+
+
+def flipped(digits: str) -> str:
+    return digits[:-1] + ("0" if digits[-1] != "0" else "1")
+
+
+# --- what somebody changed who can compute checksums
+
+
+def resummed(raw: bytearray, offset: int) -> bytes:
+    """A frame's checksum made right again: only the tag tells."""
+    stored = struct.unpack_from("<I", raw, offset + 20)[0]
+    raw[offset + 24 : offset + 32] = bytes(8)
+    digest = xxhash.xxh3_64_intdigest(bytes(raw[offset : offset + 32 + stored]))
+    raw[offset + 24 : offset + 32] = struct.pack("<Q", digest)
+    return bytes(raw)
+
+
+def entries_of(path: Path) -> list[tuple[int, int]]:
+    with FrameReader.open(path, b"WRIT", SET_ID, 1) as reader:
+        return [(entry.offset, 32 + entry.stored) for entry in reader.entries]
+
+
+def framed(place: Path) -> tuple[Store, Path]:
+    """An interval whose `writes` have several frames of one length."""
+    world = make_world(place)
+    chooser = random.Random(8)
+    capture(world, [Op(WRITE, 0, at * BLOCK, BLOCK, chooser.randbytes(BLOCK)) for at in range(12)], chooser)
+
+    opened = fill(world, 1, len(world.ops), BLOCK)
+    image = Image.open(world.store, writable=True)
+    bundle = close_interval(world.store, opened, image, boundary(1, len(world.ops)), {})
+    image.close()
+    return world.store, bundle.path / "writes"
+
+
+@pytest.mark.parametrize("at", ["nonce", "content", "tag", "codec"])
+def test_a_changed_frame_with_a_right_checksum_is_damage(tmp_path: Path, key: KeySource, at: str) -> None:
+    _, path = framed(tmp_path)
+    offset, length = entries_of(path)[3]
+    raw = bytearray(path.read_bytes())
+    raw[offset + {"nonce": 32, "content": 60, "tag": length - 1, "codec": 4}[at]] ^= 1
+    path.write_bytes(resummed(raw, offset))
+    with FrameReader.open(path, b"WRIT", SET_ID, 1) as reader:
+        assert len(reader.read(0, 3 * BLOCK)) == 3 * BLOCK
+        with pytest.raises(DamageError, match=f"damaged frame at offset {offset}"):
+            reader.read(3 * BLOCK, BLOCK)
+
+
+def test_frames_cannot_be_swapped(tmp_path: Path, key: KeySource) -> None:
+    store, path = framed(tmp_path)
+    (one, length), (other, same) = entries_of(path)[2:4]
+    assert length == same
+    whole = path.read_bytes()
+    raw = bytearray(whole)
+    for to, source in ((one, other), (other, one)):  # the stored bytes, under headers that fit their new place
+        raw[to + 32 : to + length] = whole[source + 32 : source + length]
+        raw[:] = resummed(raw, to)
+    path.write_bytes(raw)
+    with FrameReader.open(path, b"WRIT", SET_ID, 1) as reader:
+        for position in (2 * BLOCK, 3 * BLOCK):
+            with pytest.raises(DamageError, match="damaged frame"):
+                reader.read(position, BLOCK)
+    # Another file's frames of the same place: its salt, and so its key, is another.
+    again = path.with_name("other")
+    shutil.copy(path, again)
+    again.write_bytes(whole[:40] + os.urandom(16) + whole[56:])
+    head = bytearray(again.read_bytes())
+    head[56:64] = bytes(8)
+    head[56:64] = struct.pack("<Q", xxhash.xxh3_64_intdigest(bytes(head[:64])))
+    again.write_bytes(head)
+    with pytest.raises(DamageError, match="damaged directory"):
+        FrameReader.open(again, b"WRIT", SET_ID, 1)
+    assert store.encrypted
+
+
+def test_blocks_of_the_image_cannot_be_swapped(tmp_path: Path, key: KeySource) -> None:
+    store = make_store(tmp_path)
+    image = Image.open(store)
+    blocks, sums = store.image / "data.img", store.image / "data.sums"
+    for path, unit in ((blocks, BLOCK), (sums, 32)):
+        raw = path.read_bytes()
+        path.write_bytes(raw[unit : 2 * unit] + raw[:unit] + raw[2 * unit :])
+    for block in (0, 1):
+        with pytest.raises(DamageError, match=f"damaged block {block} at offset {block * BLOCK}"):
+            image.read_blocks(0, block, 1)
+    assert len(image.read_blocks(0, 2, 20)) == 20 * BLOCK
+    raw = flip(sums, 2 * 32 + 14)
+    with pytest.raises(DamageError, match="damaged block 2"):
+        image.read_blocks(0, 0 + 2, 1)
+    sums.write_bytes(raw)
+    image.close()
+
+
+def test_a_file_of_another_place_and_a_plain_one_are_refused(tmp_path: Path, key: KeySource) -> None:
+    store = make_store(tmp_path)
+    one, other = (store.interval(number) / "settings.json" for number in (1, 2))
+    whole = one.read_bytes()
+    shutil.copy(other, one)
+    with pytest.raises(DamageError, match=rf"{one} is not what was encrypted \(offset 32\)"):
+        read_json(one)
+    one.write_text("{}")
+    with pytest.raises(DamageError, match=rf"{one} is not encrypted as its store is"):
+        read_json(one)
+    one.write_bytes(whole)
+    read_json(one)
+    plain = tmp_path / "elsewhere"
+    plain.mkdir()
+    monkey = os.environ.pop(keys.FILE_VARIABLE)
+    writes = make_store(plain).interval(1) / "writes"
+    os.environ[keys.FILE_VARIABLE] = monkey
+    shutil.copy(writes, store.interval(1) / "writes")
+    with pytest.raises(DamageError, match="is not encrypted as its store is"):
+        FrameReader.open(store.interval(1) / "writes", b"WRIT", SET_ID, 1)
+
+
+def test_one_flipped_byte_in_any_file_is_found(tmp_path: Path, key: KeySource) -> None:
+    store = make_store(tmp_path)
+    chooser = random.Random(12)
+    files = [path for path in sorted(store.path.rglob("*")) if path.is_file() and not path.name.endswith("lock")]
+    for path in files:
+        if "incoming" in path.parts or path.name == "store.json":
+            continue
+        for at in [0, path.stat().st_size - 1, *(chooser.randrange(path.stat().st_size) for _ in range(4))]:
+            raw = flip(path, at, 6)
+            if path.name != keys.FILE or not raw[at : at + 1].isspace():
+                assert not check_store(store).ok, (path, at)
+            path.write_bytes(raw)
+    assert check_store(store).ok
+
+
+# --- going on
+
+
+def test_a_copy_elsewhere_is_opened_with_the_key(
+    tmp_path: Path, key: KeySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path / "scene", 21, [9, 14, 7], 8, 0)
+    whole = materialized(scene.source(), RecoveryPoint(scene.source().intervals()[-1].to_write, None, 0), scene.place)
+    copy = tmp_path / "under" / "another" / "name"
+    shutil.copytree(scene.world.store.path, copy)
+    monkeypatch.delenv(keys.FILE_VARIABLE)
+    with pytest.raises(PreconditionError, match="no key is given"):
+        opened_with(copy, None)
+    source = Source(opened_with(copy, key))
+    point = RecoveryPoint(source.intervals()[-1].to_write, None, 0)
+    assert materialized(source, point, scene.place) == whole
+    assert check_store(source.store).ok
+
+
+def test_a_move_killed_at_every_step_is_done_again(tmp_path: Path, key: KeySource) -> None:
+
+    world = make_world(tmp_path)
+    chooser = random.Random(4)
+    run_interval(world, 1, "optimal", chooser, 30)
+    capture(world, [random_op(chooser) for _ in range(25)], chooser)
+    opened = fill(world, 2, len(world.ops))
+    image = Image.open(world.store, writable=True)
+    bundle = close_interval(world.store, opened, image, boundary(2, len(world.ops)), {})
+    image.close()
+    before = tmp_path / "before"
+    shutil.copytree(world.store.image, before)
+    kills = 0
+    for steps in range(200):
+        shutil.rmtree(world.store.image)
+        shutil.copytree(before, world.store.image)
+        image = DyingImage.open(world.store, writable=True)
+        assert isinstance(image, DyingImage)
+        image.steps = steps
+        try:
+            move_image(image, bundle)
+        except Killed:
+            kills += 1
+            assert check_store(Store.open(world.store.path)).ok, "blocks on the move are not judged"
+        done = image.steps >= 0
+        if steps % 2:
+            image.close()
+        again = Image.open(world.store, writable=True)
+        move_image(again, bundle)
+        assert [again.read_blocks(volume, 0, len(each) // BLOCK) for volume, each in enumerate(world.contents())] == (
+            world.contents()
+        )
+        again.close()
+        if done:
+            break
+    assert kills > 5
+    assert Bundle.open(world.store, 2).interval.number == 2
+
+
+def test_a_killed_create_is_done_again_with_another_key(tmp_path: Path, key: KeySource) -> None:
+    (tmp_path / "a").mkdir()
+    store = make_store(tmp_path / "a", 0)
+    first = sealing.data_key_of(store.path)
+    fresh = tmp_path / "b"
+    fresh.mkdir()
+    shutil.copy(store.path / keys.FILE, fresh / keys.FILE)  # all that a killed one had written
+    again = Store.create(fresh, "s", SET_ID, list(store.volumes))
+    assert again.encrypted
+    assert sealing.data_key_of(fresh) not in (None, first)
