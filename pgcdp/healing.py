@@ -85,6 +85,7 @@ def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -
         since = fingerprint.detached_ns(config)
         if since is None:
             since = source.place(Target("newest")).time_ns
+        config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)  # taken over just now, it is not there yet
         fsio.write_json(config.paths.heal_state, {"since_ns": since})
         return _finish(config, since, below, progress)
 

@@ -29,6 +29,7 @@ from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OUTSIDE, SETTINGS, OpenInterval
+from pgcdp.store.rewinds import keep as keep_rewinds
 from pgcdp.store.transactions import write_look
 
 log = logging.getLogger(__name__)
@@ -209,6 +210,8 @@ class Stages:
         reached = self.image.state.boundary
         numbers = self.store.interval_numbers()
         self.behind = [Bundle.open(self.store, number) for number in numbers if number > reached]
+        for bundle in self.behind:  # killed before that was done
+            keep_rewinds(self.store, bundle.interval.rewinds)
         self.move()
         self._go_on_from(self._boundary(max([reached, *numbers])), released)
         opened = self._opened()
@@ -317,6 +320,7 @@ class Stages:
             (self._files_before, files) if files else None,
         )  # fmt: skip
         self._files_before = files
+        keep_rewinds(self.store, bundle.interval.rewinds)
         self.published(bundle)
         self.behind.append(bundle)
         self.move()

@@ -9,7 +9,7 @@ next place has it: whoever misses one while the agent went on looks again (`agai
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import replace
@@ -35,7 +35,7 @@ from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
 from pgcdp.store.published import Published
-from pgcdp.store.rewinds import Said, pair, said_in
+from pgcdp.store.rewinds import Said, kept, pair, said_in
 from pgcdp.store.survey import survey
 from pgcdp.units import format_lsn
 
@@ -168,13 +168,23 @@ class Source:
 
     def _rewinds(self) -> list[Rewind]:
         intervals = self.intervals()
-        stored = [rewind for interval in intervals for rewind in interval.rewinds]
+        stored = [rewind for each in self.listed().values() for rewind in self._rewinds_of(each)]
         if not stored and not (self.store.path / TIMELINES).is_dir():  # made before the first one begins
             return []
         said: list[Said] = []
         for records, data_of in self._tail(intervals):
             said += said_in(records, data_of)
         return stored + pair(said)
+
+    def _rewinds_of(self, found: Published) -> Sequence[Rewind]:
+        """Those of a published interval, also of one that is lost."""
+        if not found.damage:
+            return found.interval.rewinds
+        with suppress(DamageError):
+            return [
+                each for each in kept(self.store) if found.interval.from_write <= each.begin <= found.interval.to_write
+            ]
+        return ()
 
     def gaps(self) -> list[Gap]:
         """All gaps up to the newest write, in order; the last one may not have ended."""

@@ -10,10 +10,12 @@ from pgcdp.store.catalog import FILE_NAME, Catalog, catalog_file
 from pgcdp.store.history import history_names, read_history
 from pgcdp.store.layout import Store
 from pgcdp.store.notes import make_notes
+from pgcdp.store.rewinds import keep as keep_rewinds
 
 
 def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
-    """Make `catalog.db` anew; returns it with what could not be read and is therefore not in it.
+    """Make `catalog.db` anew; returns it with what could not be read and is therefore not in it. What the store has
+    twice of rewinds, it has twice again.
 
     The new catalog is built beside the old one and takes its place by rename. Nobody else may have it open.
     """
@@ -30,7 +32,9 @@ def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
             catalog.put_baseline(store.baseline)
         for span in store.spans():
             try:
-                catalog.put_interval(Bundle.at(store, span))
+                bundle = Bundle.at(store, span)
+                catalog.put_interval(bundle)
+                keep_rewinds(store, bundle.interval.rewinds)
             except DamageError as damage:
                 damages.append(damage)
         for name in history_names(store):

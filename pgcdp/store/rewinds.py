@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.errors import DamageError, UsageError
+from pgcdp.fsio import read_json, write_json
 from pgcdp.records import REWIND_BEGIN, REWIND_END, Kind, Rewind
+from pgcdp.store.layout import Store
 from pgcdp.units import format_lsn, parse_lsn
 
+KEPT = "rewinds.json"
+"""In a store: the rewinds of all its intervals once more. One that is lost would else hide what the branches are."""
 Said = tuple[int, int, str]
 """A begin or end record: flags, write number, name."""
 
@@ -56,3 +61,27 @@ def pair(said: Iterable[Said]) -> list[Rewind]:
         else:
             raise DamageError(f"write {write} ends a rewind that has no begin record")
     return found
+
+
+def keep(store: Store, rewinds: Sequence[Rewind]) -> None:
+    """Write down rewinds of a published interval beside the intervals, durably. Harmless when done twice."""
+    if not rewinds:
+        return
+    try:
+        known = {each.begin: each for each in kept(store)}
+    except DamageError:  # what is left of it helps nobody; what the intervals say holds
+        known = {}
+    if any(known.get(each.begin) != each for each in rewinds):
+        known |= {each.begin: each for each in rewinds}
+        write_json(store.path / KEPT, {"rewinds": [asdict(known[begin]) for begin in sorted(known)]})
+
+
+def kept(store: Store) -> list[Rewind]:
+    """What `keep` wrote, in order. Raises DamageError."""
+    path = store.path / KEPT
+    try:
+        return [Rewind(**each) for each in read_json(path)["rewinds"]]
+    except FileNotFoundError:
+        return []
+    except (KeyError, TypeError):
+        raise DamageError(f"{path} does not tell of rewinds (offset 0)") from None

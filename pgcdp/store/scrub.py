@@ -29,6 +29,7 @@ from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open
+from pgcdp.store.rewinds import KEPT, kept
 from pgcdp.store.survey import survey
 
 Progress = Callable[[int, int], None]
@@ -106,6 +107,7 @@ class Checker:
         ):
             Image.open(self.store).close()
         self._check_timelines()
+        self._check_rewinds()
         for name in history_names(self.store):
             with _noting(self, self.store.history / name, everything):
                 read_history(self.store, name)
@@ -180,6 +182,19 @@ class Checker:
         for path in needed:
             if not path.exists():
                 self._note(path, 0, f"{path} is missing", _WITHOUT_TIMELINES)
+
+    def _check_rewinds(self) -> None:
+        """That those of whole intervals are written down once more beside them. The newest may just be."""
+        path = self.store.path / KEPT
+        with _noting(self, path, _WITHOUT_REWINDS):
+            told, newest = {each.begin for each in kept(self.store)}, self.store.newest_number()
+            if any(
+                rewind.begin not in told
+                for number, each in survey(self.store).items() if number < newest
+                for rewind in each.interval.rewinds
+            ):  # fmt: skip
+                self._note(path, 0, f"{path} lacks rewinds", _WITHOUT_REWINDS)
+        self._read(path)
 
     # --- an interval
 
@@ -374,6 +389,10 @@ class Checker:
             self.count(unpaid)
 
 
+_WITHOUT_REWINDS = (
+    "every boundary and write can still be restored; should an interval with a rewind in it be lost, too, transactions "
+    "that this rewind left would count as current"
+)
 _WITHOUT_TIMELINES = "every boundary and write can still be restored; a rewind may take a timeline a second time"
 
 
