@@ -270,13 +270,16 @@ class Source:
 
     def branches(self) -> list[int]:
         """Timelines of boundaries, in the order in which they came up; each names the branch that it lies on."""
-        return list(dict.fromkeys([self.base().timeline, *(each.boundary.timeline for each in self.intervals())]))
+        return list(dict.fromkeys(each.timeline for each in self._boundaries()))
+
+    def _boundaries(self) -> list[Boundary]:
+        """Those whose timeline is known: of a lost interval it is not."""
+        return [self.base(), *(each.interval.boundary for each in self.listed().values() if not each.damage)]
 
     def branch(self, timeline: int) -> list[Stretch]:
         """The whole branch of a timeline. Raises TargetError when there is none."""
         rewinds = self.rewinds()
-        boundaries = [self.base(), *(each.boundary for each in self.intervals())]
-        there = [each.write for each in boundaries if each.timeline == timeline]
+        there = [each.write for each in self._boundaries() if each.timeline == timeline]
         if not there:
             known = ", ".join(map(str, self.branches()))
             raise TargetError(f"there is no branch with timeline {timeline}", f"--branch takes {known}")
