@@ -67,6 +67,21 @@ static int apply_zero(struct volume_set *vs, struct window *w, const struct fmt_
     return rc;
 }
 
+static void add_batch(struct volume_set *vs, struct window *w)
+{
+    const struct batch *b = batch_at(vs, w->batch_end++);
+    w->bytes += b->data_length;
+    w->data_end = b->data0 + b->data_length;
+    w->record_end = b->record0 + b->records;
+}
+
+/* The one at the tail, which is not committed. Called with the lock. */
+static void choose_batch(struct volume_set *vs, struct window *w)
+{
+    w->batch_end = vs->batch_tail;
+    add_batch(vs, w);
+}
+
 /* The batches from the tail that are durable, up to a window's size. Called with the lock; nobody else moves the tail. */
 static void choose_window(struct volume_set *vs, struct window *w)
 {
@@ -74,24 +89,21 @@ static void choose_window(struct volume_set *vs, struct window *w)
     w->bytes = 0;
     w->batch_end = vs->batch_tail;
     while (w->batch_end < vs->batch_commit && w->bytes < WINDOW_BYTES) {
-        const struct batch *b = batch_at(vs, w->batch_end++);
-        w->bytes += b->data_length;
-        w->data_end = b->data0 + b->data_length;
-        w->record_end = b->record0 + b->records;
+        add_batch(vs, w);
         w->last_write = vs->records[(w->record_end - 1) % RECORDS].number;
     }
 }
 
-/* Calls `each` for every record of the window with its data. */
+/* Calls `each` for every record of the window with its place in their order and its data. */
 static int for_each_record(struct volume_set *vs, struct window *w,
-                           int (*each)(struct volume_set *, struct window *, const struct fmt_record *, const uint8_t *))
+                           int (*each)(struct volume_set *, struct window *, const struct fmt_record *, uint64_t, const uint8_t *))
 {
     for (uint64_t i = vs->batch_tail; i < w->batch_end; i++) {
         const struct batch *b = batch_at(vs, i);
         const uint8_t *data = vs->ring + b->data0 % RING_BYTES;
         for (uint32_t k = 0; k < b->records; k++) {
             const struct fmt_record *r = &vs->records[(b->record0 + k) % RECORDS];
-            int rc = each(vs, w, r, data);
+            int rc = each(vs, w, r, b->record0 + k + 1, data);
             if (rc)
                 return rc;
             data += round_block(r->data_length);
@@ -100,40 +112,79 @@ static int for_each_record(struct volume_set *vs, struct window *w,
     return 0;
 }
 
-static int gather(struct volume_set *vs, struct window *w, const struct fmt_record *r, const uint8_t *data)
+static int gather(struct volume_set *vs, struct window *w, const struct fmt_record *r, uint64_t order, const uint8_t *data)
 {
     if (r->kind == FMT_ZERO || r->kind == FMT_DISCARD)
         return apply_zero(vs, w, r);
     for (uint64_t i = 0; r->kind == FMT_WRITE && i < r->length / BLOCK; i++)
         w->blocks[w->count++] = (struct block){.key = block_key(r->volume, r->offset / BLOCK + i),
-                                               .order = r->number,
+                                               .order = order,
                                                .data = data + i * BLOCK};
     return 0;
 }
 
-static int forget(struct volume_set *vs, struct window *w, const struct fmt_record *r, const uint8_t *data)
+static int forget(struct volume_set *vs, struct window *w, const struct fmt_record *r, uint64_t order, const uint8_t *data)
 {
     (void)w;
     (void)data;
     for (uint64_t i = 0; r->kind == FMT_WRITE && i < r->length / BLOCK; i++)
-        extmap_drop(vs->map, r->volume, r->offset / BLOCK + i, r->number);
+        extmap_drop(vs->map, r->volume, r->offset / BLOCK + i, order);
     return 0;
 }
 
+/* What was gathered is on the volumes. Called with the lock. */
 static void finish_window(struct volume_set *vs, struct window *w)
 {
-    HOLD_LOCK(&vs->lock);
     for_each_record(vs, w, forget);
-    extmap_drop_zeros(vs->map, w->last_write);
+    extmap_drop_zeros(vs->map, w->record_end);
     vs->batch_tail = w->batch_end;
     vs->data_tail = w->data_end;
     vs->record_tail = w->record_end;
-    vs->applied_write = w->last_write;
     vs->apply_failed = false;
     vs->errors[VS_APPLY][0] = '\0';
-    vs->unsynced_bytes += w->bytes;
     vs_take_parked(vs);
     pthread_cond_broadcast(&vs->progress);
+}
+
+static int sync_written(struct volume_set *vs, const struct window *w)
+{
+    for (unsigned v = 0; v < vs->count; v++) {
+        bool written = false;
+        for (uint64_t i = batch_at(vs, vs->batch_tail)->record0; i < w->record_end && !written; i++)
+            written = vs->records[i % RECORDS].volume == v;
+        int rc = written ? io_fdatasync("volume.tracked.sync", vs->volumes[v].fd) : 0;
+        if (rc) {
+            vs_note_error(vs, VS_SYNC, "volume %s: sync failed: %s; what is tracked is written again", vs->volumes[v].name,
+                          strerror(-rc));
+            return rc;
+        }
+    }
+    return 0;
+}
+
+int vs_apply_unjournalled(struct volume_set *vs, struct block *room)
+{
+    struct window w = {.blocks = room};
+    {
+        HOLD_LOCK(&vs->lock);
+        choose_batch(vs, &w);
+    }
+    int rc = for_each_record(vs, &w, gather);
+    if (rc == 0)
+        rc = write_blocks(vs, &w);
+    if (rc == 0)
+        rc = sync_written(vs, &w);
+    HOLD_LOCK(&vs->lock);
+    if (rc) {
+        vs->apply_failed = true;
+        return rc;
+    }
+    vs->batch_commit++;
+    vs->record_commit = w.record_end;
+    vs->tracked_batches++;
+    vs->errors[VS_SYNC][0] = '\0';
+    finish_window(vs, &w);
+    return 0;
 }
 
 /* Volumes synced, then the mark. */
@@ -141,7 +192,9 @@ static void sync_and_mark(struct volume_set *vs)
 {
     struct err e = {.message = ""};
     uint64_t applied = vs->applied_write; /* only this thread changes it */
-    for (unsigned i = 0; i < vs->count && !vs->volume_failed; i++) {
+    /* What is tracked was synced before it was answered, by a thread that must see it when that fails. */
+    bool tracking = vs->mode == VS_TRACKING;
+    for (unsigned i = 0; i < vs->count && !vs->volume_failed && !tracking; i++) {
 #ifdef WITHOUT_SYNC /* a test build only: the power cuts of the tests must notice */
         break;
 #endif
@@ -221,6 +274,9 @@ void *applier_main(void *arg)
             if (rc == 0)
                 rc = write_blocks(vs, &w);
             if (rc == 0) {
+                HOLD_LOCK(&vs->lock);
+                vs->applied_write = w.last_write;
+                vs->unsynced_bytes += w.bytes;
                 finish_window(vs, &w);
             } else {
                 HOLD_LOCK(&vs->lock);

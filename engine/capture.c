@@ -1,4 +1,5 @@
-/* One capture process: lock, replay the journal to the volumes, then serve.
+/* One capture process: lock, replay the journal to the volumes, then serve. Its arguments: capture_arguments.c; what is asked at its
+ * control socket: capture_control.c.
  *
  * Order at the start: the journal's lock, the backings' locks, replay of everything behind the applied mark, sync, the mark,
  * then the journal is opened for writing, then the door. So no reader ever sees a volume that lacks what was answered.
@@ -9,7 +10,6 @@
 #include "capture.h"
 
 #include <fcntl.h>
-#include <getopt.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -22,113 +22,22 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "capture_process.h"
 #include "cleanup.h"
-#include "control.h"
-#include "front_fuse.h"
-#include "held.h"
 #include "journal_read.h"
-#include "journal_write.h"
 #include "log.h"
 #include "replay.h"
+#include "tracked.h"
 #include "util.h"
-#include "volume.h"
 
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57
 #endif
 
-struct capture {
-    const char *journal, *fuse_dir, *socket, *holder;
-    uint8_t set_id[16];
-    bool has_set_id, create, put_back;
-    uint64_t segment_bytes, limit;
-
-    struct volume volumes[MAX_VOLUMES];
-    unsigned volume_count;
-    int lock_fd;
-    struct jw *jw;
-    struct volume_set *set;
-    struct held *held; /* NULL: without a holder */
-    struct front *front;
-    struct control *control;
-};
-
-/* ---- command line ---- */
-
-static const char USAGE[] =
-    "usage: pgcdp-engine capture --set-id HEX --journal DIR [--create] --fuse DIR --control SOCKET [--holder SOCKET]\n"
-    "                            [--segment-bytes N] [--journal-limit N] [--put-back] NAME[:BYTES]=PATH ...\n"
-    "With --holder the FUSE connection is the one that pgcdp-engine hold keeps there, mounted at DIR.\n"
-    "BYTES of the backing are shown; without, all of it. With --put-back the journal may hold writes to one volume more,\n"
-    "which is given up: they are not replayed.\n";
-
-static int parse_set_id(const char *text, uint8_t out[16])
+/* From argv[first] on. */
+static int open_volumes(struct capture *c, int first, int argc, char **argv, struct err *e)
 {
-    if (strlen(text) != 32 || strspn(text, "0123456789abcdefABCDEF") != 32)
-        return -EINVAL;
-    for (int i = 0; i < 16; i++) {
-        char pair[3] = {text[2 * i], text[2 * i + 1], '\0'};
-        out[i] = (uint8_t)strtoul(pair, NULL, 16);
-    }
-    return 0;
-}
-
-static int parse_bytes(const char *text, uint64_t *out)
-{
-    char *end;
-    errno = 0;
-    *out = strtoull(text, &end, 10);
-    return errno || *end || end == text || *text == '-' ? -EINVAL : 0;
-}
-
-static int parse_arguments(struct capture *c, int argc, char **argv, struct err *e)
-{
-    static const struct option OPTIONS[] = {{"set-id", required_argument, NULL, 's'},
-                                            {"journal", required_argument, NULL, 'j'},
-                                            {"create", no_argument, NULL, 'c'},
-                                            {"segment-bytes", required_argument, NULL, 'b'},
-                                            {"journal-limit", required_argument, NULL, 'l'},
-                                            {"put-back", no_argument, NULL, 'p'},
-                                            {"fuse", required_argument, NULL, 'f'},
-                                            {"control", required_argument, NULL, 'k'},
-                                            {"holder", required_argument, NULL, 'h'},
-                                            {NULL, 0, NULL, 0}};
-    int option;
-    while ((option = getopt_long(argc, argv, "", OPTIONS, NULL)) != -1) {
-        int rc = 0;
-        switch (option) {
-        case 's': rc = parse_set_id(optarg, c->set_id); c->has_set_id = true; break;
-        case 'j': c->journal = optarg; break;
-        case 'c': c->create = true; break;
-        case 'p': c->put_back = true; break;
-        case 'b': rc = parse_bytes(optarg, &c->segment_bytes); break;
-        case 'l': rc = parse_bytes(optarg, &c->limit); break;
-        case 'f': c->fuse_dir = optarg; break;
-        case 'k': c->socket = optarg; break;
-        case 'h': c->holder = optarg; break;
-        default: return err_set(e, ERR_USAGE, "unknown option\n%s", USAGE);
-        }
-        if (rc)
-            return err_set(e, ERR_USAGE, "\"%s\" is not a valid value", optarg);
-    }
-    if (!c->has_set_id || !c->journal || !c->fuse_dir || !c->socket || optind == argc)
-        return err_set(e, ERR_USAGE, "an option is missing\n%s", USAGE);
-    if (c->segment_bytes < ((uint64_t)8 << 20) || c->segment_bytes % BLOCK)
-        return err_set(e, ERR_USAGE, "--segment-bytes is %lu: at least 8388608 and a multiple of 4096", c->segment_bytes);
-    if (c->limit < 4 * c->segment_bytes)
-        return err_set(e, ERR_USAGE, "--journal-limit is %lu: at least four segments of %lu", c->limit, c->segment_bytes);
-    if (c->limit / c->segment_bytes >= JW_MOST_SEGMENTS)
-        return err_set(e, ERR_USAGE, "--journal-limit is %lu: at most %u segments of %lu", c->limit, JW_MOST_SEGMENTS - 1,
-                       c->segment_bytes);
-    for (int i = optind; i < argc; i++)
-        if (!strchr(argv[i], '='))
-            return err_set(e, ERR_USAGE, "\"%s\" is not NAME[:BYTES]=PATH", argv[i]);
-    return 0;
-}
-
-static int open_volumes(struct capture *c, int argc, char **argv, struct err *e)
-{
-    for (int i = optind; i < argc; i++) {
+    for (int i = first; i < argc; i++) {
         char *equals = strchr(argv[i], '=');
         if (!equals || c->volume_count == MAX_VOLUMES)
             return err_set(e, ERR_USAGE, "\"%s\" is not NAME[:BYTES]=PATH, or there are more than %u", argv[i], MAX_VOLUMES);
@@ -137,7 +46,7 @@ static int open_volumes(struct capture *c, int argc, char **argv, struct err *e)
         char *colon = strchr(argv[i], ':');
         if (colon) {
             *colon = '\0';
-            if (parse_bytes(colon + 1, &size) || size == 0 || size % BLOCK)
+            if (capture_parse_bytes(colon + 1, &size) || size == 0 || size % BLOCK)
                 return err_set(e, ERR_USAGE, "\"%s\" bytes of volume %s are no multiple of 4096", colon + 1, argv[i]);
         }
         for (unsigned k = 0; k < c->volume_count; k++)
@@ -182,6 +91,42 @@ static int lock_journal(struct capture *c, struct err *e)
     return 0;
 }
 
+/* Whether the first batch behind `write` begins with the begin record of the gap that `state` speaks of. */
+static int has_begun(struct capture *c, uint64_t write, const struct fmt_tracked *state, bool *begun, struct err *e)
+{
+    struct jr *jr;
+    struct jr_batch b;
+    int rc = jr_open(&jr, c->journal, c->set_id, e);
+    if (rc)
+        return rc;
+    rc = jr_seek(jr, write + 1, e);
+    if (rc == 0)
+        rc = jr_next(jr, &b, e);
+    *begun = rc == 1 && b.first_write == write + 1 && b.record[0].kind == FMT_MARK && b.record[0].flags == FMT_GAP_BEGIN &&
+             b.record[0].wall_ns == state->begin_ns;
+    jr_close(jr);
+    return rc == 1 ? 0 : rc;
+}
+
+/* While changes are tracked, writes come to the volumes that the journal does not have: what lies behind its end, and could not be
+ * made durable there, must not be replayed over them (FORMAT.md 1.8). */
+static int end_where_tracked(struct capture *c, struct jr *jr, uint64_t applied, struct err *e)
+{
+    bool durable, begun = false;
+    const struct fmt_tracked *state = c->tracked ? tracked_state(c->tracked, &durable) : NULL;
+    if (!state || state->state == FMT_TRACKED_IDLE || applied > state->behind)
+        return 0;
+    if (applied < state->behind) {
+        err_set(e, ERR_DAMAGE, "changes are tracked behind write %lu, but the applied mark stands at %lu", state->behind, applied);
+        err_hint(e, "the journal's files applied and tracked are not of the same time; bring them back as they were");
+        return ERR_DAMAGE;
+    }
+    int rc = state->state == FMT_TRACKED_HEALING ? has_begun(c, applied, state, &begun, e) : 0;
+    if (rc == 0 && !begun)
+        jr_end_at(jr, applied);
+    return rc;
+}
+
 /* Brings the volumes to the journal's end and opens it for writing. */
 static int bring_up(struct capture *c, struct err *e)
 {
@@ -190,12 +135,16 @@ static int bring_up(struct capture *c, struct err *e)
     struct jr_end end;
     uint64_t replayed = 0;
     struct replay_volumes to = {.volumes = c->volumes, .count = c->volume_count, .put_back = c->put_back};
-    int rc = jr_open(&jr, c->journal, c->set_id, e);
+    int rc = tracked_open(&c->tracked, c->journal, c->set_id, c->volumes, c->volume_count, c->track, e);
+    if (rc == 0)
+        rc = jr_open(&jr, c->journal, c->set_id, e);
     if (rc)
         return rc == -EPERM ? ERR_PRECONDITION : rc;
     jr_end(jr, &end); /* only the mark is known yet */
     uint64_t applied = end.applied_write;
-    rc = jr_seek(jr, applied + 1, e);
+    rc = end_where_tracked(c, jr, applied, e);
+    if (rc == 0)
+        rc = jr_seek(jr, applied + 1, e);
     if (rc == 0) /* killed between writing a batch and its sync: no volume may have it before the journal does */
         rc = jr_sync(jr, e);
     if (rc == 0)
@@ -231,205 +180,12 @@ static int bring_up(struct capture *c, struct err *e)
     if (rc == 0)
         log_info("journal: last write %lu, %lu replayed behind the applied mark%s", end.last_write, replayed,
                  end.torn ? ", torn tail left out" : "");
-    if (rc == 0)
-        rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, end.last_write, e);
+    if (rc == 0) {
+        struct tracked *tracked = c->tracked;
+        c->tracked = NULL; /* the set's from now on, also when it fails */
+        rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, end.last_write, tracked, e);
+    }
     return rc;
-}
-
-/* ---- control ---- */
-
-static long rss_kib(void)
-{
-    long pages = 0;
-    FILE *f = fopen("/proc/self/statm", "re");
-    if (f && fscanf(f, "%*d %ld", &pages) != 1)
-        pages = 0;
-    if (f)
-        fclose(f);
-    return pages * (sysconf(_SC_PAGESIZE) / 1024);
-}
-
-static json_t *status(struct capture *c)
-{
-    struct jw_status j;
-    struct volume_status v;
-    jw_get_status(c->jw, &j);
-    vs_get_status(c->set, &v);
-    json_t *volumes = json_array();
-    for (unsigned i = 0; i < c->volume_count; i++)
-        json_array_append_new(volumes, json_pack("{s:s, s:i, s:I, s:s, s:b}", "name", c->volumes[i].name, "number", (int)i,
-                                                 "bytes", (json_int_t)volume_size(&c->volumes[i]), "backing", c->volumes[i].path,
-                                                 "open", front_open_count(c->front, i) > 0));
-    json_t *held = c->held ? json_pack("{s:I, s:I, s:i, s:i}", "captures", (json_int_t)held_captures(c->held), "resent",
-                                       (json_int_t)front_resent(c->front), "fuse_fd", c->held->fuse, "note_fd", c->held->note_fd)
-                           : json_null();
-    json_t *errors = json_array();
-    if (j.error[0])
-        json_array_append_new(errors, json_sprintf("journal: %s", j.error));
-    for (int i = 0; i < VS_TROUBLES; i++)
-        if (v.errors[i][0])
-            json_array_append_new(errors, json_string(v.errors[i]));
-    return json_pack(
-        "{s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:{s:I, s:I}, s:{s:I, s:I, s:I, s:I}, s:o, s:I, s:I, s:I, s:I, s:I, s:I, "
-        "s:o, s:I, s:s, s:o}",
-        "state", v.stalled ? "stalled" : "capturing", "pid", (int)getpid(), "last_write", (json_int_t)v.last_write,
-        "durable_write", (json_int_t)j.durable_write, "applied_write", (json_int_t)v.applied_write, "synced_write",
-        (json_int_t)j.synced_write, "released_write", (json_int_t)j.released_write, "batch", (json_int_t)j.durable_batch,
-        "position", "segment", (json_int_t)j.durable_segment, "offset", (json_int_t)j.durable_offset, "journal", "bytes",
-        (json_int_t)j.bytes, "limit", (json_int_t)j.limit, "segments", (json_int_t)j.segments, "segment_bytes",
-        (json_int_t)j.segment_bytes, "volumes", volumes, "unapplied_bytes", (json_int_t)v.unapplied_bytes, "parked_bytes",
-        (json_int_t)v.parked_bytes, "writes", (json_int_t)v.writes, "bytes_written", (json_int_t)v.bytes_written, "reads",
-        (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read, "errors", errors, "rss_kib", (json_int_t)rss_kib(), "version",
-        PGCDP_VERSION, "held", held);
-}
-
-static json_t *stop_held(struct capture *c, struct err *e, const char **kind)
-{
-    int rc = front_unmount(c->front);
-    if (rc == 0)
-        return json_pack("{s:b}", "stopping", 1);
-    if (rc == -EBUSY) {
-        *kind = "busy";
-        err_set(e, rc, "a volume in %s is open", c->fuse_dir);
-        err_hint(e, "unmount its filesystem and detach its loop device first");
-    } else {
-        err_sys(e, rc, "cannot unmount %s", c->fuse_dir);
-    }
-    return NULL;
-}
-
-/* For a successor: what was answered is applied and the journal clean when this process has ended. */
-static json_t *hand_over(struct capture *c, struct err *e, const char **kind)
-{
-    if (!c->held) {
-        *kind = "precondition";
-        err_set(e, ERR_PRECONDITION, "this capture process has no holder that would keep its connection");
-        err_hint(e, "pgcdp down and pgcdp up do it, with Postgres stopped meanwhile");
-        return NULL;
-    }
-    front_leave(c->front);
-    return json_pack("{s:b}", "handing_over", 1);
-}
-
-static json_t *stop(struct capture *c, struct err *e, const char **kind)
-{
-    if (c->held)
-        return stop_held(c, e, kind);
-    for (unsigned i = 0; i < c->volume_count; i++)
-        if (front_open_count(c->front, i)) {
-            *kind = "busy";
-            err_set(e, -EBUSY, "volume %s is open", c->volumes[i].name);
-            err_hint(e, "unmount its filesystem and detach its loop device first");
-            return NULL;
-        }
-    front_stop(c->front);
-    return json_pack("{s:b}", "stopping", 1);
-}
-
-/* {"volume":NAME,"bytes":N}: so many of its backing are to be shown, which has become larger. */
-static json_t *grow(struct capture *c, const json_t *request, struct err *e, const char **kind)
-{
-    const char *name = json_string_value(json_object_get(request, "volume"));
-    json_int_t bytes = json_integer_value(json_object_get(request, "bytes"));
-    for (unsigned i = 0; name && bytes > 0 && i < c->volume_count; i++) {
-        if (strcmp(name, c->volumes[i].name) != 0)
-            continue;
-        if (volume_grow(&c->volumes[i], (uint64_t)bytes, e)) {
-            *kind = "precondition";
-            return NULL;
-        }
-        int rc = front_grown(c->front, i);
-        if (rc) {
-            err_sys(e, rc, "cannot tell the kernel the size of volume %s", name);
-            return NULL;
-        }
-        return json_pack("{s:I}", "bytes", bytes);
-    }
-    *kind = "usage";
-    err_set(e, ERR_USAGE, "grow needs the name of a volume and its bytes");
-    return NULL;
-}
-
-static json_t *not_durable(struct capture *c, int rc, const char *command, struct err *e, const char **kind)
-{
-    if (rc == -EAGAIN) {
-        struct jw_status j;
-        struct volume_status v;
-        jw_get_status(c->jw, &j);
-        vs_get_status(c->set, &v);
-        const char *why = v.errors[VS_APPLY][0] ? v.errors[VS_APPLY] : j.error[0] ? j.error : "the journal is full";
-        *kind = "stalled";
-        err_set(e, rc, "%s: %s, writes wait", command, why);
-        err_hint(e, "see that the agent runs, and that its store and the disk of the journal have space");
-    } else {
-        err_sys(e, rc, "%s", command);
-    }
-    return NULL;
-}
-
-/* Of a mark: 0, or that of the begin or end of a rewind or gap; -1: of none of them. */
-static int mark_flags(const json_t *request)
-{
-    const json_t *rewind = json_object_get(request, "rewind"), *gap = json_object_get(request, "gap");
-    if (!rewind && !gap)
-        return 0;
-    const char *what = json_string_value(rewind ? rewind : gap);
-    if (!what || (rewind && gap))
-        return -1;
-    if (strcmp(what, "begin") == 0)
-        return rewind ? FMT_REWIND_BEGIN : FMT_GAP_BEGIN;
-    return strcmp(what, "end") ? -1 : rewind ? FMT_REWIND_END : FMT_GAP_END;
-}
-
-static json_t *handle(void *self, const json_t *request, struct err *e, const char **kind)
-{
-    struct capture *c = self;
-    const char *cmd = json_string_value(json_object_get(request, "cmd"));
-    uint64_t write = 0;
-    if (!cmd)
-        cmd = "";
-    if (strcmp(cmd, "status") == 0)
-        return status(c);
-    if (strcmp(cmd, "stop") == 0)
-        return stop(c, e, kind);
-    if (strcmp(cmd, "hand_over") == 0)
-        return hand_over(c, e, kind);
-    if (strcmp(cmd, "cut") == 0) {
-        int rc = vs_cut(c->set, &write);
-        return rc ? not_durable(c, rc, "cut", e, kind) : json_pack("{s:I}", "durable_write", (json_int_t)write);
-    }
-    if (strcmp(cmd, "sync") == 0)
-        return vs_sync(c->set, &write, e) ? NULL : json_pack("{s:I}", "applied_write", (json_int_t)write);
-    if (strcmp(cmd, "grow") == 0)
-        return grow(c, request, e, kind);
-    if (strcmp(cmd, "mark") == 0) {
-        const char *name = json_string_value(json_object_get(request, "name"));
-        int flags = mark_flags(request);
-        if (!name || !*name || strlen(name) > 1024 || flags < 0) {
-            *kind = "usage";
-            err_set(e, ERR_USAGE, flags < 0 ? "\"rewind\" or \"gap\" of a mark is \"begin\" or \"end\""
-                                            : "a mark needs a name of 1 to 1024 bytes");
-            return NULL;
-        }
-        int rc = vs_mark(c->set, name, (uint8_t)flags, &write);
-        return rc ? not_durable(c, rc, "mark", e, kind) : json_pack("{s:I}", "write", (json_int_t)write);
-    }
-    if (strcmp(cmd, "release") == 0) {
-        const json_t *value = json_object_get(request, "write");
-        if (!json_is_integer(value) || json_integer_value(value) < 0) {
-            *kind = "usage";
-            err_set(e, ERR_USAGE, "release needs a write number");
-            return NULL;
-        }
-        jw_release(c->jw, (uint64_t)json_integer_value(value));
-        vs_wake(c->set);
-        struct jw_status j;
-        jw_get_status(c->jw, &j);
-        return json_pack("{s:I}", "released_write", (json_int_t)j.released_write);
-    }
-    *kind = "usage";
-    err_set(e, ERR_USAGE, "unknown command \"%s\"", cmd);
-    return NULL;
 }
 
 /* ---- serving ---- */
@@ -466,7 +222,7 @@ static void *signal_main(void *arg)
             continue;
         struct err e;
         const char *kind;
-        json_t *reply = stop(c, &e, &kind);
+        json_t *reply = capture_stop(c, &e, &kind);
         if (reply) {
             json_decref(reply);
             return NULL;
@@ -481,7 +237,7 @@ static int serve(struct capture *c, struct err *e)
     struct backend backend = vs_backend(c->set);
     int rc = front_open(&c->front, &backend, c->fuse_dir, c->held, e);
     if (rc == 0)
-        rc = control_start(&c->control, c->socket, handle, c, e);
+        rc = control_start(&c->control, c->socket, capture_handle, c, e);
     pthread_t signals;
     if (rc == 0 && (rc = -pthread_create(&signals, NULL, signal_main, c)) != 0)
         err_sys(e, rc, "cannot start a thread");
@@ -498,11 +254,12 @@ static int serve(struct capture *c, struct err *e)
 
 static int run(struct capture *c, int argc, char **argv, struct err *e)
 {
-    int rc = parse_arguments(c, argc, argv, e);
+    int first;
+    int rc = capture_arguments(c, argc, argv, &first, e);
     if (rc == 0)
         rc = lock_journal(c, e);
     if (rc == 0)
-        rc = open_volumes(c, argc, argv, e);
+        rc = open_volumes(c, first, argc, argv, e);
     if (rc == 0 && c->holder)
         rc = held_get(&c->held, c->holder, e);
     if (rc == 0)
@@ -535,6 +292,7 @@ int cmd_capture(int argc, char **argv)
     }
     control_stop(c.control); /* requests under way still look into what is freed next */
     vs_free(c.set);
+    tracked_close(c.tracked);
     jw_close(c.jw);
     if (c.front)
         front_close(c.front);

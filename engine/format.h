@@ -83,6 +83,36 @@ static_assert(offsetof(struct fmt_applied, checksum) == 88, "FORMAT.md 1.4");
 
 #define FMT_APPLIED_CLEAN 1u
 
+static const char FMT_TRACKED_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'T', 'R', 'K'};
+enum fmt_tracked_state { FMT_TRACKED_IDLE = 0, FMT_TRACKED_TRACKING = 1, FMT_TRACKED_HEALING = 2 };
+#define FMT_TRACKED_VOLUMES 256u
+#define FMT_TRACKED_BITS 4000u /* blocks of a sector */
+
+struct fmt_tracked { /* FORMAT.md 1.8; each of the two slots begins with it */
+    char magic[8];
+    uint32_t version;
+    uint32_t state;
+    uint8_t set_id[16];
+    uint64_t sequence;
+    uint64_t since_ns;
+    uint64_t behind;
+    uint64_t begin_ns;
+    uint32_t volumes;
+    uint32_t reserved;
+    uint64_t checksum;
+    uint64_t blocks[FMT_TRACKED_VOLUMES];
+};
+static_assert(sizeof(struct fmt_tracked) == 2128, "FORMAT.md 1.8");
+static_assert(offsetof(struct fmt_tracked, checksum) == 72, "FORMAT.md 1.8");
+
+struct fmt_tracked_sector { /* FORMAT.md 1.8 */
+    uint64_t checksum;
+    uint32_t number;
+    uint8_t bits[FMT_TRACKED_BITS / 8];
+};
+#define FMT_TRACKED_SECTOR 512u
+static_assert(offsetof(struct fmt_tracked_sector, bits) + FMT_TRACKED_BITS / 8 == FMT_TRACKED_SECTOR, "FORMAT.md 1.8");
+
 static const char FMT_FRAMES_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'F', 'R', 'M'};
 static const char FMT_FRAME_MAGIC[4] = {'F', 'R', 'A', 'M'};
 

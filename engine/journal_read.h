@@ -99,6 +99,12 @@ int jr_sync(struct jr *jr, struct err *e);
 int jr_seek(struct jr *jr, uint64_t write, struct err *e);
 
 /*
+ * Nothing behind `write` belongs to the journal: what is there was never answered, and newer data may be on the volumes
+ * (FORMAT.md 1.8). Before jr_seek to the write that follows.
+ */
+void jr_end_at(struct jr *jr, uint64_t write);
+
+/*
  * After JR_DAMAGE from jr_next: goes on behind the damage, at the next batch that is valid in itself.
  * For `check`, which names every damage; nothing else may use what follows a damage.
  * Returns 1, or 0 when nothing valid follows. `*missing_to` is the last write lost (0: not known).

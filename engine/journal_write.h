@@ -37,6 +37,7 @@ struct jw_status {
     uint64_t bytes, limit, segments, segment_bytes;
     uint64_t durable_write, durable_batch, durable_segment, durable_offset;
     uint64_t synced_write, released_write;
+    bool ready;         /* there is a segment to go on in */
     bool needs_applied; /* segments wait for nothing but the applied mark */
     char error[256];    /* what of the journal's storage does not work now, or "" */
 };

@@ -11,7 +11,7 @@
  * When a write does not fit (ring full, journal stalled), it is parked, and all later ones behind it, so that the reader
  * goes on and reads are still answered; when the parking space is full, the reader waits.
  *
- * Reads are answered in reads.c.
+ * What becomes of writes when the journal cannot grow: tracking.c. Reads are answered in reads.c.
  */
 #include "volume.h"
 
@@ -26,6 +26,7 @@
 #include "io.h"
 #include "log.h"
 #include "reads.h"
+#include "tracking.h"
 #include "util.h"
 #include "volume_set.h"
 
@@ -44,8 +45,7 @@ void vs_note_error(struct volume_set *vs, enum vs_trouble what, const char *form
 
 /* ---- taking writes (under the lock) ---- */
 
-/* Puts a record into the open batch; false when it does not fit now. */
-static bool take(struct volume_set *vs, struct fmt_record *r, const void *data, void *cookie)
+bool vs_take(struct volume_set *vs, struct fmt_record *r, const void *data, void *cookie)
 {
     uint64_t need = round_block(r->data_length);
     struct batch *b = batch_at(vs, vs->batch_open);
@@ -68,7 +68,7 @@ static bool take(struct volume_set *vs, struct fmt_record *r, const void *data, 
         *b = (struct batch){.record0 = record_at, .data0 = data_at, .opened_ns = clock_ns(CLOCK_MONOTONIC)};
     }
     uint8_t *to = vs->ring + data_at % RING_BYTES;
-    r->number = ++vs->last_write;
+    uint64_t order = record_at + 1; /* write numbers are given when it is known that it comes to the journal */
     r->wall_ns = clock_ns(CLOCK_REALTIME);
     r->boot_ns = clock_ns(CLOCK_BOOTTIME);
     if (need) {
@@ -77,9 +77,11 @@ static bool take(struct volume_set *vs, struct fmt_record *r, const void *data, 
     }
     if (r->kind == FMT_WRITE)
         for (uint64_t i = 0; i < r->length; i += BLOCK)
-            extmap_put(vs->map, r->volume, (r->offset + i) / BLOCK, to + i, r->number);
+            extmap_put(vs->map, r->volume, (r->offset + i) / BLOCK, to + i, order);
     else if (zero)
-        extmap_put_zeros(vs->map, r->volume, r->offset / BLOCK, r->length / BLOCK, r->number);
+        extmap_put_zeros(vs->map, r->volume, r->offset / BLOCK, r->length / BLOCK, order);
+    if (vs->mode == VS_HEALING)
+        tracking_taken(vs, r);
     vs->records[record_at % RECORDS] = *r;
     vs->cookies[record_at % RECORDS] = cookie;
     b->records++;
@@ -96,7 +98,7 @@ void vs_take_parked(struct volume_set *vs)
     bool any = false;
     while (vs->parked_first) {
         struct parked *p = vs->parked_first;
-        if (!take(vs, &p->record, p->data, p->cookie))
+        if (!vs_take(vs, &p->record, p->data, p->cookie))
             break;
         vs->parked_first = p->next;
         if (!p->next)
@@ -115,7 +117,7 @@ static void submit(struct volume_set *vs, struct fmt_record *r, const void *data
 {
     HOLD_LOCK(&vs->lock);
     for (;;) {
-        if (!vs->parked_first && take(vs, r, data, cookie)) {
+        if (!vs->parked_first && vs_take(vs, r, data, cookie)) {
             pthread_cond_signal(&vs->to_commit);
             return;
         }
@@ -158,6 +160,7 @@ static void set_zero(void *self, unsigned volume, uint64_t offset, uint64_t leng
 
 struct committer {
     uint8_t *header; /* room for the largest batch header */
+    struct block *blocks; /* for tracking: room for the blocks of a batch */
     void *cookies[MAX_BATCH_RECORDS];
     size_t lengths[MAX_BATCH_RECORDS];
 };
@@ -167,6 +170,12 @@ static bool next_batch(struct volume_set *vs, struct committer *c, struct batch 
 {
     HOLD_LOCK(&vs->lock);
     while (batch_at(vs, vs->batch_commit)->records == 0 || vs->batch_commit > vs->batch_open) {
+        if (vs->heal_wanted) {
+            pthread_mutex_unlock(&vs->lock);
+            tracking_heal(vs);
+            pthread_mutex_lock(&vs->lock);
+            continue;
+        }
         if (vs->stop_committer)
             return false;
         pthread_cond_wait(&vs->to_commit, &vs->lock);
@@ -190,39 +199,81 @@ static void set_stalled(struct volume_set *vs, bool stalled)
 {
     HOLD_LOCK(&vs->lock);
     if (vs->stalled != stalled)
-        log_warn(stalled ? "the journal is full: writes wait" : "the journal has space again: writes go on");
+        log_warn(stalled ? "the journal is full: writes wait" : "writes go on");
     vs->stalled = stalled;
     pthread_cond_broadcast(&vs->progress);
+}
+
+/* The records get the numbers that they have in the journal. */
+static void number(struct volume_set *vs, struct committer *c, const struct batch *b)
+{
+    struct fmt_record *records = (struct fmt_record *)(c->header + sizeof(struct fmt_batch));
+    HOLD_LOCK(&vs->lock);
+    for (uint32_t i = 0; i < b->records; i++)
+        records[i].number = vs->records[(b->record0 + i) % RECORDS].number = vs->durable_write + 1 + i;
+}
+
+/* Once: 0 when the batch is durable in the journal, or on the volumes and noted (`tracked`); else it is tried again. */
+static int commit_once(struct volume_set *vs, struct committer *c, const struct batch *b, bool *tracked)
+{
+    bool heal;
+    {
+        HOLD_LOCK(&vs->lock);
+        heal = vs->heal_wanted;
+    }
+    if (heal)
+        tracking_heal(vs);
+    const struct fmt_record *records = (const struct fmt_record *)(c->header + sizeof(struct fmt_batch));
+    *tracked = vs->mode == VS_TRACKING; /* only this thread changes it */
+    if (*tracked)
+        return tracking_commit(vs, records, b->records, c->blocks);
+    number(vs, c, b);
+    return jw_append(vs->jw, c->header, b->records, vs->ring + b->data0 % RING_BYTES, b->data_length);
+}
+
+/* Waits until it can be tried again, or changes are tracked from now on. False when nobody waits for an answer any more. */
+static bool wait_to_commit(struct volume_set *vs, const struct batch *b, uint64_t *since)
+{
+    uint64_t now = clock_ns(CLOCK_MONOTONIC);
+    if (*since == 0)
+        *since = now;
+    else
+        set_stalled(vs, true); /* not at the first try: the next segment is often just being made ready */
+    if (vs->mode == VS_TRACKING) {
+        HOLD_LOCK(&vs->lock);
+        if (!vs->stop_committer)
+            tracking_wait(vs);
+    } else if (now - *since < TRACK_AFTER_NS || tracking_begin(vs, vs->records[b->record0 % RECORDS].wall_ns) != 0) {
+        jw_wait_space(vs->jw);
+    }
+    HOLD_LOCK(&vs->lock);
+    pthread_cond_signal(&vs->to_apply);
+    return !vs->stop_committer;
 }
 
 static void *committer_main(void *arg)
 {
     struct volume_set *vs = arg;
-    struct committer c = {.header = io_alloc(fmt_batch_header(MAX_BATCH_RECORDS))};
+    struct committer c = {.header = io_alloc(fmt_batch_header(MAX_BATCH_RECORDS)),
+                          .blocks = vs->tracked ? calloc(VS_BATCH_BLOCKS, sizeof *c.blocks) : NULL};
     struct batch b;
+    if (!c.header || (vs->tracked && !c.blocks))
+        abort();
     while (next_batch(vs, &c, &b)) {
-        const uint8_t *data = vs->ring + b.data0 % RING_BYTES;
-        bool stalled = false, given_up = false;
-        for (int tries = 0; jw_append(vs->jw, c.header, b.records, data, b.data_length) != 0; tries++) {
-            if (tries > 0) /* the next segment is often just being made ready */
-                set_stalled(vs, stalled = true);
-            jw_wait_space(vs->jw);
-            pthread_mutex_lock(&vs->lock);
-            given_up = vs->stop_committer; /* nobody waits for an answer any more */
-            pthread_cond_signal(&vs->to_apply);
-            pthread_mutex_unlock(&vs->lock);
-            if (given_up)
-                break;
-        }
+        uint64_t since = 0;
+        bool tracked = false, given_up = false;
+        while (!given_up && commit_once(vs, &c, &b, &tracked) != 0)
+            given_up = !wait_to_commit(vs, &b, &since);
         if (given_up)
             break;
-        if (stalled)
+        if (since)
             set_stalled(vs, false);
         const struct fmt_record *records = (const struct fmt_record *)(c.header + sizeof(struct fmt_batch));
-        {
+        if (!tracked) {
             HOLD_LOCK(&vs->lock);
             vs->durable_write = records[b.records - 1].number;
             vs->batch_commit++;
+            vs->record_commit += b.records;
             uint64_t waiting = vs->data_head - vs->data_tail;
             if (vs->batch_commit - vs->batch_tail == 1 || waiting > RING_BYTES / 2 || vs->sync_wanted || vs->parked_first)
                 pthread_cond_signal(&vs->to_apply);
@@ -232,8 +283,11 @@ static void *committer_main(void *arg)
         for (uint32_t i = 0; i < b.records; i++)
             if (c.cookies[i])
                 vs->done.write(c.cookies[i], c.lengths[i], 0);
+        if (!tracked && vs->mode == VS_HEALING)
+            tracking_journalled(vs, records, b.records);
         pthread_cond_broadcast(&vs->progress);
     }
+    free(c.blocks);
     io_free(c.header, fmt_batch_header(MAX_BATCH_RECORDS));
     return NULL;
 }
@@ -249,41 +303,49 @@ static bool writes_wait(const struct volume_set *vs)
 
 static int why_not_to_wait(const struct volume_set *vs)
 {
+    if (vs->mode == VS_TRACKING)
+        return VS_IN_GAP;
     if (writes_wait(vs))
         return -EAGAIN;
     return vs->stop_committer ? -ECANCELED : 0;
 }
 
-static int wait_durable(struct volume_set *vs, uint64_t write)
+/* Until everything before place `record` is durable in the journal. */
+static int wait_durable(struct volume_set *vs, uint64_t record, uint64_t tracked_batches)
 {
-    while (vs->durable_write < write) {
+    while (vs->record_commit < record) {
         int rc = why_not_to_wait(vs);
         if (rc)
             return rc;
         pthread_cond_wait(&vs->progress, &vs->lock);
     }
-    return 0;
+    return vs->tracked_batches == tracked_batches ? 0 : VS_IN_GAP;
 }
 
 int vs_mark(struct volume_set *vs, const char *name, uint8_t flags, uint64_t *write)
 {
     struct fmt_record r = {.kind = FMT_MARK, .flags = flags, .volume = FMT_NO_VOLUME, .data_length = (uint32_t)strlen(name)};
     HOLD_LOCK(&vs->lock);
-    while (vs->parked_first || !take(vs, &r, name, NULL)) {
-        int rc = why_not_to_wait(vs);
+    while (vs->mode != VS_CAPTURING || vs->parked_first || !vs_take(vs, &r, name, NULL)) {
+        int rc = vs->mode == VS_HEALING ? VS_IN_GAP : why_not_to_wait(vs);
         if (rc)
             return rc;
         pthread_cond_wait(&vs->progress, &vs->lock);
     }
-    *write = r.number;
+    bool begins = flags == FMT_REWIND_BEGIN || flags == FMT_GAP_BEGIN;
+    vs->inside = vs->inside || begins;
+    *write = vs_last_write(vs);
     pthread_cond_signal(&vs->to_commit);
-    return wait_durable(vs, r.number);
+    int rc = wait_durable(vs, vs->record_head, vs->tracked_batches);
+    if ((flags && !begins && rc == 0) || (begins && rc == VS_IN_GAP))
+        vs->inside = false;
+    return rc;
 }
 
 int vs_cut(struct volume_set *vs, uint64_t *durable_write)
 {
     HOLD_LOCK(&vs->lock);
-    int rc = wait_durable(vs, vs->last_write);
+    int rc = vs->mode == VS_TRACKING ? VS_IN_GAP : wait_durable(vs, vs->record_head, vs->tracked_batches);
     *durable_write = vs->durable_write;
     return rc;
 }
@@ -316,7 +378,7 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
     HOLD_LOCK(&vs->lock);
     *out = (struct volume_status){
         .stalled = writes_wait(vs),
-        .last_write = vs->last_write,
+        .last_write = vs_last_write(vs),
         .applied_write = vs->applied_write,
         .unapplied_bytes = vs->data_head - vs->data_tail,
         .parked_bytes = vs->parked_bytes,
@@ -326,6 +388,7 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
         .bytes_read = vs->bytes_read,
     };
     memcpy(out->errors, vs->errors, sizeof out->errors);
+    tracking_status(vs, out);
 }
 
 /* ---- life ---- */
@@ -357,6 +420,7 @@ void vs_free(struct volume_set *vs)
     for (unsigned i = 0; i < vs->count; i++)
         if (vs->volumes[i].fd >= 0)
             close(vs->volumes[i].fd);
+    tracked_close(vs->tracked);
     io_free(vs->ring, RING_BYTES);
     free(vs->records);
     free(vs->cookies);
@@ -377,19 +441,24 @@ static int start_threads(struct volume_set *vs)
         rc = pthread_create(&vs->applier, NULL, applier_main, vs);
     if (rc == 0 && ++vs->threads)
         rc = -reads_start(&vs->reads, vs);
+    if (rc == 0 && vs->tracked && (rc = pthread_create(&vs->copier, NULL, copier_main, vs)) == 0)
+        vs->copies = true;
     return -rc;
 }
 
 int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
-             struct err *e)
+             struct tracked *tracked, struct err *e)
 {
     struct volume_set *vs = calloc(1, sizeof *vs);
-    if (!vs)
+    if (!vs) {
+        tracked_close(tracked);
         return err_sys(e, -ENOMEM, "volume set");
+    }
+    vs->tracked = tracked;
     vs->volumes = volumes;
     vs->count = count;
     vs->jw = jw;
-    vs->last_write = vs->durable_write = vs->applied_write = vs->synced_write = last_write;
+    vs->durable_write = vs->applied_write = vs->synced_write = last_write;
     vs->parked_last = &vs->parked_first;
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
     pthread_mutex_init(&vs->lock, NULL);
@@ -405,9 +474,10 @@ int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, st
         vs_free(vs);
         return err_sys(e, -ENOMEM, "volume set");
     }
-    int rc = start_threads(vs);
-    if (rc) {
+    int rc = tracked ? tracking_resume(vs, e) : 0;
+    if (rc == 0 && (rc = start_threads(vs)) != 0)
         err_sys(e, rc, "cannot start the threads of a volume set");
+    if (rc) {
         vs_stop(vs, NULL);
         vs_free(vs);
         return rc;
@@ -431,11 +501,13 @@ int vs_stop(struct volume_set *vs, struct err *e)
     int rc = 0;
     if (vs->threads > 1) { /* what waits for room gets it, as long as there is any to be had */
         HOLD_LOCK(&vs->lock);
-        while (vs->parked_first && !why_not_to_wait(vs)) {
+        while (vs->parked_first && !writes_wait(vs)) {
             pthread_cond_signal(&vs->to_apply);
             pthread_cond_wait(&vs->progress, &vs->lock);
         }
     }
+    if (vs->copies)
+        stop_thread(vs, &vs->stop_copier, &vs->progress, vs->copier);
     if (vs->threads > 0)
         stop_thread(vs, &vs->stop_committer, &vs->to_commit, vs->committer);
     if (vs->threads > 1) {

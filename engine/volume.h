@@ -11,33 +11,50 @@
 #include "journal_write.h"
 
 struct volume_set;
+struct tracked;
 
-enum vs_trouble { VS_APPLY, VS_SYNC, VS_MARK, VS_READ, VS_TROUBLES };
+enum vs_trouble { VS_APPLY, VS_SYNC, VS_MARK, VS_READ, VS_TRACK, VS_TROUBLES };
 
 struct volume_status {
     bool stalled;         /* writes wait: the journal cannot grow, or a volume cannot be written */
     uint64_t last_write;  /* newest number given */
     uint64_t applied_write; /* on the volumes, perhaps not yet synced */
     uint64_t unapplied_bytes, parked_bytes;
+    bool tracks;          /* it can: on_full = track */
+    bool tracking;        /* the journal lacks what the volumes have, */
+    bool healing;         /* ... and gets it now */
+    uint64_t tracked_blocks, tracked_behind; /* so many; changed behind this write, */
+    uint64_t tracked_since_ns;               /* ... from this time on (wall clock) */
     uint64_t writes, reads, bytes_written, bytes_read;
     char errors[VS_TROUBLES][256]; /* what does not work now, or "" */
 };
 
 /* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on.
- * The `volumes` stay where they are until vs_free; they may grow meanwhile. */
+ * The `volumes` stay where they are until vs_free; they may grow meanwhile. `tracked` may be NULL; it is the set's from now on, and
+ * one that is not idle is gone on with. */
 int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
-             struct err *e);
+             struct tracked *tracked, struct err *e);
 
 struct backend vs_backend(struct volume_set *vs);
 
-/* A mark with this name, durable when it returns 0. -EAGAIN while the journal is full (it may become durable later). */
+/* A mark with this name, durable when it returns 0. -EAGAIN while the journal is full (it may become durable later), VS_IN_GAP
+ * where it would lie in a gap. */
+#define VS_IN_GAP (-EINPROGRESS)
 int vs_mark(struct volume_set *vs, const char *name, uint8_t flags, uint64_t *write);
 
-/* Everything taken so far is durable when it returns 0. -EAGAIN while the journal is full. */
+/* Everything taken so far is durable in the journal when it returns 0. -EAGAIN while the journal is full, VS_IN_GAP while changes are
+ * tracked. */
 int vs_cut(struct volume_set *vs, uint64_t *durable_write);
 
 /* Everything durable at the call is on the volumes and synced when it returns 0. */
 int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e);
+
+/* While changes are tracked: begins to bring them into the journal, behind the begin record of a gap. ERR_PRECONDITION when nothing
+ * is tracked, -EAGAIN when the journal has no room. */
+int vs_heal(struct volume_set *vs, struct err *e);
+
+/* The bitmap has room for so many bytes of a volume when it returns 0. VS_IN_GAP while it is in use. */
+int vs_grow(struct volume_set *vs, unsigned volume, uint64_t bytes, struct err *e);
 
 /* Looks at once whether segments have become free (after jw_release). */
 void vs_wake(struct volume_set *vs);

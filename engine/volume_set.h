@@ -9,6 +9,8 @@
 #include "extmap.h"
 #include "format.h"
 #include "journal_write.h"
+#include "runs.h"
+#include "tracked.h"
 #include "volume.h"
 
 #define RING_BYTES ((uint64_t)40 << 20)    /* data of writes that are not yet applied */
@@ -23,6 +25,13 @@ struct batch {
     uint64_t record0, data0, data_length;
     uint32_t records;
     uint64_t opened_ns;
+};
+
+/* What becomes of a batch. Only the committer changes it, under the lock. */
+enum vs_mode {
+    VS_CAPTURING, /* it goes to the journal, then to the volumes */
+    VS_TRACKING,  /* the journal cannot grow: its blocks are noted, then it goes to the volumes (tracking.c) */
+    VS_HEALING,   /* it goes to the journal, and so do the noted blocks (hot_copy.c) */
 };
 
 struct parked { /* a write that could not be taken yet; in order */
@@ -41,10 +50,11 @@ struct volume_set {
 
     pthread_mutex_t lock;
     pthread_cond_t to_commit, to_apply, progress;
-    pthread_t committer, applier;
+    pthread_t committer, applier, copier;
+    bool copies;
     struct reads *reads;
     unsigned threads;
-    bool stop_committer, stop_applier;
+    bool stop_committer, stop_applier, stop_copier;
 
     uint8_t *ring;
     struct fmt_record *records;
@@ -55,14 +65,23 @@ struct volume_set {
     uint64_t data_head, data_tail;
     uint64_t record_head, record_tail;
     uint64_t batch_open, batch_commit, batch_tail; /* open >= commit >= tail */
+    uint64_t record_commit;                        /* records before this place are durable, or tracked */
 
     struct parked *parked_first, **parked_last;
     uint64_t parked_bytes;
 
-    uint64_t last_write, durable_write, applied_write, synced_write;
+    uint64_t durable_write, applied_write, synced_write;
     uint64_t sync_wanted; /* the applier brings synced_write to here without waiting for more */
     uint64_t unsynced_bytes, last_sync_ns;
     bool stalled;
+
+    struct tracked *tracked; /* NULL: writes wait when the journal cannot grow */
+    enum vs_mode mode;
+    uint64_t tracked_batches;        /* so many were never in the journal */
+    bool inside;                     /* between begin and end of a rewind, or of a gap that somebody else takes in */
+    bool heal_wanted, bitmap_busy;
+    bool end_taken;                  /* the gap's end record is on its way to the journal */
+    char not_healed[400];            /* why the last wish to heal was not followed, or "" */
     bool volume_failed; /* a sync failed: nothing is marked as applied until a restart */
     bool apply_failed;  /* the last window could not be written; tried again */
     bool mark_failed;   /* the last applied mark could not be written; tried again */
@@ -73,6 +92,15 @@ struct volume_set {
 
 static inline struct batch *batch_at(struct volume_set *vs, uint64_t i) { return &vs->batches[i % BATCHES]; }
 
+/* The newest number given. A write has the number that its place in the journal will have. Called with the lock. */
+static inline uint64_t vs_last_write(const struct volume_set *vs)
+{
+    return vs->durable_write + (vs->mode == VS_TRACKING ? 0 : vs->record_head - vs->record_commit);
+}
+
+/* Puts a record into the open batch; false when it does not fit now. Called with the lock. */
+bool vs_take(struct volume_set *vs, struct fmt_record *r, const void *data, void *cookie);
+
 /* Takes parked writes into the ring as far as they fit. Called with the lock. */
 void vs_take_parked(struct volume_set *vs);
 
@@ -80,5 +108,10 @@ void vs_take_parked(struct volume_set *vs);
 void vs_note_error(struct volume_set *vs, enum vs_trouble what, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 void *applier_main(void *vs);
+
+/* The oldest batch that is not committed goes to the volumes, which are synced then. By the committer, when all before it are
+ * applied; the applier has nothing to do then. 0 or -errno, and the error is noted: the same may be tried again. */
+int vs_apply_unjournalled(struct volume_set *vs, struct block *room);
+#define VS_BATCH_BLOCKS ((MAX_BATCH_BYTES + BACKEND_MAX_REQUEST) / BLOCK)
 
 #endif

@@ -72,6 +72,7 @@ class Capture:
     volumes: dict[str, int]
     segment_bytes: int = 8 * MIB
     journal_limit: int = 256 * MIB
+    on_full: str = "stall"
     set_id: str = field(default_factory=lambda: secrets.token_hex(16))
     allowed: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
@@ -111,6 +112,7 @@ class Capture:
             *(["--create"] if create else []),
             f"--segment-bytes={self.segment_bytes}",
             f"--journal-limit={self.journal_limit}",
+            f"--on-full={self.on_full}",
             f"--fuse={self.fuse}",
             f"--control={self.socket}",
             *(f"{name}={self.backing(name)}" for name in self.volumes),

@@ -66,6 +66,7 @@ class Write:
     wall_ns: int
     boot_ns: int
     data: bytes
+    flags: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def read_batch(segment: Segment, offset: int) -> Batch | None:
             "<BBHIQQQQQ", view, 72 + 48 * i
         )
         require(write == first_write + i, f"{place}: record {i} is write {write}")
-        require(flags <= 2 * (kind == MARK), f"{place}: record {i} has flags {flags}")
+        require(flags <= 4 * (kind == MARK), f"{place}: record {i} has flags {flags}")
         require(kind in (WRITE, ZERO, DISCARD, MARK), f"{place}: record {i} has kind {kind}")
         require(where % BLOCK == 0 and count % BLOCK == 0, f"{place}: write {write} is not of whole blocks")
         if kind == WRITE:
@@ -176,7 +177,7 @@ def read_batch(segment: Segment, offset: int) -> Batch | None:
         data = bytes(view[at : at + data_length])
         require(not any(view[at + data_length : at + round_up(data_length)]), f"{place}: padding of write {write}")
         at += round_up(data_length)
-        writes.append(Write(write, kind, volume, where, count, wall_ns, boot_ns, data))
+        writes.append(Write(write, kind, volume, where, count, wall_ns, boot_ns, data, flags))
     require(at == length, f"{place}: {length} bytes long, records need {at}")
     require(not any(view[72 + 48 * records : header_length]), f"{place}: padding of the header")
     return Batch(number, first_write, segment.sequence, offset, offset + length, (before, before_end), writes)
@@ -196,6 +197,48 @@ def read_mark(path: Path) -> Mark | None:
             valid.append(Mark(bool(flags & 1), set_id, sequence, applied, released, durable, batch, (segment, offset)))
     require(bool(valid), f"{path}: no valid slot")
     return max(valid, key=lambda mark: mark.sequence)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The bitmap of changed blocks (1.8). `blocks`: of each volume, those that are marked."""
+
+    state: int
+    since_ns: int
+    behind: int
+    begin_ns: int
+    blocks: list[set[int]]
+
+
+def read_tracked(path: Path) -> Tracked:
+    """1.8. Raises Wrong for a bad slot or sector."""
+    content = path.read_bytes()
+    valid = []
+    for slot in (content[:BLOCK], content[BLOCK : 2 * BLOCK]):
+        magic, version, state, _, sequence, since, behind, begin, volumes, _, checksum = struct.unpack_from(
+            "<8sII16sQQQQIIQ", slot
+        )
+        if magic == b"PGCDPTRK" and version == 1 and zeroed(slot, 72) == checksum:
+            valid.append((sequence, state, since, behind, begin, struct.unpack_from(f"<{volumes}Q", slot, 80)))
+    require(bool(valid), f"{path}: no valid slot")
+    _, state, since, behind, begin, sizes = max(valid)
+    blocks: list[set[int]] = []
+    page = 2
+    for size in sizes:
+        marked = set()
+        pages = -(-size // 32000)
+        for sector in range(page * 8 - 16, (page + pages) * 8 - 16):
+            at = 2 * BLOCK + sector * 512
+            require(zeroed(content[at : at + 512], 0) == int.from_bytes(content[at : at + 8], "little"), f"{sector}")
+            require(int.from_bytes(content[at + 8 : at + 12], "little") == sector, f"{path}: sector {sector}")
+            bits = int.from_bytes(content[at + 12 : at + 512], "little")
+            first = (sector - (page * 8 - 16)) * 4000
+            while bits:
+                marked.add(first + (bits & -bits).bit_length() - 1)
+                bits &= bits - 1
+        page += pages
+        blocks.append(marked)
+    return Tracked(state, since, behind, begin, blocks)
 
 
 def read_journal(directory: Path) -> Journal:
