@@ -36,6 +36,7 @@ from pgcdp.recovery.make_way import MakeWay
 from pgcdp.serving.answers import Answers, Json
 from pgcdp.serving.background import Background
 from pgcdp.serving.cutting import Cutting
+from pgcdp.serving.healing import Healing, refuse_while_tracking
 from pgcdp.serving.keeping import Keeping
 from pgcdp.serving.metrics import Numbers, registry
 from pgcdp.serving.metrics_door import MetricsService
@@ -91,6 +92,7 @@ class Agent:
         self.metrics = MetricsService(config.metrics_listen, registry(config, self._numbers))
         self.background = Background(config, self.stopping.is_set)
         self.keeping = Keeping(config)
+        self.healing = Healing(self.engine)
 
     # --- life
 
@@ -214,7 +216,10 @@ class Agent:
             self.questions.ask_anew()
         if self._pressed(status):
             await self._in_worker(stages.relieve)
-        self.cutting.watch(stages, status)
+        if await self._in_worker(self.healing.see, status, stages.store):
+            self.cutting.ask("gap")
+        if status.tracked is None:  # else no checkpoint could be cut at
+            self.cutting.watch(stages, status)
         self.background.begin(stages)
         more = stages.opened is not None and stages.opened.last_write < status.durable_write
         if published or more:
@@ -224,6 +229,7 @@ class Agent:
     async def _baseline_tick(self, stages: Stages, status: EngineStatus) -> float:
         baseline = stages.baseline
         assert baseline is not None
+        await self._in_worker(self.healing.see, status, stages.store)
         if stages.baseline_end is None:
             await self._in_worker(stages.baseline_step, status.applied_write)
             status = await self._in_worker(self.engine.status)  # the journal has filled while the copy went on
@@ -253,7 +259,7 @@ class Agent:
         return 0.0
 
     def _pressed(self, status: EngineStatus) -> bool:
-        return status.state == "stalled" or status.journal_bytes > PRESSURE * status.journal_limit
+        return status.state in ("stalled", "tracking") or status.journal_bytes > PRESSURE * status.journal_limit
 
     def _open_stages(self, status: EngineStatus) -> None:
         config = self.config
@@ -370,6 +376,7 @@ class Agent:
         """A boundary now: waits until the interval that ends there is published."""
         if self.stages is None or self.stages.baseline is not None:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        refuse_while_tracking(self.status, "no boundary can be cut")
         cutting = self.cutting
         if cutting.asking is not None:
             await cutting.ask("requested")
@@ -395,6 +402,7 @@ class Agent:
         """A volume, by number, is to become larger: the store is ready for it when this is answered."""
         if self.stages is None or self.stages.baseline is not None:
             raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        refuse_while_tracking(self.status, "no volume can grow")
         await self._in_worker(self.stages.grow, int(request["volume"]), int(request["bytes"]))
         return {"bytes": int(request["bytes"])}
 

@@ -63,7 +63,7 @@ class Config:
     segment_size: int = 64 << 20
     cut: tuple[str, ...] = ("checkpoint", "5min", "1G")
     apply: Literal["optimal", "replay"] = "optimal"
-    on_full: Literal["stall"] = "stall"
+    on_full: Literal["stall", "track"] = "stall"
     fs: Literal["ext4", "xfs"] = "ext4"
     compression_level: int = 1
     fence_after: float = 30.0

@@ -9,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 
 from pgcdp import keeping, rewinding, scrubbing, service
-from pgcdp.capture import clocks, disks, holder, kernel, modes, volumes
+from pgcdp.capture import clocks, disks, holder, kernel, modes, tracking, volumes
 from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.engine import run_engine
 from pgcdp.capture.outside import all_mounted, find_outside, takes_in
@@ -82,6 +82,11 @@ def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
         if _sync_failed(engine):  # the journal is full of what it may not forget
             hint = f"pgcdp up {config.name} --upgrade writes the volume again from the journal, while writes wait"
         yield failed("capture", f"{'; '.join(engine.errors) or 'the journal is full'}: writes wait", hint)
+    elif engine.tracked is not None:
+        yield failed(
+            "capture", f"{'; '.join(engine.errors) or 'the journal could not grow'}: {tracking.told(engine.tracked)}",
+            "see that the agent runs and that store and journal have space, or raise journal_limit: the set heals then",
+        )  # fmt: skip
     elif engine.errors:
         hint = f"look at {config.paths.engine_log}"
         if _sync_failed(engine):

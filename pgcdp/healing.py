@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgcdp import fsio, log, service
-from pgcdp.capture import attach, fingerprint, volumes
+from pgcdp.capture import attach, fingerprint, tracking, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config
@@ -35,6 +36,8 @@ from pgcdp.units import format_size
 _log = log.get(__name__)
 REASON = "changed"
 SPARE_BYTES = 64 << 20
+TRACKING_SECONDS = 600.0
+"""How long it is waited for that the set has healed of what was tracked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,7 @@ def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
     name = gap_name(REASON, since)
     fingerprint.forget(config)
     client = attach.start_capture(config, progress, captured=lambda: service.start(config))
+    _await_end_of_tracking(config, progress)
     done = _healed(config, since)
     if done is None:
         devices = attach.attach_devices(config, progress)
@@ -185,6 +189,19 @@ def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
     config.paths.heal_state.unlink()
     fsio.sync_directory(config.paths.state)
     return done
+
+
+def _await_end_of_tracking(config: Config, progress: Report) -> None:
+    """What was tracked comes into the journal first, by the agent: its gap and this one are two."""
+    client, deadline = EngineClient(config.paths.control), time.monotonic() + TRACKING_SECONDS
+    while (tracked := client.status().tracked) is not None:
+        if time.monotonic() > deadline:
+            raise PreconditionError(
+                tracking.told(tracked),
+                f"give the journal's disk and the store room, see {config.paths.agent_log}, and run this again",
+            )
+        progress(Progress(f"bringing {tracked.blocks} blocks that were tracked into the journal"))
+        time.sleep(0.2)
 
 
 def _healed(config: Config, since: int) -> Gap | None:

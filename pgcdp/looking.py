@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp import forecast, keeping, rewinding, scrubbing, service
-from pgcdp.capture import volumes
+from pgcdp.capture import tracking, volumes
 from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
@@ -83,6 +83,7 @@ def status(set_name: str) -> Json:
         "phase": agent.get("phase", "stopped"),
         "error": "; ".join(_wrong(engine, _of_agent(agent) or damage or _interrupted(config))) or None,
         "held": keeping.held_json(config, engine, agent),
+        "tracked": tracking.as_json(engine),
         "baseline": agent.get("baseline"),
         "engine": engine.raw if engine else None,
         "agent": agent or None,

@@ -23,6 +23,7 @@ _BY_KIND: dict[str, type[PgcdpError]] = {
     "damage": DamageError,
     "precondition": PreconditionError,
     "busy": PreconditionError,
+    "tracking": PreconditionError,
     "bug": BugError,
 }
 MARK_LIMIT = 1024
@@ -38,10 +39,24 @@ class EngineBusy(PreconditionError):
 
 
 @dataclass(frozen=True, slots=True)
+class Tracked:
+    """What changed while the journal could not grow: `blocks` of 4096 bytes, behind write `behind`, since `since_ns`.
+
+    `healing`: they are brought into the journal now.
+    """
+
+    behind: int
+    since_ns: int
+    blocks: int
+    healing: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """The engine's `status` reply. Writes are write numbers, sizes bytes; `raw` is the whole reply.
 
-    `state` is "capturing" or "stalled"; `position` is where the last durable batch ends.
+    `state` is "capturing", "tracking" or "stalled"; `tracked` tells of a gap that goes on.
+    `position` is where the last durable batch ends.
     `open_volumes` names the volumes whose file is held open (by a loop device), `errors` what could not be written.
     """
 
@@ -62,6 +77,7 @@ class EngineStatus:
     open_volumes: tuple[str, ...]
     rss_kib: int
     errors: tuple[str, ...]
+    tracked: Tracked | None
     raw: dict[str, Any]
 
 
@@ -131,6 +147,10 @@ class EngineClient:
         """Put the begin or end record of a rewind in place into the write order; returns its write number."""
         return int(self.request("mark", name=name, rewind=what)["write"])
 
+    def heal(self) -> None:
+        """Have what is tracked brought into the journal. Raises PreconditionError while it has no room."""
+        self.request("heal")
+
     def gap_record(self, what: Literal["begin", "end"], name: str) -> int:
         """Put the begin or end record of a gap into the write order; returns its write number."""
         return int(self.request("mark", name=name, gap=what)["write"])
@@ -189,6 +209,7 @@ def parse_status(reply: dict[str, Any]) -> EngineStatus:
             open_volumes=tuple(str(row["name"]) for row in reply["volumes"] if row["open"]),
             rss_kib=int(reply["rss_kib"]),
             errors=tuple(str(error) for error in reply.get("errors", ())),
+            tracked=_tracked(reply.get("tracked")),
             raw=reply,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -217,3 +238,9 @@ def _line_of(door: socket.socket) -> bytes:
             break
         parts.append(part)
     return b"".join(parts)
+
+
+def _tracked(told: dict[str, Any] | None) -> Tracked | None:
+    if told is None:
+        return None
+    return Tracked(int(told["behind"]), int(told["since_ns"]), int(told["blocks"]), bool(told["healing"]))

@@ -49,6 +49,7 @@ def capture_command(config: Config, create: bool, put_back: bool = False, holder
         *(["--put-back"] if put_back else []),
         "--segment-bytes", str(config.segment_size),
         "--journal-limit", str(config.journal_limit),
+        *(["--on-full", config.on_full] if config.on_full != "stall" else []),
         "--fuse", os.fspath(paths.fuse),
         "--control", os.fspath(paths.control),
         *(["--holder", os.fspath(holder)] if holder is not None else []),

@@ -33,6 +33,8 @@ def render(value: Mapping[str, Any]) -> None:
         lines.append(("error", str(value["error"])))
     if (value.get("agent") or {}).get("waiting"):
         lines.append(("waiting", value["agent"]["waiting"]))
+    if value["tracked"]:
+        lines.append(("TRACKING", tracked(value["tracked"])))
     kept = value["held"]
     if kept["restarts"]:
         lines.append(("capture restarts", f"{kept['restarts']}, {kept['resent']} requests were sent again"))
@@ -61,6 +63,15 @@ def render(value: Mapping[str, Any]) -> None:
             [screen.label(column) for column in columns],
             [[screen.value_text(column, row[column]) for column in columns] for row in value["volumes"]],
         )
+
+
+def tracked(value: Mapping[str, Any]) -> str:
+    """What the journal lacks, in one line."""
+    doing = "they are brought in now" if value["healing"] else "production runs on"
+    return (
+        f"{value['blocks']} blocks changed behind write {value['behind_write']}, since {value['since']}, are missing "
+        f"in the journal; {doing}: no point is there until the set has healed"
+    )
 
 
 SOON = 90 * 86400

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun, Journal
+from pgcdp.capture.tracked import unrecorded_gap
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UnseenError
 from pgcdp.records import INDEX, Boundary, Gap, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
@@ -193,11 +194,15 @@ class Source:
     def _gaps(self) -> list[Gap]:
         intervals, finder = self.intervals(), GapFinder()
         stored = [gap for interval in intervals for gap in interval.gaps]
-        if not stored and not may_have_gaps(self.store):
+        unrecorded = None if self.journal is None else unrecorded_gap(self.journal.directory)
+        if not stored and unrecorded is None and not may_have_gaps(self.store):
             return []
         for records, data_of in self._tail(intervals):
             finder.take(records, data_of)
-        return stored + finder.found
+        found = stored + finder.found
+        if unrecorded is not None and (not found or found[-1].end is not None):
+            found.append(unrecorded)
+        return found
 
     def _tail(self, intervals: list[Interval]) -> Iterator[tuple[NDArray[np.void], Callable[[int], bytes]]]:
         """The writes behind the last boundary, in order: arrays INDEX or RECORD, each with what gives a row's data."""

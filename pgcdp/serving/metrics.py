@@ -175,6 +175,10 @@ def _of_agent(name: str, numbers: Numbers) -> Iterator[Metric]:
 def _of_engine(name: str, status: EngineStatus) -> Iterator[Metric]:
     yield _gauge(name, "journal_bytes", "Bytes of the journal in use.", status.journal_bytes)
     yield _gauge(name, "journal_limit_bytes", "Most bytes that the journal may take.", status.journal_limit)
+    blocks = status.tracked.blocks if status.tracked is not None else 0
+    yield _gauge(
+        name, "tracked_blocks", "Blocks that changed while the journal could not grow, and are not in it.", blocks
+    )
     yield _counter(name, "writes", "Captured writes, from the set's first on.", status.durable_write)
 
 
