@@ -199,7 +199,9 @@ static void set_stalled(struct volume_set *vs, bool stalled)
 {
     HOLD_LOCK(&vs->lock);
     if (vs->stalled != stalled)
-        log_warn(stalled ? "the journal is full: writes wait" : "writes go on");
+        log_warn("%s", stalled                      ? "the journal is full: writes wait"
+                       : vs->mode == VS_TRACKING ? "writes go on"
+                                                 : "the journal has space again: writes go on");
     vs->stalled = stalled;
     pthread_cond_broadcast(&vs->progress);
 }
