@@ -389,17 +389,26 @@ class Source:
         """
         attempts = 0
         while True:
-            before = self._stored()
+            before = self._seen()
             attempts += 1
             try:
                 with self.held() if attempts == ATTEMPTS else nullcontext():
                     return attempt()
             except (FileNotFoundError, DamageError, PreconditionError) as error:
-                if attempts < ATTEMPTS and self._stored() != before:
+                if attempts < ATTEMPTS and self._seen() != before:
                     continue
                 if self.journal is not None and isinstance(error, DamageError):
                     self._blame_store(self.journal)
                 raise
+
+    def _seen(self) -> tuple[int, ...]:
+        """Changes whenever something of `_stored` does, or capture made or removed a segment of the journal.
+
+        Capture that starts again removes empty segments behind the end, which changes nothing of the store.
+        """
+        if self.journal is None:
+            return self._stored()
+        return *self._stored(), os.stat(self.journal.directory).st_mtime_ns
 
     def _stored(self) -> tuple[int, ...]:
         """Changes whenever the open interval was written to or published, or retention joined or removed some."""

@@ -40,6 +40,19 @@ class BusyJournal(Journal):
         return super().batches(after_write, upto_write, start)
 
 
+class RestartedJournal(Journal):
+    """A journal whose capture starts again just after the first look for segments, and removes the empty last one."""
+
+    restarted = False
+
+    def segments(self) -> list[int]:
+        found = super().segments()
+        if not self.restarted:
+            self.restarted = True
+            self.path(found[-1]).unlink()
+        return found
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     """Interval 1 with writes 1 to 20; 21 to 30 in the open one, in several frames; 31 to 60 in the journal only."""
@@ -140,6 +153,13 @@ def test_every_look_may_be_overtaken(world: World, tmp_path: Path, meanwhile: Ca
     assert int(again().record(45)["number"]) == 45
     assert again().data(45) == world.ops[44].data
     assert materialized(again(), DURABLE, tmp_path) == world.contents()
+
+
+def test_capture_that_starts_again_removes_a_segment_that_was_seen(world: World) -> None:
+    world.writer.new_segment()
+    journal = RestartedJournal(world.writer.directory, SET_ID)
+    assert Source(Store.open(world.store.path), journal).window()[1].write == DURABLE
+    assert journal.restarted
 
 
 def test_a_store_alone_whose_open_interval_is_published(world: World) -> None:
