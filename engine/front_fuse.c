@@ -425,7 +425,9 @@ static int session_new(struct front *f, struct err *e)
 static void discard(struct front *f)
 {
     if (f->session)
-        discard(f);
+        fuse_session_destroy(f->session);
+    free(f->buffer);
+    free(f);
 }
 
 int front_open(struct front **out, const struct backend *backend, const char *mountpoint, struct held *held, struct err *e)
