@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.service import Faults
 from tests.fix_engine import BLOCK, MIB, Capture, Direct, MakeCapture
-from tests.model import MARK, Write, read_journal, read_tracked, replay
+from tests.model import MARK, Write, Wrong, read_journal, read_tracked, replay
 from tests.raw_workload import Workload, erase
 from tests.waiting import wait_until
 
@@ -42,12 +42,14 @@ class Keeper:
         self.capture.request("release", write=durable)
 
     def take_some(self) -> None:
-        """As `take`; a segment may have been used again meanwhile."""
-        while True:
-            try:
+        """As `take` beside a writer: a segment may be used again meanwhile, or a batch come behind the reading.
+
+        What is damaged stays so, and is told after some tries.
+        """
+        for _ in range(20):
+            with suppress(FileNotFoundError, Wrong):
                 return self.take()
-            except FileNotFoundError:
-                continue
+        self.take()
 
     def take_stopped(self) -> None:
         """What the journal of a stopped process holds."""
