@@ -1,7 +1,7 @@
 /* What an encrypted store seals with (FORMAT.md 7): AES-256-GCM under keys that its data key gives.
  *
  * An engine reads one store: it is given that data key once, through a pipe, before any thread is started. It is never
- * written anywhere, and no core file has it.
+ * written anywhere, and the engine writes no core file (RLIMIT_CORE).
  */
 #ifndef PGCDP_SEAL_H
 #define PGCDP_SEAL_H

@@ -25,6 +25,8 @@ FORMAT = 1
 FILE_VARIABLE, COMMAND_VARIABLE = "PGCDP_ENCRYPT_KEY_FILE", "PGCDP_ENCRYPT_KEY_COMMAND"
 COMMAND_SECONDS = 60.0
 """How long a command may take to print the key."""
+LEFT_OPEN_SECONDS = 5.0
+"""How much longer what the command left behind in a session of its own may hold the pipe."""
 MAKE_ONE = "a key is 64 hex digits, such as openssl rand -hex 32 prints"
 _TIMED_OUT, _KILLED = 124, 137
 """Exit codes of timeout(1)."""
@@ -51,7 +53,7 @@ class KeySource:
 
     def _of_file(self, file: Path) -> str:
         try:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer gives nothing
         except OSError as error:
             raise PreconditionError(
                 f"{self} cannot be read: {error.strerror}",
@@ -75,7 +77,12 @@ class KeySource:
     def _of_command(self, timeout: float) -> str:
         # What the shell has started is ended with it: timeout(1) gives them a process group of their own.
         words = ["timeout", "--kill-after=2", f"{timeout:g}", "/bin/sh", "-c", self.command or ""]
-        done = proc.run(words, check=False)
+        try:
+            done = proc.run(words, check=False, timeout=timeout + LEFT_OPEN_SECONDS)
+        except proc.ProcessFailed:
+            raise PreconditionError(
+                f"{self} ended, and something that it started still holds the pipe for the key", "let it end, too"
+            ) from None
         if done.returncode in (_TIMED_OUT, _KILLED):
             raise PreconditionError(
                 f"{self} did not end in {timeout:g} s and was killed",
@@ -198,7 +205,8 @@ def open_store(store: Path, set_id: bytes, encrypted: bool) -> None:
     if not hmac.compare_digest(_check_of(wrapping), check.hex()):
         raise PreconditionError(
             f"{found} is not that of the store {store}: another key was used when it was made",
-            "name the right one with --encrypt-key-file or --encrypt-key-command, or in the set's settings",
+            "name the right one with --encrypt-key-file or --encrypt-key-command, or in the set's settings; "
+            f"if this is the right one, {file} is another store's: bring its own back",
         )
     data_key = sealing.unseal(AESGCM(wrapping), wrapped, set_id)
     if data_key is None or len(data_key) != sealing.KEY_BYTES:

@@ -21,7 +21,8 @@ def check(config: Config, take_over: bool = False, progress: Report = silent) ->
         if take_over:
             home.move(config)
         return
-    store = Store.open(config.store, config.set_id_bytes)
+    # Whose it is is clear in every store: a key that is away now must not keep production down.
+    store = Store.open(config.store, config.set_id_bytes, keyless=not take_over)
     if not take_over:
         lease.refuse_other(store, here)
         return

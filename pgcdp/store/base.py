@@ -7,7 +7,6 @@ same, and one that is damaged costs nothing.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,15 @@ from typing import Any
 import xxhash
 
 from pgcdp.errors import DamageError
-from pgcdp.fsio import make_directory, publish_directory, read_json, sync_directory, sync_file, write_json
+from pgcdp.fsio import (
+    make_directory,
+    publish_directory,
+    read_file,
+    read_json,
+    sync_directory,
+    write_file,
+    write_json,
+)
 from pgcdp.records import Boundary, Span
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store, boundary_from
@@ -142,6 +149,7 @@ def check_kept(store: Store) -> None:
         raw = (place / name).read_bytes() if (place / name).exists() else b""
         if len(raw) != entry["bytes"] or xxhash.xxh3_64_hexdigest(raw) != entry["checksum"]:
             raise DamageError(f"{place / name} has another checksum than its manifest says (offset 0)")
+        read_file(place / name)
 
 
 def publish_base(store: Store, span: Span, commit: Commit = nullcontext) -> Boundary:
@@ -154,9 +162,14 @@ def publish_base(store: Store, span: Span, commit: Commit = nullcontext) -> Boun
     for name in KEPT:
         if bundle.has(name):
             bundle.check_file(name)
-            shutil.copyfile(bundle.path / name, work / name)
-            sync_file(work / name)
-            files[name] = bundle.manifest["files"][name]
+            # Not copied: what is encrypted is bound to the directory's name, which of a joined interval is another.
+            write_file(work / name, read_file(bundle.path / name))
+            raw = (work / name).read_bytes()
+            files[name] = {
+                **bundle.manifest["files"][name],
+                "bytes": len(raw),
+                "checksum": xxhash.xxh3_64_hexdigest(raw),
+            }
     gone = [each.interval.to_time_ns for each in published(store).values() if each.interval.number <= boundary.number]
     content = {
         "format": 1,

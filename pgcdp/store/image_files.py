@@ -139,6 +139,8 @@ def _bound_to(block: int) -> bytes:
 
 def is_zero(entries: NDArray[Any]) -> NDArray[np.bool_]:
     """Which entries, or rows of an array, are all zeros: that is the entry of a block of zeros."""
+    if not len(entries):  # behind the end of a file that was cut short
+        return np.zeros(0, dtype=np.bool_)
     found: NDArray[np.bool_] = np.logical_not(entries.view(np.uint64).reshape(len(entries), -1).any(axis=1))
     return found
 

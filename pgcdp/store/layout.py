@@ -68,11 +68,11 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, path: Path, set_id: bytes | None = None) -> Store:
+    def open(cls, path: Path, set_id: bytes | None = None, *, keyless: bool = False) -> Store:
         """Open a store; with `set_id`, only that of this set. PreconditionError if it is none or another's.
 
         From then on this process reads and writes it with its key; PreconditionError, too, when that is missing or
-        wrong.
+        wrong. `keyless`: for who reads only what is clear in every store; the key is not asked for.
         """
         try:
             content = read_json(path / "store.json")
@@ -98,7 +98,8 @@ class Store:
                 f"{path} is the store of set {store.set_name} ({store.set_id.hex()}), not of {set_id.hex()}",
                 "each set has a store of its own; name the right one with --store",
             )
-        keys.open_store(path, store.set_id, store.encrypted)
+        if not keyless:
+            keys.open_store(path, store.set_id, store.encrypted)
         return store
 
     def _write(self) -> None:

@@ -12,6 +12,7 @@ from pgcdp.postgres.cluster import Binaries
 from tests.cluster.test_store_alone import clean_machine, pgcdp, started
 from tests.fix_keys import MakeKey, plain_files
 from tests.fix_sets import MakeSet
+from tests.waiting import wait_until
 
 SECRET = "a row that nobody may read 7f3a91c2"
 
@@ -58,7 +59,16 @@ def test_a_copy_is_worth_nothing_without_the_key(
     said = pgcdp("verify", found.name, code=6)["error"]
     assert f"the key file {key} cannot be read" in said["message"]
     assert {path: path.stat().st_mtime_ns for path in found.store.glob("history/*")} == before
+    found.allowed.append("ERROR agent: the key file .* cannot be read")
+    api.down(found.name)
+    api.up(found.name)  # a key that is away does not keep production down
+    found.sql("insert into secret_name values (101, 'written without the key')")
+    wait_until(
+        lambda: f"{key} cannot be read" in str(api.status(found.name)["agent"]["error"]), what="the agent's error"
+    )
     key.with_name("gone").rename(key)
+    wait_until(lambda: not api.status(found.name)["agent"]["error"], what="the end of the error")
+    last = api.cut(found.name)
     assert pgcdp("verify", found.name)["ok"]
     assert read_json(found.store / "store.json")["encrypted"] is True
     assert os.stat(found.store / "encryption.json").st_mode & 0o077 == 0

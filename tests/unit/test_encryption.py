@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,13 +15,15 @@ import xxhash
 
 from pgcdp import keys, sealing
 from pgcdp.errors import DamageError, PreconditionError
-from pgcdp.fsio import read_json, write_json
+from pgcdp.fsio import make_directory, read_json, write_json
 from pgcdp.intervals.increments import close_interval, move_image
 from pgcdp.keys import KeySource
 from pgcdp.postgres import timelines
 from pgcdp.records import RecoveryPoint, Span
+from pgcdp.recovery.joining import join
 from pgcdp.recovery.merged import merge
 from pgcdp.recovery.source import Source
+from pgcdp.store.base import COPIES, base_settings, publish_base
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameReader
 from pgcdp.store.gaps import announce
@@ -171,6 +174,23 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path, make_key: MakeKey
 def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(PreconditionError, match=r'"sleep 600" did not end in 0\.3 s and was killed'):
         KeySource(None, "sleep 600").read(timeout=0.3)
+
+
+def test_a_command_that_leaves_something_behind_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "LEFT_OPEN_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(PreconditionError, match="something that it started still holds the pipe"):
+        KeySource(command="setsid sleep 2 & echo key").read(timeout=0.3)
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_pipe_that_nobody_writes_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    with pytest.raises(PreconditionError, match="0 characters that are no key"):
+        KeySource(pipe).read()
 
 
 def test_a_key_in_the_store_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +359,31 @@ def test_one_flipped_byte_in_any_file_is_found(tmp_path: Path, key: KeySource) -
                 assert not check_store(store).ok, (path, at)
             path.write_bytes(raw)
     assert check_store(store).ok
+
+
+def test_the_oldest_boundary_of_joined_intervals_can_be_read(tmp_path: Path, key: KeySource) -> None:
+    """What is encrypted is bound to its directory's name, and a joined interval's is another than the boundary's."""
+    store = make_store(tmp_path)
+    make_directory(store.aside)
+    join(store, Span(1, 2))
+    before = Bundle.at(store, Span(1, 2)).settings()
+    publish_base(store, Span(1, 2))
+    assert base_settings(store) == before != {}
+    assert check_store(store).ok
+
+
+def test_settings_that_were_copied_from_elsewhere_are_found_by_a_check(tmp_path: Path, key: KeySource) -> None:
+    store = make_store(tmp_path)
+    make_directory(store.aside)
+    publish_base(store, Span(1, 1))
+    place = store.bases / f"{1:010d}"
+    foreign = (store.interval(2) / "settings.json").read_bytes()
+    (place / "settings.json").write_bytes(foreign)
+    for name in COPIES:
+        content = read_json(place / name)
+        files = {"settings.json": {"bytes": len(foreign), "checksum": xxhash.xxh3_64_hexdigest(foreign), "length": 1}}
+        write_json(place / name, {**content, "files": files})
+    assert not check_store(store).ok
 
 
 # --- going on

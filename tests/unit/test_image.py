@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 from pathlib import Path
@@ -13,7 +14,7 @@ from pgcdp.errors import BugError, PreconditionError
 from pgcdp.records import BLOCK, Volume
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import Image, ImageState, read_state
-from pgcdp.store.image_files import block_sums
+from pgcdp.store.image_files import block_sums, is_zero
 from pgcdp.store.layout import Store
 from pgcdp.store.scrub import check_store
 from tests.small_store import BLOCKS, SET_ID, flip, make_store
@@ -118,3 +119,11 @@ def test_an_image_that_cannot_be_written_can_be_closed(tmp_path: Path) -> None:
         image.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_lies_behind_the_end_of_cut_short_sums_is_no_bug(tmp_path: Path) -> None:
+    """No entry is there to be judged, which is damage for who asks, and nothing that ends a scrub."""
+    assert is_zero(np.zeros(0, dtype=np.uint64)).tolist() == []
+    store = make_store(tmp_path)
+    os.truncate(store.image / "data.sums", 0)
+    assert not check_store(store).ok
