@@ -105,7 +105,7 @@ MISSING = {
     "committer": ("committer", r"^(down|up|volume|commits): "),
     "applier": ("applier", r"^volume: .*is not what was captured"),
     "bundle": ("pgcdp.store.frames:fsync", r"^(down|volume|up|agent): .*/intervals/"),
-    "image": ("pgcdp.store.image:fsync", r"^(agent|image): .*(/image/|is not boundary)"),
+    "image": ("pgcdp.store.image_files:fsync", r"^(agent|image): .*(/image/|is not boundary)"),
 }
 """What is taken out, and where it is noticed."""
 

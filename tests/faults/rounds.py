@@ -46,8 +46,8 @@ LEADS = {
 SILENT = ("journal.segment.unlink", "journal.recycle.give_up")
 """What fails there is said of the place before it."""
 OURS = (
-    "store.frames.", "store.bundle.", "store.image.", "store.open_interval.", "store.catalog.Catalog._put",
-    "intervals.stages.Stages._close", "recovery.merged.",
+    "store.frames.", "store.bundle.", "store.image.", "store.image_files.", "store.open_interval.",
+    "store.catalog.Catalog._put", "intervals.stages.Stages._close", "recovery.merged.",
 )  # fmt: skip
 """Python points that a service without Postgres comes by."""
 ONCE_A_SET = ("add_volume", ".grow.", "Image.create", ".cut.", "_layers")
