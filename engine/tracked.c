@@ -155,6 +155,7 @@ int tracked_flush(struct tracked *t)
 static int write_head(struct tracked *t)
 {
     uint8_t *slot = io_alloc(FMT_HEADER_BYTES);
+    t->durable = false;
     if (!slot)
         return -ENOMEM;
     t->head.sequence++;

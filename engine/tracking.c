@@ -86,7 +86,12 @@ static int begin(struct volume_set *vs, uint64_t since_ns)
     struct err e = {.message = ""};
     uint64_t applied;
     int rc = vs_sync(vs, &applied, &e);
-    return rc ? rc : set_state(vs, FMT_TRACKED_TRACKING, vs->mode == VS_HEALING ? state_of(vs)->since_ns : since_ns, 0);
+    if (rc)
+        return rc;
+    /* From the attempt on the file may say it, whatever becomes of it: nothing may go to the journal before heal() has written otherwise.
+     * tracking_commit writes it again before anything else. */
+    set_state(vs, FMT_TRACKED_TRACKING, vs->mode == VS_HEALING ? state_of(vs)->since_ns : since_ns, 0);
+    return 0;
 }
 
 int tracking_begin(struct volume_set *vs, uint64_t since_ns)

@@ -342,6 +342,49 @@ def test_writes_wait_while_the_bitmap_cannot_be_written(faulty_capture: Capture,
     assert capture.stop() == 0
 
 
+@contextmanager
+def writing(capture: Capture, content: bytes) -> Iterator[threading.Event]:
+    """One write of the first block is under way, answered when the event says so, and at the end of the block at last."""
+    answered = threading.Event()
+
+    def write() -> None:
+        with Direct(capture.device("data")) as volume:
+            volume.write(0, content)
+        answered.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    yield answered
+    thread.join(60)
+    assert answered.is_set()
+
+
+def test_a_state_that_could_not_be_written_cuts_off_nothing_that_was_answered_later(
+    faulty_capture: Capture, faults: Faults
+) -> None:
+    """A slot says tracking behind W, and its sync failed; then all disks are well again, and W + 1 is answered."""
+    capture = faulty_capture
+    capture.start()
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"1" * BLOCK)
+    faults.set("journal.batch.sync", "eio", times=0)
+    faults.set("tracked.state.sync", "eio", times=0)
+    with writing(capture, b"2" * BLOCK) as answered:
+        wait_until(lambda: bool(faults.fired("tracked.state.sync")), timeout=60, what="the state's failure")
+        assert not answered.is_set()
+        faults.clear("journal.batch.sync")
+        faults.clear("tracked.state.sync")
+    capture.kill()
+    capture.start()
+    with Direct(capture.device("data")) as volume:
+        assert volume.read(0, BLOCK) == b"2" * BLOCK
+    keeper = Keeper(capture)
+    wait_until(lambda: state(capture) == "capturing" or "error" not in capture.request("heal"), what="room")
+    wait_until(lambda: state(capture) == "capturing", what="healing")
+    assert capture.stop() == 0
+    assert_volumes_equal_writes(capture, keeper)
+
+
 def test_a_damaged_bitmap_says_more_blocks_never_fewer(make_capture: MakeCapture) -> None:
     capture = make_capture({"data": 16 * MIB}, **{**SMALL, "allowed": [*SAID, "tracked is damaged"]})
     capture.start()
