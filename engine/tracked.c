@@ -23,6 +23,7 @@ struct tracked {
     int dir, fd;
     struct fmt_tracked head;
     bool durable;
+    bool unnamed; /* it has its name, but the directory's sync failed: after a power cut the old one may be there */
     uint64_t first_page[MAX_VOLUMES + 1]; /* of each volume; the last one is their number */
     uint8_t *marked, *todo;               /* as in the file: a page is 4096 bytes */
     uint8_t *dirty;                       /* of each page: whether the file may have something else */
@@ -163,7 +164,8 @@ static int write_head(struct tracked *t)
     memcpy(slot, &t->head, sizeof t->head);
     t->head.checksum = checksum_zeroed(slot, FMT_HEADER_BYTES, offsetof(struct fmt_tracked, checksum));
     memcpy(slot, &t->head, sizeof t->head);
-    int rc = 0;
+    int rc = t->unnamed ? io_fsync_dir("tracked.new.directory", t->dir) : 0;
+    t->unnamed = t->unnamed && rc;
     for (uint64_t i = 0; rc == 0 && i < 2; i++) {
         rc = io_pwrite("tracked.state.write", t->fd, slot, FMT_HEADER_BYTES, i * FMT_HEADER_BYTES);
         if (rc == 0)
@@ -230,7 +232,7 @@ static int write_all(struct tracked *t)
     return rc ? rc : io_fsync_file("tracked.new.sync", t->fd);
 }
 
-/* An idle one, durably, in the place of any other. */
+/* An idle one in the place of any other, durably there with its next state at the latest. */
 static int make(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count, struct err *e)
 {
     struct tracked *t = new_tracked(dir);
@@ -245,8 +247,8 @@ static int make(struct tracked **out, int dir, const uint8_t set_id[16], const u
         rc = t->fd < 0 ? -errno : write_all(t);
         if (rc == 0)
             rc = io_rename("tracked.new.rename", dir, NEW_NAME, NAME);
-        if (rc == 0)
-            rc = io_fsync_dir("tracked.new.directory", dir);
+        if (rc == 0) /* from here on the old one has no name any more */
+            t->unnamed = io_fsync_dir("tracked.new.directory", dir) != 0;
         if (rc) {
             err_sys(e, rc, "cannot make the bitmap of changed blocks, %lu bytes in the journal's directory",
                     HEAD_BYTES + pages_of(t) * BLOCK);
