@@ -190,6 +190,18 @@ static void go_back(struct volume_set *vs)
         tracking_taken(vs, &vs->records[i % RECORDS]);
 }
 
+/* An end record from before the journal was full again must not come behind the next begin record. */
+static bool end_is_pending(struct volume_set *vs)
+{
+    HOLD_LOCK(&vs->lock);
+    for (uint64_t i = vs->record_commit; i < vs->record_head; i++) {
+        const struct fmt_record *r = &vs->records[i % RECORDS];
+        if (r->kind == FMT_MARK && r->flags == FMT_GAP_END)
+            return true;
+    }
+    return false;
+}
+
 static int heal(struct volume_set *vs, char why[400])
 {
     struct jw_status j;
@@ -198,6 +210,10 @@ static int heal(struct volume_set *vs, char why[400])
     jw_get_status(vs->jw, &j);
     if (!j.ready || j.bytes > j.limit / 2) {
         snprintf(why, 400, "the journal has %lu of %lu bytes in use%s%s", j.bytes, j.limit, j.error[0] ? ": " : ", and no room", j.error);
+        return -EAGAIN;
+    }
+    if (end_is_pending(vs)) {
+        snprintf(why, 400, "writes of before wait still");
         return -EAGAIN;
     }
     uint64_t now = clock_ns(CLOCK_REALTIME);
