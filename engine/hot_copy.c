@@ -52,8 +52,8 @@ static void take_end(struct volume_set *vs)
     }
 }
 
-/* The next run; false when there is none to be copied now. */
-static bool next_run(struct volume_set *vs, struct tracked_run *run, bool room)
+/* The next run, and in which `round` it is read; false when there is none to be copied now. */
+static bool next_run(struct volume_set *vs, struct tracked_run *run, uint64_t *round, bool room)
 {
     HOLD_LOCK(&vs->lock);
     bool busy = vs->data_head - vs->data_tail > RING_BYTES / 4 || vs->parked_first || vs->stalled;
@@ -61,6 +61,7 @@ static bool next_run(struct volume_set *vs, struct tracked_run *run, bool room)
         pause_a_little(vs);
         return false;
     }
+    *round = vs->tracked_batches;
     struct tracked_run from = {.volume = run->volume, .first = run->first + run->count};
     if (tracked_next(vs->tracked, from, COPY_BYTES / BLOCK, run))
         return true;
@@ -72,13 +73,13 @@ static bool next_run(struct volume_set *vs, struct tracked_run *run, bool room)
     return false;
 }
 
-/* Takes what is still to do of a run that was read, or as much as fits. */
-static void take_run(struct volume_set *vs, const struct tracked_run *run, const uint8_t *data)
+/* Takes what is still to do of a run that was read, or as much as fits. Nothing of what was read before changes were tracked again. */
+static void take_run(struct volume_set *vs, const struct tracked_run *run, uint64_t round, const uint8_t *data)
 {
     HOLD_LOCK(&vs->lock);
     struct tracked_run part = {.volume = run->volume, .first = run->first};
     uint64_t end = run->first + run->count;
-    while (vs->mode == VS_HEALING && tracked_next(vs->tracked, part, end - part.first, &part)) {
+    while (vs->mode == VS_HEALING && vs->tracked_batches == round && tracked_next(vs->tracked, part, end - part.first, &part)) {
         if (part.volume != run->volume || part.first >= end)
             break;
         part.count = min_u64(part.count, end - part.first);
@@ -103,6 +104,7 @@ void *copier_main(void *arg)
     struct volume_set *vs = arg;
     uint8_t *data = io_alloc(COPY_BYTES);
     struct tracked_run run = {.volume = 0};
+    uint64_t round;
     if (!data)
         abort();
     for (;;) {
@@ -115,12 +117,12 @@ void *copier_main(void *arg)
                 continue;
             }
         }
-        if (!next_run(vs, &run, has_room(vs)))
+        if (!next_run(vs, &run, &round, has_room(vs)))
             continue;
         const struct volume *v = &vs->volumes[run.volume];
         int rc = io_pread(v->fd, data, run.count * BLOCK, run.first * BLOCK);
         if (rc == 0) {
-            take_run(vs, &run, data);
+            take_run(vs, &run, round, data);
             continue;
         }
         vs_note_error(vs, VS_READ, "volume %s: cannot read %lu bytes at %lu: %s", v->name, run.count * BLOCK, run.first * BLOCK,

@@ -185,6 +185,7 @@ static void go_back(struct volume_set *vs)
 {
     vs->durable_write++;
     vs->applied_write = vs->durable_write; /* a mark changes nothing on any volume */
+    vs->tracked_batches++; /* what was taken before lies in the gap: a mark there, and what the copier has read */
     set_mode(vs, VS_HEALING);
     for (uint64_t i = vs->record_commit; i < vs->record_head; i++)
         tracking_taken(vs, &vs->records[i % RECORDS]);

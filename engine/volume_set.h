@@ -77,7 +77,7 @@ struct volume_set {
 
     struct tracked *tracked; /* NULL: writes wait when the journal cannot grow */
     enum vs_mode mode;
-    uint64_t tracked_batches;        /* so many were never in the journal */
+    uint64_t tracked_batches;        /* grows with each that was never in the journal, and with each try to heal */
     bool inside;                     /* between begin and end of a rewind, or of a gap that somebody else takes in */
     bool heal_wanted, bitmap_busy;
     bool end_taken;                  /* the gap's end record is on its way to the journal */
