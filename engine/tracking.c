@@ -65,7 +65,7 @@ static int set_state(struct volume_set *vs, enum fmt_tracked_state state, uint64
 static void set_mode(struct volume_set *vs, enum vs_mode mode)
 {
     vs->mode = mode;
-    vs->end_taken = false;
+    vs->end_taken = vs->ended = false;
     vs->errors[VS_TRACK][0] = '\0';
     pthread_cond_broadcast(&vs->progress);
 }
@@ -90,7 +90,7 @@ static int begin(struct volume_set *vs, uint64_t since_ns)
         return rc;
     /* From the attempt on the file may say it, whatever becomes of it: nothing may go to the journal before heal() has written otherwise.
      * tracking_commit writes it again before anything else. */
-    set_state(vs, FMT_TRACKED_TRACKING, vs->mode == VS_HEALING ? state_of(vs)->since_ns : since_ns, 0);
+    set_state(vs, FMT_TRACKED_TRACKING, vs->mode == VS_HEALING && !vs->ended ? state_of(vs)->since_ns : since_ns, 0);
     return 0;
 }
 
@@ -247,11 +247,12 @@ void tracking_taken(struct volume_set *vs, const struct fmt_record *r)
         tracked_drop_todo(vs->tracked, r->volume, r->offset / BLOCK, r->length / BLOCK);
 }
 
-/* The end record is durable: nothing is lacking any more. */
+/* The end record is durable: nothing is lacking any more. Behind the next batch again while the bitmap cannot be written: a start would
+ * take it for a gap. */
 static void end(struct volume_set *vs)
 {
-    if (note_bits(vs) == 0)
-        set_state(vs, FMT_TRACKED_IDLE, 0, 0);
+    if (note_bits(vs) || set_state(vs, FMT_TRACKED_IDLE, 0, 0))
+        return;
     log_info("the gap has ended with write %lu: the journal has what was tracked", vs->durable_write);
     HOLD_LOCK(&vs->lock);
     set_mode(vs, VS_CAPTURING);
@@ -260,12 +261,13 @@ static void end(struct volume_set *vs)
 void tracking_journalled(struct volume_set *vs, const struct fmt_record *records, uint32_t count)
 {
     static uint64_t flushed_ns; /* of the committer alone */
-    bool ended = false;
+    bool ended = vs->ended; /* only this thread changes it */
     for (uint32_t i = 0; i < count; i++) {
         if (changes(&records[i]))
             tracked_unmark(vs->tracked, records[i].volume, records[i].offset / BLOCK, records[i].length / BLOCK);
         ended = ended || (records[i].kind == FMT_MARK && records[i].flags == FMT_GAP_END);
     }
+    vs->ended = ended;
     if (ended) {
         end(vs);
     } else if (clock_ns(CLOCK_MONOTONIC) - flushed_ns > FLUSH_NS) { /* so that a restart need not copy all of it again */

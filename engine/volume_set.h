@@ -80,7 +80,8 @@ struct volume_set {
     uint64_t tracked_batches;        /* grows with each that was never in the journal, and with each try to heal */
     bool inside;                     /* between begin and end of a rewind, or of a gap that somebody else takes in */
     bool heal_wanted, bitmap_busy;
-    bool end_taken;                  /* the gap's end record is on its way to the journal */
+    bool end_taken;                  /* the gap's end record is on its way to the journal, */
+    bool ended;                      /* ... and is durable there; the bitmap does not say so yet */
     char not_healed[400];            /* why the last wish to heal was not followed, or "" */
     bool volume_failed; /* a sync failed: nothing is marked as applied until a restart */
     bool apply_failed;  /* the last window could not be written; tried again */

@@ -385,6 +385,31 @@ def test_a_state_that_could_not_be_written_cuts_off_nothing_that_was_answered_la
     assert_volumes_equal_writes(capture, keeper)
 
 
+def test_a_gap_has_not_ended_before_the_bitmap_says_so(faulty_capture: Capture, faults: Faults) -> None:
+    """Else it would be behind the journal for ever, and the next start would begin a gap that is none."""
+    capture = faulty_capture
+    capture.start()
+    keeper = Keeper(capture)
+    faults.set("journal.batch.sync", "eio", times=0)
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"1" * BLOCK)
+        assert state(capture) == "tracking"
+        faults.set("tracked.bits.sync", "eio", times=0)
+        faults.clear("journal.batch.sync")
+        wait_until(lambda: "error" not in capture.request("heal"), what="room")
+        wait_until(lambda: any("bitmap" in each for each in capture.status()["errors"]), what="its failure")
+        for block in range(1, 4):
+            volume.write(block * BLOCK, b"2" * BLOCK)
+        assert capture.status()["tracked"]["healing"]
+        faults.clear("tracked.bits.sync")
+        volume.write(0, b"3" * BLOCK)
+    wait_until(lambda: state(capture) == "capturing", what="the end")
+    assert read_tracked(capture.journal / "tracked").state == IDLE
+    assert capture.stop() == 0
+    assert_volumes_equal_writes(capture, keeper)
+    assert_one_gap(keeper)
+
+
 def test_a_damaged_bitmap_says_more_blocks_never_fewer(make_capture: MakeCapture) -> None:
     capture = make_capture({"data": 16 * MIB}, **{**SMALL, "allowed": [*SAID, "tracked is damaged"]})
     capture.start()
