@@ -20,7 +20,7 @@ struct jr {
     bool first_lost;  /* ... but not its numbers: the first batch is damaged, and what came before it is released */
     size_t at;
     uint64_t offset;
-    uint64_t until; /* what follows this write does not count; 0: all does */
+    uint64_t until; /* from this write on nothing counts; 0: all does */
     uint64_t next_batch;
     uint64_t next_write;
     uint64_t prev_segment;

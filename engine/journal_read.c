@@ -300,11 +300,11 @@ static int finish(struct jr *jr, struct err *e)
     return 0;
 }
 
-void jr_end_at(struct jr *jr, uint64_t write) { jr->until = write; }
+void jr_end_at(struct jr *jr, uint64_t write) { jr->until = write + 1; }
 
 int jr_next(struct jr *jr, struct jr_batch *out, struct err *e)
 {
-    int rc = jr->started && jr->until && jr->next_write > jr->until ? 0 : locate(jr, e);
+    int rc = jr->started && jr->until && jr->next_write >= jr->until ? 0 : locate(jr, e);
     if (rc == 0 && jr->started)
         rc = finish(jr, e);
     if (rc != 1)
