@@ -1,4 +1,4 @@
-"""What a journal's bitmap of changed blocks says of a gap that has no record yet (FORMAT.md 1.8)."""
+"""What a journal's bitmap of changed blocks says of a gap that may have no record yet (FORMAT.md 1.8)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pgcdp.errors import DamageError
 from pgcdp.records import BLOCK, Gap
 
 NAME = "tracked"
-TRACKING = 1
+IDLE = 0
 _HEAD = struct.Struct("<8sII16sQQQQIIQ")
 _CHECKSUM_AT = 72
 
 
 def unrecorded_gap(journal: Path) -> Gap | None:
-    """The gap that goes on while changes are tracked: its first write is the one behind the journal's last.
+    """The gap that goes on while changes are tracked or brought in: its first write is the one behind the journal's last.
 
-    None when nothing is tracked; while the set heals its begin record is in the journal. Raises DamageError when both
-    slots are not what was written.
+    None when nothing is tracked. While the set heals its begin record is in the journal, unless that could not be
+    written any more. Raises DamageError when both slots are not what was written.
     """
     try:
         with (journal / NAME).open("rb") as file:
@@ -34,7 +34,7 @@ def unrecorded_gap(journal: Path) -> Gap | None:
             "it says which blocks the journal lacks; docs/operations.md tells how to go on without it",
         )
     _, _, state, _, _, since, behind, *_ = max(slots, key=lambda slot: int(slot[4]))
-    return Gap(behind + 1, None, "untracked", since, None, 0) if state == TRACKING else None
+    return Gap(behind + 1, None, "untracked", since, None, 0) if state != IDLE else None
 
 
 def _right(slot: bytes) -> bool:

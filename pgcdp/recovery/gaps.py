@@ -15,6 +15,14 @@ WHY = {
 """By the reason of a gap (`records.GAP_REASONS`)."""
 
 
+def with_unrecorded(found: list[Gap], unrecorded: Gap | None) -> list[Gap]:
+    """Gaps as the writes tell of them, with what the bitmap of changed blocks says unless its records are there."""
+    last = found[-1] if found else None
+    if unrecorded is None or (last is not None and (last.end is None or last.end >= unrecorded.begin)):
+        return found
+    return [*found, unrecorded]
+
+
 def refuse_in_gap(write: int, gaps: Sequence[Gap]) -> None:
     """Raises TargetError for a write from a begin record up to its end record, with the nearest points beside it."""
     for gap in gaps:

@@ -25,7 +25,7 @@ from pgcdp.capture.tracked import unrecorded_gap
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UnseenError
 from pgcdp.records import INDEX, Boundary, Gap, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
-from pgcdp.recovery.gaps import refuse_in_gap, refuse_time_in_gap
+from pgcdp.recovery.gaps import refuse_in_gap, refuse_time_in_gap, with_unrecorded
 from pgcdp.recovery.left import hint_of, refuse_lost, refuse_lost_target, write_named
 from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
 from pgcdp.store.base import base_settings, missing_before, read_base
@@ -200,9 +200,7 @@ class Source:
         for records, data_of in self._tail(intervals):
             finder.take(records, data_of)
         found = stored + finder.found
-        if unrecorded is not None and (not found or found[-1].end is not None):
-            found.append(unrecorded)
-        return found
+        return with_unrecorded(found, unrecorded)
 
     def _tail(self, intervals: list[Interval]) -> Iterator[tuple[NDArray[np.void], Callable[[int], bytes]]]:
         """The writes behind the last boundary, in order: arrays INDEX or RECORD, each with what gives a row's data."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import struct
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from pgcdp.capture.journal import Journal
+from pgcdp.capture.tracked import unrecorded_gap
 from pgcdp.errors import DamageError, TargetError
 from pgcdp.records import GAP_BEGIN, GAP_END, Gap
-from pgcdp.recovery.gaps import refuse_in_gap, refuse_time_in_gap
+from pgcdp.recovery.gaps import refuse_in_gap, refuse_time_in_gap, with_unrecorded
 from pgcdp.store.gaps import GapFinder, gap_name
 from pgcdp.store.rewinds import rewind_records
 from tests.golden.make_golden import BLOCK, MARK, SET_ID, Item, JournalMaker, write
@@ -22,6 +25,7 @@ def record(flags: int, name: str) -> Item:
 
 NAME = gap_name("changed", 77)
 BEGIN, END = record(GAP_BEGIN, NAME), record(GAP_END, NAME)
+UNTRACKED = record(GAP_BEGIN, gap_name("untracked", 1000))
 DATA = write(0, 8 * BLOCK, bytes(3 * BLOCK))
 
 
@@ -90,6 +94,41 @@ def test_no_write_inside_is_a_target_and_the_nearest_are_named() -> None:
         with pytest.raises(TargetError, match="not ended") as told:
             refuse_in_gap(write_number, GAPS)
         assert "--target-write 89" in str(told.value.hint)
+
+
+def tracked(journal: Path, state: int, behind: int) -> None:
+    """The bitmap's file as far as its two slots, as FORMAT.md 1.8 has them."""
+    slot = bytearray(BLOCK)
+    struct.pack_into("<8sII16sQQQQI", slot, 0, b"PGCDPTRK", 1, state, SET_ID, 7, 1000, behind, 2000 if state == 2 else 0, 1)
+    struct.pack_into("<Q", slot, 72, xxhash.xxh3_64_intdigest(bytes(slot)))
+    (journal / "tracked").write_bytes(bytes(slot) * 2)
+
+
+@pytest.mark.parametrize("state", [1, 2], ids=["tracking", "healing"])
+def test_a_gap_without_its_record_is_told_of(tmp_path: Path, state: int) -> None:
+    """Healing is said before the begin record, which may not have come to the journal."""
+    tracked(tmp_path, state, 41)
+    assert unrecorded_gap(tmp_path) == Gap(42, None, "untracked", 1000, None, 0)
+    tracked(tmp_path, 0, 41)
+    assert unrecorded_gap(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ([DATA] * 3, [(4, None)]),
+        ([BEGIN, END, DATA], [(1, 2), (4, None)]),
+        ([DATA, DATA, DATA, UNTRACKED, DATA], [(4, None)]),
+        ([DATA, DATA, DATA, UNTRACKED, DATA, record(GAP_END, gap_name("untracked", 1000))], [(4, 6)]),
+    ],
+    ids=["no record", "another gap before", "begun", "ended, which the bitmap does not say yet"],
+)
+def test_the_gap_of_the_bitmap_is_there_once(
+    tmp_path: Path, items: list[Item], expected: list[tuple[int, int | None]]
+) -> None:
+    found = found_in(tmp_path / "j", items)
+    tracked(tmp_path, 2, 3)
+    assert [(gap.begin, gap.end) for gap in with_unrecorded(found, unrecorded_gap(tmp_path))] == expected
 
 
 def test_no_time_inside_is_a_target() -> None:
