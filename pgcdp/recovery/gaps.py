@@ -24,14 +24,19 @@ def with_unrecorded(found: list[Gap], unrecorded: Gap | None) -> list[Gap]:
 
 
 def refuse_in_gap(write: int, gaps: Sequence[Gap]) -> None:
-    """Raises TargetError for a write from a begin record up to its end record, with the nearest points beside it."""
+    """Raises TargetError for a write from a begin record up to its end record, with the nearest points beside it.
+
+    Where the next gap begins right behind an end record, what was changed is not all there with the first one.
+    """
+    begins = {gap.begin for gap in gaps}
     for gap in gaps:
-        if gap.begin <= write and (gap.end is None or write < gap.end):
-            upto = "on, which has not ended" if gap.end is None else f"to {gap.end - 1}"
+        joined = gap.end is not None and gap.end + 1 in begins
+        if gap.begin <= write and (gap.end is None or write < gap.end or (joined and write == gap.end)):
+            upto = "on, which has not ended" if gap.end is None else f"to {gap.end if joined else gap.end - 1}"
             raise TargetError(
                 f"write {write} lies in a gap, writes {gap.begin} {upto}: {WHY[gap.reason]}. No recovery point is "
                 "there",
-                _nearest(gap),
+                _nearest(gap, gaps),
             )
 
 
@@ -43,10 +48,16 @@ def refuse_time_in_gap(time_ns: int, gaps: Sequence[Gap]) -> None:
             raise TargetError(
                 f"{format_time(time_ns)} lies in a gap, from {format_time(gap.since_ns)} {upto}: {WHY[gap.reason]}. "
                 "What was there at that time is not known",
-                _nearest(gap),
+                _nearest(gap, gaps),
             )
 
 
-def _nearest(gap: Gap) -> str:
-    before = f"--target-write {gap.begin - 1} is the nearest before it"
-    return before if gap.end is None else f"{before}, --target-write {gap.end} the nearest behind it"
+def _nearest(gap: Gap, gaps: Sequence[Gap]) -> str:
+    """Before and behind all that are joined with this one."""
+    first = last = gap
+    for each in reversed(gaps):
+        first = each if each.end is not None and each.end + 1 == first.begin else first
+    for each in gaps:
+        last = each if last.end is not None and last.end + 1 == each.begin else last
+    before = f"--target-write {first.begin - 1} is the nearest before it"
+    return before if last.end is None else f"{before}, --target-write {last.end} the nearest behind it"

@@ -144,7 +144,8 @@ class Source:
         stored = self.intervals()
         within = [rewind for interval in stored for rewind in interval.rewinds]
         gaps = [gap for interval in stored for gap in interval.gaps]
-        if not stored or point.write > stored[-1].to_write:
+        open_end = any(gap.end == point.write for gap in gaps)  # another may begin behind the last boundary
+        if not stored or point.write > stored[-1].to_write or open_end:
             within, gaps = self.rewinds(), self.gaps()
         refuse_inside(point.write, within)
         refuse_in_gap(point.write, gaps)

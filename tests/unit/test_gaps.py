@@ -96,6 +96,27 @@ def test_no_write_inside_is_a_target_and_the_nearest_are_named() -> None:
         assert "--target-write 89" in str(told.value.hint)
 
 
+JOINED = [
+    Gap(50, 60, "untracked", 1000, 2000, 9),
+    Gap(61, 70, "changed", 1500, 3000, 3),
+    Gap(72, None, "changed", 9000, None, 3),
+]
+
+
+def test_where_one_gap_follows_another_at_once_the_first_end_is_no_target() -> None:
+    """What is there is a mixture: what was tracked is in, what was changed by somebody else is not."""
+    for write_number in (49, 70, 71):
+        refuse_in_gap(write_number, JOINED)
+    for write_number in (50, 59, 60, 61, 69):
+        with pytest.raises(TargetError) as told:
+            refuse_in_gap(write_number, JOINED)
+        assert "--target-write 49 " in str(told.value.hint)
+        assert "--target-write 70 " in str(told.value.hint)
+    with pytest.raises(TargetError) as told:
+        refuse_time_in_gap(1400, JOINED)
+    assert "--target-write 70 " in str(told.value.hint)
+
+
 def tracked(journal: Path, state: int, behind: int) -> None:
     """The bitmap's file as far as its two slots, as FORMAT.md 1.8 has them."""
     slot = bytearray(BLOCK)
