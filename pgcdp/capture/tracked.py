@@ -17,7 +17,7 @@ _CHECKSUM_AT = 72
 
 
 def unrecorded_gap(journal: Path) -> Gap | None:
-    """The gap that goes on while changes are tracked or brought in: its first write is the one behind the journal's last.
+    """The gap that goes on while changes are tracked or brought in: it begins behind the journal's last write.
 
     None when nothing is tracked. While the set heals its begin record is in the journal, unless that could not be
     written any more. Raises DamageError when both slots are not what was written.

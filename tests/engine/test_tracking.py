@@ -346,7 +346,7 @@ def test_writes_wait_while_the_bitmap_cannot_be_written(faulty_capture: Capture,
 
 @contextmanager
 def writing(capture: Capture, content: bytes) -> Iterator[threading.Event]:
-    """One write of the first block is under way, answered when the event says so, and at the end of the block at last."""
+    """One write of the first block is under way, answered when the event says so, and at the end of the block."""
     answered = threading.Event()
 
     def write() -> None:

@@ -120,7 +120,7 @@ def test_where_one_gap_follows_another_at_once_the_first_end_is_no_target() -> N
 def tracked(journal: Path, state: int, behind: int) -> None:
     """The bitmap's file as far as its two slots, as FORMAT.md 1.8 has them."""
     slot = bytearray(BLOCK)
-    struct.pack_into("<8sII16sQQQQI", slot, 0, b"PGCDPTRK", 1, state, SET_ID, 7, 1000, behind, 2000 if state == 2 else 0, 1)
+    struct.pack_into("<8sII16sQQQQI", slot, 0, b"PGCDPTRK", 1, state, SET_ID, 7, 1000, behind, 2000, 1)
     struct.pack_into("<Q", slot, 72, xxhash.xxh3_64_intdigest(bytes(slot)))
     (journal / "tracked").write_bytes(bytes(slot) * 2)
 
