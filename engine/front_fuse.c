@@ -315,7 +315,7 @@ static int refuse(int rc, struct err *e)
 /* What this engine and its libfuse agree on with the kernel. */
 struct agreement {
     bool before; /* it is in the note: another process has come to it, or this one just now */
-    uint8_t answer[FMT_HELD_NOTE_INIT];
+    _Alignas(8) uint8_t answer[FMT_HELD_NOTE_INIT]; /* begins with a struct fuse_out_header */
     size_t answer_length, init_length; /* FUSE_INIT itself is in the buffer */
 };
 
