@@ -51,6 +51,8 @@ KILLED = (
     r"no checkpoint: ",
 )
 """What an agent may say when the engine or Postgres was killed under it."""
+STOPPED = r"no look at the catalogs: .*the database system is shutting down"
+"""What an agent says that was just looking when Postgres was told to stop."""
 
 
 @dataclass
@@ -250,7 +252,7 @@ class ProtectedSet:
             log = self.config.cluster.log_file
             if log.exists():
                 found += bad_lines(log.read_text(errors="replace"), self.allowed)
-            allowed = self.allowed if _may_flush() else [*self.allowed, *NOT_ALLOWED]
+            allowed = [*self.allowed, STOPPED, *(() if _may_flush() else NOT_ALLOWED)]
             return [line for line in found if not any(re.search(pattern, line) for pattern in allowed)]
         return []
 

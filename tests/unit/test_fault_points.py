@@ -24,7 +24,7 @@ NO_DISK = {
 
 def test_nothing_in_the_engine_changes_a_disk_past_the_fault_points() -> None:
     assert set(engine_places_without()) == NO_DISK
-    assert {name.split(".")[0] for name in engine_points()} == {"journal", "volume", "clone", "wal"}
+    assert {name.split(".")[0] for name in engine_points()} == {"journal", "volume", "tracked", "clone", "wal"}
 
 
 def test_nothing_in_the_durable_rooms_changes_a_disk_past_the_fault_points() -> None:
