@@ -192,8 +192,13 @@ static void sync_and_mark(struct volume_set *vs)
 {
     struct err e = {.message = ""};
     uint64_t applied = vs->applied_write; /* only this thread changes it */
-    /* What is tracked was synced before it was answered, by a thread that must see it when that fails. */
-    bool tracking = vs->mode == VS_TRACKING;
+    bool tracking;
+    {
+        HOLD_LOCK(&vs->lock);
+        /* What is tracked was synced before it was answered, by a thread that must see it when that fails. */
+        tracking = vs->mode == VS_TRACKING;
+        vs->syncing = !tracking;
+    }
     for (unsigned i = 0; i < vs->count && !vs->volume_failed && !tracking; i++) {
 #ifdef WITHOUT_SYNC /* a test build only: the power cuts of the tests must notice */
         break;
@@ -211,6 +216,7 @@ static void sync_and_mark(struct volume_set *vs)
     if (e.message[0])
         vs_note_error(vs, VS_MARK, "%s", e.message);
     HOLD_LOCK(&vs->lock);
+    vs->syncing = false;
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
     vs->mark_failed = !marked;
     if (marked) {

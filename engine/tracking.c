@@ -107,6 +107,8 @@ int tracking_begin(struct volume_set *vs, uint64_t since_ns)
              "are in the journal",
              vs->durable_write);
     set_mode(vs, VS_TRACKING);
+    while (vs->syncing) /* of a write that fails once it is told to one thread alone, which must be this one from now on */
+        pthread_cond_wait(&vs->progress, &vs->lock);
     return 0;
 }
 

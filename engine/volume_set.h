@@ -83,6 +83,7 @@ struct volume_set {
     bool end_taken;                  /* the gap's end record is on its way to the journal, */
     bool ended;                      /* ... and is durable there; the bitmap does not say so yet */
     char not_healed[400];            /* why the last wish to heal was not followed, or "" */
+    bool syncing;       /* the applier syncs the volumes */
     bool volume_failed; /* a sync failed: nothing is marked as applied until a restart */
     bool apply_failed;  /* the last window could not be written; tried again */
     bool mark_failed;   /* the last applied mark could not be written; tried again */
