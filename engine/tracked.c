@@ -309,7 +309,8 @@ static void take_sector(struct tracked *t, unsigned volume, uint64_t sector, con
     }
 }
 
-static int load(struct tracked *t, struct err *e)
+/* `blocks`: of each volume; one that was to grow, and did not, has fewer than the bitmap. */
+static int load(struct tracked *t, const uint64_t *blocks, struct err *e)
 {
     uint8_t *page = io_alloc(BLOCK);
     int rc = page ? 0 : -ENOMEM;
@@ -322,6 +323,8 @@ static int load(struct tracked *t, struct err *e)
     io_free(page, BLOCK);
     if (rc)
         return err_sys(e, rc, "cannot read the journal's bitmap of changed blocks");
+    for (unsigned v = 0; v < t->head.volumes; v++)
+        tracked_unmark(t, v, blocks[v], t->head.blocks[v] - blocks[v]);
     for (uint64_t i = 0; i < pages_of(t); i++) /* pages without a bit stay untouched in memory */
         for (uint64_t k = 0; k < PAGE_SECTORS; k++) {
             struct fmt_tracked_sector *s = sector_of(t->marked, i * PAGE_SECTORS + k);
@@ -392,7 +395,7 @@ int tracked_open(struct tracked **out, const char *directory, const uint8_t set_
     fd = -1;
     rc = set_up(t, head.blocks, head.volumes, e);
     if (rc == 0) /* also when idle: a kill may have come between that and the last bit's clearing */
-        rc = load(t, e);
+        rc = load(t, blocks, e);
     if (rc) {
         tracked_close(t);
         return rc;
