@@ -357,6 +357,15 @@ static int refuse_head(int found, const struct fmt_tracked *h, const uint8_t set
     return 0;
 }
 
+/* What is not there yet may be lacking: production does not wait for a bitmap that has nothing to say. */
+static int make_or_warn(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count)
+{
+    struct err e = {.message = ""};
+    if (make(out, dir, set_id, blocks, count, &e) != 0)
+        log_warn("%s; until the next start writes wait when the journal is full, as with on_full = stall", e.message);
+    return 0;
+}
+
 int tracked_open(struct tracked **out, const char *directory, const uint8_t set_id[16], const struct volume *volumes,
                  unsigned count, bool wanted, struct err *e)
 {
@@ -372,7 +381,7 @@ int tracked_open(struct tracked **out, const char *directory, const uint8_t set_
     if (fd < 0 && errno != ENOENT)
         return err_sys(e, -errno, "cannot open the journal's bitmap of changed blocks");
     if (fd < 0)
-        return wanted ? make(out, dir, set_id, blocks, count, e) : 0;
+        return wanted ? make_or_warn(out, dir, set_id, blocks, count) : 0;
     int rc = read_head(fd, &head, e);
     if (rc < 0 || (rc = refuse_head(rc, &head, set_id, e)) != 0)
         return rc;
@@ -380,7 +389,7 @@ int tracked_open(struct tracked **out, const char *directory, const uint8_t set_
     if (idle && !wanted)
         return 0;
     if (idle && !same)
-        return make(out, dir, set_id, blocks, count, e);
+        return make_or_warn(out, dir, set_id, blocks, count);
     if (!same) {
         err_set(e, ERR_PRECONDITION, "the journal tracks changed blocks of other volumes than these %u", count);
         err_hint(e, "give the volumes as they were, and change them when the set has healed");

@@ -18,8 +18,8 @@
 struct tracked;
 
 /* Opens the bitmap in the journal `directory`. Makes it, for these volumes, when it is `wanted` and is not there, or is of other
- * volumes and idle. `*out` is NULL when there is none and none is wanted, or it is idle and not wanted. ERR_PRECONDITION when
- * there is no room, or when it is not idle and of other volumes; ERR_DAMAGE when it is not known whether it is idle. */
+ * volumes and idle. `*out` is NULL when there is none and none is wanted, or it is idle and not wanted, or there is no
+ * room, which is logged. ERR_PRECONDITION when it is not idle and of other volumes; ERR_DAMAGE when it is not known whether it is idle. */
 int tracked_open(struct tracked **out, const char *directory, const uint8_t set_id[16], const struct volume *volumes,
                  unsigned count, bool wanted, struct err *e);
 void tracked_close(struct tracked *t);

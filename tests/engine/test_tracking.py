@@ -412,6 +412,45 @@ def test_a_gap_has_not_ended_before_the_bitmap_says_so(faulty_capture: Capture, 
     assert_one_gap(keeper)
 
 
+def test_no_room_for_the_bitmap_is_no_reason_not_to_start(faulty_capture: Capture, faults: Faults) -> None:
+    """A successor serves production, which waits for it; nothing was tracked."""
+    capture = faulty_capture
+    faults.set("tracked.new.reserve", "enospc", times=0)
+    capture.start()
+    assert capture.status()["on_full"] == "stall"
+    assert "cannot make the bitmap" in capture.log.read_text()
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"1" * BLOCK)
+    assert capture.stop() == 0
+    faults.clear_all()
+    capture.start()
+    assert capture.status()["on_full"] == "track"
+    assert capture.stop() == 0
+
+
+def test_what_is_tracked_in_a_bitmap_that_has_grown_outlives_a_kill(faulty_capture: Capture, faults: Faults) -> None:
+    """The new one has the name already when the directory's sync fails: the old one is gone with the process."""
+    capture = faulty_capture
+    capture.start()
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"1" * BLOCK)
+    for path in (capture.backing("data"), capture.baseline("data")):
+        with path.open("r+b") as file:
+            file.truncate(16 * MIB)
+    capture.volumes["data"] = 16 * MIB
+    faults.set("tracked.new.directory", "eio")
+    capture.request("grow", volume="data", bytes=16 * MIB)
+    assert faults.fired("tracked.new.directory")
+    faults.set("journal.batch.sync", "eio", times=0)
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"2" * BLOCK)
+        assert state(capture) == "tracking"
+    capture.kill()
+    faults.clear_all()
+    noted = read_tracked(capture.journal / "tracked")
+    assert (noted.state, noted.behind, [set(each) for each in noted.blocks]) == (TRACKING, 1, [{0}])
+
+
 def test_a_damaged_bitmap_says_more_blocks_never_fewer(make_capture: MakeCapture) -> None:
     capture = make_capture({"data": 16 * MIB}, **{**SMALL, "allowed": [*SAID, "tracked is damaged"]})
     capture.start()
