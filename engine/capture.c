@@ -183,7 +183,7 @@ static int bring_up(struct capture *c, struct err *e)
     if (rc == 0) {
         struct tracked *tracked = c->tracked;
         c->tracked = NULL; /* the set's from now on, also when it fails */
-        rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, end.last_write, tracked, e);
+        rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, end.last_write, tracked, c->track, e);
     }
     return rc;
 }

@@ -76,7 +76,7 @@ static void set_mode(struct volume_set *vs, enum vs_mode mode)
 static bool may_begin(struct volume_set *vs)
 {
     HOLD_LOCK(&vs->lock);
-    bool may = vs->tracked && !vs->inside && !vs->bitmap_busy;
+    bool may = vs->tracked && vs->track && !vs->inside && !vs->bitmap_busy;
     vs->bitmap_busy = vs->bitmap_busy || may;
     return may;
 }
@@ -321,7 +321,7 @@ int vs_grow(struct volume_set *vs, unsigned volume, uint64_t bytes, struct err *
 
 void tracking_status(struct volume_set *vs, struct volume_status *out)
 {
-    out->tracks = vs->tracked != NULL;
+    out->tracks = vs->tracked && vs->track;
     if (!vs->tracked || vs->mode == VS_CAPTURING)
         return;
     out->tracking = true;

@@ -449,7 +449,7 @@ static int start_threads(struct volume_set *vs)
 }
 
 int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
-             struct tracked *tracked, struct err *e)
+             struct tracked *tracked, bool track, struct err *e)
 {
     struct volume_set *vs = calloc(1, sizeof *vs);
     if (!vs) {
@@ -457,6 +457,7 @@ int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, st
         return err_sys(e, -ENOMEM, "volume set");
     }
     vs->tracked = tracked;
+    vs->track = track;
     vs->volumes = volumes;
     vs->count = count;
     vs->jw = jw;

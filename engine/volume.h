@@ -31,9 +31,9 @@ struct volume_status {
 
 /* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on.
  * The `volumes` stay where they are until vs_free; they may grow meanwhile. `tracked` may be NULL; it is the set's from now on, and
- * one that is not idle is gone on with. */
+ * one that is not idle is gone on with; a gap begins only with `track`. */
 int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
-             struct tracked *tracked, struct err *e);
+             struct tracked *tracked, bool track, struct err *e);
 
 struct backend vs_backend(struct volume_set *vs);
 

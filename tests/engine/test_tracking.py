@@ -234,10 +234,19 @@ def test_a_stop_in_the_gap_leaves_plain_volumes(make_capture: MakeCapture) -> No
     mark = read_journal(capture.journal).mark
     assert mark is not None
     assert mark.clean
-    capture.on_full = "stall"  # what was begun is ended all the same
+    capture.on_full = "stall"  # what was begun is ended all the same, and nothing is begun
     capture.start()
     assert state(capture) == "tracking"
+    assert capture.status()["on_full"] == "stall"
     heal(capture, keeper)
+    with load(capture, 2):
+        wait_until(lambda: state(capture) == "stalled", timeout=120, what="a full journal")
+        ended = threading.Event()
+        assert not ended.wait(5), "more than what is waited for before changes are tracked"
+        assert state(capture) == "stalled"
+        keeper.take_some()
+        wait_until(lambda: state(capture) == "capturing", what="room")
+        keeper.take_some()
     assert capture.stop() == 0
     assert_volumes_equal_writes(capture, keeper)
 
@@ -346,7 +355,7 @@ def test_writes_wait_while_the_bitmap_cannot_be_written(faulty_capture: Capture,
 
 @contextmanager
 def writing(capture: Capture, content: bytes) -> Iterator[threading.Event]:
-    """One write of the first block is under way, answered when the event says so, and at the end of the block."""
+    """One write of the first block is under way, answered when the event says so, at the end of the block at last."""
     answered = threading.Event()
 
     def write() -> None:
