@@ -164,7 +164,7 @@ static int write_head(struct tracked *t)
     memcpy(slot, &t->head, sizeof t->head);
     t->head.checksum = checksum_zeroed(slot, FMT_HEADER_BYTES, offsetof(struct fmt_tracked, checksum));
     memcpy(slot, &t->head, sizeof t->head);
-    int rc = t->unnamed ? io_fsync_dir("tracked.new.directory", t->dir) : 0;
+    int rc = t->unnamed ? io_fsync_dir("tracked.state.directory", t->dir) : 0;
     t->unnamed = t->unnamed && rc;
     for (uint64_t i = 0; rc == 0 && i < 2; i++) {
         rc = io_pwrite("tracked.state.write", t->fd, slot, FMT_HEADER_BYTES, i * FMT_HEADER_BYTES);
