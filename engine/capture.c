@@ -24,6 +24,7 @@
 
 #include "capture_process.h"
 #include "cleanup.h"
+#include "command.h"
 #include "journal_read.h"
 #include "log.h"
 #include "replay.h"
@@ -46,7 +47,7 @@ static int open_volumes(struct capture *c, int first, int argc, char **argv, str
         char *colon = strchr(argv[i], ':');
         if (colon) {
             *colon = '\0';
-            if (capture_parse_bytes(colon + 1, &size) || size == 0 || size % BLOCK)
+            if (!command_number(colon + 1, &size) || size == 0 || size % BLOCK)
                 return err_set(e, ERR_USAGE, "\"%s\" bytes of volume %s are no multiple of 4096", colon + 1, argv[i]);
         }
         for (unsigned k = 0; k < c->volume_count; k++)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "capture_process.h"
+#include "command.h"
 #include "util.h"
 
 static const char USAGE[] =
@@ -23,14 +24,6 @@ static int parse_set_id(const char *text, uint8_t out[16])
         out[i] = (uint8_t)strtoul(pair, NULL, 16);
     }
     return 0;
-}
-
-int capture_parse_bytes(const char *text, uint64_t *out)
-{
-    char *end;
-    errno = 0;
-    *out = strtoull(text, &end, 10);
-    return errno || *end || end == text || *text == '-' ? -EINVAL : 0;
 }
 
 int capture_arguments(struct capture *c, int argc, char **argv, int *first, struct err *e)
@@ -58,8 +51,8 @@ int capture_arguments(struct capture *c, int argc, char **argv, int *first, stru
             c->track = strcmp(optarg, "track") == 0;
             rc = c->track || strcmp(optarg, "stall") == 0 ? 0 : -EINVAL;
             break;
-        case 'b': rc = capture_parse_bytes(optarg, &c->segment_bytes); break;
-        case 'l': rc = capture_parse_bytes(optarg, &c->limit); break;
+        case 'b': rc = command_number(optarg, &c->segment_bytes) ? 0 : -EINVAL; break;
+        case 'l': rc = command_number(optarg, &c->limit) ? 0 : -EINVAL; break;
         case 'f': c->fuse_dir = optarg; break;
         case 'k': c->socket = optarg; break;
         case 'h': c->holder = optarg; break;

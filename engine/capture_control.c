@@ -7,17 +7,6 @@
 #include "log.h"
 #include "util.h"
 
-static long rss_kib(void)
-{
-    long pages = 0;
-    FILE *f = fopen("/proc/self/statm", "re");
-    if (f && fscanf(f, "%*d %ld", &pages) != 1)
-        pages = 0;
-    if (f)
-        fclose(f);
-    return pages * (sysconf(_SC_PAGESIZE) / 1024);
-}
-
 static json_t *status(struct capture *c)
 {
     struct jw_status j;
@@ -52,7 +41,7 @@ static json_t *status(struct capture *c)
         (json_int_t)j.bytes, "limit", (json_int_t)j.limit, "segments", (json_int_t)j.segments, "segment_bytes",
         (json_int_t)j.segment_bytes, "volumes", volumes, "unapplied_bytes", (json_int_t)v.unapplied_bytes, "parked_bytes",
         (json_int_t)v.parked_bytes, "writes", (json_int_t)v.writes, "bytes_written", (json_int_t)v.bytes_written, "reads",
-        (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read, "errors", errors, "rss_kib", (json_int_t)rss_kib(), "version",
+        (json_int_t)v.reads, "bytes_read", (json_int_t)v.bytes_read, "errors", errors, "rss_kib", (json_int_t)control_rss_kib(), "version",
         PGCDP_VERSION, "held", held, "on_full", v.tracks ? "track" : "stall",
         "tracked", tracked);
 }

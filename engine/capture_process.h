@@ -33,7 +33,6 @@ struct capture {
 
 /* Takes the options; `*first` is the first argument that names a volume. */
 int capture_arguments(struct capture *c, int argc, char **argv, int *first, struct err *e);
-int capture_parse_bytes(const char *text, uint64_t *out);
 
 /* Answers a request at the control socket (control_handler). */
 json_t *capture_handle(void *self, const json_t *request, struct err *e, const char **kind);

@@ -212,3 +212,14 @@ void control_stop(struct control *c)
     unlink(c->path);
     free(c);
 }
+
+long control_rss_kib(void)
+{
+    long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (f && fscanf(f, "%*d %ld", &pages) != 1)
+        pages = 0;
+    if (f)
+        fclose(f);
+    return pages * (sysconf(_SC_PAGESIZE) / 1024);
+}

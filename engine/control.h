@@ -17,4 +17,7 @@ int control_start(struct control **out, const char *path, control_handler handle
 /* Closes the door and waits for the connections' threads; unlinks the socket. */
 void control_stop(struct control *c);
 
+/* What a status tells of this process: resident memory. */
+long control_rss_kib(void);
+
 #endif

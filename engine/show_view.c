@@ -84,17 +84,6 @@ static int parse_arguments(struct shown *s, int argc, char **argv, struct err *e
 
 /* ---- control ---- */
 
-static long rss_kib(void)
-{
-    long pages = 0;
-    FILE *f = fopen("/proc/self/statm", "re");
-    if (f && fscanf(f, "%*d %ld", &pages) != 1)
-        pages = 0;
-    if (f)
-        fclose(f);
-    return pages * (sysconf(_SC_PAGESIZE) / 1024);
-}
-
 static unsigned open_files(const struct shown *s)
 {
     unsigned count = 0;
@@ -121,7 +110,7 @@ static json_t *status(struct shown *s)
                      (json_int_t)v.reloads, "cache", "hits",
                      (json_int_t)v.cache.hits, "misses", (json_int_t)v.cache.misses, "bytes", (json_int_t)v.cache.bytes,
                      "most_bytes", (json_int_t)v.cache.most_bytes, "limit", (json_int_t)v.cache.limit, "error_count",
-                     (json_int_t)v.fault_count, "errors", errors, "rss_kib", (json_int_t)rss_kib());
+                     (json_int_t)v.fault_count, "errors", errors, "rss_kib", (json_int_t)control_rss_kib());
 }
 
 static json_t *reload(struct shown *s, const json_t *request, struct err *e, const char **kind)

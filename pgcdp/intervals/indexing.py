@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
 from pgcdp.capture.filemap import FileMap
@@ -30,7 +29,7 @@ from pgcdp.sealing import data_key_of
 from pgcdp.store.base import places_back
 from pgcdp.store.bundle import CATALOG_NOTES, EVENTS, WAL_STATE, Bundle, IndexFiles, rewinds_of
 from pgcdp.store.files import write_files
-from pgcdp.store.frames import FileSummary
+from pgcdp.store.frames import FileSummary, summary_of
 from pgcdp.store.layout import Store
 from pgcdp.store.notes import make_notes, notes_of
 from pgcdp.store.open_interval import OpenInterval
@@ -309,12 +308,6 @@ def summarize(indexed: TransactionIndex) -> dict[str, Any]:
         "committed": int(np.isin(status, (COMMITTED, COMMITTED_PREPARED)).sum()),
         **{f"{bound}_{name}": int(getattr(ends[name], bound)()) for name in ends for bound in ("min", "max")},
     }
-
-
-def summary_of(path: Path) -> FileSummary:
-    """A finished file."""
-    raw = path.read_bytes()
-    return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
 
 
 def read_events(place: Path) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from pgcdp.errors import BugError
 from pgcdp.fsio import make_directory, publish_directory, read_file, sync_directory, write_file, write_json
-from pgcdp.intervals.indexing import read_events, summary_of
+from pgcdp.intervals.indexing import read_events
 from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, Interval, Span
 from pgcdp.recovery.blockmap import flatten, layer
 from pgcdp.store.bundle import CONTENTS, EVENTS, Bundle
-from pgcdp.store.frames import DEFAULT_LEVEL, FileSummary, FrameReader, FrameWriter
+from pgcdp.store.frames import DEFAULT_LEVEL, FileSummary, FrameReader, FrameWriter, summary_of
 from pgcdp.store.layout import Store
 from pgcdp.store.thinning import Commit, Stop, Stopped, never
 from pgcdp.store.transactions import (
@@ -53,13 +53,13 @@ def join(
     work = store.aside / span.file_name
     make_directory(work)
     increments, blocks = _increments(store, parts, work, level, stop)
-    files = {made.name: _entry(made) for made in increments}
-    files |= {made.name: _entry(made) for made in _transactions(parts, work)}
+    files = {made.name: made.entry() for made in increments}
+    files |= {made.name: made.entry() for made in _transactions(parts, work)}
     for name, bundle in (("settings.json", parts[-1]), (RELATIONS, _newest_with(parts, RELATIONS))):
         if bundle is not None:
             bundle.check_file(name)
             write_file(work / name, read_file(bundle.path / name))
-            files[name] = _entry(summary_of(work / name))
+            files[name] = summary_of(work / name).entry()
     write_json(work / "manifest.json", _manifest(store, parts, files, span, blocks))
     make_directory(store.joined)
     with commit():
@@ -77,10 +77,6 @@ def _check_parts(parts: Sequence[Bundle], span: Span) -> None:
 
 def _newest_with(parts: Sequence[Bundle], name: str) -> Bundle | None:
     return next((part for part in reversed(parts) if part.has(name)), None)
-
-
-def _entry(made: FileSummary) -> dict[str, Any]:
-    return {"bytes": made.bytes, "checksum": made.checksum, "length": made.length}
 
 
 # --- increments

@@ -26,6 +26,7 @@ from pgcdp.fsio import (
 )
 from pgcdp.records import Boundary, Span
 from pgcdp.store.bundle import Bundle
+from pgcdp.store.frames import summary_of
 from pgcdp.store.layout import Store, boundary_from
 from pgcdp.store.published import published
 from pgcdp.store.thinning import Commit
@@ -164,12 +165,7 @@ def publish_base(store: Store, span: Span, commit: Commit = nullcontext) -> Boun
             bundle.check_file(name)
             # Not copied: what is encrypted is bound to the directory's name, which of a joined interval is another.
             write_file(work / name, read_file(bundle.path / name))
-            raw = (work / name).read_bytes()
-            files[name] = {
-                **bundle.manifest["files"][name],
-                "bytes": len(raw),
-                "checksum": xxhash.xxh3_64_hexdigest(raw),
-            }
+            files[name] = summary_of(work / name).entry()
     gone = [each.interval.to_time_ns for each in published(store).values() if each.interval.number <= boundary.number]
     content = {
         "format": 1,

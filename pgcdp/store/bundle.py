@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pgcdp.errors import BugError, DamageError, TargetError
 from pgcdp.fsio import publish_directory, read_file, read_json, write_json
 from pgcdp.records import BLOCK, EXTENT, EXTENT_DATA, INDEX, Boundary, Gap, Interval, Rewind, Span
-from pgcdp.store.frames import FileSummary, FrameReader
+from pgcdp.store.frames import FileSummary, FrameReader, summary_of
 from pgcdp.store.gaps import GapFinder
 from pgcdp.store.layout import Store, boundary_from
 from pgcdp.store.open_interval import OUTSIDE, SETTINGS, OpenInterval, OpenSnapshot, read_open
@@ -92,8 +92,7 @@ def publish(
     place = opened.path
     write_json(place / "settings.json", settings)
     files = {s.name: s for s in (*streams, increments.backward, increments.backward_map, increments.forward_map)}
-    raw = (place / "settings.json").read_bytes()
-    files["settings.json"] = FileSummary("settings.json", len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+    files["settings.json"] = summary_of(place / "settings.json")
     files.update({summary.name: summary for summary in (indexed.files if indexed else ())})
     if owned is not None:
         files[owned.name] = owned
@@ -129,9 +128,7 @@ def publish(
             **({"rewinds": [asdict(rewind) for rewind in rewinds]} if rewinds else {}),
             **({"gaps": [asdict(gap) for gap in gaps]} if gaps else {}),
             "outside": outside,
-            "files": {
-                name: {"bytes": s.bytes, "checksum": s.checksum, "length": s.length} for name, s in files.items()
-            },
+            "files": {name: summary.entry() for name, summary in files.items()},
             "increments": {
                 "backward": files["backward"].checksum,
                 "backward_map": files["backward.map"].checksum,

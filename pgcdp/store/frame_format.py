@@ -61,6 +61,16 @@ class FileSummary:
     checksum: str
     length: int
 
+    def entry(self) -> dict[str, object]:
+        """What a manifest says of it under its name."""
+        return {"bytes": self.bytes, "checksum": self.checksum, "length": self.length}
+
+
+def summary_of(path: Path) -> FileSummary:
+    """A finished file that is no frames file."""
+    raw = path.read_bytes()
+    return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+
 
 Seal = AESGCM | None
 """What seals the frames of one file; None: they are plain."""

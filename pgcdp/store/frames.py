@@ -44,6 +44,7 @@ from pgcdp.store.frame_format import (
     read_directory,
     read_frame,
     scan,
+    summary_of,
 )
 from pgcdp.store.unfinished import check_unfinished, last_frame, whole_frames
 
@@ -57,6 +58,7 @@ __all__ = [
     "FrameReader",
     "FrameWriter",
     "check_unfinished",
+    "summary_of",
 ]
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from pgcdp.errors import DamageError
 from pgcdp.fsio import read_file, sync_directory, sync_file, write_file
 from pgcdp.sealing import sealer_of
-from pgcdp.store.frames import FileSummary
+from pgcdp.store.frames import FileSummary, summary_of
 
 ROW_GROUP = 1 << 16
 """Rows of a row group: what is looked for is seldom in more than a few of them."""
@@ -47,13 +46,11 @@ def write_table(path: Path, table: pa.Table, *, rising: Sequence[str], repeated:
         raise
     if not plain:
         write_file(path, made.getvalue())
-        raw = path.read_bytes()
-        return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+        return summary_of(path)
     sync_file(fresh)
-    raw = fresh.read_bytes()
     fresh.rename(path)
     sync_directory(path.parent)
-    return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
+    return summary_of(path)
 
 
 def read_table(path: Path, still: str, columns: Sequence[str] | None = None, within: Ranges | None = None) -> pa.Table:

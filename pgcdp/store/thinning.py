@@ -102,7 +102,7 @@ def copy_forward(bundle: Bundle, path: Path, set_id: bytes, level: int, stop: St
         writer.close()
     if made.length != int(data["count"].sum()) * BLOCK:
         raise BugError(f"{path} has {made.length} bytes, its map another number")
-    return {"bytes": made.bytes, "checksum": made.checksum, "length": made.length}
+    return made.entry()
 
 
 def leftovers(bundle: Bundle) -> list[Path]:
