@@ -53,6 +53,8 @@ KILLED = (
 """What an agent may say when the engine or Postgres was killed under it."""
 STOPPED = r"no look at the catalogs: .*the database system is shutting down"
 """What an agent says that was just looking when Postgres was told to stop."""
+CUT_OFF = r"(PANIC|FATAL|ERROR|WARNING):  .*(Input/output error|Read-only file system|Transport endpoint)"
+"""What Postgres says that was writing, or reading, as the devices below it went away."""
 
 
 @dataclass
@@ -163,6 +165,7 @@ class ProtectedSet:
 
     def kill_engine(self) -> None:
         """kill -9 of the capture process and its holder: what is above sees I/O errors."""
+        self.allowed.append(CUT_OFF)
         held.cut_off(self.config.paths)
 
     def kill_capture(self) -> None:
@@ -188,6 +191,7 @@ class ProtectedSet:
 
     def kill_both(self) -> None:
         """kill -9 of agent, holder and capture process, one right after the other."""
+        self.allowed.append(CUT_OFF)
         agent = self.agent_pid()
         os.kill(agent, signal.SIGKILL)
         held.cut_off(self.config.paths)
