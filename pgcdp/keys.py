@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from pgcdp import fsio, proc, sealing
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
 
@@ -164,7 +162,7 @@ def begin(store: Path, set_id: bytes, user_key: bytes | None) -> None:
         "cipher": "AES-256-GCM",
         "salt": salt.hex(),
         "check": _check_of(wrapping),
-        "wrapped": sealing.seal(AESGCM(wrapping), data_key, set_id).hex(),
+        "wrapped": sealing.seal(sealing.cipher(wrapping), data_key, set_id).hex(),
     }
     fsio.write_json(store / FILE, content)
     sealing.unlock(store, data_key)
@@ -208,7 +206,7 @@ def open_store(store: Path, set_id: bytes, encrypted: bool) -> None:
             "name the right one with --encrypt-key-file or --encrypt-key-command, or in the set's settings; "
             f"if this is the right one, {file} is another store's: bring its own back",
         )
-    data_key = sealing.unseal(AESGCM(wrapping), wrapped, set_id)
+    data_key = sealing.unseal(sealing.cipher(wrapping), wrapped, set_id)
     if data_key is None or len(data_key) != sealing.KEY_BYTES:
         raise DamageError(f"{file} does not hold what the key wrapped (offset 0)", _BRING_BACK)
     sealing.unlock(store, data_key)

@@ -17,9 +17,7 @@ import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from typing import Protocol
 
 from pgcdp.errors import DamageError, PreconditionError
 
@@ -39,6 +37,21 @@ _VERSION = 1
 _HINT = "pgcdp check --full tells what else is damaged and what can still be restored"
 
 
+class Cipher(Protocol):
+    """An AEAD under one key."""
+
+    def encrypt(self, nonce: bytes, data: bytes | bytearray | memoryview, associated_data: bytes, /) -> bytes: ...
+
+    def decrypt(self, nonce: bytes, data: bytes, associated_data: bytes, /) -> bytes: ...
+
+
+def cipher(key: bytes) -> Cipher:
+    """AES-256-GCM under `key`, 32 bytes."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # ten megabytes that a plain store never reads
+
+    return AESGCM(key)
+
+
 def derive(key: bytes, what: bytes) -> bytes:
     """A key for one purpose, 32 bytes: HKDF-Expand of RFC 5869 with SHA-256, of a key that is random."""
     return hmac.digest(key, what + b"\x01", "sha256")
@@ -49,16 +62,16 @@ class Sealer:
 
     def __init__(self, data_key: bytes) -> None:
         self.data_key = data_key
-        self._files = AESGCM(derive(data_key, b"pgcdp file"))
-        self.piece: Callable[[int, int], AESGCM] = lru_cache(maxsize=4096)(self._piece)
+        self._files = cipher(derive(data_key, b"pgcdp file"))
+        self.piece: Callable[[int, int], Cipher] = lru_cache(maxsize=4096)(self._piece)
 
-    def frames(self, header: bytes) -> AESGCM:
+    def frames(self, header: bytes) -> Cipher:
         """For the frames of one frames file. `header`: bytes 8 to 56 of the file, its salt among them."""
-        return AESGCM(derive(self.data_key, b"pgcdp frames" + header))
+        return cipher(derive(self.data_key, b"pgcdp frames" + header))
 
-    def _piece(self, volume: int, piece: int) -> AESGCM:
+    def _piece(self, volume: int, piece: int) -> Cipher:
         """For PIECE_BLOCKS blocks of the image of a volume."""
-        return AESGCM(derive(self.data_key, b"pgcdp image" + struct.pack("<HI", volume, piece)))
+        return cipher(derive(self.data_key, b"pgcdp image" + struct.pack("<HI", volume, piece)))
 
     def seal_file(self, place: str, content: bytes) -> bytes:
         """The bytes of a sealed file. `place`: names of its directory and of itself; it reads back only there."""
@@ -71,12 +84,11 @@ class Sealer:
             raise DamageError(f"{path} is not encrypted as its store is (offset 0)", _HINT)
         if raw[:16] != _FILE.pack(_MAGIC, _VERSION, 0, bytes(NONCE_BYTES), 0)[:16] or raw[28:32] != bytes(4):
             raise DamageError(f"{path} has a wrong header at offset 0", _HINT)
-        try:
-            return self._files.decrypt(
-                raw[16:28], raw[32:], raw[:16] + place_of(path).encode("utf-8", "surrogateescape")
-            )
-        except InvalidTag:
-            raise DamageError(f"{path} is not what was encrypted (offset {_FILE.size})", _HINT) from None
+        bound_to = raw[:16] + place_of(path).encode("utf-8", "surrogateescape")
+        content = decrypted(self._files, raw[16:28], raw[32:], bound_to)
+        if content is None:
+            raise DamageError(f"{path} is not what was encrypted (offset {_FILE.size})", _HINT)
+        return content
 
 
 def place_of(path: Path) -> str:
@@ -86,18 +98,25 @@ def place_of(path: Path) -> str:
     return path.name if directory in _unlocked else f"{directory.name}/{path.name}"
 
 
-def seal(cipher: AESGCM, content: bytes | bytearray | memoryview, bound_to: bytes) -> bytes:
+def seal(by: Cipher, content: bytes | bytearray | memoryview, bound_to: bytes) -> bytes:
     """Nonce, ciphertext, tag."""
     nonce = os.urandom(NONCE_BYTES)
-    return nonce + cipher.encrypt(nonce, content, bound_to)
+    return nonce + by.encrypt(nonce, content, bound_to)
 
 
-def unseal(cipher: AESGCM, sealed: bytes, bound_to: bytes) -> bytes | None:
+def unseal(by: Cipher, sealed: bytes, bound_to: bytes) -> bytes | None:
     """What was sealed; None when it is not what was sealed, or not for this place."""
     if len(sealed) < OVERHEAD:
         return None
+    return decrypted(by, sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound_to)
+
+
+def decrypted(by: Cipher, nonce: bytes, ciphertext: bytes, bound_to: bytes) -> bytes | None:
+    """What was encrypted; None when the tag at the end of `ciphertext` says that it is something else."""
+    from cryptography.exceptions import InvalidTag
+
     try:
-        return cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound_to)
+        return by.decrypt(nonce, ciphertext, bound_to)
     except InvalidTag:
         return None
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from pgcdp import sealing
 from pgcdp.errors import DamageError
 from pgcdp.fsio import read_all
+from pgcdp.sealing import Cipher
 
 FRAME_BYTES = 512 * 1024
 DEFAULT_LEVEL = 1
@@ -72,7 +72,7 @@ def summary_of(path: Path) -> FileSummary:
     return FileSummary(path.name, len(raw), xxhash.xxh3_64_hexdigest(raw), len(raw))
 
 
-Seal = AESGCM | None
+Seal = Cipher | None
 """What seals the frames of one file; None: they are plain."""
 
 

@@ -14,15 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import xxhash
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
 from pgcdp import sealing
 from pgcdp.errors import DamageError
 from pgcdp.fsio import SteadyWrites, naming, read_all, write_all
 from pgcdp.records import BLOCK
-from pgcdp.sealing import NONCE_BYTES, PIECE_BLOCKS, TAG_BYTES, Sealer
+from pgcdp.sealing import NONCE_BYTES, PIECE_BLOCKS, TAG_BYTES, Cipher, Sealer
 
 ZERO_SUM = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
 _PENDING_LIMIT = 1 << 18
@@ -123,13 +121,10 @@ class Sealed:
             return stored if stored == bytes(BLOCK) else None
         if entry[-len(_IN_USE) :] != _IN_USE:
             return None
-        try:
-            tag = entry[NONCE_BYTES : NONCE_BYTES + TAG_BYTES]
-            return self._cipher(block).decrypt(entry[:NONCE_BYTES], stored + tag, _bound_to(block))
-        except InvalidTag:
-            return None
+        tag = entry[NONCE_BYTES : NONCE_BYTES + TAG_BYTES]
+        return sealing.decrypted(self._cipher(block), entry[:NONCE_BYTES], stored + tag, _bound_to(block))
 
-    def _cipher(self, block: int) -> AESGCM:
+    def _cipher(self, block: int) -> Cipher:
         return self._sealer.piece(self._volume, block // PIECE_BLOCKS)
 
 

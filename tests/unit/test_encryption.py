@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -454,3 +456,10 @@ def test_a_killed_create_is_done_again_with_another_key(tmp_path: Path, key: Key
     again = Store.create(fresh, "s", SET_ID, list(store.volumes))
     assert again.encrypted
     assert sealing.data_key_of(fresh) not in (None, first)
+
+
+def test_who_has_a_plain_store_does_not_wait_for_the_library_that_encrypts() -> None:
+    """It is ten megabytes, to be read from a cold disk before a clone is there."""
+    code = "import sys; from pgcdp import api; print([name for name in sys.modules if name.startswith('cryptography')])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
