@@ -8,15 +8,16 @@ from contextlib import suppress
 
 import numpy as np
 
-from pgcdp import keeping, rewinding, scrubbing, service
+from pgcdp import keeping, keys, rewinding, scrubbing, service
 from pgcdp.capture import clocks, disks, holder, kernel, modes, tracking, volumes
 from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.engine import run_engine
 from pgcdp.capture.outside import all_mounted, find_outside, takes_in
 from pgcdp.checking import space
 from pgcdp.checking.finding import Finding, Step, failed, of_remarks, passed, run, warned
+from pgcdp.checking.opened import Opened
 from pgcdp.config import Config
-from pgcdp.errors import DamageError
+from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.expiring import policy_of
 from pgcdp.postgres import promise, role, session
 from pgcdp.postgres.control import describe, find_control_blocks
@@ -24,12 +25,12 @@ from pgcdp.progress import Report
 from pgcdp.records import BLOCK
 from pgcdp.setting_values import exact_period
 from pgcdp.store.base import base_outside
-from pgcdp.store.layout import Store
 from pgcdp.store.published import published
 from pgcdp.units import format_size
 
 ON_VOLUMES = frozenset({"settings", "data outside the set", "role", "places"})
 """Checks that look at the volumes or ask Postgres: left out while those wait for a capture process."""
+NOT_OPENED = "what the intervals lack is not known: the store does not open"
 LOOK_LATE_SECONDS = 300
 """Age of the last look at all catalogs from which on it is told."""
 
@@ -41,21 +42,22 @@ def examine(
 
     Raises nothing: what is wrong is in the list.
     """
+    opened = Opened(config.store, config.set_id_bytes)
     steps: list[Step] = [
         ("rewind", lambda: _rewind(config)),
         ("capture", lambda: _capture(config, engine)),
         ("holder", lambda: _holder(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config, engine)),
-        ("data outside the set", lambda: _outside(config)),
+        ("data outside the set", lambda: _outside(config, opened)),
         ("role", lambda: _role(config, engine)),
         ("places", lambda: _places(config)),
-        ("space", lambda: space.examine(config, engine)),
+        ("space", lambda: space.examine(config, engine, opened)),
         ("retention", lambda: _retention(config)),
         ("machine", lambda: _machine(config)),
-        ("clock", lambda: _clock(config)),
+        ("clock", lambda: _clock(config, opened)),
         ("journal", lambda: _journal(config, engine, full)),
-        ("store", lambda: _store(config, full, config.scrub_rate if rate is None else rate, progress)),
+        ("store", lambda: _store(opened, config, full, config.scrub_rate if rate is None else rate, progress)),
     ]
     if engine is None and keeping.state_of(config, engine) == "stalled":
         steps = [step for step in steps if step[0] not in ON_VOLUMES]
@@ -141,7 +143,7 @@ def _settings(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
     yield from of_remarks(promise.running(session.Dsn.of(config), config.pgdata))
 
 
-def _outside(config: Config) -> Iterator[Finding]:
+def _outside(config: Config, opened: Opened) -> Iterator[Finding]:
     """What nobody captures now, and which intervals lack what nobody captured then (truth 8)."""
     name = "data outside the set"
     mountpoints = [volume.mountpoint for volume in config.volumes]
@@ -150,12 +152,16 @@ def _outside(config: Config) -> Iterator[Finding]:
     if found:
         places = ", ".join(f"{each.name} in {each.place}" for each in found)
         yield failed(name, f"not captured: {places}", takes_in(config.name, found))
-    store = Store.open(config.store, config.set_id_bytes)
+    store = opened.if_it_opens()
+    if not attached:
+        yield passed(name, "not looked for: the volumes are not mounted")
+    if store is None:
+        if attached and not found:
+            yield passed(name, f"none now; {NOT_OPENED}")
+        return
     told = {number: each.interval.outside for number, each in published(store).items()}
     lacking = [number for number, outside in told.items() if outside]
     unknown = [number for number, outside in told.items() if outside is None]
-    if not attached:
-        yield passed(name, "not looked for: the volumes are not mounted")
     if lacking:
         yield warned(name, f"{len(lacking)} intervals are incomplete, the last one is {lacking[-1]}")
     elif base_outside(store):
@@ -194,6 +200,11 @@ def _places(config: Config) -> Iterator[Finding]:
     yield from of_remarks(disks.inside({"store": config.store, "journal": config.journal}, mounted))
     for what, place in (("store", config.store), ("journal", config.journal)):
         yield from of_remarks(modes.private(what, place))
+    try:
+        key = keys.source(config.encrypt_key_file, config.encrypt_key_command)
+        keys.refuse_captured(key, [volume.mountpoint for volume in config.volumes])
+    except PreconditionError as error:
+        yield failed("place of the key", error.message, error.hint)
 
 
 def _machine(config: Config) -> Iterator[Finding]:
@@ -202,14 +213,15 @@ def _machine(config: Config) -> Iterator[Finding]:
     yield from of_remarks(kernel.loops(config.paths.fuse))
 
 
-def _clock(config: Config) -> Iterator[Finding]:
+def _clock(config: Config, opened: Opened) -> Iterator[Finding]:
     """As the journal shows it to the agent, and the intervals to everybody."""
     seen: list[clocks.Jump] = []
     with suppress(service.AgentGone):
         told = service.ask(config.paths, "status").get("clock_jumps") or []
         seen = [clocks.Jump(each["write"], each["to_ns"], each["seconds"]) for each in told]
-    known = published(Store.open(config.store, config.set_id_bytes)).values()
-    yield from of_remarks(clocks.told(seen, clocks.turned_back(each.interval for each in known)))
+    store = opened.if_it_opens()
+    known = [] if store is None else [each.interval for each in published(store).values()]
+    yield from of_remarks(clocks.told(seen, clocks.turned_back(known)))
 
 
 def _retention(config: Config) -> Iterator[Finding]:
@@ -238,8 +250,8 @@ def _journal(config: Config, engine: EngineStatus | None, full: bool) -> Iterato
     yield passed("journal", "every batch is as it was written")
 
 
-def _store(config: Config, full: bool, rate: int, progress: Report) -> Iterator[Finding]:
-    store = Store.open(config.store, config.set_id_bytes)
+def _store(opened: Opened, config: Config, full: bool, rate: int, progress: Report) -> Iterator[Finding]:
+    store = opened.store()
     for said in scrubbing.check(store, full, rate, progress, remember=True):
         yield finding_of(said)
     for said in () if full else scrubbing.known(store, config.scrub_every):

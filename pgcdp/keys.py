@@ -1,25 +1,21 @@
-"""The user's key of an encrypted store: where it comes from, and `encryption.json`, which it opens (FORMAT.md 7.1).
+"""The user's key of an encrypted store: where it comes from, and which stores this process has opened with it.
 
-The store's data key is random and never changes; it lies in `encryption.json`, wrapped by a key that is derived of the
-user's. What the user's key must give is noted beside it, so that a wrong key is told apart from damage. Neither key is
-ever an argument, in the environment, or on a disk: the engine gets the data key through a pipe.
+The store's data key is random and never changes; it lies in the store, wrapped by the user's (`wrapped`). Neither key
+is ever an argument, in the environment, or on a disk: the engine gets the data key through a pipe.
 """
 
 from __future__ import annotations
 
-import hmac
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgcdp import fsio, proc, sealing
-from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
+from pgcdp import proc, sealing, wrapped
+from pgcdp.errors import DamageError, PreconditionError, UsageError
 
-FILE = "encryption.json"
-FORMAT = 1
 FILE_VARIABLE, COMMAND_VARIABLE = "PGCDP_ENCRYPT_KEY_FILE", "PGCDP_ENCRYPT_KEY_COMMAND"
 COMMAND_SECONDS = 60.0
 """How long a command may take to print the key."""
@@ -132,7 +128,7 @@ def source_of(store: Path, env: Mapping[str, str] | None = None) -> KeySource | 
     return source(Path(os.path.abspath(file)) if file else None, names.get(COMMAND_VARIABLE))
 
 
-# --- encryption.json
+# --- opening with it
 
 
 def user_key_for(store: Path) -> bytes | None:
@@ -153,39 +149,36 @@ def begin(store: Path, set_id: bytes, user_key: bytes | None) -> None:
     Without a key it is plain.
     """
     sealing.forget(store)
+    _opened.pop(store, None)
     if user_key is None:
         return
-    salt, data_key = os.urandom(16), os.urandom(sealing.KEY_BYTES)
-    wrapping = _wrapping_key(user_key, salt, set_id)
-    content: dict[str, object] = {
-        "format": FORMAT,
-        "cipher": "AES-256-GCM",
-        "salt": salt.hex(),
-        "check": _check_of(wrapping),
-        "wrapped": sealing.seal(sealing.cipher(wrapping), data_key, set_id).hex(),
-    }
-    fsio.write_json(store / FILE, content)
+    data_key, content = wrapped.write(store, set_id, user_key)
     sealing.unlock(store, data_key)
+    found = source_of(store)
+    if found is not None:
+        _opened[store] = (found, content["wrapped"])
 
 
 def open_store(store: Path, set_id: bytes, encrypted: bool) -> None:
     """Make the key of a store known to this process, or that it is plain. Nothing is written.
 
-    Raises PreconditionError for a key that is missing or wrong, or that is given for a plain store; DamageError.
+    Raises PreconditionError for a key that is missing or wrong, or that command line or settings give for a plain
+    store; DamageError.
     """
-    found = source_of(store)
     if not encrypted:
         sealing.forget(store)
+        found = _given or _known.get(store)  # what the environment says may be for another store
         if found is not None:
             raise PreconditionError(
                 f"the store {store} is not encrypted, but {found} is given for it",
                 "leave the key out; a store is encrypted from its beginning or never, so protect with another --store",
             )
         return
-    content = read_wrapped(store / FILE)
+    found = source_of(store)
+    whole = wrapped.read(store)
     if (
         found is not None
-        and _opened.get(store) == (found, content["wrapped"])
+        and any(_opened.get(store) == (found, content["wrapped"]) for _, content in whole)
         and sealing.data_key_of(store) is not None
     ):
         return  # a command that prints the key is not run each time
@@ -194,55 +187,54 @@ def open_store(store: Path, set_id: bytes, encrypted: bool) -> None:
             f"the store {store} is encrypted, and no key is given",
             f"give --encrypt-key-file FILE or --encrypt-key-command CMD, or set {FILE_VARIABLE} or {COMMAND_VARIABLE}",
         )
-    file = store / FILE
-    try:
-        salt, wrapped, check = (bytes.fromhex(str(content[name])) for name in ("salt", "wrapped", "check"))
-    except (KeyError, ValueError):
-        raise DamageError(f"{file} lacks keys (offset 0)", _BRING_BACK) from None
-    wrapping = _wrapping_key(found.read(), salt, set_id)
-    if not hmac.compare_digest(_check_of(wrapping), check.hex()):
-        raise PreconditionError(
-            f"{found} is not that of the store {store}: another key was used when it was made",
-            "name the right one with --encrypt-key-file or --encrypt-key-command, or in the set's settings; "
-            f"if this is the right one, {file} is another store's: bring its own back",
-        )
-    data_key = sealing.unseal(sealing.cipher(wrapping), wrapped, set_id)
-    if data_key is None or len(data_key) != sealing.KEY_BYTES:
-        raise DamageError(f"{file} does not hold what the key wrapped (offset 0)", _BRING_BACK)
-    sealing.unlock(store, data_key)
-    _opened[store] = (found, content["wrapped"])
+    user_key = found.read()
+    damage: DamageError | None = None
+    for file, content in whole:
+        try:
+            data_key = wrapped.data_key_in(file, content, user_key, set_id)
+        except DamageError as error:
+            damage = damage or error
+            continue
+        if data_key is not None:
+            sealing.unlock(store, data_key)
+            _opened[store] = (found, content["wrapped"])
+            return
+    if damage is not None:
+        raise damage
+    raise PreconditionError(
+        f"{found} is not that of the store {store}: another key was used when it was made",
+        "name the right one with --encrypt-key-file or --encrypt-key-command, or in the set's settings; "
+        f"if this is the right one, {whole[0][0]} is another store's: bring its own back",
+    )
+
+
+def damaged_copies(store: Path) -> Iterator[tuple[Path, str, Path | None]]:
+    """Of an open encrypted store, as `wrapped.damaged`."""
+    return wrapped.damaged(store, _opened[store][1] if store in _opened else None)
+
+
+def mend_copies(store: Path) -> list[Path]:
+    """Of an open encrypted store, as `wrapped.mend`."""
+    return wrapped.mend(store, _opened[store][1] if store in _opened else None)
 
 
 def refuse_inside(store: Path, found: KeySource) -> None:
     """Raises PreconditionError for a key that would lie in the store that it opens."""
-    if found.file is not None and Path(os.path.realpath(found.file)).is_relative_to(os.path.realpath(store)):
+    if _lies_in(found, store):
         raise PreconditionError(
             f"{found} lies in the store {store}: whoever has the one has the other", "keep it on another disk"
         )
 
 
-_BRING_BACK = "bring it back from a copy of the store: nothing of the store can be read without it"
+def refuse_captured(found: KeySource | None, places: Iterable[Path]) -> None:
+    """Raises PreconditionError for a key that lies in one of the directories of the set, which the store holds."""
+    for place in places:
+        if found is not None and _lies_in(found, place):
+            raise PreconditionError(
+                f"{found} lies in {place}, which is captured: it would be locked into the store that it opens",
+                "move it to a disk that is not of the set, and name it there (encrypt_key_file)",
+            )
 
 
-def read_wrapped(file: Path) -> dict[str, object]:
-    """What `encryption.json` says, the wrapped data key among it. Raises DamageError."""
-    try:
-        content = fsio.read_json(file)
-    except FileNotFoundError:
-        raise DamageError(f"{file} is missing (offset 0), and the store is encrypted", _BRING_BACK) from None
-    except DamageError as damage:
-        raise DamageError(damage.message, _BRING_BACK) from None
-    if content.get("format") != FORMAT or "wrapped" not in content:
-        raise PgcdpError(
-            f"{file} has format {content.get('format')}, this pgcdp reads {FORMAT}", "use the pgcdp that wrote it"
-        )
-    return content
-
-
-def _wrapping_key(user_key: bytes, salt: bytes, set_id: bytes) -> bytes:
-    """HKDF of RFC 5869: the user's key need not be as random as it should be."""
-    return sealing.derive(hmac.digest(salt, user_key, "sha256"), b"pgcdp wrap" + set_id)
-
-
-def _check_of(wrapping: bytes) -> str:
-    return sealing.derive(wrapping, b"pgcdp check")[:16].hex()
+def _lies_in(found: KeySource, place: Path) -> bool:
+    return found.file is not None and Path(os.path.realpath(found.file)).is_relative_to(os.path.realpath(place))

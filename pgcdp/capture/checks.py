@@ -244,6 +244,7 @@ def check(request: ProtectRequest) -> Plan:
     planned = planned_volumes(request, paths, pgdata, facts, running)
     config = _config(request, pgdata, journal, planned, facts)
     check_places(request, places.places(config), journal)
+    keys.refuse_captured(keys.source_of(config.store), places.places(config))
     keys.user_key_for(config.store)
     for place in places.places(config):
         for aside in (places.before(place, config.name), places.plain(place, config.name)):

@@ -9,13 +9,13 @@ from typing import Any
 from pgcdp import forecast, service
 from pgcdp.capture.control import EngineStatus
 from pgcdp.checking.finding import Finding, failed, passed, warned
+from pgcdp.checking.opened import Opened
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.forecast import Forecast
 from pgcdp.fsio import free_space
 from pgcdp.horizon import in_words
 from pgcdp.records import Interval
-from pgcdp.store.layout import Store
 from pgcdp.store.published import published
 from pgcdp.units import format_size
 
@@ -26,15 +26,16 @@ DISK_SOON = 7 * 86400.0
 """Time to buy a disk."""
 
 
-def examine(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
+def examine(config: Config, engine: EngineStatus | None, opened: Opened) -> Iterator[Finding]:
     """Raises OSError when a disk is gone."""
     rates: dict[str, Any] = {}
     with suppress(service.AgentGone):
         rates = service.ask(config.paths, "status").get("rates") or {}
     intervals: list[Interval] = []
-    with suppress(PreconditionError, DamageError):  # of the store, the step about the store tells
-        known = published(Store.open(config.store, config.set_id_bytes))
-        intervals = [each.interval for each in known.values()]
+    store = opened.if_it_opens()
+    if store is not None:
+        with suppress(PreconditionError, DamageError):  # of it, the step about the store tells
+            intervals = [each.interval for each in published(store).values()]
     yield from _journal(config, forecast.of_journal(config, engine, rates, intervals))
     yield from _store(config, forecast.of_store(config, intervals))
     for name, each in forecast.of_volumes(config, rates).items():

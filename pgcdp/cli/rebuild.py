@@ -18,7 +18,8 @@ def command(set_name: str | None, output: str) -> int:
     """Make the catalog anew from the store.
 
     The catalog is only a quick copy of what the store says; nothing is lost with it. Where manifests are damaged, it
-    says which intervals could not be read, and goes on with the rest; the exit code is 5 then.
+    says which intervals could not be read, and goes on with the rest; the exit code is 5 then. Of what an encrypted
+    store has twice to be opened with, a damaged copy is written again from the other.
     """
     from pgcdp import api
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pgcdp import keys
+from pgcdp import keys, wrapped
 from pgcdp.capture.modes import close_to_others
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, is_locked, make_directory, read_json, write_json
@@ -295,8 +295,8 @@ def numbers_in(directory: Path) -> list[int]:
 
 def _only_begun(path: Path) -> bool:
     """Whether a directory holds nothing but what `create` makes before store.json: none was ever complete here."""
+    files = {name for file in (*wrapped.FILES, "store.json") for name in (file, f".{file}.new")} - {"store.json"}
     return all(
-        entry.name in (keys.FILE, f".{keys.FILE}.new")
-        or (entry.name in DIRECTORIES and entry.is_dir() and not any(entry.iterdir()))
+        entry.name in files or (entry.name in DIRECTORIES and entry.is_dir() and not any(entry.iterdir()))
         for entry in path.iterdir()
     )

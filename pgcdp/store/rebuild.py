@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from pgcdp import keys
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import FILE_NAME, Catalog, catalog_file
@@ -15,13 +16,15 @@ from pgcdp.store.rewinds import keep as keep_rewinds
 
 def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
     """Make `catalog.db` anew; returns it with what could not be read and is therefore not in it. What the store has
-    twice of rewinds, it has twice again.
+    twice of rewinds and of its data key, it has twice again.
 
     The new catalog is built beside the old one and takes its place by rename. Nobody else may have it open.
     """
     place = catalog_file(store)
     if make_notes(store) is None:
         raise PreconditionError(f"{place.parent} cannot be written", "run pgcdp rebuild as root")
+    if store.encrypted:
+        keys.mend_copies(store.path)
     fresh = place.with_name(f"{FILE_NAME}.new")
     for leftover in (fresh, fresh.with_name(fresh.name + "-wal"), fresh.with_name(fresh.name + "-shm")):
         leftover.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgcdp import keys
+from pgcdp import keys, wrapped
 from pgcdp.errors import DamageError, PgcdpError, TargetError
 from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
@@ -97,9 +97,7 @@ class Checker:
         everything = "every boundary and write can still be restored if nothing else is damaged"
         with _noting(self, self.store.path / "store.json", everything):
             read_json(self.store.path / "store.json")
-        if self.store.encrypted:
-            with _noting(self, self.store.path / keys.FILE, "everything, as long as a copy of this file is elsewhere"):
-                keys.read_wrapped(self.store.path / keys.FILE)
+        self._check_data_key()
         self._check_chain()
         self._check_incoming()
         with _noting(
@@ -113,6 +111,16 @@ class Checker:
                 read_history(self.store, name)
                 self._read(self.store.history / name)
         return self._found(begun)
+
+    def _check_data_key(self) -> None:
+        """Both copies of what an encrypted store is opened with."""
+        if not self.store.encrypted:
+            return
+        with _noting(self, self.store.path / wrapped.FILES[0], _WITHOUT_DATA_KEY):
+            for file, message, other in keys.damaged_copies(self.store.path):
+                again = f"pgcdp rebuild {self.store.set_name} writes it again (of a store alone: cp -a {other} {file})"
+                still = f"everything, as long as {other} is whole: {again}" if other else _WITHOUT_DATA_KEY
+                self._note(file, 0, message, still)
 
     def _check_chain(self) -> None:
         """The oldest boundary, and that each interval begins where the one before ends."""
@@ -389,6 +397,7 @@ class Checker:
             self.count(unpaid)
 
 
+_WITHOUT_DATA_KEY = f"everything, as long as a copy of {wrapped.FILES[0]} is elsewhere"
 _WITHOUT_REWINDS = (
     "every boundary and write can still be restored; should an interval with a rewind in it be lost, too, transactions "
     "that this rewind left would count as current"

@@ -8,17 +8,17 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import xxhash
 
-from pgcdp import keys, sealing
+from pgcdp import keys, wrapped
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import make_directory, read_json, write_json
 from pgcdp.intervals.increments import close_interval, move_image
+from pgcdp.intervals.superblocks import superblocks
 from pgcdp.keys import KeySource
 from pgcdp.postgres import timelines
 from pgcdp.records import RecoveryPoint, Span
@@ -34,7 +34,7 @@ from pgcdp.store.image import Image
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.parquet import write_table
 from pgcdp.store.scrub import check_store
-from tests.fix_keys import MakeKey, new_key, opened_with, plain_files
+from tests.fix_keys import opened_with, plain_files
 from tests.journal_writer import BLOCK, WRITE, Op
 from tests.small_store import flip, make_store
 from tests.unit.test_blockmap import Scene, materialized
@@ -49,17 +49,8 @@ from tests.unit.test_increments import (
     random_op,
     run_interval,
 )
-from tests.unit.test_store_alone import state_of
 
 MARKER = bytes.fromhex("c0ffee5eed") * 3 + b"the row that nobody may read"
-
-
-@pytest.fixture
-def key(make_key: MakeKey, monkeypatch: pytest.MonkeyPatch) -> KeySource:
-    """What stores that are made in the test are encrypted with."""
-    found = make_key()
-    monkeypatch.setenv(keys.FILE_VARIABLE, str(found.file))
-    return found
 
 
 def marked(place: Path) -> Store:
@@ -124,118 +115,6 @@ def test_equal_content_is_never_the_same_ciphertext(tmp_path: Path, key: KeySour
     assert (store.image / "data.img").read_bytes()[:BLOCK] != once[:BLOCK]
     assert image.read_blocks(0, 0, 4) == b"same" * 1024 * 4
     image.close()
-
-
-# --- the key
-
-
-def test_only_the_key_opens_it_and_nothing_is_written(
-    tmp_path: Path, key: KeySource, make_key: MakeKey, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = make_store(tmp_path)
-    monkeypatch.delenv(keys.FILE_VARIABLE)
-    before = state_of(store.path)
-    wrong, short = make_key(), make_key()
-    assert wrong.file is not None
-    assert short.file is not None
-    assert key.file is not None
-    short.file.write_text(key.file.read_text()[:63])
-    cases: list[tuple[KeySource | None, str]] = [
-        (None, f"the store {store.path} is encrypted, and no key is given"),
-        (wrong, f"the key file {wrong.file} is not that of the store {store.path}: another key was used"),
-        (short, f"the key file {short.file} gives 63 characters that are no key"),
-        (KeySource(tmp_path / "none"), "cannot be read: No such file or directory"),
-        (KeySource(None, "echo no luck >&2; exit 7"), 'the key command "echo.*failed with exit code 7: no luck'),
-        (KeySource(None, "true"), 'the key command "true" gives 0 characters that are no key'),
-    ]
-    for found, said in cases:
-        with pytest.raises(PreconditionError, match=said) as caught:
-            opened_with(store.path, found)
-        assert caught.value.hint
-        with pytest.raises(PreconditionError, match="its store was not opened with a key"):
-            read_json(store.image / "state.json")
-    assert opened_with(store.path, KeySource(None, f"cat {key.file}")) == store
-    assert opened_with(store.path, key) == store
-    assert state_of(store.path) == before
-
-
-def test_a_key_that_others_may_read_is_refused(tmp_path: Path, make_key: MakeKey) -> None:
-    found = make_key()
-    assert found.file is not None
-    assert len(found.read()) == 32
-    for mode in (0o640, 0o604, 0o660):
-        found.file.chmod(mode)
-        with pytest.raises(PreconditionError, match=rf"may be read by others than its owner \(mode {mode:04o}\)"):
-            found.read()
-    found.file.chmod(0o400)
-    os.chown(found.file, 4711, 0)
-    with pytest.raises(PreconditionError, match="belongs to user 4711"):
-        found.read()
-
-
-def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
-    with pytest.raises(PreconditionError, match=r'"sleep 600" did not end in 0\.3 s and was killed'):
-        KeySource(None, "sleep 600").read(timeout=0.3)
-
-
-def test_a_command_that_leaves_something_behind_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keys, "LEFT_OPEN_SECONDS", 0.2)
-    began = time.monotonic()
-    with pytest.raises(PreconditionError, match="something that it started still holds the pipe"):
-        KeySource(command="setsid sleep 2 & echo key").read(timeout=0.3)
-    assert time.monotonic() - began < 1.5
-
-
-def test_a_pipe_that_nobody_writes_is_not_waited_for(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe, 0o600)
-    with pytest.raises(PreconditionError, match="0 characters that are no key"):
-        KeySource(pipe).read()
-
-
-def test_a_key_in_the_store_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "store").mkdir()
-    monkeypatch.setenv(keys.FILE_VARIABLE, str(new_key(tmp_path / "store" / "key").file))
-    with pytest.raises(PreconditionError, match="lies in the store"):
-        keys.user_key_for(tmp_path / "store")
-
-
-def test_a_plain_store_takes_no_key(tmp_path: Path, make_key: MakeKey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(keys.FILE_VARIABLE, raising=False)
-    store = make_store(tmp_path)
-    with pytest.raises(PreconditionError, match=f"the store {store.path} is not encrypted, but the key file"):
-        opened_with(store.path, make_key())
-    assert opened_with(store.path, None) == store
-
-
-def test_a_damaged_or_lost_data_key_is_damage_and_no_wrong_key(tmp_path: Path, key: KeySource) -> None:
-    store = make_store(tmp_path)
-    file = store.path / keys.FILE
-    raw = file.read_bytes()
-    flip(file, raw.index(b"wrapped") + 20)
-    assert [damage.file for damage in check_store(store).damages] == [file]
-    with pytest.raises(DamageError, match=rf"{file} has a wrong checksum at offset 0"):
-        opened_with(store.path, key)
-    content = read_json_of(raw, file)
-    write_json(file, {**content, "wrapped": flipped(str(content["wrapped"]))})
-    with pytest.raises(DamageError, match="does not hold what the key wrapped"):
-        opened_with(store.path, key)
-    file.unlink()
-    with pytest.raises(DamageError, match=r"encryption\.json is missing \(offset 0\), and the store is encrypted"):
-        opened_with(store.path, key)
-    file.write_bytes(raw)
-    assert opened_with(store.path, key) == store
-
-
-def read_json_of(raw: bytes, file: Path) -> dict[str, object]:
-    file.write_bytes(raw)
-    return read_json(file)
-
-
-def flipped(digits: str) -> str:
-    return digits[:-1] + ("0" if digits[-1] != "0" else "1")
 
 
 # --- what somebody changed who can compute checksums
@@ -357,7 +236,7 @@ def test_one_flipped_byte_in_any_file_is_found(tmp_path: Path, key: KeySource) -
             continue
         for at in [0, path.stat().st_size - 1, *(chooser.randrange(path.stat().st_size) for _ in range(4))]:
             raw = flip(path, at, 6)
-            if path.name != keys.FILE or not raw[at : at + 1].isspace():
+            if path.name not in wrapped.FILES or not raw[at : at + 1].isspace():
                 assert not check_store(store).ok, (path, at)
             path.write_bytes(raw)
     assert check_store(store).ok
@@ -446,16 +325,29 @@ def test_a_move_killed_at_every_step_is_done_again(tmp_path: Path, key: KeySourc
     assert Bundle.open(world.store, 2).interval.number == 2
 
 
-def test_a_killed_create_is_done_again_with_another_key(tmp_path: Path, key: KeySource) -> None:
-    (tmp_path / "a").mkdir()
-    store = make_store(tmp_path / "a", 0)
-    first = sealing.data_key_of(store.path)
-    fresh = tmp_path / "b"
-    fresh.mkdir()
-    shutil.copy(store.path / keys.FILE, fresh / keys.FILE)  # all that a killed one had written
-    again = Store.create(fresh, "s", SET_ID, list(store.volumes))
-    assert again.encrypted
-    assert sealing.data_key_of(fresh) not in (None, first)
+@pytest.mark.parametrize("what", ["block", "sum", "cut", "lost"])
+def test_a_superblock_that_is_damaged_is_told_and_not_served(
+    tmp_path: Path, key: KeySource, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store(tmp_path)
+    image = Image.open(store)
+    first = image.read_blocks(0, 0, 1)
+    image.close()
+    assert superblocks(store) == (first,)
+    assert not caplog.records
+    file = store.image / "data.img"
+    if what == "block":
+        flip(file, 1500)
+    elif what == "sum":
+        flip(file.with_suffix(".sums"), 20)
+    elif what == "cut":
+        os.truncate(file, 100)
+    else:
+        file.unlink()
+    assert superblocks(store) == (None,)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("the first block of volume data cannot be read: ")
+    assert str(file) in said
 
 
 def test_who_has_a_plain_store_does_not_wait_for_the_library_that_encrypts() -> None:
