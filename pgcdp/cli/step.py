@@ -19,6 +19,7 @@ from pgcdp.errors import UsageError
 @click.argument("name", metavar="CLONE")
 @click.argument("count", metavar="[N]", default="1")
 @click.option("--commit", is_flag=True, help="N commits instead of N writes.")
+@options.key_options("Where the key of the clone's store is, if it is encrypted")
 @options.output_option
 def command(name: str, count: str, commit: bool, output: str) -> None:
     """Move a clone N writes (or commits) onward, or back with a negative N.
