@@ -25,6 +25,12 @@ def refuse_elsewhere(config: Config) -> None:
         )
 
 
+def is_here(config: Config) -> bool:
+    """Whether the journal says that this is its home: not, when it says nothing."""
+    home = _home(config)
+    return home is not None and home.is_same(Place.here(config.root))
+
+
 def settle(config: Config) -> None:
     """The set is at home here from now on, durably, unless it is anywhere already."""
     if _home(config) is None:

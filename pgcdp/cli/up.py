@@ -43,7 +43,9 @@ def command(set_name: str | None, heal: bool, take_over: bool, upgrade: bool, ye
     gap, in which no recovery point lies. All points before and behind it stay right.
 
     A set whose journal or store belongs to another machine, or to another state root, is refused: this may be a copy of
-    it. --take-over moves it here, unless the other one still uses the store.
+    it. --take-over moves it here, unless the other one is seen to live: for 25 s it is watched whether the store is
+    renewed from there, and, after an unclean stop, whether journal or volumes are written to. Not seen is a capture
+    that has nothing to write in that time, or that has a copy of these disks: make sure that the other machine is off.
     """
     from pgcdp import api
 

@@ -9,6 +9,7 @@ asked for by a person, and watches first whether it is still renewed. Who has lo
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -66,20 +67,28 @@ def _refused(store: Store, owner: Owner) -> PreconditionError:
     )
 
 
-def take_over(store: Store, here: Place, progress: Report = silent) -> None:
+def _no() -> bool:
+    return False
+
+
+def take_over(store: Store, here: Place, progress: Report = silent, look: Callable[[], bool] = _no) -> None:
     """Have the store belong to this machine and root, durably.
 
-    Raises PreconditionError when it belongs to another that still renews it: that is watched for WATCH_SECONDS.
+    Raises PreconditionError when it belongs to another that still renews it: that is watched for WATCH_SECONDS. `look`
+    watches something else meanwhile: it raises what it sees, and tells whether it must look longer.
     """
     owner = owner_of(store)
     if owner is not None and not owner.place.is_same(here) and not owner.released:
-        _refuse_renewed(store, owner, progress)
+        _refuse_renewed(store, owner, progress, look)
+    while look():
+        time.sleep(0.2)
     _write(store, here, 0, released=True)
 
 
-def _refuse_renewed(store: Store, owner: Owner, progress: Report) -> None:
+def _refuse_renewed(store: Store, owner: Owner, progress: Report, look: Callable[[], bool] = _no) -> None:
     deadline = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline:
+        look()
         now = owner_of(store)
         if now is not None and now.renewals != owner.renewals:
             raise PreconditionError(
