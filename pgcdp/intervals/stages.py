@@ -25,6 +25,7 @@ from pgcdp.intervals.indexing import Start
 from pgcdp.postgres.relations import Look
 from pgcdp.records import Boundary, Interval, Position
 from pgcdp.store.bundle import Bundle
+from pgcdp.store.gaps import keep as keep_gaps
 from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_to_move
 from pgcdp.store.layout import Store
@@ -212,6 +213,7 @@ class Stages:
         self.behind = [Bundle.open(self.store, number) for number in numbers if number > reached]
         for bundle in self.behind:  # killed before that was done
             keep_rewinds(self.store, bundle.interval.rewinds)
+            keep_gaps(self.store, bundle.interval.gaps)
         self.move()
         self._go_on_from(self._boundary(max([reached, *numbers])), released)
         opened = self._opened()
@@ -321,6 +323,7 @@ class Stages:
         )  # fmt: skip
         self._files_before = files
         keep_rewinds(self.store, bundle.interval.rewinds)
+        keep_gaps(self.store, bundle.interval.gaps)
         self.published(bundle)
         self.behind.append(bundle)
         self.move()

@@ -31,6 +31,7 @@ from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
 from pgcdp.store.base import base_settings, missing_before, read_base
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
 from pgcdp.store.gaps import GapFinder, may_have_gaps
+from pgcdp.store.gaps import kept as kept_gaps
 from pgcdp.store.image import ImageState, read_state
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
@@ -143,7 +144,7 @@ class Source:
             raise DamageError(damage.message, hint) from None
         stored = self.intervals()
         within = [rewind for interval in stored for rewind in interval.rewinds]
-        gaps = [gap for interval in stored for gap in interval.gaps]
+        gaps = [gap for each in self.listed().values() for gap in self._gaps_of(each)]
         open_end = any(gap.end == point.write for gap in gaps)  # another may begin behind the last boundary
         if not stored or point.write > stored[-1].to_write or open_end:
             within, gaps = self.rewinds(), self.gaps()
@@ -194,7 +195,7 @@ class Source:
 
     def _gaps(self) -> list[Gap]:
         intervals, finder = self.intervals(), GapFinder()
-        stored = [gap for interval in intervals for gap in interval.gaps]
+        stored = [gap for each in self.listed().values() for gap in self._gaps_of(each)]
         unrecorded = None if self.journal is None else unrecorded_gap(self.journal.directory)
         if not stored and unrecorded is None and not may_have_gaps(self.store):
             return []
@@ -202,6 +203,18 @@ class Source:
             finder.take(records, data_of)
         found = stored + finder.found
         return with_unrecorded(found, unrecorded)
+
+    def _gaps_of(self, found: Published) -> Sequence[Gap]:
+        """As `_rewinds_of`."""
+        if not found.damage:
+            return found.interval.gaps
+        with suppress(DamageError):
+            return [
+                each
+                for each in kept_gaps(self.store)
+                if found.interval.from_write <= each.begin <= found.interval.to_write
+            ]
+        return ()
 
     def _tail(self, intervals: list[Interval]) -> Iterator[tuple[NDArray[np.void], Callable[[int], bytes]]]:
         """The writes behind the last boundary, in order: arrays INDEX or RECORD, each with what gives a row's data."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgcdp.errors import DamageError
-from pgcdp.fsio import write_json
+from pgcdp.fsio import read_json, write_json
 from pgcdp.records import BLOCK, GAP_BEGIN, GAP_END, GAP_REASONS, Gap, Kind
 from pgcdp.store.layout import Store
 
 MARKER = "gaps.json"
-"""In a store whose writes may have gap records: without it nobody looks for them behind the last boundary."""
+"""In a store whose writes may have gap records: without it nobody looks for them behind the last boundary. It has the
+gaps of all intervals once more: one that is lost would else hide from when to when nothing is known."""
 
 
 def announce(store: Store, behind: int) -> None:
@@ -26,6 +28,40 @@ def announce(store: Store, behind: int) -> None:
 def may_have_gaps(store: Store) -> bool:
     """Whether writes of this store may have gap records."""
     return (store.path / MARKER).exists()
+
+
+def keep(store: Store, gaps: Sequence[Gap]) -> None:
+    """Write down gaps of a published interval beside the intervals, durably. Harmless when done twice."""
+    if not gaps:
+        return
+    try:
+        content = _content(store)
+        known = {each.begin: each for each in _gaps_in(store, content)}
+    except DamageError:  # what is left of it helps nobody; what the intervals say holds
+        content, known = {}, {}
+    if any(known.get(each.begin) != each for each in gaps):
+        known |= {each.begin: each for each in gaps}
+        told = {"behind": content.get("behind", 0), "gaps": [asdict(known[begin]) for begin in sorted(known)]}
+        write_json(store.path / MARKER, told)
+
+
+def kept(store: Store) -> list[Gap]:
+    """What `keep` wrote, in order. Raises DamageError."""
+    return _gaps_in(store, _content(store))
+
+
+def _content(store: Store) -> dict[str, Any]:
+    try:
+        return read_json(store.path / MARKER)
+    except FileNotFoundError:
+        return {}
+
+
+def _gaps_in(store: Store, content: dict[str, Any]) -> list[Gap]:
+    try:
+        return [Gap(**each) for each in content.get("gaps", ())]
+    except TypeError:
+        raise DamageError(f"{store.path / MARKER} does not tell of gaps (offset 0)") from None
 
 
 def gap_name(reason: str, since_ns: int) -> str:

@@ -8,6 +8,7 @@ from pgcdp import keys
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import FILE_NAME, Catalog, catalog_file
+from pgcdp.store.gaps import keep as keep_gaps
 from pgcdp.store.history import history_names, read_history
 from pgcdp.store.layout import Store
 from pgcdp.store.notes import make_notes
@@ -16,7 +17,7 @@ from pgcdp.store.rewinds import keep as keep_rewinds
 
 def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
     """Make `catalog.db` anew; returns it with what could not be read and is therefore not in it. What the store has
-    twice of rewinds and of its data key, it has twice again.
+    twice, of rewinds, gaps and its data key, it has twice again.
 
     The new catalog is built beside the old one and takes its place by rename. Nobody else may have it open.
     """
@@ -38,6 +39,7 @@ def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
                 bundle = Bundle.at(store, span)
                 catalog.put_interval(bundle)
                 keep_rewinds(store, bundle.interval.rewinds)
+                keep_gaps(store, bundle.interval.gaps)
             except DamageError as damage:
                 damages.append(damage)
         for name in history_names(store):

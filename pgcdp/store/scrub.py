@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,17 +19,20 @@ from pgcdp import keys, wrapped
 from pgcdp.errors import DamageError, PgcdpError, TargetError
 from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
-from pgcdp.records import BLOCK, Span
+from pgcdp.records import BLOCK, Gap, Rewind, Span
 from pgcdp.store.base import base_place, check_copies, check_kept, missing_before, read_base
 from pgcdp.store.bundle import CONTENTS, Bundle
 from pgcdp.store.damage import Costs, Damage
 from pgcdp.store.frames import HEADER_BYTES, Entry, FrameReader, check_unfinished
+from pgcdp.store.gaps import MARKER as GAPS
+from pgcdp.store.gaps import kept as kept_gaps
 from pgcdp.store.history import history_names, read_history
 from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open
-from pgcdp.store.rewinds import KEPT, kept
+from pgcdp.store.rewinds import KEPT as REWINDS
+from pgcdp.store.rewinds import kept as kept_rewinds
 from pgcdp.store.survey import survey
 
 Progress = Callable[[int, int], None]
@@ -105,7 +108,8 @@ class Checker:
         ):
             Image.open(self.store).close()
         self._check_timelines()
-        self._check_rewinds()
+        self._check_twice(REWINDS, "rewinds", kept_rewinds, _WITHOUT_REWINDS)
+        self._check_twice(GAPS, "gaps", kept_gaps, _WITHOUT_GAPS)
         for name in history_names(self.store):
             with _noting(self, self.store.history / name, everything):
                 read_history(self.store, name)
@@ -191,17 +195,17 @@ class Checker:
             if not path.exists():
                 self._note(path, 0, f"{path} is missing", _WITHOUT_TIMELINES)
 
-    def _check_rewinds(self) -> None:
-        """That those of whole intervals are written down once more beside them. The newest may just be."""
-        path = self.store.path / KEPT
-        with _noting(self, path, _WITHOUT_REWINDS):
-            told, newest = {each.begin for each in kept(self.store)}, self.store.newest_number()
+    def _check_twice(self, name: str, what: str, read: Callable[[Store], Sequence[Rewind | Gap]], without: str) -> None:
+        """That rewinds or gaps of whole intervals are written down once more beside them. The newest may just be."""
+        path = self.store.path / name
+        with _noting(self, path, without):
+            told, newest = {each.begin for each in read(self.store)}, self.store.newest_number()
             if any(
-                rewind.begin not in told
+                one.begin not in told
                 for number, each in survey(self.store).items() if number < newest
-                for rewind in each.interval.rewinds
+                for one in getattr(each.interval, what)
             ):  # fmt: skip
-                self._note(path, 0, f"{path} lacks rewinds", _WITHOUT_REWINDS)
+                self._note(path, 0, f"{path} lacks {what}", without)
         self._read(path)
 
     # --- an interval
@@ -401,6 +405,10 @@ _WITHOUT_DATA_KEY = f"everything, as long as a copy of {wrapped.FILES[0]} is els
 _WITHOUT_REWINDS = (
     "every boundary and write can still be restored; should an interval with a rewind in it be lost, too, transactions "
     "that this rewind left would count as current"
+)
+_WITHOUT_GAPS = (
+    "every boundary and write can still be restored; should an interval with a gap in it be lost, too, a time in that "
+    "gap would count as one that is known"
 )
 _WITHOUT_TIMELINES = "every boundary and write can still be restored; a rewind may take a timeline a second time"
 

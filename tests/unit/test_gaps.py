@@ -12,9 +12,11 @@ import xxhash
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.tracked import unrecorded_gap
 from pgcdp.errors import DamageError, TargetError
-from pgcdp.records import GAP_BEGIN, GAP_END, Gap
+from pgcdp.fsio import read_json
+from pgcdp.records import GAP_BEGIN, GAP_END, Gap, Volume
 from pgcdp.recovery.gaps import refuse_in_gap, refuse_time_in_gap, with_unrecorded
-from pgcdp.store.gaps import GapFinder, gap_name
+from pgcdp.store.gaps import MARKER, GapFinder, announce, gap_name, keep, kept
+from pgcdp.store.layout import Store
 from pgcdp.store.rewinds import rewind_records
 from tests.golden.make_golden import BLOCK, MARK, SET_ID, Item, JournalMaker, write
 
@@ -80,6 +82,28 @@ def test_records_that_cannot_be_are_damage(tmp_path: Path, items: list[Item]) ->
 
 
 GAPS = [Gap(50, 60, "changed", 1000, 2000, 9), Gap(90, None, "untracked", 5000, None, 3)]
+
+
+def test_gaps_are_written_down_once_more_beside_the_intervals(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", "s", SET_ID, [Volume(0, "data", BLOCK)])
+    keep(store, [])
+    assert not (store.path / MARKER).exists(), "without one, nobody looks for records"
+    assert kept(store) == []
+    announce(store, 40)
+    assert kept(store) == []
+    keep(store, GAPS[1:])
+    keep(store, GAPS[:1])
+    before = (store.path / MARKER).stat().st_ino
+    keep(store, GAPS[:1])
+    announce(store, 99)
+    assert (store.path / MARKER).stat().st_ino == before, "nothing new is nothing to write"
+    assert kept(store) == GAPS
+    assert read_json(store.path / MARKER)["behind"] == 40
+    (store.path / MARKER).write_bytes(b"{}")
+    with pytest.raises(DamageError):
+        kept(store)
+    keep(store, GAPS)
+    assert kept(store) == GAPS
 
 
 def test_no_write_inside_is_a_target_and_the_nearest_are_named() -> None:
