@@ -308,5 +308,3 @@ void jr_close(struct jr *jr)
     free(jr->dir);
     free(jr);
 }
-
-const uint8_t *jr_set_id(const struct jr *jr) { return jr->set_id; }

@@ -79,9 +79,6 @@ int jr_open(struct jr **out, const char *dir, const uint8_t set_id[16], struct e
 
 void jr_close(struct jr *jr);
 
-/* The set id in the segments (zeros in an empty journal). */
-const uint8_t *jr_set_id(const struct jr *jr);
-
 /*
  * Reads the next batch. Returns 1 with a batch, 0 at the end of the journal, JR_DAMAGE, JR_STALE or another -errno.
  * After a negative answer the position is unchanged.

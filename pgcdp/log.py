@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-LEVELS = ("debug", "info", "warning", "error")
-
 
 class _Lines(logging.Formatter):
     """RFC 3339 UTC times with microseconds, as in everything else that pgcdp prints."""

@@ -27,7 +27,6 @@ from pgcdp.store.transactions import CREATED, DROPPED, REWRITTEN, TRUNCATED
 
 _KEYS = ("database_oid", "oid", "schema", "name", "database", "parent_oid")
 _EVENT_KEYS = ("database", "oid", "schema", "name", "database_name")
-_SHARED = ("rows", "inserted", "updated", "deleted", "flags")
 _COUNTS = {"insert": "inserted", "update": "updated", "delete": "deleted"}
 _FLAGS = {"create": CREATED, "truncate": TRUNCATED, "drop": DROPPED, "rewrite": REWRITTEN}
 

@@ -159,10 +159,6 @@ class VolumeFiles:
         self.pending: list[tuple[NDArray[np.int64], NDArray[Any]]] = []
         self.pending_blocks = 0
 
-    def used_bytes(self) -> int:
-        """Bytes that the image file takes on disk."""
-        return os.fstat(self.fd).st_blocks * 512
-
     def used_bytes_in(self, block: int, count: int) -> int:
         """Of some blocks, the bytes that lie in no hole; their number when the filesystem cannot tell."""
         at, end, used = block * BLOCK, (block + count) * BLOCK, 0
