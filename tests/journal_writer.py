@@ -26,6 +26,7 @@ class Op:
     length: int = 0
     data: bytes = b""
     wall_ns: int = 0
+    flags: int = 0
 
 
 @dataclass
@@ -60,7 +61,7 @@ def encode_batch(salt: int, number: int, first: int, ops: list[Op], previous: tu
         records += struct.pack(
             "<BBHIQqqQQ",
             op.kind,
-            0,
+            op.flags,
             volume,
             size,
             first + i,

@@ -169,14 +169,14 @@ def alone(paths: SetPaths) -> Iterator[None]:
 
 
 def _serves(config: Config, client: EngineClient) -> bool:
-    """Whether a capture process answers; waits for one that replays still: whoever started it may have been killed.
+    """Whether a capture process answers; waits for one that does not yet: whoever started it may have been killed.
 
-    It has the journal's lock from its beginning to its end, and answers when it serves.
+    It is there before it has the journal's lock, has that to its end, and answers when it has replayed.
     """
     deadline = time.monotonic() + SETTLE_SECONDS
     while not client.alive():
         try:
-            if not fsio.is_locked(config.journal / "lock"):
+            if not sharing.captures_at(config.paths.control) and not fsio.is_locked(config.journal / "lock"):
                 return False
         except OSError:  # the engine tells of it
             return False

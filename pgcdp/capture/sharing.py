@@ -23,6 +23,8 @@ from pgcdp.sets import list_sets
 
 _SECTOR = 512
 """Unit of sizes below /sys/block."""
+_BEFORE_OPTIONS = 6
+"""Words of an engine's command line up to the sub-command, with the shell's that starts it (children.spawn)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +125,16 @@ def _loops() -> Iterator[Path]:
 
 
 def captures_at(control: Path) -> set[int]:
-    """The capture processes that answer at a control socket, or will when they have replayed."""
+    """The capture processes that answer at a control socket, or will: also those that the shell is still to become.
+
+    So from when the lock is let go of under which one was started (held.py), however its starter ended.
+    """
     found = set[int]()
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with suppress(OSError):
                 words = (process / "cmdline").read_bytes().split(b"\0")
-                if words[1:2] == [b"capture"] and (b"--control", os.fsencode(control)) in pairwise(words):
+                if b"capture" in words[:_BEFORE_OPTIONS] and (b"--control", os.fsencode(control)) in pairwise(words):
                     found.add(int(process.name))
     return found
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pgcdp.capture.sharing import captures_at
+
 SHELL = """
 read line; echo log $line; echo held >/proc/$$/fd/100
 for n in $(seq 101 120); do [ ! -e /proc/$$/fd/$n ] || echo $n is left; done
@@ -37,3 +39,15 @@ def test_no_descriptor_takes_the_place_of_another(tmp_path: Path, numbers: tuple
     assert (tmp_path / "log").read_text() == "log line\n"
     assert (tmp_path / "held").read_text() == "held\n"
     assert (tmp_path / "until").read_text() == "line\n"
+
+
+def test_a_capture_process_is_known_before_it_is_one(tmp_path: Path) -> None:
+    """As the shell that starts it: as soon as nobody else may start one."""
+    control = tmp_path / "control"
+    shell = ["/bin/sh", "-c", 'read line; exec "$@"', "sh", "/bin/true", "capture", "--set-id", "1", "--control"]
+    with subprocess.Popen([*shell, str(control)], stdin=subprocess.PIPE) as starting:
+        assert captures_at(control) == {starting.pid}
+        assert captures_at(tmp_path / "other") == set()
+        assert starting.stdin is not None
+        starting.stdin.write(b"on\n")
+    assert captures_at(control) == set()
