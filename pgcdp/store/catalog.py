@@ -229,15 +229,16 @@ def said_of(bundle: Bundle) -> str | None:
 
 
 def seen_of(place: Path | str) -> str | None:
-    """Which file the manifest in a directory is, and of when; None when there is none.
+    """Which directory an interval is, and of when; None when there is none.
 
-    A manifest that was replaced, by retention or with the store, is another one.
+    A manifest that is replaced, by retention or with the store, or goes away, makes it another one. The manifest is not
+    looked at itself: on a cold disk that takes two seconds of ten thousand, and of their directories a third of one.
     """
     try:
-        status = os.stat(f"{place}/manifest.json")
+        status = os.stat(place)
     except OSError:
         return None
-    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    return f"{status.st_ino} {status.st_mtime_ns}"
 
 
 def _sum_of(row: dict[str, Any]) -> str:
