@@ -59,6 +59,10 @@ def test_a_copy_is_worth_nothing_without_the_key(
     said = pgcdp("verify", found.name, code=6)["error"]
     assert f"the key file {key} cannot be read" in said["message"]
     assert {path: path.stat().st_mtime_ns for path in found.store.glob("history/*")} == before
+    failing = {each["name"]: each["detail"] for each in pgcdp("check", found.name, code=6)["checks"] if not each["ok"]}
+    failing.pop("agent", None)  # it may have tried by now, too
+    assert list(failing) == ["store"], "it is told once"
+    assert f"the key file {key} cannot be read" in failing["store"]
     found.allowed.append("ERROR agent: the key file .* cannot be read")
     api.down(found.name)
     api.up(found.name)  # a key that is away does not keep production down

@@ -20,6 +20,7 @@ from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.progress import Progress
 from tests.fix_house import MIB, House, assert_as_before
+from tests.fix_keys import new_key
 
 Change = Callable[[House], ProtectRequest]
 
@@ -56,6 +57,10 @@ def _left_over(house: House) -> ProtectRequest:
     return house.request()
 
 
+def _captured_key(house: House) -> ProtectRequest:
+    return house.request(encrypt_key_file=new_key(house.pgdata / "key").file)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -82,6 +87,7 @@ def _left_over(house: House) -> ProtectRequest:
         (_linked_wal, "pg_wal is a link"),
         (_tablespace, "tablespace .* outside"),
         (_left_over, "pgcdp-before-main exists"),
+        (_captured_key, "key lies in .*pg, which is captured"),
     ],
 )
 def test_refused_and_nothing_changed(house: House, change: Change, told: str) -> None:
