@@ -367,8 +367,6 @@ class Run:
         self.done.bytes += self._swept.bytes
         self.done.waiting = self._swept.waiting
         self._mirrored(self._forget)
-        if self._swept.bytes:  # which made their directories others than those that were mirrored
-            self._mirrored(self._mirror.catch_up)
 
     def _forget(self) -> None:
         known = self._mirror.intervals().keys()  # first: the agent may publish one now

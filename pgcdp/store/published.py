@@ -1,7 +1,7 @@
 """The published intervals as their manifests say, without reading ten thousand files: the catalog mirrors them.
 
-The catalog tells of a manifest as long as its directory is as it was when that was mirrored; all others are read. No
-other file is looked at here; whoever opens the `Bundle` reads the manifest, and compares it with the files.
+The catalog tells of a manifest as long as that is the file which was mirrored; of all others, they are read. No other
+file is looked at here; whoever opens the `Bundle` compares it with the files.
 """
 
 from __future__ import annotations
@@ -93,21 +93,11 @@ def mirrored(store: Store) -> dict[int, Mirrored]:
             told = catalog.intervals()
         finally:
             catalog.close()
-        single = _seen_in(store.path / "intervals")
+        single = f"{store.path}/intervals/"  # there can be ten thousand, and making a Path costs more than the look
         return {
             number: each
             for number, each in told.items()
             if each.seen
-            == (single.get(f"{number:010d}") if each.interval.covers == 1 else seen_of(store.place(each.interval.span)))
+            == seen_of(f"{single}{number:010d}" if each.interval.covers == 1 else store.place(each.interval.span))
         }
     return {}
-
-
-def _seen_in(directory: Path) -> dict[str, str | None]:
-    """By name. They can be ten thousand: in order of their inodes a cold disk reads them one behind the other."""
-    try:
-        with os.scandir(directory) as entries:
-            order = sorted((entry.inode(), entry.name) for entry in entries)
-    except FileNotFoundError:
-        return {}
-    return {name: seen_of(f"{directory}/{name}") for _, name in order}

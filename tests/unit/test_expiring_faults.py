@@ -135,13 +135,6 @@ def test_a_catalog_that_cannot_forget_keeps_single_writes_and_boundaries(
     assert as_told(years.store) == as_stored(years.store)
 
 
-def test_what_retention_swept_is_told_by_the_catalog_again(years: Years) -> None:
-    """Else each command reads every manifest that was thinned, until the agent starts anew."""
-    rebuild(years.store)[0].close()
-    assert years.expire(Policy(0.0)).thin
-    assert mirrored(years.store).keys() == {span.last for span in years.store.spans()}
-
-
 def test_a_catalog_that_is_replaced_during_a_run_is_told_of_what_goes(years: Years) -> None:
     rebuild(years.store)[0].close()
 
