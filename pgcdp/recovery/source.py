@@ -37,7 +37,8 @@ from pgcdp.store.image_lock import image_held
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
 from pgcdp.store.published import Published
-from pgcdp.store.rewinds import Said, kept, pair, said_in
+from pgcdp.store.rewinds import Said, pair, said_in
+from pgcdp.store.rewinds import kept as kept_rewinds
 from pgcdp.store.survey import survey
 from pgcdp.units import format_lsn
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pgcdp.recovery.history import Transactions
 
 T = TypeVar("T")
+R = TypeVar("R", Rewind, Gap)
 
 ATTEMPTS = 5
 """How often reading begins anew when the agent took over or published writes meanwhile."""
@@ -144,7 +146,7 @@ class Source:
             raise DamageError(damage.message, hint) from None
         stored = self.intervals()
         within = [rewind for interval in stored for rewind in interval.rewinds]
-        gaps = [gap for each in self.listed().values() for gap in self._gaps_of(each)]
+        gaps = self._stored_gaps()
         open_end = any(gap.end == point.write for gap in gaps)  # another may begin behind the last boundary
         if not stored or point.write > stored[-1].to_write or open_end:
             within, gaps = self.rewinds(), self.gaps()
@@ -171,7 +173,11 @@ class Source:
 
     def _rewinds(self) -> list[Rewind]:
         intervals = self.intervals()
-        stored = [rewind for each in self.listed().values() for rewind in self._rewinds_of(each)]
+        stored = [
+            rewind
+            for each in self.listed().values()
+            for rewind in self._told_of(each, each.interval.rewinds, kept_rewinds)
+        ]
         if not stored and not (self.store.path / TIMELINES).is_dir():  # made before the first one begins
             return []
         said: list[Said] = []
@@ -179,10 +185,10 @@ class Source:
             said += said_in(records, data_of)
         return stored + pair(said)
 
-    def _rewinds_of(self, found: Published) -> Sequence[Rewind]:
-        """Those of a published interval, also of one that is lost."""
+    def _told_of(self, found: Published, own: Sequence[R], kept: Callable[[Store], Sequence[R]]) -> Sequence[R]:
+        """Rewinds or gaps of a published interval, also of one that is lost. `own`: those that its manifest has."""
         if not found.damage:
-            return found.interval.rewinds
+            return own
         with suppress(DamageError):
             return [
                 each for each in kept(self.store) if found.interval.from_write <= each.begin <= found.interval.to_write
@@ -195,7 +201,7 @@ class Source:
 
     def _gaps(self) -> list[Gap]:
         intervals, finder = self.intervals(), GapFinder()
-        stored = [gap for each in self.listed().values() for gap in self._gaps_of(each)]
+        stored = self._stored_gaps()
         unrecorded = None if self.journal is None else unrecorded_gap(self.journal.directory)
         if not stored and unrecorded is None and not may_have_gaps(self.store):
             return []
@@ -204,17 +210,8 @@ class Source:
         found = stored + finder.found
         return with_unrecorded(found, unrecorded)
 
-    def _gaps_of(self, found: Published) -> Sequence[Gap]:
-        """As `_rewinds_of`."""
-        if not found.damage:
-            return found.interval.gaps
-        with suppress(DamageError):
-            return [
-                each
-                for each in kept_gaps(self.store)
-                if found.interval.from_write <= each.begin <= found.interval.to_write
-            ]
-        return ()
+    def _stored_gaps(self) -> list[Gap]:
+        return [gap for each in self.listed().values() for gap in self._told_of(each, each.interval.gaps, kept_gaps)]
 
     def _tail(self, intervals: list[Interval]) -> Iterator[tuple[NDArray[np.void], Callable[[int], bytes]]]:
         """The writes behind the last boundary, in order: arrays INDEX or RECORD, each with what gives a row's data."""
