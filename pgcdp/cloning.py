@@ -62,7 +62,7 @@ def clone(
     if name is not None:
         cloned.check_name(name)
     cloned.expire(root)
-    source = open_source(set_name, store)
+    source = open_source(set_name, store, trusting=True)
     point = point_of(source, target, before)
     # What lies on both sides is read in the WAL behind the last boundary, which may be long: the clone opens meanwhile.
     with ThreadPoolExecutor(2) as beside:
@@ -242,7 +242,7 @@ def _source_of(found: Clone) -> Source:
         raise PreconditionError(
             f"set {found.set_name}, which clone {found.name} was opened from, is not protected any more", other
         )
-    source = open_source(found.set_name, None if found.set_name else found.store)
+    source = open_source(found.set_name, None if found.set_name else found.store, trusting=True)
     if scratch_place(source) != found.place.parent:
         raise PreconditionError(
             f"{source.store.path} is not the store that clone {found.name} was opened from, {found.store}",

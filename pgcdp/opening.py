@@ -33,21 +33,21 @@ def engine_status(config: Config) -> EngineStatus | None:
         return None
 
 
-def source_of(config: Config, engine: EngineStatus | None) -> Source:
-    """The set's store with its journal."""
+def source_of(config: Config, engine: EngineStatus | None, *, trusting: bool = False) -> Source:
+    """The set's store with its journal. `trusting`: as `Source` has it."""
     journal = Journal(config.journal, config.set_id_bytes)
     store = Store.open(config.store, config.set_id_bytes)
     durable_write, now_ns = (engine.durable_write, time.time_ns()) if engine else (None, 0)
-    return Source(store, journal, durable_write, now_ns, config.pgdata)
+    return Source(store, journal, durable_write, now_ns, config.pgdata, trusting)
 
 
-def open_source(set_name: str | None, store: Path | None) -> Source:
-    """The source that a command names: a set, or a store alone."""
+def open_source(set_name: str | None, store: Path | None, *, trusting: bool = False) -> Source:
+    """The source that a command names: a set, or a store alone. `trusting`: as `Source` has it."""
     if store is not None:
-        return Source(Store.open(store))
+        return Source(Store.open(store), trusting=trusting)
     assert set_name is not None
     config = load_config(set_name)
-    return source_of(config, engine_status(config))
+    return source_of(config, engine_status(config), trusting=trusting)
 
 
 def point_json(point: RecoveryPoint) -> Json:

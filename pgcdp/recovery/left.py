@@ -27,6 +27,9 @@ class Listed(Protocol):
     def listed(self) -> dict[int, Published]:
         """The published intervals by number, in order, and what is lost between them."""
 
+    def look(self) -> bool:
+        """From now on, the manifest of each interval was looked at."""
+
 
 Run = tuple[int, int]
 """Writes from the first to the last one, both included."""
@@ -124,6 +127,7 @@ def naming_nearest(source: Listed, point: RecoveryPoint) -> Iterator[None]:
 
 def hint_of(source: Listed, write: int, message: str) -> str:
     """The nearest points to a write that cannot be restored for the damage that a message tells of."""
+    source.look()
     base, listed = source.base(), source.listed()
     lost = [each.lost for each in damages_of(source) if each.lost is not None]
     place = place_in(source.store, message)

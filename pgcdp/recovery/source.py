@@ -30,6 +30,7 @@ from pgcdp.recovery.left import hint_of, refuse_lost, refuse_lost_target, write_
 from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
 from pgcdp.store.base import base_settings, missing_before, read_base
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
+from pgcdp.store.catalog import seen_of
 from pgcdp.store.gaps import GapFinder, may_have_gaps
 from pgcdp.store.gaps import kept as kept_gaps
 from pgcdp.store.image import ImageState, read_state
@@ -57,7 +58,8 @@ class Source:
 
     `durable_write`: the journal's newest durable write, as the engine says (None: look at a journal that nobody
     writes). `now_ns`: until when it is known that no other write came. `pgdata`: where the live cluster's data
-    directory is.
+    directory is. `trusting`: the catalog's word is taken for the manifests of intervals that the point does not need,
+    until something is not as it says: on a cold disk, to look at ten thousand takes as long as to open a clone.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class Source:
         durable_write: int | None = None,
         now_ns: int = 0,
         pgdata: Path | None = None,
+        trusting: bool = False,
     ) -> None:
         self.store = store
         self.journal = journal
         self.durable_write = durable_write
         self.now_ns = now_ns
         self.pgdata = pgdata
+        self._trusting = trusting
         self._published: dict[int, Published] = {}
         self._names: tuple[list[str], ...] = ()  # of the store, when these were read
         self._transactions: tuple[object, Transactions] | None = None  # with what was read of the tail; and of when
@@ -92,8 +96,24 @@ class Source:
         names = self.store.names()  # before: what comes meanwhile is looked for again the next time
         if names != self._names:
             known = {number: each for number, each in self._published.items() if not each.damage}
-            self._published, self._names = survey(self.store, known), names
+            self._published, self._names = survey(self.store, known, look=not self._trusting), names
         return self._published
+
+    def look(self) -> bool:
+        """From now on, the manifest of each interval is compared with what the catalog has. False: it was before."""
+        if not self._trusting:
+            return False
+        self._trusting, self._published, self._names, self._transactions = False, {}, (), None
+        return True
+
+    def _as_mirrored(self, point: RecoveryPoint) -> bool:
+        """Whether the catalog's word is true of all that the point needs: from its interval to the image."""
+        writes = point.write, point.blank_write or point.write, read_state(self.store).write
+        return all(
+            each.unlooked is None or each.unlooked == seen_of(each.path)
+            for each in self.listed().values()
+            if each.interval.to_write >= min(writes) and each.interval.from_write <= max(writes) + 1
+        )
 
     def base(self) -> Boundary:
         """The oldest boundary. Raises TargetError while there is none."""
@@ -135,6 +155,15 @@ class Source:
         Nor is there one where retention let go of single writes. Damage behind the last boundary is raised only to
         those who want to go there.
         """
+        if self._trusting:
+            with suppress(Exception):  # it may be the word of another store: told when everything was looked at
+                point = self._resolve(target)
+                if self._as_mirrored(point):
+                    return point
+            self.look()
+        return self._resolve(target)
+
+    def _resolve(self, target: Target) -> RecoveryPoint:
         try:
             if target.kind == "time":
                 refuse_time_in_gap(target.value, self.gaps())
@@ -404,7 +433,7 @@ class Source:
                 with self.held() if attempts == ATTEMPTS else nullcontext():
                     return attempt()
             except (FileNotFoundError, DamageError, PreconditionError) as error:
-                if attempts < ATTEMPTS and self._seen() != before:
+                if self.look() or (attempts < ATTEMPTS and self._seen() != before):
                     continue
                 if self.journal is not None and isinstance(error, DamageError):
                     self._blame_store(self.journal)
@@ -541,6 +570,9 @@ class Source:
 
     def settings(self, point: RecoveryPoint) -> dict[str, Any] | None:
         """Postgres's settings at a point: those kept with its interval, or with the last one before it."""
+        return self.again(lambda: self._settings(point))
+
+    def _settings(self, point: RecoveryPoint) -> dict[str, Any] | None:
         known = [each for each in self.listed().values() if each.interval.from_write <= point.write + 1]
         for each in reversed(known):
             settings = {} if each.damage else self.settings_of(each.interval.number)

@@ -24,6 +24,7 @@ from pgcdp.store.layout import Store
 class Published(NamedTuple):
     """A published interval. `said`: as `catalog.said_of`. `damage`: why it cannot be read, "" for one that can.
 
+    `unlooked`: `catalog.seen_of` its manifest as the catalog has it, where nobody looked at that; else None.
     Of one that cannot, `interval` is what its neighbours tell: its writes, and about when it was. It may stand for
     several that follow each other.
     """
@@ -32,6 +33,7 @@ class Published(NamedTuple):
     store: Store
     said: str | None
     damage: str = ""
+    unlooked: str | None = None
 
     @property
     def indexed(self) -> bool:
@@ -66,25 +68,34 @@ def published(store: Store, known: Mapping[int, Published] = _NOTHING) -> dict[i
                 raise
 
 
-def read_intervals(store: Store, spans: list[Span], known: Mapping[int, Published]) -> dict[int, Published]:
-    """Those of `spans`, each from `known`, the catalog or its manifest. Raises what `Bundle.at` does."""
+def read_intervals(
+    store: Store, spans: list[Span], known: Mapping[int, Published], *, look: bool = True
+) -> dict[int, Published]:
+    """Those of `spans`, each from `known`, the catalog or its manifest. Raises what `Bundle.at` does.
+
+    Without `look` the catalog's word is taken for all that it has.
+    """
     fresh = [span for span in spans if span.last not in known or known[span.last].interval.span != span]
-    told = mirrored(store) if len(fresh) > 1 else {}
+    told = mirrored(store, look=look) if len(fresh) > 1 else {}
     found: dict[int, Published] = {}
     for span in spans:
         number = span.last
         if number in known and known[number].interval.span == span:
             found[number] = known[number]
         elif number in told and told[number].interval.span == span:
-            found[number] = Published(told[number].interval, store, told[number].said)
+            interval, said, seen = told[number]
+            found[number] = Published(interval, store, said, unlooked=None if look else seen)
         else:
             bundle = Bundle.at(store, span)
             found[number] = Published(bundle.interval, store, said_of(bundle))
     return found
 
 
-def mirrored(store: Store) -> dict[int, Mirrored]:
-    """What the catalog has of manifests that are still the same; nothing when there is none or it cannot be read."""
+def mirrored(store: Store, *, look: bool = True) -> dict[int, Mirrored]:
+    """What the catalog has of manifests that are still the same; nothing when there is none or it cannot be read.
+
+    Without `look` it may have been of others.
+    """
     if not os.path.exists(catalog_file(store)):
         return {}
     with suppress(PgcdpError):
@@ -93,6 +104,8 @@ def mirrored(store: Store) -> dict[int, Mirrored]:
             told = catalog.intervals()
         finally:
             catalog.close()
+        if not look:
+            return told
         single = f"{store.path}/intervals/"  # there can be ten thousand, and making a Path costs more than the look
         return {
             number: each

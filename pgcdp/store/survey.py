@@ -21,15 +21,18 @@ from pgcdp.store.open_interval import read_open_index
 from pgcdp.store.published import Published, mirrored, read_intervals
 
 
-def survey(store: Store, known: Mapping[int, Published] = MappingProxyType({})) -> dict[int, Published]:
+def survey(
+    store: Store, known: Mapping[int, Published] = MappingProxyType({}), *, look: bool = True
+) -> dict[int, Published]:
     """As `published`, with what is damaged or missing in its place: the others can be restored all the same.
 
-    What cannot be placed, because nothing whole lies behind it, is left out, with all behind it. Raises DamageError
-    when the oldest boundary cannot be read.
+    What cannot be placed, because nothing whole lies behind it, is left out, with all behind it. Without `look` a
+    manifest that is damaged or another one by now is not noticed, if the catalog has it. Raises DamageError when the
+    oldest boundary cannot be read.
     """
     names: tuple[list[str], ...] | None = None
     while True:
-        found, damages = _readable(store, store.spans(), known)
+        found, damages = _readable(store, store.spans(), known, look)
         base = read_base(store)
         whole = found if base is None else _placed(store, base, found, damages)
         if not damages and len(whole) == len(found):
@@ -40,11 +43,11 @@ def survey(store: Store, known: Mapping[int, Published] = MappingProxyType({})) 
 
 
 def _readable(
-    store: Store, spans: list[Span], known: Mapping[int, Published]
+    store: Store, spans: list[Span], known: Mapping[int, Published], look: bool
 ) -> tuple[dict[int, Published], dict[int, str]]:
     """Those that can be read, and of the others why not; both by number."""
     with suppress(DamageError, TargetError):  # nearly always
-        return read_intervals(store, spans, known), {}
+        return read_intervals(store, spans, known, look=look), {}
     found: dict[int, Published] = {}
     damages: dict[int, str] = {}
     for number, told in mirrored(store).items():

@@ -135,8 +135,8 @@ class Scene:
         image.sync()
         image.close()
 
-    def source(self) -> Source:
-        return Source(Store.open(self.world.store.path), self.world.journal, len(self.world.ops))
+    def source(self, *, trusting: bool = False) -> Source:
+        return Source(Store.open(self.world.store.path), self.world.journal, len(self.world.ops), trusting=trusting)
 
     def at(self, write: int) -> list[bytes]:
         """What the dumb model holds after a write."""

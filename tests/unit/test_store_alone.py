@@ -86,15 +86,19 @@ def test_a_store_that_was_exchanged_is_not_told_of_by_what_was_before(scene: Sce
     shutil.rmtree(store)
     shutil.copytree(other.world.store.path, store)
     ends = [each.to_write for each in other.source().intervals()]
+    targets = [Target("boundary", number) for number in range(1, 5)] + [Target("write", each) for each in range(1, 27)]
+    trusting = [Source(Store.open(store), trusting=True).resolve(target) for target in targets]
     assert [each.to_write for each in Source(Store.open(store)).intervals()] == ends
     assert [each["to_write"] for each in info(None, store)["intervals"]] == ends
+    assert trusting == [Source(Store.open(store)).resolve(target) for target in targets]
 
 
+@pytest.mark.parametrize("trusting", [False, True])
 @pytest.mark.parametrize("catalog", ["whole", "none"])
 @pytest.mark.parametrize("numbers", [[2], [2, 3], [4], [3, 4]])
 @pytest.mark.parametrize("how", ["manifest", "directory"])
 def test_what_lies_behind_a_lost_interval_is_listed_and_restored(
-    scene: Scene, catalog: str, numbers: list[int], how: str
+    scene: Scene, catalog: str, numbers: list[int], how: str, trusting: bool
 ) -> None:
     store = scene.world.store
     if catalog == "whole":
@@ -116,7 +120,7 @@ def test_what_lies_behind_a_lost_interval_is_listed_and_restored(
         assert gone == set(range(each["from_write"], min(each["to_write"], lost - 1) + 1))
         assert each["restorable_by_write"] == (not gone)
     for write in range(1, len(scene.world.ops) + 1):
-        source = scene.source()
+        source = scene.source(trusting=trusting)
         if write < lost:
             with pytest.raises(DamageError, match=r"\(offset 0\)|at offset \d+") as caught:
                 source.resolve(Target("write", write))
@@ -124,6 +128,20 @@ def test_what_lies_behind_a_lost_interval_is_listed_and_restored(
             continue
         with source.held():
             assert materialized(source, source.resolve(Target("write", write)), scene.place) == scene.at(write)
+
+
+def test_no_lost_point_is_called_the_nearest_by_who_has_not_looked_at_it(scene: Scene) -> None:
+    """A clone trusts the catalog, until what it needs is damaged."""
+    store = scene.world.store
+    info(None, store.path)
+    write = scene.source().intervals()[1].from_write
+    trusting, careful = scene.source(trusting=True), scene.source()
+    trusting.resolve(Target("write", write))
+    file = store.interval(3) / "manifest.json"
+    file.write_bytes(file.read_bytes()[:-30])
+    damage = f"{store.interval(2)}/backward has a damaged frame at offset 0"
+    assert hint_of(trusting, write, damage) == hint_of(careful, write, damage)
+    assert "--target-boundary 3 " in hint_of(careful, write, damage)
 
 
 def test_what_is_lost_by_a_file_is_told_and_no_more(scene: Scene) -> None:
