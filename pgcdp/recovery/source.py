@@ -78,7 +78,7 @@ class Source:
         self.pgdata = pgdata
         self._trusting = trusting
         self._published: dict[int, Published] = {}
-        self._names: tuple[list[str], ...] = ()  # of the store, when these were read
+        self._names: tuple[tuple[str, ...], ...] = ()  # of the store, when these were read
         self._transactions: tuple[object, Transactions] | None = None  # with what was read of the tail; and of when
 
     def copy(self) -> Source:

@@ -13,6 +13,7 @@ from pgcdp.capture.modes import close_to_others
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock, is_locked, make_directory, read_json, write_json
 from pgcdp.records import Boundary, Span, Volume
+from pgcdp.store.entries import entries
 
 FORMAT = 1
 TIMELINES = "timelines"
@@ -227,7 +228,7 @@ class Store:
         """The newest published interval, 0 when there is none. It is never joined."""
         return max(numbers_in(self.path / "intervals"), default=0)
 
-    def names(self) -> tuple[list[str], ...]:
+    def names(self) -> tuple[tuple[str, ...], ...]:
         """What `spans` goes by, as it is called: equal as long as nothing was published, joined or let go of."""
         return tuple(_names(directory) for directory in (self.path / "intervals", self.joined, self.bases))
 
@@ -274,12 +275,12 @@ class Store:
             return 0
 
 
-def _names(directory: Path) -> list[str]:
+def _names(directory: Path) -> tuple[str, ...]:
     """The entries of a directory; none when it is missing."""
     try:
-        return os.listdir(directory)
+        return entries(directory)
     except FileNotFoundError:
-        return []
+        return ()
 
 
 def spans_in(directory: Path) -> set[Span]:
@@ -290,7 +291,7 @@ def spans_in(directory: Path) -> set[Span]:
 
 def numbers_in(directory: Path) -> list[int]:
     """The entries of a directory that are called by a number, in order. FileNotFoundError when it is missing."""
-    return sorted(int(name) for name in os.listdir(directory) if len(name) == 10 and name.isascii() and name.isdigit())
+    return sorted(int(name) for name in entries(directory) if len(name) == 10 and name.isascii() and name.isdigit())
 
 
 def _only_begun(path: Path) -> bool:

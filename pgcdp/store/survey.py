@@ -30,7 +30,7 @@ def survey(
     manifest that is damaged or another one by now is not noticed, if the catalog has it. Raises DamageError when the
     oldest boundary cannot be read.
     """
-    names: tuple[list[str], ...] | None = None
+    names: tuple[tuple[str, ...], ...] | None = None
     while True:
         found, damages = _readable(store, store.spans(), known, look)
         base = read_base(store)
