@@ -29,7 +29,7 @@ class CoarseClock:
 @pytest.mark.parametrize("tick_ns", [1, 10_000_000, 1_000_000_000])
 def test_a_change_right_after_a_look_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tick_ns: int) -> None:
     """Two changes within a tick bear the same time."""
-    monkeypatch.setattr(kept.os, "stat", CoarseClock(tick_ns).stat)
+    monkeypatch.setattr(os, "stat", CoarseClock(tick_ns).stat)
     chooser = random.Random(5)
     places = [tmp_path / f"{number}" for number in range(3)]
     for place in places:
