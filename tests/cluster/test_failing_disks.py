@@ -218,7 +218,9 @@ class Truth:
         try:
             wait_until(stalled, timeout=90, what=f"stalled, for {words}")
         except TimeoutError as error:
-            raise AssertionError(f"{error}: {api.status(self.found.name)}, {self.load.acknowledged()} commits") from None
+            raise AssertionError(
+                f"{error}: {api.status(self.found.name)}, {self.load.acknowledged()} commits"
+            ) from None
         said = str(api.status(self.found.name)["error"])
         failed = self._failed("capture")
         assert all(word in failed for word in words), failed
