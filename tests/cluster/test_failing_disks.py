@@ -104,16 +104,19 @@ class Truth:
         return f"{said}; {gone}"
 
     def journal_full(self) -> str:
-        """With the store full too, so that no segment becomes free: `stall`, and beforehand how long until then."""
-        self.store.fill()
-        self._said(str(self.store.place), NO_ROOM)
+        """With the store full too, so that no segment becomes free: `stall`, and beforehand how long until then.
+
+        The journal's disk first: before the agent has said that the store is full, the journal can be at its limit.
+        """
         self.journal.fill()
+        self.store.fill()
         before = api.status(self.found.name)
         room = before["until_full"]["journal"]["room"]
         assert room <= before["journal"]["limit"] - before["journal"]["bytes"]
         said = self._stalls("journal", "segment", "No space left on device")
         assert api.status(self.found.name)["until_full"]["journal"]["room"] == 0
         assert "free space there" in self._hint("journal space")
+        self._said(str(self.store.place), NO_ROOM)
         self.journal.empty()
         self._writes_go_on()
         self.store.empty()
