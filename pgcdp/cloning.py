@@ -242,7 +242,7 @@ def _source_of(found: Clone) -> Source:
         raise PreconditionError(
             f"set {found.set_name}, which clone {found.name} was opened from, is not protected any more", other
         )
-    source = open_source(found.set_name, None if found.set_name else found.store, trusting=True)
+    source = open_source(found.set_name, None if found.set_name else found.store)
     if scratch_place(source) != found.place.parent:
         raise PreconditionError(
             f"{source.store.path} is not the store that clone {found.name} was opened from, {found.store}",

@@ -51,8 +51,11 @@ KILLED = (
     r"no checkpoint: ",
 )
 """What an agent may say when the engine or Postgres was killed under it."""
-STOPPED = r"no look at the catalogs: .*the database system is shutting down"
-"""What an agent says that was just looking when Postgres was told to stop."""
+STOPPED = (
+    r"no look at the catalogs: .*the database system is shutting down",
+    r"no checkpoint: (cannot connect to postgres .* No such file|.*the database system is shutting down)",
+)
+"""What an agent says that was just looking, or asking for a checkpoint, when Postgres was told to stop."""
 CUT_OFF = r"(PANIC|FATAL|ERROR|WARNING):  .*(Input/output error|Read-only file system|Transport endpoint)"
 """What Postgres says that was writing, or reading, as the devices below it went away."""
 
@@ -256,7 +259,7 @@ class ProtectedSet:
             log = self.config.cluster.log_file
             if log.exists():
                 found += bad_lines(log.read_text(errors="replace"), self.allowed)
-            allowed = [*self.allowed, STOPPED, *(() if _may_flush() else NOT_ALLOWED)]
+            allowed = [*self.allowed, *STOPPED, *(() if _may_flush() else NOT_ALLOWED)]
             return [line for line in found if not any(re.search(pattern, line) for pattern in allowed)]
         return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pgcdp.store.image import Image
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval
 
-SET_ID = bytes(range(16))
+SET_ID = os.urandom(16)  # scratch places go by it, and other processes run the same tests
 BLOCKS = 64
 
 

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R", Rewind, Gap)
 
+Names = tuple[tuple[str, ...], ...]
+"""By which a store's intervals were read: as `Store.names`."""
 ATTEMPTS = 5
 """How often reading begins anew when the agent took over or published writes meanwhile."""
 
@@ -77,14 +79,14 @@ class Source:
         self.now_ns = now_ns
         self.pgdata = pgdata
         self._trusting = trusting
-        self._published: dict[int, Published] = {}
-        self._names: tuple[tuple[str, ...], ...] = ()  # of the store, when these were read
+        self._listed: tuple[Names, dict[int, Published]] = (), {}
         self._transactions: tuple[object, Transactions] | None = None  # with what was read of the tail; and of when
 
     def copy(self) -> Source:
         """The same for another thread, with what was read already."""
         found = copy(self)
-        found._published = dict(self._published)
+        names, published = self._listed
+        found._listed = names, dict(published)
         return found
 
     def intervals(self) -> list[Interval]:
@@ -94,23 +96,29 @@ class Source:
     def listed(self) -> dict[int, Published]:
         """The published intervals by number, in order, and what is lost between them; none is read twice."""
         names = self.store.names()  # before: what comes meanwhile is looked for again the next time
-        if names != self._names:
-            known = {number: each for number, each in self._published.items() if not each.damage}
-            self._published, self._names = survey(self.store, known, look=not self._trusting), names
-        return self._published
+        before, found = self._listed
+        if names != before:
+            known = {number: each for number, each in found.items() if not each.damage}
+            found = survey(self.store, known, look=not self._trusting)
+            self._listed = names, found
+        return found
 
     def look(self) -> bool:
-        """From now on, the manifest of each interval is compared with what the catalog has. False: it was before."""
+        """From now on each manifest is compared with what the catalog says of it. True: one is not as it said."""
         if not self._trusting:
             return False
-        self._trusting, self._published, self._names, self._transactions = False, {}, (), None
+        self._trusting = False
+        _, listed = self._listed
+        if listed and all(map(_as_mirrored, listed.values())):
+            return False
+        self._listed, self._transactions = ((), {}), None
         return True
 
-    def _as_mirrored(self, point: RecoveryPoint) -> bool:
-        """Whether the catalog's word is true of all that the point needs: from its interval to the image."""
+    def _needed_as_mirrored(self, point: RecoveryPoint) -> bool:
+        """Whether the catalog's word is true of all that a point needs: from its interval to the image."""
         writes = point.write, point.blank_write or point.write, read_state(self.store).write
         return all(
-            each.unlooked is None or each.unlooked == seen_of(each.path)
+            _as_mirrored(each)
             for each in self.listed().values()
             if each.interval.to_write >= min(writes) and each.interval.from_write <= max(writes) + 1
         )
@@ -156,11 +164,14 @@ class Source:
         those who want to go there.
         """
         if self._trusting:
-            with suppress(Exception):  # it may be the word of another store: told when everything was looked at
+            try:
                 point = self._resolve(target)
-                if self._as_mirrored(point):
+                if self._needed_as_mirrored(point):
                     return point
-            self.look()
+                self.look()
+            except Exception:  # whatever comes of what a catalog says that is of another store
+                if self._trusting and not self.look():
+                    raise
         return self._resolve(target)
 
     def _resolve(self, target: Target) -> RecoveryPoint:
@@ -601,6 +612,11 @@ class Source:
                 f"run this again when pgcdp status {self.store.set_name} says that the agent follows",
             )
         return state
+
+
+def _as_mirrored(found: Published) -> bool:
+    """Whether its manifest is the one that the catalog tells of, or was read."""
+    return found.unlooked is None or found.unlooked == seen_of(found.path)
 
 
 def _opened(found: Published) -> Bundle:

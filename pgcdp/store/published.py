@@ -105,7 +105,7 @@ def mirrored(store: Store, *, look: bool = True) -> dict[int, Mirrored]:
         finally:
             catalog.close()
         if not look:
-            return told
+            return {number: each for number, each in told.items() if each.seen is not None}
         single = f"{store.path}/intervals/"  # there can be ten thousand, and making a Path costs more than the look
         return {
             number: each

@@ -27,7 +27,7 @@ from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval, read_open
 from tests.journal_writer import BLOCK, DISCARD, MARK, WRITE, ZERO, JournalWriter, Op
 
-SET_ID = bytes(range(16))
+SET_ID = os.urandom(16)  # scratch places go by it, and other processes run the same tests
 BLOCKS = 40
 Model = list[bytearray]
 
