@@ -154,7 +154,7 @@ static int sync_written(struct volume_set *vs, const struct window *w)
             written = vs->records[i % RECORDS].volume == v;
         int rc = written ? io_fdatasync("volume.tracked.sync", vs->volumes[v].fd) : 0;
         if (rc) {
-            vs_note_error(vs, VS_SYNC, "volume %s: sync failed: %s; what is tracked is written again", vs->volumes[v].name,
+            vs_note_error(vs, VS_TRACK, "volume %s: sync failed: %s; what is tracked is written again", vs->volumes[v].name,
                           strerror(-rc));
             return rc;
         }
@@ -182,7 +182,6 @@ int vs_apply_unjournalled(struct volume_set *vs, struct block *room)
     vs->batch_commit++;
     vs->record_commit = w.record_end;
     vs->tracked_batches++;
-    vs->errors[VS_SYNC][0] = '\0';
     finish_window(vs, &w);
     return 0;
 }
