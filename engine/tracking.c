@@ -249,8 +249,8 @@ void tracking_taken(struct volume_set *vs, const struct fmt_record *r)
         tracked_drop_todo(vs->tracked, r->volume, r->offset / BLOCK, r->length / BLOCK);
 }
 
-/* The end record is durable: nothing is lacking any more. Behind the next batch again while the bitmap cannot be written: a start would
- * take it for a gap. */
+/* The end record is durable: nothing is lacking any more. While the bitmap cannot be written, again behind the next batch, or in a second
+ * when none comes: a start would take it for a gap. */
 static void end(struct volume_set *vs)
 {
     if (note_bits(vs) || set_state(vs, FMT_TRACKED_IDLE, 0, 0))

@@ -23,7 +23,7 @@ void tracking_wait(struct volume_set *vs);
 /* Somebody wants it: the journal gets what it lacks, if it has room. */
 void tracking_heal(struct volume_set *vs);
 
-/* While healing: these records are durable in the journal. */
+/* While healing: these records are durable in the journal. Without any: the end of the gap is tried again. */
 void tracking_journalled(struct volume_set *vs, const struct fmt_record *records, uint32_t count);
 
 /* ---- called with the lock ---- */

@@ -168,17 +168,26 @@ struct committer {
 /* Closes the next batch and copies its header; false when the committer shall end. */
 static bool next_batch(struct volume_set *vs, struct committer *c, struct batch *out)
 {
+    bool waited = false; /* a second, for the end of a gap that could not be written */
     HOLD_LOCK(&vs->lock);
     while (batch_at(vs, vs->batch_commit)->records == 0 || vs->batch_commit > vs->batch_open) {
-        if (vs->heal_wanted) {
+        if (vs->heal_wanted || waited) {
             pthread_mutex_unlock(&vs->lock);
-            tracking_heal(vs);
+            if (waited)
+                tracking_journalled(vs, NULL, 0);
+            else
+                tracking_heal(vs);
             pthread_mutex_lock(&vs->lock);
+            waited = false;
             continue;
         }
         if (vs->stop_committer)
             return false;
-        pthread_cond_wait(&vs->to_commit, &vs->lock);
+        waited = vs->ended;
+        if (waited)
+            tracking_wait(vs);
+        else
+            pthread_cond_wait(&vs->to_commit, &vs->lock);
     }
     if (vs->batch_commit == vs->batch_open) {
         vs->batch_open++;

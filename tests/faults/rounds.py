@@ -31,8 +31,9 @@ REACHED_SECONDS = 4.0
 """How long a fault may wait for its place to be come by."""
 DISKS = ("journal", "volume", "store")
 AT_A_START = ("journal.open", "journal.replay", "volume.replay", "journal.mark.directory")
-NOT_HERE = ("clone", "journal.recycle.unlink")
-"""Of other programs; or what only another size of segments leads to."""
+NOT_HERE = ("clone", "journal.recycle.unlink", "tracked", "volume.tracked")
+"""Of other programs; what only another size of segments leads to; what only comes while changes are tracked: for that
+tests/faults/tracking.py."""
 LEADS = {
     "journal.segment.reserve": "journal.segment.header",
     "journal.segment.fill": "journal.segment.header",

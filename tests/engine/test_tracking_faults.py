@@ -1,0 +1,165 @@
+"""on_full = track: what is said, and done again, when bitmap or volumes cannot be written meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_tracking import (
+    IDLE,
+    SMALL,
+    Keeper,
+    assert_one_gap,
+    assert_volumes_equal_writes,
+    state,
+    writing,
+)
+from tests.faults.service import Faults
+from tests.faults.tracking import points_of_a_new_bitmap
+from tests.fix_engine import BLOCK, MIB, Capture, Direct
+from tests.model import read_tracked
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def capture(faulty_engine: Path, faults: Faults, scratch: Path) -> Iterator[Capture]:
+    """Started, with fault points."""
+    made = Capture(faulty_engine, scratch / "faulty", {"data": 16 * MIB}, **{**SMALL, "journal_limit": 128 * MIB})
+    made.start()
+    yield made
+    made.kill()
+
+
+def track(capture: Capture, faults: Faults) -> None:
+    """The journal takes nothing more, and one write is tracked."""
+    faults.set("journal.batch.sync", "eio", times=0)
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"2" * BLOCK)
+    assert state(capture) == "tracking"
+
+
+def heal(capture: Capture, faults: Faults) -> None:
+    """The journal is well again, and gets what it lacks."""
+    faults.clear("journal.batch.sync")
+    wait_until(lambda: "error" not in capture.request("heal"), what="room")
+
+
+@pytest.mark.parametrize("point", ["tracked.bits.sync", "tracked.state.write"])
+def test_the_end_of_a_gap_needs_no_other_write(capture: Capture, faults: Faults, point: str) -> None:
+    """Nobody may write for hours: the set would heal that long, with its marks and cuts refused."""
+    keeper = Keeper(capture)
+    track(capture, faults)
+    faults.set(point, "eio", skip=2 if point == "tracked.state.write" else 0, times=0)  # both slots say healing
+    heal(capture, faults)
+    wait_until(lambda: any("bitmap" in each for each in capture.status()["errors"]), what="its failure")
+    end = capture.status()["durable_write"]
+    faults.clear(point)
+    wait_until(lambda: state(capture) == "capturing", timeout=20, what="the end, with nothing written")
+    assert capture.status()["durable_write"] == end
+    assert capture.status()["errors"] == []
+    assert read_tracked(capture.journal / "tracked").state == IDLE
+    keeper.take()
+    assert_one_gap(keeper)
+    assert capture.stop() == 0
+    assert_volumes_equal_writes(capture, keeper)
+
+
+def test_a_failed_sync_from_before_is_told_until_a_start(capture: Capture, faults: Faults) -> None:
+    """What is tracked is synced on its own: that goes well, and says nothing of what the failed one may have lost."""
+    with Direct(capture.device("data")) as volume:
+        for at in range(0, 12 * MIB, MIB):  # more than a segment
+            volume.write(at, b"1" * MIB)
+    assert "error" not in capture.request("sync")
+    faults.set("volume.sync", "eio")
+    capture.request("release", write=capture.status()["durable_write"])  # for the mark that gives a segment free
+    wait_until(lambda: any("sync failed" in each for each in capture.status()["errors"]), what="the failed sync")
+    track(capture, faults)
+    assert any("pgcdp up --upgrade" in each for each in capture.status()["errors"])
+    heal(capture, faults)
+    wait_until(lambda: state(capture) == "capturing", what="healing")
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"3" * BLOCK)
+    told = capture.request("sync")
+    assert "sync failed" in told["error"]["message"]
+    assert "pgcdp up --upgrade" in told["error"]["message"]
+    capture.kill()
+    capture.start()
+    assert capture.status()["errors"] == []
+    assert "error" not in capture.request("sync")
+    with Direct(capture.device("data")) as volume:
+        assert volume.read(0, BLOCK) == b"3" * BLOCK
+
+
+@pytest.mark.parametrize("point", [each for each in points_of_a_new_bitmap() if "directory" not in each])
+def test_a_start_without_a_bitmap_captures_as_ever(
+    faulty_engine: Path, faults: Faults, scratch: Path, point: str
+) -> None:
+    """Production waits for it, and nothing was tracked; the next start makes it."""
+    made = Capture(faulty_engine, scratch / "new", {"data": 8 * MIB}, **SMALL)
+    faults.set("tracked.new.sync" if point.endswith("unlink") else point, "eio", times=0)  # what comes by the latter
+    faults.set(point, "eio", times=0)
+    try:
+        made.start()
+        assert faults.fired(point)
+        assert made.status()["on_full"] == "stall"
+        with Direct(made.device("data")) as volume:
+            volume.write(0, b"1" * BLOCK)
+        assert made.stop() == 0
+        faults.clear_all()
+        made.start()
+        assert made.status()["on_full"] == "track"
+        assert made.stop() == 0
+    finally:
+        made.kill()
+
+
+def test_a_bitmap_has_its_name_durably_before_anything_is_tracked(
+    faulty_engine: Path, faults: Faults, scratch: Path
+) -> None:
+    """Else a power cut would leave a journal without one, and the volumes with what it lacks."""
+    made = Capture(faulty_engine, scratch / "new", {"data": 8 * MIB}, **{**SMALL, "journal_limit": 128 * MIB})
+    faults.set("tracked.new.directory", "eio")
+    faults.set("tracked.state.directory", "eio", times=0)
+    try:
+        made.start()
+        assert faults.fired("tracked.new.directory")
+        faults.set("journal.batch.sync", "eio", times=0)
+        with writing(made, b"1" * BLOCK) as answered:
+            wait_until(lambda: len(faults.fired("tracked.state.directory")) > 1, timeout=60, what="its sync")
+            assert not answered.is_set()
+            faults.clear("tracked.state.directory")
+        assert state(made) == "tracking"
+        heal(made, faults)
+        wait_until(lambda: state(made) == "capturing", what="healing")
+        assert made.stop() == 0
+    finally:
+        made.kill()
+
+
+@pytest.mark.parametrize("times", [1, 0])
+def test_what_a_failed_sync_lost_of_a_tracked_write_is_written_again(
+    capture: Capture, faults: Faults, times: int
+) -> None:
+    """It is in no journal: it is answered when the volume has it, and not before."""
+    track(capture, faults)
+    faults.set("volume.tracked.sync", "lost", times=times)
+    with writing(capture, b"3" * BLOCK) as answered:
+        wait_until(lambda: bool(faults.fired("volume.tracked.sync")), what="the failed sync")
+        if times == 0:
+            wait_until(lambda: any("written again" in each for each in capture.status()["errors"]), what="a word of it")
+            wait_until(lambda: state(capture) == "stalled", what="that the write waits")
+            assert not answered.is_set()
+            faults.clear("volume.tracked.sync")
+    assert capture.backing("data").read_bytes()[:BLOCK] == b"3" * BLOCK
+    wait_until(lambda: not any("volume" in each for each in capture.status()["errors"]), what="that it is over")
+    capture.kill()
+    faults.clear_all()
+    capture.start()
+    keeper = Keeper(capture)
+    heal(capture, faults)
+    wait_until(lambda: state(capture) == "capturing", what="healing")
+    keeper.take()
+    assert capture.stop() == 0
+    assert_volumes_equal_writes(capture, keeper)
