@@ -184,11 +184,17 @@ const struct fmt_tracked *tracked_state(const struct tracked *t, bool *durable)
 
 int tracked_set_state(struct tracked *t, enum fmt_tracked_state state, uint64_t since_ns, uint64_t behind, uint64_t begin_ns)
 {
+    struct fmt_tracked before = t->head;
     t->head.state = state;
     t->head.since_ns = since_ns;
     t->head.behind = behind;
     t->head.begin_ns = begin_ns;
-    return write_head(t);
+    int rc = write_head(t);
+    if (rc && state == FMT_TRACKED_IDLE) { /* the gap is told of until it is written */
+        before.sequence = t->head.sequence;
+        t->head = before;
+    }
+    return rc;
 }
 
 /* ---- opening ---- */

@@ -55,6 +55,7 @@ def test_the_end_of_a_gap_needs_no_other_write(capture: Capture, faults: Faults,
     heal(capture, faults)
     wait_until(lambda: any("bitmap" in each for each in capture.status()["errors"]), what="its failure")
     end = capture.status()["durable_write"]
+    assert capture.status()["tracked"]["since_ns"] > 0
     faults.clear(point)
     wait_until(lambda: state(capture) == "capturing", timeout=20, what="the end, with nothing written")
     assert capture.status()["durable_write"] == end
