@@ -191,9 +191,11 @@ static void sync_and_mark(struct volume_set *vs)
 {
     struct err e = {.message = ""};
     uint64_t applied = vs->applied_write; /* only this thread changes it */
+    uint32_t flags;
     bool tracking;
     {
         HOLD_LOCK(&vs->lock);
+        flags = vs_mark_flags(vs, false);
         /* What is tracked was synced before it was answered, by a thread that must see it when that fails. */
         tracking = vs->mode == VS_TRACKING;
         vs->syncing = !tracking;
@@ -211,7 +213,7 @@ static void sync_and_mark(struct volume_set *vs)
                           vs->volumes[i].name, strerror(-rc), vs->synced_write);
         }
     }
-    bool marked = !vs->volume_failed && jw_set_applied(vs->jw, applied, false, &e) == 0;
+    bool marked = !vs->volume_failed && jw_set_applied(vs->jw, applied, flags, &e) == 0;
     if (e.message[0])
         vs_note_error(vs, VS_MARK, "%s", e.message);
     HOLD_LOCK(&vs->lock);

@@ -134,7 +134,7 @@ static int bring_up(struct capture *c, struct err *e)
     CLEANUP_FREE struct jw_segment *segments = NULL;
     struct jr *jr;
     struct jr_end end;
-    uint64_t replayed = 0;
+    struct replayed replayed = {.writes = 0};
     struct replay_volumes to = {.volumes = c->volumes, .count = c->volume_count, .put_back = c->put_back};
     int rc = tracked_open(&c->tracked, c->journal, c->set_id, c->volumes, c->volume_count, c->track, e);
     if (rc == 0)
@@ -143,6 +143,7 @@ static int bring_up(struct capture *c, struct err *e)
         return rc == -EPERM ? ERR_PRECONDITION : rc;
     jr_end(jr, &end); /* only the mark is known yet */
     uint64_t applied = end.applied_write;
+    replayed.inside = end.inside;
     rc = end_where_tracked(c, jr, applied, e);
     if (rc == 0)
         rc = jr_seek(jr, applied + 1, e);
@@ -175,16 +176,18 @@ static int bring_up(struct capture *c, struct err *e)
         o.mark.sequence = end.mark_sequence;
         o.mark.applied_write = end.last_write;
         o.mark.released_write = end.released_write;
+        o.mark.flags = replayed.inside ? FMT_APPLIED_INSIDE : 0;
         rc = jw_open(&c->jw, &o, e);
     }
     jr_close(jr);
     if (rc == 0)
-        log_info("journal: last write %lu, %lu replayed behind the applied mark%s", end.last_write, replayed,
+        log_info("journal: last write %lu, %lu replayed behind the applied mark%s", end.last_write, replayed.writes,
                  end.torn ? ", torn tail left out" : "");
     if (rc == 0) {
         struct tracked *tracked = c->tracked;
         c->tracked = NULL; /* the set's from now on, also when it fails */
-        rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, end.last_write, tracked, c->track, e);
+        struct vs_found start = {.last_write = end.last_write, .inside = replayed.inside, .tracked = tracked};
+        rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, &start, c->track, e);
     }
     return rc;
 }

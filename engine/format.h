@@ -3,8 +3,10 @@
 #define PGCDP_FORMAT_H
 
 #include <assert.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the formats are little-endian"
@@ -50,6 +52,7 @@ static_assert(offsetof(struct fmt_batch, checksum) == 64, "FORMAT.md 1.2");
 
 enum fmt_kind { FMT_WRITE = 1, FMT_ZERO = 2, FMT_DISCARD = 3, FMT_FLUSH = 4, FMT_MARK = 5 };
 enum fmt_mark_flags { FMT_REWIND_BEGIN = 1, FMT_REWIND_END = 2, FMT_GAP_BEGIN = 3, FMT_GAP_END = 4 };
+#define FMT_UNTRACKED "untracked " /* so begins the name of a gap's records, where the journal could not take writes */
 
 struct fmt_record { /* FORMAT.md 1.3 */
     uint8_t kind;
@@ -82,6 +85,7 @@ static_assert(sizeof(struct fmt_applied) == 96, "FORMAT.md 1.4");
 static_assert(offsetof(struct fmt_applied, checksum) == 88, "FORMAT.md 1.4");
 
 #define FMT_APPLIED_CLEAN 1u
+#define FMT_APPLIED_INSIDE 2u /* between begin and end of a rewind in place, or of a gap other than FMT_UNTRACKED */
 
 static const char FMT_TRACKED_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'T', 'R', 'K'};
 enum fmt_tracked_state { FMT_TRACKED_IDLE = 0, FMT_TRACKED_TRACKING = 1, FMT_TRACKED_HEALING = 2 };
@@ -340,6 +344,17 @@ static_assert(offsetof(struct fmt_held_note, open) == 1024, "FORMAT.md 6");
 static inline uint64_t fmt_batch_header(uint64_t records)
 {
     return (sizeof(struct fmt_batch) + records * sizeof(struct fmt_record) + 4095u) & ~(uint64_t)4095u;
+}
+
+/* Whether the journal behind this record lies between begin and end of a rewind in place, or of a gap that is taken in while Postgres is
+ * stopped; `before`: whether it did before it. `name`: the data of a mark. */
+static inline bool fmt_inside(bool before, const struct fmt_record *r, const void *name)
+{
+    size_t length = sizeof FMT_UNTRACKED - 1;
+    bool gap = r->flags == FMT_GAP_BEGIN || r->flags == FMT_GAP_END;
+    if (r->kind != FMT_MARK || r->flags == 0 || (gap && r->data_length >= length && memcmp(name, FMT_UNTRACKED, length) == 0))
+        return before;
+    return r->flags == FMT_REWIND_BEGIN || r->flags == FMT_GAP_BEGIN;
 }
 
 #endif

@@ -413,6 +413,7 @@ void jr_end(const struct jr *jr, struct jr_end *out)
     *out = (struct jr_end){
         .marked = jr->marked,
         .clean = (jr->mark.flags & FMT_APPLIED_CLEAN) != 0,
+        .inside = (jr->mark.flags & FMT_APPLIED_INSIDE) != 0,
         .mark_sequence = jr->mark.sequence,
         .applied_write = jr->mark.applied_write,
         .released_write = jr->mark.released_write,

@@ -63,7 +63,8 @@ struct jr_end {
     uint64_t offset;
     bool torn;           /* something that was never answered lies behind the end */
     bool marked;         /* the journal has an applied mark; the fields below are 0 without */
-    bool clean;          /* ... and it says that the capture process stopped cleanly */
+    bool clean;          /* ... and it says that the capture process stopped cleanly, */
+    bool inside;         /* ... or that it stands inside a rewind in place, or a gap that is taken in while Postgres is stopped */
     uint64_t mark_sequence;
     uint64_t applied_write;
     uint64_t released_write;

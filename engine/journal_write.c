@@ -134,7 +134,7 @@ static int write_mark(struct jw *jw, struct err *e)
     return rc ? err_sys(e, rc, "cannot write the applied mark") : 0;
 }
 
-int jw_set_applied(struct jw *jw, uint64_t write, bool clean, struct err *e)
+int jw_set_applied(struct jw *jw, uint64_t write, uint32_t flags, struct err *e)
 {
     pthread_mutex_lock(&jw->mark_lock);
     struct fmt_applied before;
@@ -143,7 +143,7 @@ int jw_set_applied(struct jw *jw, uint64_t write, bool clean, struct err *e)
         before = jw->mark;
         jw->mark.applied_write = write;
         jw->mark.released_write = jw->released_write;
-        jw->mark.flags = clean ? FMT_APPLIED_CLEAN : 0;
+        jw->mark.flags = flags;
         jw->mark.durable_write = jw->durable_write;
         jw->mark.durable_batch = jw->durable_batch;
         jw->mark.durable_segment = jw->end_segment;
@@ -211,7 +211,7 @@ static int open_mark(struct jw *jw, const struct jw_options *o, struct err *e)
     jw->mark.version = FORMAT_VERSION;
     memcpy(jw->mark.set_id, jw->set_id, 16);
     jw->released_write = jw->mark.released_write;
-    return jw_set_applied(jw, jw->mark.applied_write, false, e);
+    return jw_set_applied(jw, jw->mark.applied_write, jw->mark.flags, e);
 }
 
 int jw_open(struct jw **out, const struct jw_options *o, struct err *e)

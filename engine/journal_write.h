@@ -55,8 +55,9 @@ int jw_append(struct jw *jw, void *header, uint32_t records, const void *data, s
 void jw_wait_space(struct jw *jw);
 
 /* The volumes hold all writes up to this one and were synced since. Durable when it returns 0; frees segments.
- * `clean`: every write of the journal is applied. */
-int jw_set_applied(struct jw *jw, uint64_t write, bool clean, struct err *e);
+ * `flags`: FMT_APPLIED_CLEAN when every write of the journal is applied, FMT_APPLIED_INSIDE as the journal has it up to any write from
+ * this one on. */
+int jw_set_applied(struct jw *jw, uint64_t write, uint32_t flags, struct err *e);
 
 /* The store holds all writes up to this one. Frees segments; becomes durable with the next applied mark. */
 void jw_release(struct jw *jw, uint64_t write);

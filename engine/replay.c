@@ -67,7 +67,7 @@ static int replay_record(const struct replay_volumes *to, struct window *w, cons
 }
 
 static int replay_batches(struct jr *jr, const struct replay_volumes *to, struct window *w, uint64_t applied,
-                          uint64_t *replayed, struct err *e)
+                          struct replayed *out, struct err *e)
 {
     struct jr_batch b;
     int rc;
@@ -78,7 +78,8 @@ static int replay_batches(struct jr *jr, const struct replay_volumes *to, struct
                 rc = replay_record(to, w, &b.record[i], data, e);
                 if (rc)
                     return rc;
-                ++*replayed;
+                out->writes++;
+                out->inside = fmt_inside(out->inside, &b.record[i], data);
             }
             data += round_block(b.record[i].data_length);
         }
@@ -86,12 +87,12 @@ static int replay_batches(struct jr *jr, const struct replay_volumes *to, struct
     return rc;
 }
 
-int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, uint64_t *replayed, struct err *e)
+int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, struct replayed *out, struct err *e)
 {
     struct window w = {.data = io_alloc(WINDOW_BYTES), .blocks = calloc(WINDOW_BLOCKS, sizeof *w.blocks)};
     int rc = w.data && w.blocks ? 0 : err_sys(e, -ENOMEM, "replay");
     if (rc == 0)
-        rc = replay_batches(jr, to, &w, applied, replayed, e);
+        rc = replay_batches(jr, to, &w, applied, out, e);
     if (rc == 0)
         rc = flush(to, &w, e);
     for (unsigned i = 0; rc == 0 && i < to->count; i++)

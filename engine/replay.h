@@ -14,8 +14,13 @@ struct replay_volumes {
     bool put_back; /* the journal may hold writes to one volume more, which is given up */
 };
 
-/* Everything of the journal behind write `applied`, from where `jr` stands; then the volumes are synced. `replayed`: so many
- * writes. ERR_PRECONDITION for a write that lies outside of the volumes. */
-int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, uint64_t *replayed, struct err *e);
+struct replayed {
+    uint64_t writes; /* so many */
+    bool inside;     /* as FMT_APPLIED_INSIDE: at first as the mark has it, then behind all of them */
+};
+
+/* Everything of the journal behind write `applied`, from where `jr` stands; then the volumes are synced.
+ * ERR_PRECONDITION for a write that lies outside of the volumes. */
+int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, struct replayed *out, struct err *e);
 
 #endif

@@ -45,7 +45,7 @@ static const struct fmt_tracked *state_of(const struct volume_set *vs)
 
 size_t tracking_name(const struct volume_set *vs, char out[48])
 {
-    return (size_t)snprintf(out, 48, "untracked %" PRIu64, state_of(vs)->since_ns);
+    return (size_t)snprintf(out, 48, FMT_UNTRACKED "%" PRIu64, state_of(vs)->since_ns);
 }
 
 static bool changes(const struct fmt_record *r)
@@ -76,7 +76,7 @@ static void set_mode(struct volume_set *vs, enum vs_mode mode)
 static bool may_begin(struct volume_set *vs)
 {
     HOLD_LOCK(&vs->lock);
-    bool may = vs->tracked && vs->track && !vs->inside && !vs->bitmap_busy;
+    bool may = vs->tracked && vs->track && !vs->inside && !vs->begin_taken && !vs->bitmap_busy;
     vs->bitmap_busy = vs->bitmap_busy || may;
     return may;
 }
@@ -275,6 +275,19 @@ void tracking_journalled(struct volume_set *vs, const struct fmt_record *records
     } else if (clock_ns(CLOCK_MONOTONIC) - flushed_ns > FLUSH_NS) { /* so that a restart need not copy all of it again */
         note_bits(vs);
         flushed_ns = clock_ns(CLOCK_MONOTONIC);
+    }
+}
+
+void tracking_marks(struct volume_set *vs, const struct fmt_record *records, uint32_t count, const uint8_t *data)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        const struct fmt_record *r = &records[i];
+        if (data) {
+            vs->inside = fmt_inside(vs->inside, r, data);
+            data += round_block(r->data_length);
+        }
+        if (r->kind == FMT_MARK && (r->flags == FMT_REWIND_BEGIN || r->flags == FMT_GAP_BEGIN))
+            vs->begin_taken = false;
     }
 }
 

@@ -31,6 +31,9 @@ void tracking_journalled(struct volume_set *vs, const struct fmt_record *records
 /* While healing: the journal gets these blocks by this record. */
 void tracking_taken(struct volume_set *vs, const struct fmt_record *r);
 
+/* These records were committed: in the journal with this `data`, or tracked, without (NULL). */
+void tracking_marks(struct volume_set *vs, const struct fmt_record *records, uint32_t count, const uint8_t *data);
+
 void tracking_status(struct volume_set *vs, struct volume_status *out);
 
 /* ---- the hot copy ---- */

@@ -280,8 +280,12 @@ static void *committer_main(void *arg)
         if (since)
             set_stalled(vs, false);
         const struct fmt_record *records = (const struct fmt_record *)(c.header + sizeof(struct fmt_batch));
-        if (!tracked) {
+        if (tracked) {
             HOLD_LOCK(&vs->lock);
+            tracking_marks(vs, records, b.records, NULL);
+        } else {
+            HOLD_LOCK(&vs->lock);
+            tracking_marks(vs, records, b.records, vs->ring + b.data0 % RING_BYTES);
             vs->durable_write = records[b.records - 1].number;
             vs->batch_commit++;
             vs->record_commit += b.records;
@@ -343,14 +347,10 @@ int vs_mark(struct volume_set *vs, const char *name, uint8_t flags, uint64_t *wr
             return rc;
         pthread_cond_wait(&vs->progress, &vs->lock);
     }
-    bool begins = flags == FMT_REWIND_BEGIN || flags == FMT_GAP_BEGIN;
-    vs->inside = vs->inside || begins;
+    vs->begin_taken = vs->begin_taken || flags == FMT_REWIND_BEGIN || flags == FMT_GAP_BEGIN;
     *write = vs_last_write(vs);
     pthread_cond_signal(&vs->to_commit);
-    int rc = wait_durable(vs, vs->record_head, vs->tracked_batches);
-    if ((flags && !begins && rc == 0) || (begins && rc == VS_IN_GAP))
-        vs->inside = false;
-    return rc;
+    return wait_durable(vs, vs->record_head, vs->tracked_batches);
 }
 
 int vs_cut(struct volume_set *vs, uint64_t *durable_write)
@@ -457,20 +457,21 @@ static int start_threads(struct volume_set *vs)
     return -rc;
 }
 
-int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
-             struct tracked *tracked, bool track, struct err *e)
+int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, const struct vs_found *found, bool track,
+             struct err *e)
 {
     struct volume_set *vs = calloc(1, sizeof *vs);
     if (!vs) {
-        tracked_close(tracked);
+        tracked_close(found->tracked);
         return err_sys(e, -ENOMEM, "volume set");
     }
-    vs->tracked = tracked;
+    vs->tracked = found->tracked;
+    vs->inside = found->inside;
     vs->track = track;
     vs->volumes = volumes;
     vs->count = count;
     vs->jw = jw;
-    vs->durable_write = vs->applied_write = vs->synced_write = last_write;
+    vs->durable_write = vs->applied_write = vs->synced_write = found->last_write;
     vs->parked_last = &vs->parked_first;
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
     pthread_mutex_init(&vs->lock, NULL);
@@ -486,7 +487,7 @@ int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, st
         vs_free(vs);
         return err_sys(e, -ENOMEM, "volume set");
     }
-    int rc = tracked ? tracking_resume(vs, e) : 0;
+    int rc = vs->tracked ? tracking_resume(vs, e) : 0;
     if (rc == 0 && (rc = start_threads(vs)) != 0)
         err_sys(e, rc, "cannot start the threads of a volume set");
     if (rc) {
@@ -530,7 +531,7 @@ int vs_stop(struct volume_set *vs, struct err *e)
     reads_stop(vs->reads);
     vs->reads = NULL;
     if (rc == 0 && vs->threads > 1)
-        rc = jw_set_applied(vs->jw, vs->synced_write, vs->synced_write == vs->durable_write, e);
+        rc = jw_set_applied(vs->jw, vs->synced_write, vs_mark_flags(vs, vs->synced_write == vs->durable_write), e);
     return rc;
 }
 

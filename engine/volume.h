@@ -29,11 +29,16 @@ struct volume_status {
     char errors[VS_TROUBLES][256]; /* what does not work now, or "" */
 };
 
-/* Starts committer, applier and completer. All writes up to `last_write` are applied and synced. Owns the fds from now on.
- * The `volumes` stay where they are until vs_free; they may grow meanwhile. `tracked` may be NULL; it is the set's from now on, and
- * one that is not idle is gone on with; a gap begins only with `track`. */
-int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, uint64_t last_write,
-             struct tracked *tracked, bool track, struct err *e);
+struct vs_found { /* what a restart found */
+    uint64_t last_write;     /* all up to this one is applied and synced */
+    bool inside;             /* it lies inside a rewind in place, or a gap that is taken in while Postgres is stopped */
+    struct tracked *tracked; /* may be NULL; it is the set's from now on, and one that is not idle is gone on with */
+};
+
+/* Starts committer, applier and completer. Owns the fds from now on. The `volumes` stay where they are until vs_free; they may grow
+ * meanwhile. A gap begins only with `track`. */
+int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, struct jw *jw, const struct vs_found *found, bool track,
+             struct err *e);
 
 struct backend vs_backend(struct volume_set *vs);
 

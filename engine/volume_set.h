@@ -79,7 +79,8 @@ struct volume_set {
     bool track;              /* false: what is tracked is brought in, then they wait, too */
     enum vs_mode mode;
     uint64_t tracked_batches;        /* grows with each that was never in the journal, and with each try to heal */
-    bool inside;                     /* between begin and end of a rewind, or of a gap that somebody else takes in */
+    bool inside;                     /* the journal's end lies so (fmt_inside); only the committer changes it */
+    bool begin_taken;                /* ... or will: a begin record is on its way to the journal */
     bool heal_wanted, bitmap_busy;
     bool end_taken;                  /* the gap's end record is on its way to the journal, */
     bool ended;                      /* ... and is durable there; the bitmap does not say so yet */
@@ -99,6 +100,12 @@ static inline struct batch *batch_at(struct volume_set *vs, uint64_t i) { return
 static inline uint64_t vs_last_write(const struct volume_set *vs)
 {
     return vs->durable_write + (vs->mode == VS_TRACKING ? 0 : vs->record_head - vs->record_commit);
+}
+
+/* Of the applied mark. Called with the lock, or after the committer has ended. */
+static inline uint32_t vs_mark_flags(const struct volume_set *vs, bool clean)
+{
+    return (clean ? FMT_APPLIED_CLEAN : 0) | (vs->inside ? FMT_APPLIED_INSIDE : 0);
 }
 
 /* Puts a record into the open batch; false when it does not fit now. Called with the lock. */
