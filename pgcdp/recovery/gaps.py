@@ -23,6 +23,20 @@ def with_unrecorded(found: list[Gap], unrecorded: Gap | None) -> list[Gap]:
     return [*found, unrecorded]
 
 
+def newest_before(gaps: Sequence[Gap]) -> tuple[int, str] | None:
+    """While a gap lasts because the journal could not grow: the newest write that is a recovery point, and what must
+    be known of it. None when there is no such gap."""
+    last = gaps[-1] if gaps else None
+    if last is None or last.end is not None or last.reason != "untracked":
+        return None
+    first = _first_joined(last, gaps)
+    return first.begin - 1, (
+        f"the newest write in front of a gap that has not ended: what was changed since {format_time(first.since_ns)} "
+        f"is in no recovery point, since {WHY['untracked'].partition(',')[0]}. pgcdp status tells when the set has "
+        "healed; run this again then"
+    )
+
+
 def refuse_in_gap(write: int, gaps: Sequence[Gap]) -> None:
     """Raises TargetError for a write from a begin record up to its end record, with the nearest points beside it.
 
@@ -54,10 +68,15 @@ def refuse_time_in_gap(time_ns: int, gaps: Sequence[Gap]) -> None:
 
 def _nearest(gap: Gap, gaps: Sequence[Gap]) -> str:
     """Before and behind all that are joined with this one."""
-    first = last = gap
-    for each in reversed(gaps):
-        first = each if each.end is not None and each.end + 1 == first.begin else first
+    first, last = _first_joined(gap, gaps), gap
     for each in gaps:
         last = each if last.end is not None and last.end + 1 == each.begin else last
     before = f"--target-write {first.begin - 1} is the nearest before it"
     return before if last.end is None else f"{before}, --target-write {last.end} the nearest behind it"
+
+
+def _first_joined(gap: Gap, gaps: Sequence[Gap]) -> Gap:
+    """The oldest of those that end right before the next one begins, up to this one."""
+    for each in reversed(gaps):
+        gap = each if each.end is not None and each.end + 1 == gap.begin else gap
+    return gap

@@ -25,7 +25,7 @@ from pgcdp.capture.tracked import unrecorded_gap
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UnseenError
 from pgcdp.records import INDEX, Boundary, Gap, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
-from pgcdp.recovery.gaps import refuse_in_gap, refuse_time_in_gap, with_unrecorded
+from pgcdp.recovery.gaps import newest_before, refuse_in_gap, refuse_time_in_gap, with_unrecorded
 from pgcdp.recovery.left import hint_of, refuse_lost, refuse_lost_target, write_named
 from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
 from pgcdp.store.base import base_settings, missing_before, read_base
@@ -160,6 +160,7 @@ class Source:
     def resolve(self, target: Target) -> RecoveryPoint:
         """The recovery point of a target; TargetError when there is none, also inside a rewind in place or a gap.
 
+        While the journal cannot grow and changes are tracked, the newest one lies in front of that gap, and says so.
         Nor is there one where retention let go of single writes. Damage behind the last boundary is raised only to
         those who want to go there.
         """
@@ -188,8 +189,13 @@ class Source:
         within = [rewind for interval in stored for rewind in interval.rewinds]
         gaps = self._stored_gaps()
         open_end = any(gap.end == point.write for gap in gaps)  # another may begin behind the last boundary
-        if not stored or point.write > stored[-1].to_write or open_end:
+        newest = target.kind == "newest" and not target.exclusive
+        if not stored or point.write > stored[-1].to_write or open_end or newest:
             within, gaps = self.rewinds(), self.gaps()
+        if newest and (before := newest_before(gaps)) is not None:
+            write, note = before
+            point = point if point.write == write else self.place(Target("write", write))
+            point = replace(point, note=note)
         refuse_inside(point.write, within)
         refuse_in_gap(point.write, gaps)
         self.refuse_let_go(point)
