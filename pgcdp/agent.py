@@ -216,8 +216,7 @@ class Agent:
             self.questions.ask_anew()
         if self._pressed(status):
             await self._in_worker(stages.relieve)
-        if await self._in_worker(self.healing.see, status, stages.store):
-            self.cutting.ask("gap")
+        await self._in_worker(self.healing.see, status, stages.store)
         if status.tracked is None:  # else no checkpoint could be cut at
             self.cutting.watch(stages, status)
         self.background.begin(stages)

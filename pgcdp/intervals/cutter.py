@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.journal import BatchRun
 from pgcdp.postgres.control import Control, find_control_blocks
-from pgcdp.records import BLOCK, GAP_BEGIN, REWIND_BEGIN, Boundary, Kind
+from pgcdp.records import BLOCK, GAP_BEGIN, GAP_END, REWIND_BEGIN, Boundary, Kind
 from pgcdp.store.frames import FrameReader
 
 
@@ -54,6 +54,7 @@ class CheckpointFinder:
         self.checkpoint_lsn = checkpoint_lsn
         self.back: tuple[int, int] | None = None
         self.rewound = -1  # the end record of the newest rewind or gap that was seen
+        self.healed = -1  # ... of the newest gap in which changes were tracked
         self._inside = False
         self._written_back = 0
 
@@ -67,7 +68,10 @@ class CheckpointFinder:
 
     def scan(self, run: BatchRun) -> list[Checkpoint]:
         """The new checkpoints in a run, in order."""
-        seen: list[tuple[int, Control | None]] = [(int(row), None) for row in np.flatnonzero(_between(run.records))]
+        rows = np.flatnonzero(_between(run.records)).tolist()
+        seen: list[tuple[int, Control | None]] = [(row, None) for row in rows]
+        for row in rows:
+            self._see_end(run.records[row], run.data_of(row).tobytes())
         for position, control in find_control_blocks(run.data, self.system_identifier):
             seen.append((int(np.searchsorted(run.data_offsets, position, side="right")) - 1, control))
         seen.sort(key=lambda each: each[0])
@@ -78,15 +82,20 @@ class CheckpointFinder:
         """The same for writes that are already in an open interval: what a restart passes over otherwise."""
         found = []
         for entry in index[((index["kind"] == Kind.WRITE) & (index["data_length"] % BLOCK == 0)) | _between(index)]:
+            data = writes.read(int(entry["position"]), int(entry["data_length"]))
             if entry["kind"] == Kind.MARK:
+                self._see_end(entry, data)
                 self._take(entry, None)
                 continue
-            data = np.frombuffer(writes.read(int(entry["position"]), int(entry["data_length"])), dtype=np.uint8)
-            for _, control in find_control_blocks(data, self.system_identifier):
+            for _, control in find_control_blocks(np.frombuffer(data, dtype=np.uint8), self.system_identifier):
                 checkpoint = self._take(entry, control)
                 if checkpoint is not None:
                     found.append(checkpoint)
         return found
+
+    def _see_end(self, record: np.void, name: bytes) -> None:
+        if record["flags"] == GAP_END and name.startswith(b"untracked "):
+            self.healed = int(record["number"])
 
     def _take(self, record: np.void, control: Control | None) -> Checkpoint | None:
         """`control` is None for the begin or end record of a rewind or gap."""

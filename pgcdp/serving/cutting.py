@@ -22,7 +22,7 @@ from pgcdp.units import format_lsn
 logger = log.get(__name__)
 
 RETRY_SECONDS = 5.0
-"""How long none is asked for after one that failed."""
+"""How long none is asked for after one that failed, or that was to lie behind a gap."""
 SHUTDOWN_SECONDS = 600.0
 """How long a shutdown of Postgres that was announced is waited for."""
 
@@ -110,6 +110,10 @@ class Cutting:
         if stages.opened is None or self.asked is not None or now < max(self._ask_again_at, self._shutdown_until):
             return
         if stages.behind:  # a reader holds the image: no checkpoint could be cut at, and each costs Postgres
+            return
+        if stages.newest is not None and stages.finder.healed > stages.newest.write:
+            self._ask_again_at = now + RETRY_SECONDS
+            self.ask("gap")  # the set is healed with the boundary behind it: again and again until there is one
             return
         decision = policy.decide(self._policy, self._progress())
         if decision.action == "ask":

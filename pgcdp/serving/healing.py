@@ -12,20 +12,18 @@ logger = log.get(__name__)
 
 
 class Healing:
-    """Asks the engine to end a gap, and remembers that the boundary which heals the set is to be asked for."""
+    """Asks the engine to end a gap; for the boundary behind it: serving/cutting."""
 
     def __init__(self, engine: EngineClient) -> None:
         self.engine = engine
-        self.wanted = False
         self._said = ""
 
-    def see(self, status: EngineStatus, store: Store) -> bool:
-        """Once a turn. True when the gap has ended since, so that a boundary is due: the set is healed with it."""
+    def see(self, status: EngineStatus, store: Store) -> None:
+        """Once a turn."""
         tracked = status.tracked
         if tracked is None:
-            ended, self.wanted, self._said = self.wanted, False, ""
-            return ended
-        self.wanted = True
+            self._said = ""
+            return
         announce(store, tracked.behind)  # readers look for the begin record that comes
         if not tracked.healing:
             try:
@@ -34,7 +32,6 @@ class Healing:
                 if error.message != self._said:
                     logger.warning("changes are tracked behind write %d: %s", tracked.behind, error.message)
                 self._said = error.message
-        return False
 
 
 def refuse_while_tracking(status: EngineStatus | None, what: str) -> None:

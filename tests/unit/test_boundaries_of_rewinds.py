@@ -26,6 +26,7 @@ def control(checkpoint_lsn: int) -> Item:
 
 
 BEGIN, END = Item(MARK, 65535, 0, b"7", flags=1), Item(MARK, 65535, 0, b"7", flags=2)
+TRACKED, HEALED = Item(MARK, 65535, 0, b"untracked 5", flags=3), Item(MARK, 65535, 0, b"untracked 5", flags=4)
 GAP, GAP_END = Item(MARK, 65535, 0, b"changed 5", flags=3), Item(MARK, 65535, 0, b"changed 5", flags=4)
 HISTORIES: dict[str, tuple[list[Item], list[int]]] = {
     "back, and a later checkpoint with a lower LSN than was captured before": (
@@ -47,6 +48,7 @@ HISTORIES: dict[str, tuple[list[Item], list[int]]] = {
         [control(5000), GAP, control(2000), GAP_END, control(2500)],
         [1, 5],
     ),
+    "changes were tracked": ([control(5000), TRACKED, control(6000), HEALED, control(6500), GAP, GAP_END], [1, 5]),
 }
 
 
@@ -68,6 +70,7 @@ def test_boundaries(tmp_path: Path, what: str, stored: bool) -> None:
             found += finder.scan(run)
     assert [checkpoint.write for checkpoint in found] == expected
     assert finder.rewound == max(number for number, item in enumerate(items, 1) if item in (END, GAP_END))
+    assert finder.healed == (items.index(HEALED) + 1 if HEALED in items else -1), "a boundary is asked for behind it"
 
 
 class _Stream:
