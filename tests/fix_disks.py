@@ -1,10 +1,12 @@
 """Disks: `make_disk(size)` gives a block device of a test's own; ask for it before `make_set`, which lies on it.
 
 `make_disk(size, host="xfs")`: its bytes lie in a file of a filesystem of that kind, which is mounted for it alone.
+`journal_disk` is where a small one is mounted, to be filled by a journal.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -49,3 +51,16 @@ def make_disk() -> Iterator[MakeDisk]:
                 volumes.unmount(place)
         volumes.detach_loop(made)
     shutil.rmtree(root)
+
+
+@pytest.fixture
+def journal_disk(make_disk: MakeDisk) -> Iterator[Path]:
+    """The mount point of an ext4 of 640 MiB; ask for it before `make_set`."""
+    device = make_disk(640 << 20)
+    place = Path(f"/var/tmp/pgcdp-journal-{os.getpid()}")
+    volumes.make_filesystem(device, "ext4", 0, 0, zeroed=True)
+    place.mkdir()
+    volumes.mount(device, place, "ext4")
+    yield place
+    volumes.unmount(place)
+    place.rmdir()

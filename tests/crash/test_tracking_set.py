@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pgcdp import api
-from pgcdp.capture import volumes
 from pgcdp.config import save_config
 from pgcdp.errors import PreconditionError, TargetError
 from pgcdp.records import Target
 from tests.crash.test_held_capture import ALLOWED, SUMS, Bench
 from tests.crash.test_kill_set import ALLOWED as DYING
-from tests.fix_disks import MakeDisk
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
@@ -39,19 +37,6 @@ SAID = [
 ]
 
 
-@pytest.fixture
-def journal(make_disk: MakeDisk) -> Iterator[Path]:
-    """A directory on a small disk of its own."""
-    device = make_disk(640 * MIB)
-    place = Path(f"/var/tmp/pgcdp-journal-{os.getpid()}")
-    volumes.make_filesystem(device, "ext4", 0, 0, zeroed=True)
-    place.mkdir()
-    volumes.mount(device, place, "ext4")
-    yield place
-    volumes.unmount(place)
-    place.rmdir()
-
-
 def fill_disk(place: Path, leave: int) -> Path:
     """A file that takes all of a disk's room but `leave` bytes."""
     ballast = place / "ballast"
@@ -61,15 +46,21 @@ def fill_disk(place: Path, leave: int) -> Path:
     return ballast
 
 
-def tracking_set(make_set: MakeSet, binaries_of: BindirOf, journal: Path) -> ProtectedSet:
+def tracking_set(make_set: MakeSet, binaries_of: BindirOf, journal_disk: Path, **options: Any) -> ProtectedSet:
     found = make_set(
         binaries_of(15),
         size=768 * MIB,
         allowed=SAID,
-        journal=journal / "j",
+        journal=journal_disk / "j",
         journal_limit=512 * MIB,
         settings={"shared_buffers": "32MB"},
+        **options,
     )
+    return made_to_track(found)
+
+
+def made_to_track(found: ProtectedSet) -> ProtectedSet:
+    """With pgbench's tables, and `on_full = track` from now on."""
     found.pgbench("-i", "-q", "-s", "5")
     found.sql("checkpoint")
     api.cut(found.name)
@@ -98,6 +89,9 @@ def assert_shown(found: ProtectedSet) -> int:
         api.mark(found.name, "here")
     with pytest.raises(TargetError, match="lies in a gap"):
         found.source().resolve(Target("time", time.time_ns()))
+    newest = api.resolve(found.name, Target("newest"))["recovery_point"]
+    assert newest["write"] == tracked["behind_write"]
+    assert "in front of a gap that has not ended" in newest["note"]
     return int(tracked["behind_write"])
 
 
@@ -121,6 +115,9 @@ def assert_healed(found: ProtectedSet, before: int) -> None:
             found.source().resolve(Target("write", write))
     with pytest.raises(TargetError, match="lies in a gap"):
         found.source().resolve(Target("time", (gap.since_ns + int(gap.to_ns or 0)) // 2))
+    newest = api.resolve(found.name, Target("newest"))["recovery_point"]
+    assert newest["write"] > gap.end
+    assert newest["note"] is None
     for write in (before, gap.end, found.source().intervals()[-1].to_write):
         result = found.verify(write)
         assert result["ok"], result
@@ -135,11 +132,11 @@ def assert_equal_at_the_end(found: ProtectedSet) -> None:
 
 
 def test_capture_dies_in_the_gap_and_its_successor_goes_on(
-    journal: Path, make_set: MakeSet, binaries_of: BindirOf
+    journal_disk: Path, make_set: MakeSet, binaries_of: BindirOf
 ) -> None:
     """No client sees anything: neither of the full disk, nor of the kill, nor of the way back."""
-    found = tracking_set(make_set, binaries_of, journal)
-    ballast = fill_disk(journal, 24 * MIB)
+    found = tracking_set(make_set, binaries_of, journal_disk)
+    ballast = fill_disk(journal_disk, 24 * MIB)
     found.kill_agent()
     bench = Bench.start(found, 45)
     until_tracking(found)
@@ -152,10 +149,10 @@ def test_capture_dies_in_the_gap_and_its_successor_goes_on(
     assert_equal_at_the_end(found)
 
 
-def test_all_is_killed_in_the_gap(journal: Path, make_set: MakeSet, binaries_of: BindirOf) -> None:
+def test_all_is_killed_in_the_gap(journal_disk: Path, make_set: MakeSet, binaries_of: BindirOf) -> None:
     """Without a holder Postgres recovers from what was tracked; then the set heals."""
-    found = tracking_set(make_set, binaries_of, journal)
-    ballast = fill_disk(journal, 24 * MIB)
+    found = tracking_set(make_set, binaries_of, journal_disk)
+    ballast = fill_disk(journal_disk, 24 * MIB)
     found.kill_agent()
     user = subprocess.Popen(
         found.program("pgbench", "-n", "-c", "4", "-T", "60", "postgres"),

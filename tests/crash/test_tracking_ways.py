@@ -1,0 +1,124 @@
+"""on_full = track: several volumes of xfs, a volume changed meanwhile, and the boundary that heals the set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pgcdp import api, service
+from pgcdp.healing import Differences
+from pgcdp.postgres import cluster
+from tests.cluster.test_changed_volumes import mounted_plain
+from tests.crash.test_held_capture import Bench
+from tests.crash.test_tracking_set import (
+    MIB,
+    SAID,
+    assert_equal_at_the_end,
+    assert_healed,
+    assert_shown,
+    fill_disk,
+    made_to_track,
+    tracking_set,
+    until_tracking,
+)
+from tests.fix_postgres import BindirOf, postgres_user
+from tests.fix_sets import PORT, MakeSet, ProtectedSet
+from tests.waiting import wait_until
+
+
+def two_volumes(make_set: MakeSet, binaries_of: BindirOf, journal_disk: Path) -> ProtectedSet:
+    """Data directory and pg_wal on a volume each, both xfs."""
+    found = make_set(binaries_of(15), protect=False, allowed=SAID, fs="xfs")
+    user = postgres_user()
+    found.pgdata.mkdir(mode=0o700)
+    os.chown(found.pgdata, user.uid, user.gid)
+    cluster.initdb(found.binaries, found.pgdata, user, "--data-checksums", "--auth=trust", "--no-sync")
+    own = {
+        "unix_socket_directories": str(found.sockets), "port": str(PORT), "listen_addresses": "",
+        "shared_buffers": "32MB", "max_wal_size": "128MB",
+    }  # fmt: skip
+    with (found.pgdata / "postgresql.conf").open("a") as file:
+        file.writelines(f"{name} = '{value}'\n" for name, value in own.items())
+    api.protect(
+        found.name, found.pgdata, found.store, size=768 * MIB, wal_size=400 * MIB, fs="xfs", yes=True,
+        bindir=found.binaries.directory, journal=journal_disk / "j", journal_limit=512 * MIB,
+    )  # fmt: skip
+    return made_to_track(found)
+
+
+def test_two_volumes_of_xfs_heal_as_one(journal_disk: Path, make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """One gap over both: at each point outside of it they are of one moment."""
+    found = two_volumes(make_set, binaries_of, journal_disk)
+    assert [(volume.name, volume.fs) for volume in found.config.volumes] == [("data", "xfs"), ("wal", "xfs")]
+    ballast = fill_disk(journal_disk, 24 * MIB)
+    found.kill_agent()
+    bench = Bench.start(found, 45)
+    until_tracking(found)
+    before = assert_shown(found)
+    found.kill_capture()
+    ballast.unlink()
+    found.up()
+    bench.ended()
+    assert_healed(found, before)
+    assert_equal_at_the_end(found)
+
+
+def test_a_volume_that_was_changed_while_changes_were_tracked(
+    journal_disk: Path, make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """`down` in the gap, somebody writes to the volume, `up --heal`: what was tracked comes in first, then the rest."""
+    found = tracking_set(make_set, binaries_of, journal_disk)
+    ballast = fill_disk(journal_disk, 24 * MIB)
+    found.kill_agent()
+    bench = Bench.start(found, 30)
+    until_tracking(found)
+    before = assert_shown(found)
+    bench.ended()
+    history = found.sql("select count(*) from pgbench_history")
+    api.down(found.name)
+    (volume,) = found.config.volumes
+    with mounted_plain(found, volume) as place:
+        (place / "foreign").write_bytes(b"x" * MIB)
+    ballast.unlink()
+    seen: list[Differences] = []
+    told = api.up(found.name, heal=seen.append)
+    assert seen[0].volumes["data"] > MIB, "what was tracked is missing as well"
+    tracked, changed = found.source().gaps()
+    assert (tracked.begin, tracked.reason, changed.reason) == (before + 1, "untracked", "changed")
+    assert told["gap"]["from_write"] == changed.begin
+    assert tracked.end is not None
+    assert changed.end is not None
+    assert MIB // 4096 <= changed.blocks < tracked.blocks
+    assert found.sql("select count(*) from pgbench_history") == history
+    assert (found.pgdata / "foreign").stat().st_size == MIB
+    end = changed.end
+    wait_until(lambda: found.source().intervals()[-1].to_write > end, timeout=120, interval=0.5, what="a boundary")
+    for write in (before, end):
+        result = found.verify(write)
+        assert result["ok"], result
+    assert_equal_at_the_end(found)
+
+
+def test_the_boundary_behind_a_gap_is_asked_for_until_it_is_there(
+    journal_disk: Path, make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """Postgres is down when the gap ends, and the agent is another one when it is back."""
+    found = tracking_set(make_set, binaries_of, journal_disk, cut=("2h",))
+    ballast = fill_disk(journal_disk, 24 * MIB)
+    found.kill_agent()
+    bench = Bench.start(found, 30)
+    until_tracking(found)
+    before = assert_shown(found)
+    bench.ended()
+    cluster.stop(found.pgdata)
+    ballast.unlink()
+    log = found.config.paths.agent_log
+    said = log.read_text().count("no checkpoint: ")
+    service.start(found.config)
+    wait_until(lambda: found.engine.status().state == "capturing", timeout=120, what="the end of the gap")
+    wait_until(lambda: log.read_text().count("no checkpoint: ") > said, timeout=60, what="a question in vain")
+    found.kill_agent()
+    found.up()
+    assert_healed(found, before)
+    assert found.source().intervals()[-1].boundary.reason == "gap"
+    assert_equal_at_the_end(found)
