@@ -37,6 +37,7 @@ _DETAIL = re.compile(r"\bDETAIL:  (.*)")
 ALWAYS_ALLOWED = (
     r"FATAL:  the database system is (starting up|shutting down|not yet accepting connections)",
     r"FATAL:  terminating connection due to administrator command",
+    r"FATAL:  terminating autovacuum process due to administrator command",
     r"FATAL:  terminating background worker .* due to administrator command",
 )
 BindirOf = Callable[[int], Binaries]
