@@ -1,6 +1,14 @@
 """The engine's control socket: one JSON object a line, and one a line as its answer.
 
 An error comes as `{"error":{"kind","message","hint"}}`.
+
+A capture process may be replaced while it is asked (keeper.py). What a command asks then waits for the next one, and is
+asked again where that does no harm:
+
+    cut, sync, grow, begin records   again: done twice they are as done once
+    mark, end records                again only if it cannot have reached the one that died: each is a write of its own
+    stop                             not: nobody replaces one that is to end
+    status, heal, release            not: the agent, which asks these all the time, begins anew by itself
 """
 
 from __future__ import annotations
@@ -9,10 +17,12 @@ import json
 import os
 import select
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pgcdp.capture import holder
 from pgcdp.capture.children import pidfd, reap
 from pgcdp.errors import BugError, DamageError, PgcdpError, PreconditionError, TargetError, UsageError
 from pgcdp.records import Position, Volume
@@ -28,10 +38,16 @@ _BY_KIND: dict[str, type[PgcdpError]] = {
 }
 MARK_LIMIT = 1024
 """The longest name of a mark in bytes."""
+SUCCESSOR_SECONDS = 60.0
+"""How long a command waits for the capture process that follows one that died, as long as a holder lives."""
 
 
 class EngineGone(PreconditionError):
     """No engine answers at the control socket."""
+
+
+class AnswerLost(EngineGone):
+    """The engine ended with the request in its hands: it was done, or it was not."""
 
 
 class EngineBusy(PreconditionError):
@@ -92,10 +108,12 @@ class EngineClient:
         """Send one request and return its reply. Raises EngineGone, EngineBusy, or the error that the engine names."""
         patience = self.timeout if timeout is None else timeout
         line = json.dumps({"cmd": command, **arguments}).encode() + b"\n"
+        asked = False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as door:
                 door.settimeout(patience)
                 door.connect(os.fspath(self.control))
+                asked = True
                 door.sendall(line)
                 answer = _line_of(door)
         except TimeoutError:
@@ -104,14 +122,32 @@ class EngineClient:
                 "look at its log and at the load of its disks",
             ) from None
         except OSError as error:
-            raise EngineGone(
-                f"no engine answers at {self.control}: {error.strerror or error}", "start it with pgcdp up"
-            ) from None
-        if not answer:
-            raise EngineGone(
-                f"the engine at {self.control} closed the connection without an answer", "start it with pgcdp up"
+            if not asked:
+                raise EngineGone(
+                    f"no engine answers at {self.control}: {error.strerror or error}", "start it with pgcdp up"
+                ) from None
+            answer = b""
+        if not answer.endswith(b"\n"):
+            raise AnswerLost(
+                f"the engine at {self.control} ended before it answered {command}", "start it with pgcdp up"
             )
         return _reply(command, answer)
+
+    def _outlive(self, command: str, timeout: float | None = None, *, again: bool, **arguments: Any) -> dict[str, Any]:
+        """`request`, which waits for the next capture process as long as a holder keeps the connection for that one.
+
+        `again`: it is asked, too, what the one before has not answered. Raises EngineGone after SUCCESSOR_SECONDS.
+        """
+        deadline = None
+        while True:
+            try:
+                return self.request(command, timeout, **arguments)
+            except EngineGone as error:
+                deadline = deadline or time.monotonic() + SUCCESSOR_SECONDS
+                unsure = isinstance(error, AnswerLost) and not again
+                if unsure or not holder.lives_beside(self.control) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
 
     def alive(self) -> bool:
         """Whether an engine answers."""
@@ -126,7 +162,7 @@ class EngineClient:
 
     def cut(self) -> int:
         """Make everything that was answered durable. Returns the last durable write."""
-        return int(self.request("cut")["durable_write"])
+        return int(self._outlive("cut", again=True)["durable_write"])
 
     def durable_write(self) -> int:
         """The last durable write."""
@@ -135,29 +171,50 @@ class EngineClient:
     def mark(self, name: str) -> int:
         """Put a mark into the write order and return its write number.
 
-        Raises UsageError for a name that is empty or longer than MARK_LIMIT.
+        Raises UsageError for a name that is empty or longer than MARK_LIMIT, AnswerLost when it is not known whether
+        the mark is there.
         """
         size = len(name.encode(errors="surrogateescape"))
         if not 1 <= size <= MARK_LIMIT:
             what = f"has {size} bytes, more than {MARK_LIMIT}" if size else "is empty"
             raise UsageError(f"the name of the mark {what}", "give it a name, such as pgcdp mark before-upgrade")
-        return int(self.request("mark", name=name)["write"])
+        try:
+            return int(self._outlive("mark", again=False, name=name)["write"])
+        except AnswerLost:
+            raise AnswerLost(
+                f'capture ended before it answered whether the mark "{name}" is set',
+                "see with pgcdp info whether it is, and set it again if not",
+            ) from None
 
     def rewind_record(self, what: Literal["begin", "end"], name: str) -> int:
-        """Put the begin or end record of a rewind in place into the write order; returns its write number."""
-        return int(self.request("mark", name=name, rewind=what)["write"])
+        """Put the begin or end record of a rewind in place into the write order; returns its write number.
+
+        Raises AnswerLost when it is not known whether an end record is there.
+        """
+        return self._record("rewind", what, name)
 
     def heal(self) -> None:
         """Have what is tracked brought into the journal. Raises PreconditionError while it has no room."""
         self.request("heal")
 
     def gap_record(self, what: Literal["begin", "end"], name: str) -> int:
-        """Put the begin or end record of a gap into the write order; returns its write number."""
-        return int(self.request("mark", name=name, gap=what)["write"])
+        """Put the begin or end record of a gap into the write order; returns its write number. Raises as above."""
+        return self._record("gap", what, name)
+
+    def _record(self, of: str, what: str, name: str) -> int:
+        """Of several begins in a row readers take one (store/rewinds.py, gaps.py); an end ends one begin."""
+        arguments: dict[str, Any] = {"name": name, of: what}
+        try:
+            return int(self._outlive("mark", again=what == "begin", **arguments)["write"])
+        except AnswerLost:
+            raise AnswerLost(
+                f"capture ended before it answered whether the {what} record of the {of} is set",
+                "pgcdp up looks, and finishes it",
+            ) from None
 
     def grow(self, volume: str, size: int) -> None:
         """Have a volume, by name, show so many bytes of its backing, which has become larger."""
-        self.request("grow", volume=volume, bytes=size)
+        self._outlive("grow", again=True, volume=volume, bytes=size)
 
     def release(self, write: int) -> None:
         """The store holds all writes up to `write` durably: their segments may be used again."""
@@ -165,12 +222,13 @@ class EngineClient:
 
     def sync(self, timeout: float = 3600.0) -> int:
         """Bring all that is durable now to the volumes and sync them. Returns the write up to which that is so."""
-        return int(self.request("sync", timeout=timeout)["applied_write"])
+        return int(self._outlive("sync", timeout, again=True)["applied_write"])
 
     def stop(self, timeout: float = 3600.0) -> None:
         """Apply all, sync, mark the journal clean, unmount, end; waits until the process has ended.
 
-        Raises EngineBusy while a volume file is open. Harmless when no engine runs.
+        Raises EngineBusy while a volume file is open, AnswerLost when it died before it had stopped. Harmless when no
+        engine runs.
         """
         try:
             pid = int(self.request("status")["pid"])
@@ -178,7 +236,13 @@ class EngineClient:
             return
         ended = pidfd(pid)
         try:
-            self.request("stop", timeout=timeout)
+            try:
+                self.request("stop", timeout=timeout)
+            except AnswerLost:
+                raise AnswerLost(
+                    f"the engine (pid {pid}) died before it had stopped",
+                    "run the command again: it brings to the volumes what the journal has, and stops",
+                ) from None
             if ended is not None and not select.select([ended], [], [], timeout)[0]:
                 raise PreconditionError(f"the engine (pid {pid}) did not end in {timeout:g} s", "look at its log")
         finally:

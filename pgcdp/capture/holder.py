@@ -24,6 +24,8 @@ from pgcdp.sets import SetPaths
 
 LEAST_KERNEL = (6, 9)
 """The first Linux that sends requests again (FUSE_NOTIFY_RESEND)."""
+SOCKET = "holder.sock"
+"""Where a holder listens, in the set's runtime directory."""
 SWITCH = "PGCDP_HOLDER"
 """Environment variable: `off` does without a holder, as a kernel before LEAST_KERNEL does."""
 END_SECONDS = 60.0
@@ -59,7 +61,7 @@ class Holder:
 
 def socket_of(paths: SetPaths) -> Path:
     """Where the set's holder listens."""
-    return paths.run / "holder.sock"
+    return paths.run / SOCKET
 
 
 def missing() -> str | None:
@@ -115,6 +117,12 @@ def pid_at(place: Path) -> int | None:
     """The id of the process that listens at a stream socket; None when nobody does."""
     with _door(place, socket.SOCK_STREAM) as door:
         return None if door is None else _peer(door)
+
+
+def lives_beside(control: Path) -> bool:
+    """Whether a holder lives that belongs to a capture process with this control socket."""
+    with _door(control.with_name(SOCKET), socket.SOCK_SEQPACKET) as door:
+        return door is not None
 
 
 def holder_process(paths: SetPaths) -> Process | None:
