@@ -101,7 +101,7 @@ def _refuse_beyond(config: Config, number: int, known: int) -> None:
 
     Raises PreconditionError where an engine of before shows more.
     """
-    volume = EngineClient(config.paths.control).status().volumes[number]
+    volume = EngineClient(config.paths.control).next_status().volumes[number]
     if volume.bytes > known:
         raise PreconditionError(
             f"capture shows {volume.bytes} bytes of volume {volume.name}, of which the store has {known}",

@@ -176,7 +176,7 @@ def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
     done = _healed(config, since)
     if done is None:
         devices = attach.attach_devices(config, progress)
-        source = source_of(config, client.status())
+        source = source_of(config, client.next_status())
         check_devices(source, devices)
         announce(source.store, client.cut())
         begin = client.gap_record("begin", name)
@@ -194,7 +194,7 @@ def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
 def _await_end_of_tracking(config: Config, progress: Report) -> None:
     """What was tracked comes into the journal first, by the agent: its gap and this one are two."""
     client, deadline = EngineClient(config.paths.control), time.monotonic() + TRACKING_SECONDS
-    while (tracked := client.status().tracked) is not None:
+    while (tracked := client.next_status().tracked) is not None:
         if time.monotonic() > deadline:
             raise PreconditionError(
                 tracking.told(tracked),
@@ -206,12 +206,12 @@ def _await_end_of_tracking(config: Config, progress: Report) -> None:
 
 def _healed(config: Config, since: int) -> Gap | None:
     """The gap, if its end record is there: a kill may have come right behind it."""
-    gaps = source_of(config, EngineClient(config.paths.control).status()).gaps()
+    gaps = source_of(config, EngineClient(config.paths.control).next_status()).gaps()
     return gaps[-1] if gaps and gaps[-1].end is not None and gaps[-1].since_ns == since else None
 
 
 def _take_in(config: Config, newest: int, devices: list[Path], below: Path, progress: Report) -> None:
-    source = source_of(config, EngineClient(config.paths.control).status())
+    source = source_of(config, EngineClient(config.paths.control).next_status())
     point = RecoveryPoint(newest, None, 0)
     try:
         compare(source, point, devices, Way.TO_CAPTURE, below, progress)

@@ -198,7 +198,7 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         raise PreconditionError(
             f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {config.name}"
         )
-    source = source_of(config, EngineClient(config.paths.control).status())
+    source = source_of(config, EngineClient(config.paths.control).next_status())
     need = most_bytes(source, point, below) + SPARE_BYTES
     have = fsio.free_space(config.store)
     if have < 2 * need:  # what is written, and the backward increment of the same blocks
@@ -266,9 +266,9 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
         client = attach.start_capture(config, progress, captured=lambda: service.start(config))
         devices = attach.attach_devices(config, progress)
         name = point_name(doing.point.write, doing.point.lsn)
-        check_devices(source_of(config, client.status()), devices)
+        check_devices(source_of(config, client.next_status()), devices)
         client.rewind_record("begin", name)
-        source = source_of(config, EngineClient(config.paths.control).status())
+        source = source_of(config, EngineClient(config.paths.control).next_status())
         with service.kept(config):
             try:
                 written = write_back(source, doing.point, devices, below, progress)

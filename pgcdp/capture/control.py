@@ -8,7 +8,8 @@ asked again where that does no harm:
     cut, sync, grow, begin records   again: done twice they are as done once
     mark, end records                again only if it cannot have reached the one that died: each is a write of its own
     stop                             not: nobody replaces one that is to end
-    status, heal, release            not: the agent, which asks these all the time, begins anew by itself
+    status                           only by `next_status`: else it tells, just so, that none serves
+    heal, release                    not: the agent, which asks these, begins anew by itself
 """
 
 from __future__ import annotations
@@ -159,6 +160,10 @@ class EngineClient:
 
     def status(self) -> EngineStatus:
         return parse_status(self.request("status"))
+
+    def next_status(self) -> EngineStatus:
+        """`status` for who goes on with whichever process serves: it waits for the one that follows one that died."""
+        return parse_status(self._outlive("status", again=True))
 
     def cut(self) -> int:
         """Make everything that was answered durable. Returns the last durable write."""

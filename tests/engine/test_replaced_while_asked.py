@@ -51,15 +51,21 @@ def in_its_hands(held: Held, *asks: Ask) -> Iterator[list[Future[Any]]]:
     with ThreadPoolExecutor(len(asks)) as pool:
         told = []
         for ask in asks:
-            known = len(list(tasks.iterdir()))
+            known = set(tasks.iterdir())  # of a connection before, perhaps, one that ends just now
             told.append(pool.submit(ask, client(held)))
-            wait_until(lambda n=known: len(list(tasks.iterdir())) > n, what="its thread for the connection")  # type: ignore[misc]
+            wait_until(lambda before=known: set(tasks.iterdir()) - before, what="its thread for the connection")  # type: ignore[misc]
         yield told
 
 
-def replaced(held: Held, faults: Faults, point: str, *asks: Ask) -> list[Future[Any]]:
-    """What becomes of requests that wait for `point` as their process is killed; the next one serves."""
+def replaced(
+    held: Held, faults: Faults, point: str, *asks: Ask, first: Callable[[], object] = lambda: None
+) -> list[Future[Any]]:
+    """What becomes of requests that wait for `point` as their process is killed; the next one serves.
+
+    `first` is done with its disk slow already: what it leaves to be done must not be done before.
+    """
     faults.set(point, "slow", milliseconds=SLOW_MS)
+    first()
     with in_its_hands(held, *asks) as told:
         wait_until(lambda: faults.fired(point), what=point)
         assert not any(each.done() for each in told)
@@ -75,8 +81,10 @@ def test_what_may_be_done_twice_is_asked_of_the_next_one(held: Held, faults: Fau
     assert begun.result() == held.status()["last_write"]
     assert cut.result() >= 1
     assert {name for name, _ in marks(held)} == {"1"}
-    client(held).rewind_record("end", "1")
-    (synced,) = replaced(held, faults, "journal.mark.sync", lambda asked: asked.sync())
+    (synced,) = replaced(
+        held, faults, "journal.mark.sync", lambda asked: asked.sync(),
+        first=lambda: client(held).rewind_record("end", "1"),
+    )  # fmt: skip
     assert synced.result() >= begun.result()
     assert held.stop() == 0
 
@@ -105,6 +113,7 @@ def test_who_asks_while_none_serves_waits_for_the_next_one(held: Held) -> None:
         lambda asked: asked.mark("here"),
         lambda asked: asked.cut(),
         lambda asked: asked.grow("data", 8 * MIB),
+        lambda asked: asked.next_status().last_write,
     ]
     with ThreadPoolExecutor(len(asks)) as pool:
         told = [pool.submit(ask, client(held)) for ask in asks]
@@ -113,6 +122,7 @@ def test_who_asks_while_none_serves_waits_for_the_next_one(held: Held) -> None:
         assert told[0].result() > 0
         assert told[1].result() >= 0
         assert told[2].result() is None
+        assert told[3].result() >= 0
     assert marks(held) == [("here", 0)]
     assert held.stop() == 0
 
@@ -123,6 +133,8 @@ def test_nobody_waits_without_a_holder_nor_for_ever(held: Held, monkeypatch: pyt
     with pytest.raises(EngineGone, match="no engine answers"):
         client(held).cut()
     monkeypatch.setattr(control, "SUCCESSOR_SECONDS", 3600.0)
+    with pytest.raises(EngineGone, match="no engine answers"):
+        client(held).status()  # who asks for it asks whether one serves
     assert held.holder is not None
     held.holder.kill()
     held.holder.wait()
