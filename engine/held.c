@@ -214,5 +214,7 @@ int held_hand_out(int listener, int fuse, int note)
     c->cmsg_type = SCM_RIGHTS;
     c->cmsg_len = CMSG_LEN(sizeof both);
     memcpy(CMSG_DATA(c), both, sizeof both);
-    return sendmsg(peer, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
+    if (sendmsg(peer, &message, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0 || errno == EPIPE || errno == ECONNRESET)
+        return 0; /* who only looked whether somebody holds has gone already */
+    return -errno;
 }

@@ -148,7 +148,7 @@ class EngineClient:
                 unsure = isinstance(error, AnswerLost) and not again
                 if unsure or not holder.lives_beside(self.control) or time.monotonic() > deadline:
                     raise
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def alive(self) -> bool:
         """Whether an engine answers."""

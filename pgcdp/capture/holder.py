@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ SOCKET = "holder.sock"
 """Where a holder listens, in the set's runtime directory."""
 SWITCH = "PGCDP_HOLDER"
 """Environment variable: `off` does without a holder, as a kernel before LEAST_KERNEL does."""
+DOOR_SECONDS = 5.0
+"""How long a process that listens may take to let somebody in, or to say something."""
 END_SECONDS = 60.0
 _SO_PEERPIDFD = 77
 _CREDENTIALS = struct.Struct("3i")
@@ -154,13 +157,24 @@ def end(paths: SetPaths, at_once: bool = True) -> None:
 @contextmanager
 def _door(place: Path, kind: socket.SocketKind) -> Iterator[socket.socket | None]:
     with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC) as door:
-        door.settimeout(5.0)
+        door.settimeout(DOOR_SECONDS)
         try:
-            door.connect(os.fspath(place))
+            _connect(door, place)
         except OSError:
             yield None
             return
         yield door
+
+
+def _connect(door: socket.socket, place: Path) -> None:
+    deadline = time.monotonic() + DOOR_SECONDS
+    while True:
+        try:
+            return door.connect(os.fspath(place))
+        except BlockingIOError:  # somebody listens, and has not come to those who asked before
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
 
 
 def _peer(door: socket.socket) -> int:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from tests.held_note import other_answer
 from tests.model import read_journal, replay
 from tests.raw_workload import Workload, assert_history
 from tests.waiting import pass_time, wait_until
+
+LOOKS = 300
 
 
 class Held(Capture):
@@ -256,6 +259,16 @@ def opened(held: Held) -> Direct:
     """
     held.device("data").open("rb").close()
     return Direct(held.device("data"))
+
+
+def test_who_only_looks_whether_it_lives_keeps_nobody_waiting(held: Held) -> None:
+    """Commands that wait for the next capture process look many times a second, and that one asks the same holder."""
+    since = time.monotonic()
+    for _ in range(LOOKS):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+            door.connect(str(held.door))
+    assert held.handed() == 2
+    assert time.monotonic() - since < LOOKS / 20
 
 
 @pytest.mark.parametrize("what", ["another answer", "damaged"])

@@ -44,8 +44,11 @@ def marks(held: Held) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def in_its_hands(held: Held, *asks: Ask) -> Iterator[list[Future[Any]]]:
-    """Each request has reached the capture process, and is not answered as long as its disk is slow."""
+def in_its_hands(held: Held, waits: Callable[[], object], *asks: Ask) -> Iterator[list[Future[Any]]]:
+    """Each request has reached the capture process, and is not answered as long as its disk is slow.
+
+    `waits`: whether the first of them waits for that disk; what comes behind it then waits, too.
+    """
     assert held.process is not None
     tasks = Path(f"/proc/{held.process.pid}/task")
     with ThreadPoolExecutor(len(asks)) as pool:
@@ -54,6 +57,7 @@ def in_its_hands(held: Held, *asks: Ask) -> Iterator[list[Future[Any]]]:
             known = set(tasks.iterdir())  # of a connection before, perhaps, one that ends just now
             told.append(pool.submit(ask, client(held)))
             wait_until(lambda before=known: set(tasks.iterdir()) - before, what="its thread for the connection")  # type: ignore[misc]
+            wait_until(waits, what="that it waits for its disk")
         yield told
 
 
@@ -66,8 +70,7 @@ def replaced(
     """
     faults.set(point, "slow", milliseconds=SLOW_MS)
     first()
-    with in_its_hands(held, *asks) as told:
-        wait_until(lambda: faults.fired(point), what=point)
+    with in_its_hands(held, lambda: faults.fired(point), *asks) as told:
         assert not any(each.done() for each in told)
         held.crash()
         held.start()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from pgcdp.capture import holder
 from pgcdp.capture.keeper import Keeper
 from pgcdp.sets import SetPaths
-from tests.waiting import wait_until
+from tests.waiting import pass_time, wait_until
 
 
 @pytest.fixture
@@ -49,3 +51,24 @@ def test_it_outlives_that_no_descriptor_is_to_be_had(keeper: Keeper) -> None:
         assert time.process_time() - spent < 0.25, "it takes a core"
     wait_until(lambda: not keeper.error, what="that it can look again")
     assert keeper._thread.is_alive()
+
+
+def test_a_holder_whom_many_ask_at_once_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper would start another one beside it, and a command would wait for nobody."""
+    monkeypatch.setattr(holder, "DOOR_SECONDS", 60.0)
+    before: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(os.fspath(tmp_path / holder.SOCKET))
+        listener.listen(1)
+        with pytest.raises(BlockingIOError):  # noqa: PT012
+            while True:
+                before.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
+                before[-1].connect(os.fspath(tmp_path / holder.SOCKET))
+        asked = pool.submit(holder.lives_beside, tmp_path / "control")
+        wait_until(lambda: asked.running() or asked.done(), what="that it is asked")
+        pass_time(0.2)
+        while not asked.done():  # it comes to them
+            listener.accept()[0].close()
+        assert asked.result()
+    for each in before:
+        each.close()
