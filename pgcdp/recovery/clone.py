@@ -322,4 +322,4 @@ def remove(place: Path) -> None:
     except (FileNotFoundError, DamageError):  # killed before it was written, or not ours to read any more
         sandbox.end_at_once(place / "mnt")
         places.clear(place)
-    shutil.rmtree(place)
+    places.remove(place)

@@ -6,11 +6,13 @@ cleared away by the next that works below the same directory.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,8 @@ from pgcdp.capture.engine import end_views
 from pgcdp.errors import PreconditionError
 from pgcdp.fsio import sync_directory
 from pgcdp.postgres.cluster import kill_leftovers
+
+REMOVE_SECONDS = 10.0
 
 
 def scratch_of(set_id: bytes) -> Path:
@@ -43,7 +47,7 @@ def place_below(below: Path) -> Iterator[Path]:
     finally:
         try:
             with alone(below):
-                shutil.rmtree(scratch)  # locked until it is gone, so that nobody takes it for left behind
+                remove(scratch)  # locked until it is gone, so that nobody takes it for left behind
                 with suppress(OSError):
                     below.rmdir()
         finally:
@@ -104,9 +108,26 @@ def clear_left(below: Path) -> None:
             continue
         try:
             clear(scratch)
-            shutil.rmtree(scratch)
+            remove(scratch)
         finally:
             os.close(fd)
+
+
+def remove(place: Path) -> None:
+    """Remove a place in which nothing runs or is mounted any more, and what comes into it meanwhile.
+
+    An agent that moves the image may have found the view that was in it, and be about to leave it another map.
+    """
+    until = time.monotonic() + REMOVE_SECONDS
+    while True:
+        try:
+            shutil.rmtree(place)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or time.monotonic() > until:
+                raise
+        if not place.exists():
+            return
 
 
 def clear(scratch: Path) -> None:

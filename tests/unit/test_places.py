@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier
 
@@ -12,6 +14,7 @@ import pytest
 
 from pgcdp.errors import PreconditionError
 from pgcdp.recovery import places
+from tests.waiting import pass_time
 
 
 def test_a_directory_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
@@ -82,3 +85,30 @@ def test_many_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         assert sorted(pool.map(user, range(6))) == list(range(6))
     assert not below.exists()
+
+
+def test_what_an_agent_leaves_in_a_place_that_is_removed_goes_too(tmp_path: Path) -> None:
+    """It gives the view in it another map just then, and takes that away again when nobody answers."""
+    for _ in range(30):
+        place = tmp_path / "point-x"
+        (place / "below").mkdir(parents=True)
+        for number in range(50):
+            (place / "below" / f"{number}").touch()
+        begun = threading.Event()
+
+        def agent(place: Path = place, begun: threading.Event = begun) -> None:
+            with suppress(FileNotFoundError):
+                for number in range(100_000):
+                    file = place / f"map-{number}"
+                    file.touch(exist_ok=False)
+                    begun.set()
+                    if number % 2:
+                        file.unlink(missing_ok=True)
+                    pass_time(0.0002)
+
+        writer = threading.Thread(target=agent)
+        writer.start()
+        begun.wait()
+        places.remove(place)
+        writer.join()
+        assert not place.exists()
