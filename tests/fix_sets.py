@@ -46,7 +46,7 @@ from tests.waiting import wait_until
 
 PORT = 5432
 KILLED = (
-    r"the engine at .* closed the connection",
+    r"the engine at .* ended before it answered",
     r"no engine answers at",
     r"no checkpoint: ",
 )
