@@ -113,20 +113,21 @@ def lay_in_the_way(place: Path) -> None:
     (place / "restored").write_text("in the way")
 
 
+def process_of(place: Path, word: bytes) -> int:
+    """The demo's process whose command line has the word."""
+    (pid,) = [pid for pid in running_below(place) if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    return pid
+
+
 def signalled(word: bytes, number: int) -> Callable[[Path], None]:
-    """Send a signal to the demo's process whose command line has the word."""
-
-    def act(place: Path) -> None:
-        (pid,) = [pid for pid in running_below(place) if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
-        os.kill(pid, number)
-
-    return act
+    """Send a signal to such a process."""
+    return lambda place: os.kill(process_of(place, word), number)
 
 
 def cut_off(place: Path) -> None:
-    """Kill capture with its holder, which would keep the volumes for the next one."""
-    for word in (b"hold", b"capture"):
-        signalled(word, signal.SIGKILL)(place)
+    """Kill capture with its holder, which would keep the volumes for the next one: at once, else each is replaced."""
+    for pid in [process_of(place, word) for word in (b"hold", b"capture")]:
+        os.kill(pid, signal.SIGKILL)
 
 
 FAILURES: dict[str, tuple[dict[str, Callable[[Path], None]], str]] = {
