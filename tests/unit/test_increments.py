@@ -25,9 +25,10 @@ from pgcdp.store.frames import FrameReader
 from pgcdp.store.image import Image, ImageState, read_state
 from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import OpenInterval, read_open
+from tests import small_store
 from tests.journal_writer import BLOCK, DISCARD, MARK, WRITE, ZERO, JournalWriter, Op
 
-SET_ID = os.urandom(16)  # scratch places go by it, and other processes run the same tests
+SET_ID = small_store.SET_ID
 BLOCKS = 40
 Model = list[bytearray]
 
