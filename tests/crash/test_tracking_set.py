@@ -98,6 +98,16 @@ def assert_shown(found: ProtectedSet) -> int:
     return int(tracked["behind_write"])
 
 
+def into_a_gap(found: ProtectedSet, journal_disk: Path, seconds: int) -> tuple[Path, Bench, int]:
+    """The journal's disk gets full under pgbench, which runs for so long: what fills it, the clients, and the last
+    write before the gap."""
+    ballast = fill_disk(journal_disk, 24 * MIB)
+    found.kill_agent()
+    bench = Bench.start(found, seconds)
+    until_tracking(found)
+    return ballast, bench, assert_shown(found)
+
+
 def assert_healed(found: ProtectedSet, before: int) -> None:
     """A boundary lies behind the gap's end; what is outside of the gap opens, what is inside is refused."""
 
@@ -139,11 +149,7 @@ def test_capture_dies_in_the_gap_and_its_successor_goes_on(
 ) -> None:
     """No client sees anything: neither of the full disk, nor of the kill, nor of the way back."""
     found = tracking_set(make_set, binaries_of, journal_disk)
-    ballast = fill_disk(journal_disk, 24 * MIB)
-    found.kill_agent()
-    bench = Bench.start(found, 45)
-    until_tracking(found)
-    before = assert_shown(found)
+    ballast, bench, before = into_a_gap(found, journal_disk, 45)
     found.kill_capture()
     ballast.unlink()
     found.up()

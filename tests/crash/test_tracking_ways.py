@@ -9,17 +9,14 @@ from pgcdp import api, service
 from pgcdp.healing import Differences
 from pgcdp.postgres import cluster
 from tests.cluster.test_changed_volumes import mounted_plain
-from tests.crash.test_held_capture import Bench
 from tests.crash.test_tracking_set import (
     MIB,
     SAID,
     assert_equal_at_the_end,
     assert_healed,
-    assert_shown,
-    fill_disk,
+    into_a_gap,
     made_to_track,
     tracking_set,
-    until_tracking,
 )
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import PORT, MakeSet, ProtectedSet
@@ -50,11 +47,7 @@ def test_two_volumes_of_xfs_heal_as_one(journal_disk: Path, make_set: MakeSet, b
     """One gap over both: at each point outside of it they are of one moment."""
     found = two_volumes(make_set, binaries_of, journal_disk)
     assert [(volume.name, volume.fs) for volume in found.config.volumes] == [("data", "xfs"), ("wal", "xfs")]
-    ballast = fill_disk(journal_disk, 24 * MIB)
-    found.kill_agent()
-    bench = Bench.start(found, 45)
-    until_tracking(found)
-    before = assert_shown(found)
+    ballast, bench, before = into_a_gap(found, journal_disk, 45)
     found.kill_capture()
     ballast.unlink()
     found.up()
@@ -68,11 +61,7 @@ def test_a_volume_that_was_changed_while_changes_were_tracked(
 ) -> None:
     """`down` in the gap, somebody writes to the volume, `up --heal`: what was tracked comes in first, then the rest."""
     found = tracking_set(make_set, binaries_of, journal_disk)
-    ballast = fill_disk(journal_disk, 24 * MIB)
-    found.kill_agent()
-    bench = Bench.start(found, 30)
-    until_tracking(found)
-    before = assert_shown(found)
+    ballast, bench, before = into_a_gap(found, journal_disk, 30)
     bench.ended()
     history = found.sql("select count(*) from pgbench_history")
     api.down(found.name)
@@ -104,11 +93,7 @@ def test_the_boundary_behind_a_gap_is_asked_for_until_it_is_there(
 ) -> None:
     """Postgres is down when the gap ends, and the agent is another one when it is back."""
     found = tracking_set(make_set, binaries_of, journal_disk, cut=("2h",))
-    ballast = fill_disk(journal_disk, 24 * MIB)
-    found.kill_agent()
-    bench = Bench.start(found, 30)
-    until_tracking(found)
-    before = assert_shown(found)
+    ballast, bench, before = into_a_gap(found, journal_disk, 30)
     bench.ended()
     cluster.stop(found.pgdata)
     ballast.unlink()

@@ -70,6 +70,18 @@ def state(capture: Capture) -> str:
     return str(capture.status()["state"])
 
 
+def assert_writes_wait(capture: Capture, keeper: Keeper, seed: int) -> None:
+    """Under load until the journal is full: no gap begins, and what waited goes on when there is room."""
+    with load(capture, seed):
+        wait_until(lambda: state(capture) == "stalled", timeout=120, what="a full journal")
+        ended = threading.Event()
+        assert not ended.wait(6), "twice what is waited for before changes are tracked"
+        assert state(capture) == "stalled"
+        keeper.take_some()
+        wait_until(lambda: state(capture) == "capturing", what="room")
+        keeper.take_some()
+
+
 def backings(capture: Capture) -> list[bytes]:
     return [capture.backing(name).read_bytes() for name in capture.volumes]
 
@@ -239,14 +251,7 @@ def test_a_stop_in_the_gap_leaves_plain_volumes(make_capture: MakeCapture) -> No
     assert state(capture) == "tracking"
     assert capture.status()["on_full"] == "stall"
     heal(capture, keeper)
-    with load(capture, 2):
-        wait_until(lambda: state(capture) == "stalled", timeout=120, what="a full journal")
-        ended = threading.Event()
-        assert not ended.wait(5), "more than what is waited for before changes are tracked"
-        assert state(capture) == "stalled"
-        keeper.take_some()
-        wait_until(lambda: state(capture) == "capturing", what="room")
-        keeper.take_some()
+    assert_writes_wait(capture, keeper, 2)
     assert capture.stop() == 0
     assert_volumes_equal_writes(capture, keeper)
 
@@ -281,14 +286,7 @@ def test_no_gap_begins_inside_a_rewind(make_capture: MakeCapture) -> None:
     capture.start()
     keeper = Keeper(capture)
     assert "write" in capture.request("mark", name="1", rewind="begin")
-    with load(capture, 1):
-        wait_until(lambda: state(capture) == "stalled", timeout=120, what="a full journal")
-        ended = threading.Event()
-        assert not ended.wait(6), "twice what is waited for before changes are tracked"
-        assert state(capture) == "stalled"
-        keeper.take_some()
-        wait_until(lambda: state(capture) == "capturing", what="room")
-        keeper.take_some()
+    assert_writes_wait(capture, keeper, 1)
     assert "write" in capture.request("mark", name="1", rewind="end")
     assert capture.stop() == 0
 

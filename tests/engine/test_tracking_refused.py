@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from tests.engine.test_tracking import (
     SMALL,
     Keeper,
     assert_volumes_equal_writes,
+    assert_writes_wait,
     fill,
     heal,
     load,
@@ -49,14 +49,7 @@ def test_a_successor_knows_that_it_is_inside(make_capture: MakeCapture, what: st
     assert "write" in capture.request("mark", **record)
     restart(capture, how)
     restart(capture, "killed")
-    with load(capture, 1):
-        wait_until(lambda: state(capture) == "stalled", timeout=120, what="a full journal")
-        ended = threading.Event()
-        assert not ended.wait(6), "twice what is waited for before changes are tracked"
-        assert state(capture) == "stalled"
-        keeper.take_some()
-        wait_until(lambda: state(capture) == "capturing", what="room")
-        keeper.take_some()
+    assert_writes_wait(capture, keeper, 1)
     assert "write" in capture.request("mark", **(record | {what: "end"}))
     restart(capture, how)
     keeper.take()
