@@ -252,16 +252,27 @@ class ProtectedSet:
         """Unexpected lines in the logs of engine, agent and Postgres."""
         with suppress(PgcdpError):
             paths = self.config.paths
+            allowed = [*self.allowed, *STOPPED, *(() if _may_flush() else NOT_ALLOWED)]
             found = []
             for log in (paths.engine_log, paths.agent_log):
                 text = log.read_text(errors="replace") if log.exists() else ""
-                found += [line for line in text.splitlines() if re.search(r"\b(warning|WARNING|error|ERROR)\b", line)]
+                found += [entry for entry in _entries(text) if _complains(entry, allowed)]
             log = self.config.cluster.log_file
             if log.exists():
-                found += bad_lines(log.read_text(errors="replace"), self.allowed)
-            allowed = [*self.allowed, *STOPPED, *(() if _may_flush() else NOT_ALLOWED)]
-            return [line for line in found if not any(re.search(pattern, line) for pattern in allowed)]
+                lines = bad_lines(log.read_text(errors="replace"), self.allowed)
+                found += [line for line in lines if _complains(line, allowed, r"")]
+            return found
         return []
+
+
+def _entries(log: str) -> list[str]:
+    """A log's lines, each with what is written below it without a time: a traceback."""
+    return re.split(r"\n(?=\d{4}-\d\d-\d\dT)", log.rstrip("\n"))
+
+
+def _complains(entry: str, allowed: Sequence[str], bad: str = r"\b(warning|WARNING|error|ERROR)\b") -> bool:
+    lines = [line for line in entry.splitlines() if re.search(bad, line)]
+    return any(not any(re.search(pattern, line) for pattern in allowed) for line in lines)
 
 
 _PIECE = 4 << 20

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,12 @@ def show_map(engine_program: Path, scratch: Path) -> Iterator[ShowMap]:
         view.kill()
     complaints = [line for view in made for line in view.complaints()]
     assert complaints == [], "in the log of a view"
+
+
+def waits_for_fuse(pid: int) -> bool:
+    """Whether a thread of that process waits for the answer of a FUSE server, which its image comes from."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            if "request_wait_answer" in (task / "wchan").read_text():
+                return True
+    return False

@@ -32,6 +32,8 @@ SECTOR = 4096
 LEAST_BYTES = {"ext4": 64 << 20, "xfs": 300 << 20}
 """Smallest volume that each filesystem is made on (mkfs.xfs itself refuses less than 300 MiB)."""
 
+LOG_BYTES = 64 << 20
+"""Size of the filesystem's own log on volumes of 2 GiB and more; mkfs would give large ones one of 1 to 2 GiB."""
 ZEROING = "filling the device with zeros"
 """The step that `zero_out` is."""
 _BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
@@ -167,15 +169,21 @@ def _device_number(path: Path) -> int:
 def make_filesystem(device: Path, fs: str, uid: int, gid: int, zeroed: bool) -> None:
     """mkfs on a loop device. `zeroed` says that it reads as zeros everywhere, so that nothing needs to be initialised.
 
-    Nothing is left to lazy initialisation, and nothing is discarded: both would be captured later.
+    Nothing is left to lazy initialisation, and nothing is discarded: both would be captured later. The log has one size
+    on small and large volumes, since every clone and every `up` after a crash reads what is in it before it mounts.
     """
+    large = backing_bytes(device) >= 32 * LOG_BYTES
     if fs == "xfs":
-        proc.run(["mkfs.xfs", "-q", "-f", "-K", "-s", f"size={SECTOR}", os.fspath(device)])
+        log_size = ["-l", f"size={LOG_BYTES}"] if large else []
+        proc.run(["mkfs.xfs", "-q", "-f", "-K", "-s", f"size={SECTOR}", *log_size, os.fspath(device)])
         return
     extended = [f"root_owner={uid}:{gid}", "nodiscard", "lazy_itable_init=0", "lazy_journal_init=0"]
     if zeroed:
         extended.append("assume_storage_prezeroed=1")
-    proc.run(["mkfs.ext4", "-q", "-F", "-b", str(SECTOR), "-E", ",".join(extended), os.fspath(device)])
+    log_size = ["-J", f"size={LOG_BYTES >> 20}"] if large else []
+    proc.run([
+        "mkfs.ext4", "-q", "-F", "-b", str(SECTOR), "-E", ",".join(extended), *log_size, os.fspath(device),
+    ])  # fmt: skip
 
 
 def sync_filesystem(path: Path) -> None:

@@ -32,7 +32,7 @@ from pgcdp.store.open_views import registered
 from tests.crash.test_killed_agent import KILLED, followed
 from tests.engine.test_reload import image_at, map_of
 from tests.fix_engine import Direct, MakeCapture
-from tests.fix_views import ShowMap, ShownView
+from tests.fix_views import ShowMap, ShownView, waits_for_fuse
 from tests.stage_history import VOLUMES, History, source_of
 from tests.unit.test_blockmap import Scene, materialized
 from tests.unit.test_increments import BLOCKS
@@ -190,15 +190,6 @@ def test_a_question_that_comes_too_late_changes_nothing(history: Callable[[int, 
         assert view.status()["reloads"] == 0
 
 
-def reads_its_image(pid: int) -> bool:
-    """Whether a thread waits for the answer of a FUSE server, which its image comes from."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
-            if "request_wait_answer" in (task / "wchan").read_text():
-                return True
-    return False
-
-
 def image_through_views(show_map: ShowMap, scene: Scene, below: Path) -> int:
     """The image's first volume now comes from a view, and that one's from another: the process id of the last.
 
@@ -238,7 +229,7 @@ def stuck_in_a_read(show_map: ShowMap, scratch: Path, seed: int) -> Iterator[tup
     os.kill(last, signal.SIGSTOP)
     try:
         reader.start()
-        wait_until(lambda: reads_its_image(pid), what="a read of the image under way")
+        wait_until(lambda: waits_for_fuse(pid), what="a read of the image under way")
         yield scene, bundle, view
     finally:
         os.kill(last, signal.SIGCONT)

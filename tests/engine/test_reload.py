@@ -20,7 +20,7 @@ from pgcdp.recovery.mapfile import FramesSource, ImageSource, MapSource, ViewMap
 from pgcdp.store.frames import FrameWriter
 from pgcdp.store.image_files import block_sums
 from tests.fix_engine import Direct
-from tests.fix_views import ShowMap, ShownView
+from tests.fix_views import ShowMap, ShownView, waits_for_fuse
 from tests.unit.test_increments import SET_ID
 from tests.waiting import wait_until
 
@@ -177,11 +177,6 @@ def test_a_map_made_from_one_that_is_no_longer_shown_is_refused(show_map: ShowMa
     assert view.stop() == 0
 
 
-def waits_for_a_file(pid: int) -> bool:
-    """Whether a thread waits for the answer of a FUSE server."""
-    return any("request_wait_answer" in (task / "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
-
-
 def test_a_map_is_acknowledged_only_when_the_last_read_by_the_old_one_is_done(show_map: ShowMap, scratch: Path) -> None:
     """The image lies in another view, which is stopped while it is read: that takes as long as the test wants."""
     old, new = b"o" * BLOCKS * BLOCK, b"n" * BLOCKS * BLOCK
@@ -205,7 +200,7 @@ def test_a_map_is_acknowledged_only_when_the_last_read_by_the_old_one_is_done(sh
     os.kill(stopped, signal.SIGSTOP)
     try:
         reader.start()
-        wait_until(lambda: waits_for_a_file(pid), what="a read of the image under way")
+        wait_until(lambda: waits_for_fuse(pid), what="a read of the image under way")
         asker.start()
         # With a read that is stuck under the old map, one by the new map is served; only then is the outcome known.
         wait_until(lambda: served_new(view, new), what="the new map")
