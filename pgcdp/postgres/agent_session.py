@@ -34,6 +34,8 @@ from pgcdp.units import parse_lsn
 
 T = TypeVar("T")
 _CHECKPOINT_SQL = "select checkpoint_lsn::text from pg_control_checkpoint()"
+_BROKEN = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What a connection raises that Postgres refuses or leaves; TimeoutError is an OSError."""
 
 
 class Session:
@@ -56,7 +58,7 @@ class Session:
         )
         try:
             found = cls(await _StepsAs(dsn.owner, opening))
-        except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+        except _BROKEN as error:
             raise unreachable(dsn, error) from None
         try:
             await asyncio.wait_for(found._with_least_rights(), timeout)
@@ -112,7 +114,7 @@ class Session:
         """End the session; never fails."""
         try:
             await self._connection.close(timeout=timeout)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except _BROKEN:
             self._connection.terminate()
 
     async def _with_least_rights(self) -> None:
@@ -137,7 +139,7 @@ class Session:
     async def _ask(self, request: Awaitable[T]) -> T:
         try:
             return await request
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except _BROKEN as error:
             raise PreconditionError(f"postgres did not do what pgcdp asked: {first_line(error)}") from None
 
 
