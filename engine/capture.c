@@ -20,6 +20,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "capture_process.h"
@@ -34,6 +35,8 @@
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57
 #endif
+
+#define LOCK_TRIES 300 /* of 10 ms: so long it is waited for who asks of the journal's lock */
 
 /* From argv[first] on. */
 static int open_volumes(struct capture *c, int first, int argc, char **argv, struct err *e)
@@ -63,6 +66,22 @@ static int open_volumes(struct capture *c, int first, int argc, char **argv, str
 
 /* ---- journal: lock, replay ---- */
 
+/* 0, or -1 when another capture process has it. Who only asks whether it is locked (pgcdp/fsio.py) has it shared for a moment, and longer
+ * in a child that he starts just then: he is waited for. */
+static int take_lock(int fd)
+{
+    static const struct timespec pause = {.tv_nsec = 10000000};
+    for (int i = 0; i < LOCK_TRIES; i++) {
+        if (flock(fd, LOCK_EX | LOCK_NB) == 0)
+            return 0;
+        if (flock(fd, LOCK_SH | LOCK_NB) < 0)
+            return -1;
+        flock(fd, LOCK_UN);
+        nanosleep(&pause, NULL);
+    }
+    return -1;
+}
+
 static int lock_journal(struct capture *c, struct err *e)
 {
     if (c->create && mkdir(c->journal, 0700) < 0 && errno != EEXIST)
@@ -79,7 +98,7 @@ static int lock_journal(struct capture *c, struct err *e)
     close(dir);
     if (rc)
         return err_sys(e, rc, "cannot open the journal's lock in %s", c->journal);
-    if (flock(c->lock_fd, LOCK_EX | LOCK_NB) < 0) {
+    if (take_lock(c->lock_fd) < 0) {
         err_set(e, ERR_PRECONDITION, "the journal %s is locked by another capture process", c->journal);
         err_hint(e, "there can be one for each set; see: pgcdp status");
         return ERR_PRECONDITION;

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -222,6 +225,28 @@ def test_second_capture_is_refused(make_capture: MakeCapture) -> None:
     code, message = other.run_refused(create=True)
     assert code == 6, "two captures on one backing"
     assert capture.status()["state"] == "capturing"
+
+
+def test_who_only_asks_whether_the_journal_is_locked_keeps_nobody_from_starting(make_capture: MakeCapture) -> None:
+    """He has it shared for a moment, and so has a child that he starts just then."""
+    capture = make_capture()
+    capture.start()
+    assert capture.stop() == 0
+    lock = capture.journal / "lock"
+
+    def has_opened_it() -> bool:
+        assert capture.process is not None
+        with suppress(OSError):
+            return any(os.path.samefile(fd, lock) for fd in Path(f"/proc/{capture.process.pid}/fd").iterdir())
+        return False
+
+    with ThreadPoolExecutor(1) as pool, lock.open("rb") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        start = pool.submit(capture.start)
+        wait_until(lambda: start.done() or (capture.process is not None and has_opened_it()), what="that it tries")
+        fcntl.flock(asking, fcntl.LOCK_UN)
+        start.result(timeout=60)
+    assert capture.stop() == 0
 
 
 def test_missing_journal_and_other_sets_are_refused(make_capture: MakeCapture) -> None:
