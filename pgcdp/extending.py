@@ -111,7 +111,7 @@ def add_tablespaces(
     set. Returns the settings. Raises UsageError, PreconditionError.
     """
     checks.check_root()
-    with attach.hold(config.paths):
+    with fsio.disk_errors(_then(config)), attach.hold(config.paths):
         _recover(config.paths, progress)
         config = settings.load_config(config.name)
         attach.refuse_pending(config.paths)
@@ -137,8 +137,12 @@ def add_tablespaces(
 
 def resume(config: Config, progress: Report = silent) -> None:
     """What `up` does first: put back what a kill has left, or finish it."""
-    with attach.hold(config.paths):
+    with fsio.disk_errors(_then(config)), attach.hold(config.paths):
         _recover(config.paths, progress)
+
+
+def _then(config: Config) -> str:
+    return f"mend that, then pgcdp up {config.name}: it finishes taking in the tablespace, or puts back"
 
 
 def _recover(paths: SetPaths, progress: Report) -> None:

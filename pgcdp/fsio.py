@@ -54,6 +54,17 @@ def told(error: OSError) -> str:
     return f"{where}{(error.strerror or str(error)).lower()}" + (f" (error {error.errno})" if error.errno else "")
 
 
+@contextmanager
+def disk_errors(then: str) -> Iterator[None]:
+    """An OSError inside, which is no bug of ours, comes as PgcdpError: what the system said, and what to do then."""
+    try:
+        yield
+    except BrokenPipeError:  # of who reads what a command says
+        raise
+    except OSError as error:
+        raise PgcdpError(told(error), then) from error
+
+
 def sync_directory(path: Path) -> None:
     """fsync a directory, so that the names in it are durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

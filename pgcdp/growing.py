@@ -20,7 +20,7 @@ from pgcdp.capture import attach, checks, held, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
-from pgcdp.fsio import free_space, sync_directory
+from pgcdp.fsio import disk_errors, free_space, sync_directory
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.store.layout import Store
 from pgcdp.units import exact_size, format_size
@@ -49,7 +49,8 @@ def grow(config: Config, size: int | None, name: str | None = None, progress: Re
     PreconditionError for what must be mended first; nothing is changed then.
     """
     checks.check_root()
-    with attach.hold(config.paths):
+    then = f"mend that, then run pgcdp grow {config.name} again with the same size: it goes on from what is there"
+    with disk_errors(then), attach.hold(config.paths):
         attach.refuse_pending(config.paths)
         config = settings.load_config(config.name)
         number, volume = _volume(config, name)

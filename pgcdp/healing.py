@@ -68,7 +68,7 @@ def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -
 
     Scratch files lie below `below`. Raises PreconditionError where it cannot begin, with nothing changed.
     """
-    with attach.hold(config.paths):
+    with fsio.disk_errors(f"mend that, then run pgcdp up {config.name} --heal again"), attach.hold(config.paths):
         attach.refuse_pending(config.paths)
         changed = _refuse_unready(config)
         if _nothing_restorable(config):
@@ -97,7 +97,7 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Gap | None
     """What `up` does first: finish what a kill has left. None when there was nothing."""
     if pending(config.paths) is None:
         return None
-    with attach.hold(config.paths):
+    with fsio.disk_errors(f"mend that, then pgcdp up {config.name} finishes it"), attach.hold(config.paths):
         since = pending(config.paths)
         if since is None:
             return None

@@ -78,7 +78,7 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
     PreconditionError, with production as it was, when it cannot begin.
     """
     paths = config.paths
-    with attach.hold(paths):
+    with fsio.disk_errors(_then(config)), attach.hold(paths):
         left = pending(paths)
         _refuse_point(config, point, below, progress)
         if left is not None and left.step in ("write", "start"):
@@ -119,7 +119,7 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Pending | 
     left = pending(config.paths)
     if left is None:
         return None
-    with attach.hold(config.paths):
+    with fsio.disk_errors(_then(config)), attach.hold(config.paths):
         left = pending(config.paths)
         if left is None:
             return None
@@ -128,6 +128,10 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Pending | 
             return None
         progress(Progress(f"finishing the rewind to write {left.point.write}"))
         return _finish(config, left, below, progress)
+
+
+def _then(config: Config) -> str:
+    return f"mend that, then pgcdp up {config.name}: it finishes the rewind, or puts back what had not begun to write"
 
 
 def _refuse_point(config: Config, point: RecoveryPoint, below: Path, progress: Report) -> None:

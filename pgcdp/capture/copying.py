@@ -122,7 +122,7 @@ def _copy_file(old: Path, new: Path, status: os.stat_result) -> None:
     try:
         target = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.truncate(target, status.st_size)
+            os.ftruncate(target, status.st_size)
             position = 0
             while (position := _next_data(source, position, status.st_size)) < status.st_size:
                 end = os.lseek(source, position, os.SEEK_HOLE)

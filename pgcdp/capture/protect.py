@@ -105,7 +105,7 @@ def protect(
     """
     checks.check_root()
     paths = set_paths(request.name)
-    with attach.hold(paths):
+    with fsio.disk_errors(_then("protect", request.name)), attach.hold(paths):
         if _recover(paths, progress) == "protected":
             return settings.load_config(request.name)
         progress(Progress("checking"))
@@ -146,7 +146,7 @@ def unprotect(
     """
     checks.check_root()
     paths = config.paths
-    with attach.hold(paths):
+    with fsio.disk_errors(_then("unprotect", config.name)), attach.hold(paths):
         if _recover(paths, progress) == "unprotected":
             return
         attach.refuse_pending(paths)
@@ -178,6 +178,10 @@ def recover(name: str, progress: Report = silent) -> str | None:
     paths = set_paths(name)
     with attach.hold(paths):
         return _recover(paths, progress)
+
+
+def _then(verb: str, name: str) -> str:
+    return f"mend that, then run pgcdp {verb} {name} again: what is left of this run is finished or put back first"
 
 
 def _recover(paths: SetPaths, progress: Report) -> str | None:

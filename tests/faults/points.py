@@ -17,14 +17,18 @@ ROOMS = ("store", "intervals")
 """Folders in which everything that is written must be durable."""
 FILES = (
     "recovery.expiring", "recovery.sweeping", "recovery.joining", "recovery.merged", "recovery.rewind", "rewinding",
+    "growing", "extending", "healing", "config", "postgres.timelines", "capture.protect", "capture.copying",
+    "capture.fingerprint", "capture.home", "capture.held",
 )  # fmt: skip
-"""Rooms elsewhere that write to the store, or what a rewind in place stands on."""
+"""Rooms elsewhere that write to the store, or what a command stands on that changes a set."""
 CALLS = {
     "os.pwrite": ("pwrite",),
     "os.write": ("write",),
     "os.fsync": ("fsync",),
     "os.fdatasync": ("fdatasync",),
     "os.ftruncate": ("ftruncate",),
+    "os.posix_fallocate": ("posix_fallocate",),
+    "os.sendfile": ("sendfile",),
     "os.rename": ("rename",),
     "os.replace": ("replace",),
     "os.unlink": ("unlink",),

@@ -24,7 +24,7 @@ from typing import Any
 DISK_ROOMS = ("store", "intervals", "recovery")
 WRITES = ("pwrite", "write")
 SYNCS = ("fsync", "fdatasync")
-NAMES = ("rename", "replace", "ftruncate", "unlink", "mkdir")
+NAMES = ("rename", "replace", "ftruncate", "unlink", "mkdir", "posix_fallocate", "sendfile")
 _lock = threading.RLock()
 _real = {name: getattr(os, name) for name in (*WRITES, *SYNCS, *NAMES, "open", "close", "pread")}
 _before: dict[tuple[int, int], list[tuple[int, bytes, int]]] = {}

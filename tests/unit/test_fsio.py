@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from pgcdp.errors import DamageError, PreconditionError
-from pgcdp.fsio import FileLock, json_checksum, punch_hole, read_all, read_json, write_atomic, write_json
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError
+from pgcdp.fsio import (
+    FileLock,
+    disk_errors,
+    json_checksum,
+    punch_hole,
+    read_all,
+    read_json,
+    write_atomic,
+    write_json,
+)  # fmt: skip
 from tests.waiting import pass_time
 
 
@@ -104,3 +113,17 @@ def test_hole_reads_as_zeros_and_gives_space_back(tmp_path: Path) -> None:
         assert os.fstat(fd).st_blocks * 512 < 200000
     finally:
         os.close(fd)
+
+
+def test_what_a_disk_says_is_no_bug_and_names_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(PgcdpError) as told, disk_errors("mend that, then run it again"):
+        (tmp_path / "no" / "file").write_bytes(b"x")
+    assert type(told.value) is PgcdpError
+    assert (str(tmp_path / "no" / "file") in told.value.message, told.value.hint) == (
+        True,
+        "mend that, then run it again",
+    )
+    with pytest.raises(BrokenPipeError), disk_errors("mend that"):
+        raise BrokenPipeError  # of who reads what a command says
+    with pytest.raises(PreconditionError, match="as it was"), disk_errors("mend that"):
+        raise PreconditionError("as it was")
