@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgcdp import config as settings
-from pgcdp import fsio, log, service
+from pgcdp import fsio, keys, log, service
 from pgcdp.capture import attach, checks, held, places, planning, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.capture.copying import copy_tree, measure
@@ -166,6 +166,7 @@ def _check(config: Config, name: str, backing: Backing, fs: str, overwrite: bool
     if any(Path(os.path.realpath(space.location)).is_relative_to(os.path.realpath(place)) for place in mountpoints):
         raise UsageError(f"{space} is in the set already, in {space.location}", "pgcdp status lists the volumes")
     planning.check_places([space.location], places.places(config))
+    keys.refuse_captured(keys.source_of(config.store), [space.location])
     if cluster.read_control(config.pgdata).state != State.IN_PRODUCTION:
         raise PreconditionError(
             f"the cluster at {config.pgdata} is a standby", "promote it first, or protect its primary"

@@ -14,6 +14,7 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Span
 from pgcdp.store.retention import Plan
 from tests.cluster.test_expire import carry_out, set_policy
+from tests.cluster.test_outside import NOISE, new_space
 from tests.cluster.test_store_alone import clean_machine, pgcdp, started
 from tests.fix_keys import MakeKey, plain_files
 from tests.fix_sets import MakeSet, ProtectedSet
@@ -47,7 +48,7 @@ def test_every_way_leads_through_an_encrypted_set(
     monkeypatch.delenv("PGCDP_ENCRYPT_KEY_FILE", raising=False)
     key = make_key().file
     assert key is not None
-    found = make_set(pg15, size=512 << 20, settings={"autovacuum": "off"}, encrypt_key_file=key)
+    found = make_set(pg15, size=512 << 20, settings={"autovacuum": "off"}, allowed=NOISE, encrypt_key_file=key)
     name, numbers = found.name, list[int]()
     for statement in (
         f"create table orders as select n as id, '{SECRET}' || n as what from generate_series(1, 100) n",
@@ -103,8 +104,15 @@ def test_every_way_leads_through_an_encrypted_set(
     shutil.copy(key, inside)
     set_policy(found, encrypt_key_file=str(inside))
     assert failing(found, 6) == ["place of the key"]
+    space, _ = new_space(found, "late")
+    shutil.copy(key, space / "key")
+    set_policy(found, encrypt_key_file=str(space / "key"))
+    refused = pgcdp("protect", name, "--tablespace", "late=64MiB", code=6)["error"]["message"]
+    assert f"{space / 'key'} lies in {space}, which is captured" in refused
     set_policy(found, encrypt_key_file=str(key))
     inside.unlink()
+    found.sql("drop table in_late")
+    found.sql("drop tablespace late")
 
     # A copy on another machine.
     copy, place = found.root / "copy", found.root / "restored"
