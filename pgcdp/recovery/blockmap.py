@@ -106,30 +106,7 @@ def layer(extents: NDArray[np.void], source: int) -> Extents:
 
 def overlay(top: Extents, bottom: Extents) -> Extents:
     """Both as one map; where both name a block, `top` has it. The extents of `bottom` are split around it."""
-    if not len(top) or not len(bottom):
-        return bottom if not len(top) else top
-    begin, end = _range(bottom)
-    above_begin, above_end = _range(top)
-    # The gaps between extents of `top`, of which there is one more than extents.
-    gap_begin = np.concatenate([[0], above_end])
-    gap_end = np.concatenate([above_begin, [np.iinfo(np.int64).max]])
-    first = np.searchsorted(gap_end, begin, side="right")
-    behind = np.searchsorted(gap_begin, end, side="left")
-    pieces = np.maximum(behind - first, 0)
-    row = np.repeat(np.arange(len(bottom)), pieces)
-    gap = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + first[row]
-    kept_begin = np.maximum(begin[row], gap_begin[gap])
-    kept_end = np.minimum(end[row], gap_end[gap])
-    there = kept_begin < kept_end
-    row, kept_begin, kept_end = row[there], kept_begin[there], kept_end[there]
-    kept = bottom[row]
-    passed = kept_begin - begin[row]
-    kept["block"] += passed.astype(np.uint64)
-    kept["count"] = kept_end - kept_begin
-    data = kept["kind"] == EXTENT_DATA
-    kept["position"][data] += (passed[data] * BLOCK).astype(np.uint64)
-    both = np.concatenate([top, kept])
-    return both[np.argsort(np.concatenate([above_begin, kept_begin]), kind="stable")]
+    return flatten((bottom, top))
 
 
 def within(extents: NDArray[np.void], blocks: Sequence[int]) -> NDArray[np.void]:
@@ -151,12 +128,61 @@ def moved_on(shown: Extents, backward: NDArray[np.void], source: int) -> Extents
 
 
 def flatten(layers: Sequence[Extents]) -> Extents:
-    """One map of all layers, the lowest first. Neighbours are joined in pairs, so that many layers cost n log n."""
-    parts = [part for part in layers if len(part)]
+    """One map of all layers, the lowest first; where several name a block, the highest has it.
+
+    Neighbours are joined in pairs, so that many layers cost n log n, and as numbers only: rows are copied once.
+    """
+    layers = [part for part in layers if len(part)]
+    if len(layers) < 2:
+        return layers[0] if layers else np.empty(0, dtype=MAP_EXTENT)
+    rows = np.concatenate(layers)
+    begin, end = _range(rows)
+    whole = _Parts(begin, end, np.arange(len(rows)))
+    behind = np.cumsum([len(part) for part in layers]).tolist()
+    parts = [whole.between(first, last) for first, last in zip([0, *behind], behind, strict=False)]
     while len(parts) > 1:
-        joined = [overlay(parts[i + 1], parts[i]) for i in range(0, len(parts) - 1, 2)]
+        joined = [_over(parts[i + 1], parts[i]) for i in range(0, len(parts) - 1, 2)]
         parts = [*joined, *parts[len(joined) * 2 :]]
-    return parts[0] if parts else np.empty(0, dtype=MAP_EXTENT)
+    (left,) = parts
+    found = rows[left.row]
+    passed = left.begin - begin[left.row]
+    found["block"] += passed.astype(np.uint64)
+    found["count"] = left.end - left.begin
+    data = found["kind"] == EXTENT_DATA
+    found["position"][data] += (passed[data] * BLOCK).astype(np.uint64)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Parts of rows, sorted and without overlaps: first block and block behind as of `_range`, and of which row."""
+
+    begin: _Ints
+    end: _Ints
+    row: _Ints
+
+    def between(self, first: int, last: int) -> _Parts:
+        return _Parts(self.begin[first:last], self.end[first:last], self.row[first:last])
+
+
+def _over(top: _Parts, bottom: _Parts) -> _Parts:
+    """Both; where both name a block, `top` has it."""
+    # The gaps between parts of `top`, of which there is one more than parts.
+    gap_begin = np.concatenate([[0], top.end])
+    gap_end = np.concatenate([top.begin, [np.iinfo(np.int64).max]])
+    first = np.searchsorted(gap_end, bottom.begin, side="right")
+    behind = np.searchsorted(gap_begin, bottom.end, side="left")
+    pieces = np.maximum(behind - first, 0)
+    part = np.repeat(np.arange(len(pieces)), pieces)
+    gap = np.arange(len(part)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + first[part]
+    kept_begin = np.maximum(bottom.begin[part], gap_begin[gap])
+    kept_end = np.minimum(bottom.end[part], gap_end[gap])
+    there = kept_begin < kept_end
+    begin = np.concatenate([top.begin, kept_begin[there]])
+    order = np.argsort(begin, kind="stable")
+    end = np.concatenate([top.end, kept_end[there]])
+    row = np.concatenate([top.row, bottom.row[part[there]]])
+    return _Parts(begin[order], end[order], row[order])
 
 
 def check(extents: Extents, blocks: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FANOUT = 16
 CONTENT = b"MRGD"
+_FIRST = np.dtype("<u8")
 
 
 def cover(first: int, last: int, merged: Collection[Span], fanout: int) -> list[Span]:
@@ -107,7 +108,11 @@ def _layers(store: Store, first: int, last: int, merged: Collection[Span]) -> li
 def _read(store: Store, span: Span) -> Extents:
     path = store.merged / span.file_name
     with FrameReader.open(path, CONTENT, store.set_id, span.last) as reader:
-        return np.frombuffer(reader.read_stream(), dtype=MAP_EXTENT)
+        content = reader.read_stream()
+    told = Span(int.from_bytes(content[: _FIRST.itemsize], "little"), span.last)
+    if told != span or (len(content) - _FIRST.itemsize) % MAP_EXTENT.itemsize:
+        raise DamageError(f"{path} is not of the intervals in its name")
+    return np.frombuffer(content, dtype=MAP_EXTENT, offset=_FIRST.itemsize)
 
 
 def check(store: Store, full: bool) -> tuple[int, int, list[DamageError]]:
@@ -137,7 +142,7 @@ def merge(store: Store, span: Span) -> None:
     fresh = path.with_name(f".{path.name}.new")
     writer = FrameWriter.create(fresh, CONTENT, store.set_id, span.last)
     try:
-        writer.append(extents.tobytes())
+        writer.append(np.array([span.first], dtype=_FIRST).tobytes() + extents.tobytes())
         writer.finish()
     finally:
         writer.close()

@@ -70,17 +70,23 @@ def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
 def _backward(source: Source, oldest: int, last: int, sources: list[MapSource]) -> list[NDArray[np.void]]:
     """The backward increments of intervals `oldest` to `last`, the lowest layer first."""
     spans = {interval.number: interval.span for interval in source.intervals()}
-    layers = backward_layers(source.store, spans[oldest].first, last)
-    data = [extents["source"][extents["kind"] == EXTENT_DATA] for extents in layers]
-    needed = np.unique(np.concatenate(data))
-    begin = len(sources)
-    places = {int(n): source.store.place(spans.get(int(n), Span(int(n), int(n)))) for n in needed}
-    sources += [FramesSource(places[int(n)] / "backward", CONTENTS["backward"], int(n)) for n in needed]
+    first = spans[oldest].first
+    layers = backward_layers(source.store, first, last)
+    named = np.zeros(last - first + 1, dtype=bool)
+    for extents in layers:
+        named[extents["source"][extents["kind"] == EXTENT_DATA] - first] = True
+    needed = (np.flatnonzero(named) + first).tolist()
+    number = len(sources) + np.cumsum(named) - 1  # of the source, by interval behind the first one
+    places = [source.store.place(spans.get(interval, Span(interval, interval))) for interval in needed]
+    sources += [
+        FramesSource(place / "backward", CONTENTS["backward"], interval)
+        for place, interval in zip(places, needed, strict=True)
+    ]
     renumbered = []
     for extents in layers:
         made = extents.copy()
         of_data = made["kind"] == EXTENT_DATA
-        made["source"][of_data] = begin + np.searchsorted(needed, made["source"][of_data])
+        made["source"][of_data] = number[made["source"][of_data] - first]
         renumbered.append(made)
     return renumbered
 

@@ -11,6 +11,7 @@ import pytest
 
 from pgcdp.capture import volumes
 
+
 def log_bytes(path: Path, fs: str, size: int) -> int:
     """Of a filesystem made in a sparse file of that size."""
     path.touch()

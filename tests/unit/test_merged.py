@@ -146,3 +146,14 @@ def test_a_damaged_one_costs_nothing_but_time(scene: Scene, caplog: pytest.LogCa
         assert file.read_bytes() == bytes(raw), "it is made as it was"
     shutil.rmtree(store.merged)
     assert served(scene.mapped(RecoveryPoint(0, None, 0))) == scene.at(0)
+
+
+def test_one_of_other_intervals_is_not_taken_for_its_own(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """It is whole, and of the same last interval."""
+    store = scene.world.store
+    merge(store, Span(1, 32))
+    file = store.merged / "0000000017-0000000032"
+    (store.merged / "0000000001-0000000032").rename(file)
+    assert served(scene.mapped(RecoveryPoint(48, None, 0))) == scene.at(48)
+    assert f"{file} is not of the intervals in its name" in caplog.text
+    assert not file.exists()
