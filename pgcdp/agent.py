@@ -76,6 +76,7 @@ class Agent:
         )
         self.rewound = -1  # the end of the newest rewind in place that was seen
         self.learning: asyncio.Task[int] | None = None
+        self.followed = False  # for a whole turn, since the stages were opened
         self.error: str | None = None
         self.hint: str | None = None  # of the error
         self.waiting = ""  # for which views the image waits
@@ -220,6 +221,7 @@ class Agent:
         if status.tracked is None:  # else no checkpoint could be cut at
             self.cutting.watch(stages, status)
         self.background.begin(stages)
+        self.followed = True
         more = stages.opened is not None and stages.opened.last_write < status.durable_write
         if published or more:
             return 0.0
@@ -300,6 +302,7 @@ class Agent:
 
     def _close_stages(self) -> None:
         self._newest()
+        self.followed = False
         stages, self.stages = self.stages, None
         catalog, self.catalog = self.catalog, None
         lock, self.store_lock = self.store_lock, None
@@ -373,8 +376,7 @@ class Agent:
 
     async def _cut(self, request: Json) -> Json:
         """A boundary now: waits until the interval that ends there is published."""
-        if self.stages is None or self.stages.baseline is not None:
-            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        await self._complete()
         refuse_while_tracking(self.status, "no boundary can be cut")
         cutting = self.cutting
         if cutting.asking is not None:
@@ -390,8 +392,7 @@ class Agent:
 
     async def _cut_at_shutdown(self, request: Json) -> Json:
         """Postgres is about to be shut down: that checkpoint becomes a boundary, and none is asked for until then."""
-        if self.stages is None or self.stages.baseline is not None:
-            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        await self._complete()
         self.cutting.expect_shutdown()
         while self.cutting.asking is not None:
             await asyncio.wait({self.cutting.asking})
@@ -399,15 +400,32 @@ class Agent:
 
     async def _grow(self, request: Json) -> Json:
         """A volume, by number, is to become larger: the store is ready for it when this is answered."""
-        if self.stages is None or self.stages.baseline is not None:
-            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        stages = await self._complete()
         refuse_while_tracking(self.status, "no volume can grow")
-        await self._in_worker(self.stages.grow, int(request["volume"]), int(request["bytes"]))
+        await self._in_worker(stages.grow, int(request["volume"]), int(request["bytes"]))
         return {"bytes": int(request["bytes"])}
 
     async def _swap(self, request: Json) -> Json:
         """The installed engine captures instead of the running one when this is answered."""
         return await asyncio.to_thread(self.keeping.swap)
+
+    async def _complete(self) -> Stages:
+        """The stages, behind the baseline. The agent may have just been started by who asks: its first turn opens them,
+        and looks at the catalogs, which it does not while a checkpoint is asked for.
+
+        Raises PreconditionError with what keeps it from that, or while the baseline is not complete.
+        """
+
+        def copying() -> bool:
+            return self.stages is not None and self.stages.baseline is not None
+
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.error is not None or self.followed or copying())
+        if self.stages is None:
+            raise PreconditionError(f"the agent does not follow: {self.error}", self.hint)
+        if copying():
+            raise PreconditionError("the baseline is not complete", "pgcdp status tells how far it is")
+        return self.stages
 
     async def _until(self, happened: Callable[[], bool]) -> None:
         """Wait for a turn after which it has happened. Raises PgcdpError with what went wrong before it did."""

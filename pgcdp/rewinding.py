@@ -197,11 +197,7 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
             "rewind could not be undone",
             takes_in(config.name, outside),
         )
-    state = service.ask(config.paths, "status")
-    if state["phase"] != "following" or state["error"]:
-        raise PreconditionError(
-            f"the agent does not follow: {state['error'] or state['phase']}", f"see pgcdp status {config.name}"
-        )
+    service.await_following(config.paths)  # it may have been started just now, for this
     source = source_of(config, EngineClient(config.paths.control).next_status())
     need = most_bytes(source, point, below) + SPARE_BYTES
     have = fsio.free_space(config.store)

@@ -104,6 +104,21 @@ def test_down_and_up_when_nothing_runs(make_set: MakeSet, binaries_of: BindirOf)
     assert found.sql("select n from kept") == [(1,)]
 
 
+def test_an_agent_that_was_just_started_is_waited_for(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """It answers before it has opened the store: no reason to refuse a cut, or a rewind that has started it itself."""
+    found = make(make_set, binaries_of)
+    found.sql("create table kept as select 1 as n")
+    point = found.durable()
+    for _ in range(3):
+        service.stop(found.config)
+        service.start(found.config)
+        assert api.cut(found.name)["to_write"] >= point
+    found.sql("drop table kept")
+    service.stop(found.config)
+    api.rewind(found.name, Target("write", point), agree=lambda told: None, prove=False)
+    assert found.sql("select n from kept") == [(1,)]
+
+
 # --- a full journal
 
 
