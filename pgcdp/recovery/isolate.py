@@ -35,6 +35,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET = 0x00020000, 0x08000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
@@ -145,11 +146,13 @@ def _hide(path: str, keep: list[str], needed: list[str]) -> None:
     if not os.path.isdir(path) or any(_below(path, each) for each in keep):
         return
     if not any(_below(each, path) for each in needed):
-        _mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "mode=000,size=4k")
+        with suppress(FileNotFoundError):  # its server has just gone, and removed it
+            _mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "mode=000,size=4k")
         return
     for name in os.listdir(path):
         if name.startswith(".s.PGSQL."):
-            _mount("/dev/null", os.path.join(path, name), None, MS_BIND)
+            with suppress(FileNotFoundError):
+                _mount("/dev/null", os.path.join(path, name), None, MS_BIND)
 
 
 def _socket_directories() -> list[str]:

@@ -175,3 +175,9 @@ def test_another_process_of_the_same_user_is_no_way_out(tmp_path: Path) -> None:
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_socket_that_is_gone_keeps_no_sandbox_from_its_start(tmp_path: Path) -> None:
+    """Its server has ended since it was listed; a link that leads nowhere stands for it."""
+    (tmp_path / ".s.PGSQL.5432").symlink_to(tmp_path / "gone")
+    isolate._hide(str(tmp_path), [], [str(tmp_path / "needed")])
