@@ -39,6 +39,7 @@ ALWAYS_ALLOWED = (
     r"FATAL:  terminating connection due to administrator command",
     r"FATAL:  terminating autovacuum process due to administrator command",
     r"FATAL:  terminating background worker .* due to administrator command",
+    r"ERROR:  canceling autovacuum task",  # one that was at a table as a statement wanted it for itself
 )
 BindirOf = Callable[[int], Binaries]
 
@@ -164,11 +165,14 @@ class Live:
 
     def crash_copy(self, target: Path) -> Path:
         """What a crash of all processes at this moment would leave, while the cluster runs on."""
-        stopped = cluster.find_processes(self.pgdata)
-        for pid in stopped:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        stopped: list[int] = []
         try:
+            # Until no more are found: one may be started between the look and the stop of the postmaster.
+            while fresh := [pid for pid in cluster.find_processes(self.pgdata) if pid not in stopped]:
+                for pid in fresh:
+                    stopped.append(pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
             proc.run(["cp", "-a", "--sparse=auto", str(self.pgdata), str(target)])
         finally:
             for pid in stopped:

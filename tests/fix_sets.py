@@ -49,13 +49,25 @@ KILLED = (
     r"the engine at .* ended before it answered",
     r"no engine answers at",
     r"no checkpoint: ",
+    r"no look at the catalogs: ",
+    r"no map of files: .*Errno",
+    r"it is not known whether data lies outside of the volumes: .*Errno",
 )
 """What an agent may say when the engine or Postgres was killed under it."""
-STOPPED = (
-    r"no look at the catalogs: .*the database system is shutting down",
-    r"no checkpoint: (cannot connect to postgres .* No such file|.*the database system is shutting down)",
+_DOWN = (
+    r"(shutting down|administrator command|onnection (is|was) closed|onnection re(set|fused)|connection_lost"
+    r"|Broken pipe|No such file|starting up|not yet accepting connections)"
 )
-"""What an agent says that was just looking, or asking for a checkpoint, when Postgres was told to stop."""
+STOPPED = (
+    rf"no (checkpoint|look at the catalogs): .*{_DOWN}",
+    r"ERROR:  canceling statement due to user request",
+)
+"""What an agent says that was just looking, or asking for a checkpoint, when Postgres was told to stop or came back: at
+whichever moment of that. And what Postgres says when the agent was told to stop as it asked."""
+BUSY = r"the image waits at boundary \d+ for views of "
+"""What an agent says of a view that takes more than a second to answer. Of one that does not, that it was fenced."""
+LEFT = r"FATAL:  connection to client lost"
+"""What Postgres says that was just answering an agent when that was killed."""
 CUT_OFF = r"(PANIC|FATAL|ERROR|WARNING):  .*(Input/output error|Read-only file system|Transport endpoint)"
 """What Postgres says that was writing, or reading, as the devices below it went away."""
 
@@ -168,7 +180,7 @@ class ProtectedSet:
 
     def kill_engine(self) -> None:
         """kill -9 of the capture process and its holder: what is above sees I/O errors."""
-        self.allowed.append(CUT_OFF)
+        self.allowed += [CUT_OFF, *KILLED]
         held.cut_off(self.config.paths)
 
     def kill_capture(self) -> None:
@@ -189,12 +201,13 @@ class ProtectedSet:
 
     def kill_agent(self) -> None:
         """kill -9 of the agent."""
+        self.allowed.append(LEFT)
         kill_and_wait(self.agent_pid())
         reap()
 
     def kill_both(self) -> None:
         """kill -9 of agent, holder and capture process, one right after the other."""
-        self.allowed.append(CUT_OFF)
+        self.allowed += [CUT_OFF, LEFT]
         agent = self.agent_pid()
         os.kill(agent, signal.SIGKILL)
         held.cut_off(self.config.paths)
@@ -244,6 +257,8 @@ class ProtectedSet:
             config = self.config
             with suppress(PgcdpError):
                 service.stop(config, 60)
+            with suppress(PgcdpError):
+                self.kill_agent()  # else it would write into what is removed here
             attach.discard(config)
         reap()
         shutil.rmtree(self.root)
@@ -252,7 +267,7 @@ class ProtectedSet:
         """Unexpected lines in the logs of engine, agent and Postgres."""
         with suppress(PgcdpError):
             paths = self.config.paths
-            allowed = [*self.allowed, *STOPPED, *(() if _may_flush() else NOT_ALLOWED)]
+            allowed = [*self.allowed, *STOPPED, BUSY, *(() if _may_flush() else NOT_ALLOWED)]
             found = []
             for log in (paths.engine_log, paths.agent_log):
                 text = log.read_text(errors="replace") if log.exists() else ""
