@@ -54,7 +54,10 @@ class PrivateTmp:
         wait_until(lambda: not self.loops(), what="end of the demo's loop devices")
 
     def loops(self) -> list[str]:
-        backing = [file.read_text() for file in Path("/sys/block").glob("loop*/loop/backing_file")]
+        backing = []
+        for file in Path("/sys/block").glob("loop*/loop/backing_file"):
+            with suppress(OSError):  # it was detached meanwhile, by whoever had it
+                backing.append(file.read_text())
         return [file for file in backing if "pgcdp-demo-" in file and self.place.name in file]
 
 
@@ -114,8 +117,18 @@ def lay_in_the_way(place: Path) -> None:
 
 
 def process_of(place: Path, word: bytes) -> int:
-    """The demo's process whose command line has the word."""
-    (pid,) = [pid for pid in running_below(place) if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    """The demo's process whose command line has the word; one that it is just starting has the same until its exec."""
+
+    def only() -> int | None:
+        pids = []
+        for pid in running_below(place):
+            with suppress(OSError):  # it has ended meanwhile
+                if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    pids.append(pid)
+        return pids[0] if len(pids) == 1 else None
+
+    pid = wait_until(only, what=f"one process of the demo that is its {word.decode()}")
+    assert pid is not None
     return pid
 
 
@@ -132,7 +145,9 @@ def cut_off(place: Path) -> None:
 
 FAILURES: dict[str, tuple[dict[str, Callable[[Path], None]], str]] = {
     "while the agent hangs": (
-        {"load:": lay_in_the_way, "restoring": signalled(b"agent", signal.SIGSTOP)}, "restoring to just before it"
+        # A step before the one that fails, behind which the demo ends the agent: that may be quicker than this test.
+        {"load:": lay_in_the_way, "verifying exactly behind": signalled(b"agent", signal.SIGSTOP)},
+        "restoring to just before it",
     ),
     "the agent is gone": ({"load:": signalled(b"agent", signal.SIGKILL)}, "checkpoint, cutting the interval"),
     "capture is gone": ({"load:": cut_off}, ""),
