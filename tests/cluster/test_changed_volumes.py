@@ -46,7 +46,7 @@ def mounted_plain(found: ProtectedSet, volume: VolumeConfig, *options: str) -> I
         finally:
             subprocess.run(["umount", str(place)], check=True)
     finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
+        volumes.detach_loop(Path(device))  # waits: a sandbox that is just starting has all mounts for a moment
 
 
 def small(make_set: MakeSet, binaries_of: BindirOf, fs: str, **options: object) -> ProtectedSet:

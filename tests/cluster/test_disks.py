@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pgcdp import proc
-from pgcdp.capture import disks
+from pgcdp.capture import disks, volumes
 from tests.waiting import wait_until
 
 
@@ -37,7 +37,7 @@ def image(path: Path, size: int = 32 << 20) -> Path:
 
 def loop(file: Path, undo: ExitStack, *options: str) -> Path:
     device = Path(proc.run(["losetup", "--find", "--show", *options, str(file)]).stdout.strip())
-    undo.callback(proc.run, ["losetup", "--detach", str(device)])
+    undo.callback(volumes.detach_loop, device)  # waits: a copy of its mount keeps it, and what its file lies on
     return device
 
 

@@ -211,6 +211,14 @@ def test_down_after_a_crash_of_the_machine_replays(house: House) -> None:
     assert house.count() == 1001
 
 
+def _is_free(device: Path) -> bool:
+    try:
+        volumes.refuse_in_use(device)
+    except PreconditionError:
+        return False
+    return True
+
+
 def test_a_given_device(house: House) -> None:
     image = house.root / "disk"
     volumes.make_image(image, 384 * MIB)
@@ -222,6 +230,7 @@ def test_a_given_device(house: House) -> None:
     with pytest.raises(PreconditionError, match="is mounted at"):
         protect.protect(request)
     volumes.unmount(house.root / "mnt")
+    wait_until(partial(_is_free, device), what="that no mount namespace has a copy of that mount")
     with pytest.raises(PreconditionError, match="holds ext4"):
         protect.protect(request)
     with pytest.raises(UsageError, match="not a block device"):

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from pgcdp import proc
+from pgcdp.capture.volumes import loop_backing
 from pgcdp.errors import PreconditionError, VerificationFailed
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
@@ -215,10 +216,11 @@ def test_keeps_no_hold_of_other_mounts(pg15: Binaries, make_cluster: MakeCluster
             with sandbox.start(copy, live.settings(), parent=place) as box:
                 proc.run(["umount", str(point)])
                 proc.run(["losetup", "--detach", device])
-                backing = Path(f"/sys/block/{Path(device).name}/loop/backing_file")
-                wait_until(lambda: not backing.exists(), timeout=5, what="detached loop device")
+                # Free, or another test's already.
+                wait_until(lambda: loop_backing(Path(device)) != image, timeout=5, what="detached loop device")
                 assert value(box, "select 1") == 1
         finally:
             subprocess.run(["umount", "-q", str(point)], check=False)
     finally:
-        subprocess.run(["losetup", "--detach", device], check=False, stderr=subprocess.DEVNULL)
+        if loop_backing(Path(device)) == image:
+            subprocess.run(["losetup", "--detach", device], check=False)
