@@ -97,7 +97,8 @@ def house(scratch: Path, engine_program: Path, monkeypatch: pytest.MonkeyPatch, 
     binaries = cluster.find_binaries(15)
     cluster.initdb(binaries, scratch / "pg", user, "--data-checksums")
     options = ("-c", f"port={free_port}", "-c", f"unix_socket_directories={scratch}/socket", "-c", "listen_addresses=")
-    argv = cluster.command_line(binaries, scratch / "pg", *options, "-c", "cluster_name=kept as it was")
+    own = ("-c", "autovacuum=off", "-c", "cluster_name=kept as it was")  # autovacuum makes files: nothing else may have
+    argv = cluster.command_line(binaries, scratch / "pg", *options, *own)
     house = House(scratch, scratch / "pg", free_port, user, argv)
     house.start()
     with house.connect() as session:

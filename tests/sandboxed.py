@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from pgcdp.recovery.sandbox import Sandbox
 
 
 def fingerprint(directory: Path) -> dict[str, str]:
-    """Every file below a directory with its content's hash."""
-    return {
-        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and not file.is_symlink()
-    }
+    """Every file below a directory with its content's hash, without those that any session of Postgres makes anew."""
+    found = {}
+    for file in sorted(directory.rglob("*")):
+        if file.is_file() and not file.is_symlink() and not file.name.startswith("pg_internal.init"):
+            with suppress(FileNotFoundError):  # gone meanwhile
+                found[str(file.relative_to(directory))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 def shown(box: Sandbox, name: str) -> str:

@@ -25,6 +25,7 @@ from pgcdp.records import Target
 from pgcdp.recovery import clone as cloned
 from pgcdp.recovery import clone_opening
 from pgcdp.recovery.clone import Access
+from pgcdp.store import lease
 from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf, bad_lines, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
@@ -63,8 +64,13 @@ def fill(found: ProtectedSet) -> None:
         session.execute("delete from orders")
 
 
+def told_by(store: Path) -> dict[Path, bytes]:
+    """What a store says of itself; not whose it is, which the agent renews every few seconds."""
+    return {file: file.read_bytes() for file in store.rglob("*.json") if file.name != lease.FILE}
+
+
 def test_a_clone_before_the_mistake_accepts_writes_and_touches_nothing_else(orders: ProtectedSet) -> None:
-    before = {file: file.read_bytes() for file in orders.config.store.rglob("*.json")}
+    before = told_by(orders.config.store)
     made = api.clone(orders.name, Target("newest"), before="delete from orders", name="saved")
     other = api.clone(orders.name, Target("newest"))
     assert made["name"] == "saved"
@@ -76,8 +82,7 @@ def test_a_clone_before_the_mistake_accepts_writes_and_touches_nothing_else(orde
     assert ask(made["dsn"], "select count(*) from orders") == [(101,)]
     assert ask(other["dsn"], "select count(*) from orders") == [(0,)]
     assert orders.sql("select count(*) from orders") == [(0,)]
-    after = {file: file.read_bytes() for file in orders.config.store.rglob("*.json")}
-    assert after == before
+    assert told_by(orders.config.store) == before
     told = {each["name"]: each for each in api.clones()["clones"]}
     assert {name: each["state"] for name, each in told.items()} == {"saved": "running", "main-1": "running"}
     assert told["saved"]["written_bytes"] > 0
@@ -153,7 +158,7 @@ def test_a_clone_lives_on_while_intervals_are_cut_under_it(make_set: MakeSet, bi
     for number in range(1, 7):
         found.sql(f"update t set round = {number}")
         boundary = int(api.cut(found.name)["number"])
-        wait_until(lambda at=boundary: read_state(found.source().store).boundary == at, what="the image moves")  # type: ignore[misc]
+        wait_until(lambda at=boundary: read_state(found.source().store).boundary >= at, what="the image moves")  # type: ignore[misc]
         assert ask(made["dsn"], everything) == wanted
         assert ask(made["dsn"], f"update t set pad = repeat('y', 500) where id = {number} returning round") == [(0,)]
     assert ask(found.dsn(), "select min(round) from t") == [(6,)]

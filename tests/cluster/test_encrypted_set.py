@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import pytest
 
@@ -33,8 +34,9 @@ def test_a_copy_is_worth_nothing_without_the_key(
     assert found.verify(last["to_write"])["ok"]
     assert plain_files(found.store) == []
     for file in (path for path in found.store.rglob("*") if path.is_file()):
-        content = file.read_bytes()
-        assert not [word for word in (SECRET, "secret_name", "secret_mark") if word.encode() in content], file
+        with suppress(FileNotFoundError):  # the agent goes on meanwhile
+            content = file.read_bytes()
+            assert not [word for word in (SECRET, "secret_name", "secret_mark") if word.encode() in content], file
     copy, place = found.root / "copy", found.root / "restored"
     with clean_machine(found, copy):
         alone = ["--store", str(copy)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.fix_sets import MakeSet
 from tests.waiting import wait_until
 
 MIB = 1 << 20
+LEAST_SECONDS = 15.0
 
 
 def test_verifies_at_the_same_time_both_succeed(make_set: MakeSet, binaries_of: BindirOf) -> None:
@@ -57,7 +60,8 @@ def test_a_scratch_place_of_somebody_else_is_refused(make_set: MakeSet, binaries
 
 
 def test_the_status_names_damage_and_what_is_left(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make_set(binaries_of(15), size=384 * MIB, settings={"shared_buffers": "32MB"})
+    # Not cut at the shutdown's checkpoint, which an agent that is about to end sees or not.
+    found = make_set(binaries_of(15), size=384 * MIB, settings={"shared_buffers": "32MB"}, cut=("2h",))
     found.sql("create table t as select n from generate_series(1, 5000) n")
     boundary = api.cut(found.name)
     found.sql("insert into t values (1)")
@@ -88,7 +92,7 @@ def test_a_set_whose_store_is_gone_tells_its_state_and_goes_down(make_set: MakeS
         binaries_of(15),
         size=384 * MIB,
         settings={"shared_buffers": "32MB"},
-        allowed=["increments were not merged: FileNotFoundError: .*/store"],  # it looks in the background for some
+        allowed=[r"(WARNING|ERROR) .*/store\b"],  # the agent goes on without it, and says so if it comes to that
     )
     found.sql("create table t as select n from generate_series(1, 5000) n")
     api.cut(found.name)
@@ -143,29 +147,31 @@ def test_no_look_fails_while_the_agent_goes_on(make_set: MakeSet, binaries_of: B
     )
     found.pgbench("-i", "-s", "5", "-q")
     load = subprocess.Popen(
-        found.program("pgbench", "-n", "-c", "4", "-T", "15", "postgres"),
+        found.program("pgbench", "-n", "-c", "4", "-T", "3600", "postgres"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
     )
-    looks = 0
-    while load.poll() is None:
-        looks += 1
-        status = found.status()
-        assert status["error"] is None
-        window = status["recovery_window"]
-        assert window["from_write"] < window["to_write"]
-        newest = api.resolve(found.name, Target("newest"))["recovery_point"]
-        assert newest["write"] >= window["to_write"]
-        for target in (Target("write", window["to_write"]), Target("time", parse_time(newest["time"]) + 1000)):
-            assert api.resolve(found.name, target)["recovery_point"]["write"] >= window["to_write"]
-        assert api.show(found.name, newest["write"])["write"] == newest["write"]
-        api.info(found.name)
-        assert api.resolve(None, Target("newest"), store=found.store)["recovery_point"]["write"] > 0
-    assert load.returncode == 0
-    assert looks > 5
-    api.cut(found.name)
-    assert len(api.info(found.name)["intervals"]) > 3
+    began, looks, intervals = time.monotonic(), 0, 0
+    try:
+        while time.monotonic() - began < LEAST_SECONDS or looks <= 5 or intervals <= 3:
+            assert load.poll() is None, "pgbench has ended"
+            looks += 1
+            status = found.status()
+            assert status["error"] is None
+            window = status["recovery_window"]
+            assert window["from_write"] < window["to_write"]
+            newest = api.resolve(found.name, Target("newest"))["recovery_point"]
+            assert newest["write"] >= window["to_write"]
+            for target in (Target("write", window["to_write"]), Target("time", parse_time(newest["time"]) + 1000)):
+                assert api.resolve(found.name, target)["recovery_point"]["write"] >= window["to_write"]
+            assert api.show(found.name, newest["write"])["write"] == newest["write"]
+            intervals = len(api.info(found.name)["intervals"])
+            assert api.resolve(None, Target("newest"), store=found.store)["recovery_point"]["write"] > 0
+    finally:
+        load.send_signal(signal.SIGINT)
+        load.wait(60)
+    assert api.cut(found.name)["number"] > intervals
 
 
 def test_a_database_that_does_not_answer_keeps_its_names(make_set: MakeSet, binaries_of: BindirOf) -> None:

@@ -70,7 +70,7 @@ def test_what_is_left_out_is_said_and_not_gone_on_from(
             found.sql(f"create table t{number} (id int)")
         number = api.cut(found.name)["number"]
         running.execute("commit")
-    shutil.copytree(found.store, tmp_path / "store", ignore=shutil.ignore_patterns("image"))
+    shutil.copytree(found.store, tmp_path / "store", ignore=shutil.ignore_patterns("image", ".*.new"))
     store = Store.open(tmp_path / "store")
     bundle = Bundle.open(store, number)
     before = Bundle.open(store, number - 1).interval.boundary

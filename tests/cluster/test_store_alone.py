@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from pgcdp import api, scrubbing
+from pgcdp.fsio import write_atomic
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.recovery import clone
@@ -141,7 +142,8 @@ def test_the_agent_scrubs_and_says_what_it_found(make_set: MakeSet, pg_binaries:
     settings = found.config.paths.config_file
     whole = file.read_bytes()
     file.write_bytes(whole[:200] + bytes([whole[200] ^ 4]) + whole[201:])
-    settings.write_text(settings.read_text().replace('scrub_every = "7d"', 'scrub_every = "1s"'))
+    often = settings.read_text().replace('scrub_every = "7d"', 'scrub_every = "1s"')
+    write_atomic(settings, often.encode())  # the agent may be reading it
     wait_until(lambda: api.status(found.name)["scrub"]["damages"] == 1, timeout=120, what="the agent has found it")
     told = api.info(found.name)
     assert [each["file"] for each in told["damages"]] == [str(file)]
@@ -159,4 +161,4 @@ def test_the_agent_scrubs_and_says_what_it_found(make_set: MakeSet, pg_binaries:
     assert api.check(found.name, full=True)["ok"]
     assert api.info(found.name)["damages"] == []
     history = found.source().store.history
-    assert any(f'"event": "{scrubbing.SCRUB}"' in path.read_text() for path in history.iterdir())
+    assert any(f'"event": "{scrubbing.SCRUB}"' in path.read_text() for path in history.glob("*.json"))
