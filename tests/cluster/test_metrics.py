@@ -6,6 +6,7 @@ import socket
 import time
 import urllib.request
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -59,18 +60,20 @@ def test_a_scrape_says_what_status_and_info_say(shown: tuple[ProtectedSet, int])
     api.cut(found.name)
     found.sql("insert into t select generate_series(1, 1000)")
 
-    def still() -> bool:
-        """Nothing was written between two looks at status, and the agent took all of it."""
+    def still() -> tuple[dict[str, Any], dict[tuple[str, str], float]] | None:
+        """Status and metrics, between which nothing was written; the agent had taken all of it before."""
         before = api.status(found.name)
         now = samples(port)
         after = api.status(found.name)
-        return bool(
+        quiet = (
             before["durable_write"] == after["durable_write"] == now["pgcdp_writes_total", ""]
-            and after["agent"]["taken_write"] == after["durable_write"]
+            and before["agent"]["taken_write"] == before["durable_write"]
         )
+        return (after, now) if quiet else None
 
-    wait_until(still, timeout=60, what="a quiet moment")
-    status, now, info = api.status(found.name), samples(port), api.info(found.name)
+    told = wait_until(still, timeout=60, what="a quiet moment")
+    assert told is not None
+    (status, now), info = told, api.info(found.name)
     window = status["recovery_window"]
     assert now["pgcdp_oldest_recoverable_timestamp_seconds", ""] == pytest.approx(
         parse_time(window["from_time"]) / 1e9, abs=1e-5
