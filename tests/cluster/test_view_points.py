@@ -287,6 +287,7 @@ def assert_shown(found: dict[str, Any], points: int) -> None:
     assert found["reloads"] > 0
 
 
+@pytest.mark.timeout(900)
 def test_seven_points_of_three_volumes(make_capture: MakeCapture, scratch: Path) -> None:
     with volumes(make_capture, scratch, "ext4", pause=0.02) as (scene, place):
         assert_shown(run_points(scene, place, history=18, points=7, at_once=7, seed=1), 7)
