@@ -38,7 +38,7 @@ from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 from tests.beside import repeated
-from tests.fix_engine import NOT_ALLOWED, _may_flush, _plain_program
+from tests.fix_engine import LATE, NOT_ALLOWED, _may_flush, _plain_program
 from tests.fix_keys import ENCRYPT_ALL
 from tests.fix_postgres import bad_lines, postgres_user
 from tests.moments import scratch_below
@@ -267,7 +267,7 @@ class ProtectedSet:
         """Unexpected lines in the logs of engine, agent and Postgres."""
         with suppress(PgcdpError):
             paths = self.config.paths
-            allowed = [*self.allowed, *STOPPED, BUSY, *(() if _may_flush() else NOT_ALLOWED)]
+            allowed = [*self.allowed, *STOPPED, *LATE, BUSY, *(() if _may_flush() else NOT_ALLOWED)]
             found = []
             for log in (paths.engine_log, paths.agent_log):
                 text = log.read_text(errors="replace") if log.exists() else ""
