@@ -17,13 +17,13 @@ from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.records import Target
 from tests.cluster.test_changed_volumes import mounted_plain
 from tests.crash.test_held_capture import assert_clean, captures
-from tests.crash.test_kill_rewind import LOOK, START
+from tests.crash.test_kill_rewind import START
 from tests.crash.test_kill_set import ALLOWED
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
 
-SAID = [*ALLOWED, r"the agent", LOOK, START, r"no capture process takes over", r"locked by another capture process"]
+SAID = [*ALLOWED, r"the agent", START, r"no capture process takes over", r"locked by another capture process"]
 
 
 def skip_without_holder() -> None:

@@ -16,7 +16,7 @@ from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
 from tests.cluster.test_changed_volumes import mounted_plain
-from tests.crash.test_kill_rewind import LOOK, START, kill_when, start_command
+from tests.crash.test_kill_rewind import START, kill_when, start_command
 from tests.crash.test_kill_set import ALLOWED
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
@@ -70,7 +70,7 @@ def kill_round(found: ProtectedSet, chooser: random.Random, number: int) -> dict
 
 
 def rounds(make_set: MakeSet, binaries_of: BindirOf, fs: str, count: int, seed: int) -> list[dict[str, Any]]:
-    found = make_set(binaries_of(15), fs=fs, size=384 << 20, allowed=[*ALLOWED, r"the agent", LOOK, START])
+    found = make_set(binaries_of(15), fs=fs, size=384 << 20, allowed=[*ALLOWED, r"the agent", START])
     found.sql("create table kept (n int)")
     api.cut(found.name)
     chooser = random.Random(seed)
