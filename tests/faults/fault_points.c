@@ -100,10 +100,9 @@ static void put_back(const char *path, const char *word, long skip, long times, 
         return;
     fprintf(f, "%s %ld %ld %ld\n", word, skip, times, ms);
     fclose(f);
-    if (access(path, F_OK) == 0) /* else the test has just taken it away */
-        rename(fresh, path);
-    else
-        unlink(fresh);
+    /* In place of what is there, at once: the test may just be taking it away, and that must not come back. */
+    renameat2(AT_FDCWD, fresh, AT_FDCWD, path, RENAME_EXCHANGE);
+    unlink(fresh);
 }
 
 static enum kind ask(const char *point, int is_write, int is_sync)
