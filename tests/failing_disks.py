@@ -17,6 +17,18 @@ FS_SHUTDOWN = 0x8004587D
 LOG_FLUSH = 1
 
 
+def unmount(place: Path) -> None:
+    """As soon as nobody uses what is mounted there: what an ended process held is let go a moment later."""
+
+    def gone() -> bool:
+        with suppress(PreconditionError):
+            volumes.unmount(place)
+            return True
+        return False
+
+    wait_until(gone, timeout=60, interval=0.05, what=f"nobody uses {place}")
+
+
 class SmallDisk:
     """A filesystem of `size` bytes, mounted at `place`. `fill` and `empty`, `die` and `come_back`."""
 
@@ -62,14 +74,7 @@ class SmallDisk:
 
     def leave(self) -> None:
         """The mount goes, as soon as nobody holds on to what is dead: its mount point is an empty directory."""
-
-        def gone() -> bool:
-            with suppress(PreconditionError):
-                volumes.unmount(self.place)
-                return True
-            return False
-
-        wait_until(gone, timeout=60, interval=0.2, what=f"nobody uses {self.place}")
+        unmount(self.place)
 
     def come_back(self) -> None:
         """Mounted again, with what was on it. Harmless when it is."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pgcdp.capture import volumes
+from tests.failing_disks import unmount
 
 MakeDisk = Callable[..., Path]
 SPARE = 128 << 20
@@ -48,7 +49,7 @@ def make_disk() -> Iterator[MakeDisk]:
     for made in reversed(devices):
         for place in mounts:
             if not volumes.loops_over(place):
-                volumes.unmount(place)
+                unmount(place)
         volumes.detach_loop(made)
     shutil.rmtree(root)
 
@@ -62,5 +63,5 @@ def journal_disk(make_disk: MakeDisk) -> Iterator[Path]:
     place.mkdir()
     volumes.mount(device, place, "ext4")
     yield place
-    volumes.unmount(place)
+    unmount(place)
     place.rmdir()

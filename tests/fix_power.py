@@ -25,9 +25,8 @@ from typing import Any
 import pytest
 
 from pgcdp.capture import volumes
-from pgcdp.errors import PreconditionError
+from tests.failing_disks import unmount
 from tests.fix_engine import ROOT
-from tests.waiting import wait_until
 
 FS_SHUTDOWN = 0x8004587D
 """EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN: the filesystem gives up at once, without writing its log."""
@@ -125,7 +124,7 @@ class Machine:
                 continue
             with suppress(OSError):
                 _give_up(mount.mountpoint)
-            _unmount(mount.mountpoint)
+            unmount(mount.mountpoint)
             volumes.detach_loop(Path(mount.source))
         if self._process is not None:
             self._process.communicate(timeout=60)  # it ends with its input
@@ -202,18 +201,6 @@ def _give_up(mountpoint: Path) -> None:
         fcntl.ioctl(directory, FS_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
     finally:
         os.close(directory)
-
-
-def _unmount(mountpoint: Path) -> None:
-    """What an ended process held is let go a moment later."""
-
-    def done() -> bool:
-        with suppress(PreconditionError):
-            volumes.unmount(mountpoint)
-            return True
-        return False
-
-    wait_until(done, timeout=60, what=f"{mountpoint} is free")
 
 
 @pytest.fixture(scope="session")

@@ -32,12 +32,15 @@ class Watch:
     def left(self, others: set[Path]) -> list[str]:
         """Lines that name each process, mount, loop device and directory that is left.
 
-        `others` are directories that may stay, but in which nothing may be mounted or running. Processes that are
-        about to end are waited for.
+        `others` are directories that may stay, but in which nothing may be mounted or running. What is about to go is
+        waited for: a process that ends, a loop device that somebody looked at as it was detached.
         """
-        roots = self.made | others
         with suppress(TimeoutError):
-            wait_until(lambda: not _processes(self.session, roots), timeout=10, what="end of the tests' processes")
+            wait_until(lambda: not self._left(others), timeout=10, interval=0.2, what="the end of all that is left")
+        return self._left(others)
+
+    def _left(self, others: set[Path]) -> list[str]:
+        roots = self.made | others
         return [
             *(f"process {pid}: {command}" for pid, command in _processes(self.session, roots).items()),
             *(f"mount {point}" for point in _mounts(roots)),

@@ -116,13 +116,13 @@ def test_the_image_stays_as_long_as_the_engine_answers(found: ProtectedSet) -> N
         assert read_state(store).boundary == boundary, "the image moved under an engine that was still there"
     finally:
         os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: read_state(store).boundary == number, timeout=60, what="the image moves")
+    wait_until(lambda: read_state(store).boundary >= number, timeout=60, what="the image moves")
     assert_next_command_clears(found, below)
 
 
 def test_a_fenced_verify_says_so_and_the_image_moves(found: ProtectedSet) -> None:
     """The engine is stopped in the middle of a verification: cutting goes on, and production does not feel it."""
-    save_config(replace(found.config, fence_after=2.0))
+    save_config(replace(found.config, fence_after=5.0))
     found.kill_agent()
     service.start(found.config)
     found.allowed += ["is fenced", "was fenced"]
@@ -137,7 +137,7 @@ def test_a_fenced_verify_says_so_and_the_image_moves(found: ProtectedSet) -> Non
     wait_until(lambda: read_state(store).boundary >= number, timeout=30, what="the image moves")
     assert engines(below) == []
     said = process.communicate(timeout=90)[1].decode()
-    assert (process.returncode, "was fenced: in 2 s it did not learn that the image moves" in said) == (1, True), said
+    assert (process.returncode, "was fenced: in 5 s it did not learn that the image moves" in said) == (1, True), said
     assert "fence_after" in said
     assert found.status()["agent"]["waiting"] == ""
     assert api.verify(found.name, Target("newest"))["ok"]
