@@ -161,7 +161,7 @@ void tracking_wait(struct volume_set *vs)
 
 /* ---- back ---- */
 
-static int append_begin(struct volume_set *vs, uint64_t begin_ns)
+static int append_begin(struct volume_set *vs, uint64_t begin_ns, uint64_t boot_ns)
 {
     uint8_t *memory = io_alloc(2 * BLOCK);
     if (!memory)
@@ -175,7 +175,7 @@ static int append_begin(struct volume_set *vs, uint64_t begin_ns)
                              .data_length = (uint32_t)length,
                              .number = vs->durable_write + 1,
                              .wall_ns = begin_ns,
-                             .boot_ns = clock_ns(CLOCK_BOOTTIME)};
+                             .boot_ns = boot_ns};
     memcpy(memory + BLOCK, name, length);
     int rc = jw_append(vs->jw, memory, 1, memory + BLOCK, BLOCK);
     io_free(memory, 2 * BLOCK);
@@ -219,10 +219,11 @@ static int heal(struct volume_set *vs, char why[400])
         snprintf(why, 400, "writes of before wait still");
         return -EAGAIN;
     }
-    uint64_t now = clock_ns(CLOCK_REALTIME);
+    /* Of one moment: a disk that is slow between the two would look like a clock that was set. */
+    uint64_t now = clock_ns(CLOCK_REALTIME), boot = clock_ns(CLOCK_BOOTTIME);
     int rc = set_state(vs, FMT_TRACKED_HEALING, state_of(vs)->since_ns, now);
     if (rc == 0)
-        rc = append_begin(vs, now);
+        rc = append_begin(vs, now, boot);
     if (rc) {
         snprintf(why, 400, "the journal cannot take writes: %s", strerror(-rc));
         return -EAGAIN;

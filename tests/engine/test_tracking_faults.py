@@ -67,6 +67,20 @@ def test_the_end_of_a_gap_needs_no_other_write(capture: Capture, faults: Faults,
     assert_volumes_equal_writes(capture, keeper)
 
 
+def test_a_slow_disk_does_not_look_like_a_clock_that_was_set(capture: Capture, faults: Faults) -> None:
+    """The begin record's two clocks are of one moment, however long it takes until that is noted."""
+    keeper = Keeper(capture)
+    track(capture, faults)
+    faults.set("tracked.state.sync", "slow", milliseconds=1500)
+    heal(capture, faults)
+    wait_until(lambda: state(capture) == "capturing", what="healing")
+    assert faults.fired("tracked.state.sync")
+    keeper.take()
+    apart = [write.wall_ns - write.boot_ns for write in keeper.writes.values()]
+    assert max(apart) - min(apart) < 1_000_000_000
+    assert capture.stop() == 0
+
+
 def test_a_failed_sync_from_before_is_told_until_a_start(capture: Capture, faults: Faults) -> None:
     """What is tracked is synced on its own: that goes well, and says nothing of what the failed one may have lost."""
     with Direct(capture.device("data")) as volume:
