@@ -141,11 +141,11 @@ def rounds(found: ProtectedSet, kills: int, upgrades: int, seed: int, seconds: i
     seen = Seen()
     while deeds:
         with bench(found, seconds) as load:
-            until = max(1, min(len(deeds), seconds // 4))
-            for deed in [deeds.pop() for _ in range(until)]:
+            for _ in range(max(1, min(len(deeds), seconds // 4))):
                 pass_time(chooser.random() * 3)
-                assert load.runs, load.process.communicate()
-                number = captures(found)
+                if not load.runs:  # a slow machine: what is left comes in the next run
+                    break
+                deed, number = deeds.pop(), captures(found)
                 if deed == "kill":
                     found.kill_capture()
                     seen.kills += 1
@@ -164,8 +164,11 @@ def prove(found: ProtectedSet, seen: Seen, boundary: int) -> None:
     assert status["state"] == "capturing"
     assert status["held"]["restarts"] == seen.kills + seen.upgrades
     assert status["held"]["problem"] is None
+    # The agent writes down behind the start of the next process, by a thread of its own, that there was one.
+    wanted = min(10, seen.kills + seen.upgrades)
+    wait_until(lambda: len(api.info(found.name)["restarts"]) >= wanted, what=f"{wanted} restarts in the history")
     told = api.info(found.name)["restarts"]
-    assert len(told) == min(10, seen.kills + seen.upgrades)
+    assert len(told) == wanted
     assert {each["why"] for each in told} <= {"died", "upgrade"}
     found.wait_following()
     found.amcheck()
@@ -312,9 +315,13 @@ def test_what_keeps_the_next_one_from_its_start_is_said_and_may_be_mended(
 
 
 def test_an_upgrade_that_cannot_be_is_refused_and_changes_nothing(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    found = make(make_set, binaries_of)
+    found = make(make_set, binaries_of, segment_size=8 << 20)
+    api.cut(found.name)
+    found.sql("create table more as select repeat('x', 1000) from generate_series(1, 24000)")
+    wait_until(lambda: found.status()["agent"]["taken_write"] >= found.durable(), what="the agent has read them")
     engine, agent = found.engine.status().pid, found.agent_pid()
-    segment = sorted(found.config.journal.glob("*.seg"))[0]
+    # The last but the current one and the next: nobody reads it now, and it is not used again before the next boundary.
+    segment = sorted(found.config.journal.glob("*.seg"))[-3]
     with segment.open("r+b") as file:
         file.seek(8)
         file.write((2).to_bytes(4, "little"))
