@@ -203,7 +203,8 @@ def free_space(path: Path) -> int:
 
 
 LEFT_SECONDS = 5.0
-"""How long the lock of a process that has ended is waited for: a child that it was starting has it until its exec."""
+"""How long it is waited for who has a lock for a moment only: a child that a process which has ended was starting,
+until its exec, and who asks whether it is locked."""
 
 
 class FileLock:
@@ -223,8 +224,8 @@ class FileLock:
                 break
             except BlockingIOError:
                 holder = os.pread(self._fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
-                left = holder.isdecimal() and not proc.exists(int(holder))
-                if time.monotonic() - begun >= max(wait, LEFT_SECONDS if left else 0.0):
+                passing = (holder.isdecimal() and not proc.exists(int(holder))) or self._is_only_asked_for()
+                if time.monotonic() - begun >= max(wait, LEFT_SECONDS if passing else 0.0):
                     os.close(self._fd)
                     raise PreconditionError(
                         f"{path} is locked by {owner}, process {holder}",
@@ -234,6 +235,15 @@ class FileLock:
         with suppress(OSError):  # a full disk: whose it is cannot be told then, but it is held
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _is_only_asked_for(self) -> bool:
+        """Whether nobody has it but those who ask (`is_locked`), and have it shared for that."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        return True
 
     def release(self) -> None:
         """Give the lock back; harmless when done twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -99,6 +100,18 @@ def test_a_killed_command_does_not_keep_its_lock_while_a_child_of_it_begins(tmp_
             assert not lock.done()
             command.stdin.close()
             lock.result(timeout=4).release()
+
+
+def test_who_only_asks_whether_it_is_locked_keeps_nobody_from_it(tmp_path: Path) -> None:
+    """He has it shared for a moment (is_locked), and so has a child that he starts just then."""
+    path = tmp_path / "lock"
+    with ThreadPoolExecutor(1) as beside, path.open("wb") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        lock = beside.submit(FileLock, path, "a command")
+        pass_time(0.1)
+        assert not lock.done()
+        fcntl.flock(asking, fcntl.LOCK_UN)
+        lock.result(timeout=60).release()
 
 
 def test_hole_reads_as_zeros_and_gives_space_back(tmp_path: Path) -> None:
