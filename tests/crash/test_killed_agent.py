@@ -27,13 +27,16 @@ KILLED = -9
 
 
 @contextmanager
-def followed(make_capture: MakeCapture, seed: int, mode: Mode) -> Iterator[tuple[Capture, Workload, Killable]]:
-    """A capture under load with a follower that has not begun."""
+def followed(
+    make_capture: MakeCapture, seed: int, mode: Mode, *, pause: float = 0.0
+) -> Iterator[tuple[Capture, Workload, Killable]]:
+    """A capture under load with a follower that has not begun. `pause`: of a writer, as Workload has it."""
     capture = make_capture(VOLUMES, journal_limit=4 << 30)
     capture.start()
     work = Workload(
-        [capture.device("data"), capture.device("wal")], seed=seed, mark=lambda name: capture.request("mark", name=name)
-    )
+        [capture.device("data"), capture.device("wal")],
+        seed=seed, pause=pause, mark=lambda name: capture.request("mark", name=name),
+    )  # fmt: skip
     work.start()
     try:
         work.wait_answered(50)

@@ -25,6 +25,7 @@ from pgcdp.store.layout import Store
 from pgcdp.store.open_views import seen_views
 from pgcdp.store.retention import Plan, Policy
 from pgcdp.store.thinning import thin
+from tests.stopping import stop
 from tests.unit.test_expiring import EVERYTHING_OLD, MINUTE_NS, Years, files_of
 from tests.unit.test_increments import capture, fill, random_op
 
@@ -129,7 +130,7 @@ def test_a_view_that_does_not_tell_keeps_everything(years: Years, monkeypatch: p
     with views.stack:
         view = views.open(46)
         (pid,) = {pid for pid, _ in volumes.users_of(view.files[0].parents[1]) if pid != os.getpid()}
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             done = years.expire(EVERYTHING_OLD)
             assert "did not answer" in done.waiting

@@ -21,6 +21,7 @@ from pgcdp.store.frames import FrameWriter
 from pgcdp.store.image_files import block_sums
 from tests.fix_engine import Direct
 from tests.fix_views import ShowMap, ShownView, waits_for_fuse
+from tests.stopping import stop
 from tests.unit.test_increments import SET_ID
 from tests.waiting import wait_until
 
@@ -197,7 +198,7 @@ def test_a_map_is_acknowledged_only_when_the_last_read_by_the_old_one_is_done(sh
             errors.append(error)
 
     asker = threading.Thread(target=ask)
-    os.kill(stopped, signal.SIGSTOP)
+    stop(stopped)
     try:
         reader.start()
         wait_until(lambda: waits_for_fuse(pid), what="a read of the image under way")
