@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.engine.test_tracking import (
+    GAP_END,
     IDLE,
     SMALL,
     Keeper,
@@ -19,7 +21,7 @@ from tests.engine.test_tracking import (
 from tests.faults.service import Faults
 from tests.faults.tracking import points_of_a_new_bitmap
 from tests.fix_engine import BLOCK, MIB, Capture, Direct
-from tests.model import read_tracked
+from tests.model import Wrong, read_journal, read_tracked
 from tests.waiting import wait_until
 
 
@@ -46,6 +48,14 @@ def heal(capture: Capture, faults: Faults) -> None:
     wait_until(lambda: "error" not in capture.request("heal"), what="room")
 
 
+def has_ended(capture: Capture) -> bool:
+    """Whether the end record of the gap is durable."""
+    durable = capture.status()["durable_write"]
+    with suppress(FileNotFoundError, Wrong):  # it is being written to
+        return any((w.number, w.flags) == (durable, GAP_END) for w in read_journal(capture.journal).writes)
+    return False
+
+
 @pytest.mark.parametrize("point", ["tracked.bits.sync", "tracked.state.write"])
 def test_the_end_of_a_gap_needs_no_other_write(capture: Capture, faults: Faults, point: str) -> None:
     """Nobody may write for hours: the set would heal that long, with its marks and cuts refused."""
@@ -54,6 +64,7 @@ def test_the_end_of_a_gap_needs_no_other_write(capture: Capture, faults: Faults,
     faults.set(point, "eio", skip=2 if point == "tracked.state.write" else 0, times=0)  # both slots say healing
     heal(capture, faults)
     wait_until(lambda: any("bitmap" in each for each in capture.status()["errors"]), what="its failure")
+    wait_until(lambda: has_ended(capture), what="its end record")  # bits may be written, and fail, before that
     end = capture.status()["durable_write"]
     assert capture.status()["tracked"]["since_ns"] > 0
     faults.clear(point)
