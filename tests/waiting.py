@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,6 +26,12 @@ def wait_until(
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come true in {timeout} s")
         select.select([], [], [], interval)
+
+
+def wait_named(pid: int) -> None:
+    """Until the command line of a child can be read: an exec tells the parent that it is done before it has that."""
+    cmdline = Path(f"/proc/{pid}/cmdline")
+    wait_until(lambda: cmdline.read_bytes(), interval=0.001, what=f"the command line of process {pid}")
 
 
 def pass_time(seconds: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pgcdp.capture.sharing import captures_at
+from tests.waiting import wait_named
 
 SHELL = """
 read line; echo log $line; echo held >/proc/$$/fd/100
@@ -46,6 +47,7 @@ def test_a_capture_process_is_known_before_it_is_one(tmp_path: Path) -> None:
     control = tmp_path / "control"
     shell = ["/bin/sh", "-c", 'read line; exec "$@"', "sh", "/bin/true", "capture", "--set-id", "1", "--control"]
     with subprocess.Popen([*shell, str(control)], stdin=subprocess.PIPE) as starting:
+        wait_named(starting.pid)
         assert captures_at(control) == {starting.pid}
         assert captures_at(tmp_path / "other") == set()
         assert starting.stdin is not None

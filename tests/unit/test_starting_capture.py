@@ -17,6 +17,7 @@ from pgcdp.capture import held
 from pgcdp.capture.control import EngineClient
 from pgcdp.config import Config
 from tests.unit.test_config import sample
+from tests.waiting import wait_named
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def left(config: Config) -> Iterator[subprocess.Popen[bytes]]:
     """The shell that becomes the engine when it reads a line; whoever started it is dead."""
     shell = ["/bin/sh", "-c", 'read line; exec "$@"', "sh", "/bin/true", "capture", "--set-id", "1", "--control"]
     with subprocess.Popen([*shell, str(config.paths.control)], stdin=subprocess.PIPE) as process:
+        wait_named(process.pid)
         yield process
         process.kill()
 
