@@ -147,8 +147,12 @@ def test_files_are_private(make_capture: MakeCapture) -> None:
             volume.write(i * 16 * BLOCK, bytes([i + 1]) * 16 * BLOCK)
     assert stat.S_IMODE(capture.journal.stat().st_mode) == 0o700
     assert stat.S_IMODE(capture.socket.stat().st_mode) == 0o600
+    modes = {}
     for path in capture.journal.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
+        with suppress(FileNotFoundError):  # the next segment gets its name just now
+            modes[path.name] = stat.S_IMODE(path.stat().st_mode)
+    assert {"lock", "applied", "0000000000000001.seg"} <= modes.keys()
+    assert set(modes.values()) == {0o600}, modes
 
 
 def test_memory_stays_small(make_capture: MakeCapture, engine_program: Path) -> None:
@@ -183,7 +187,6 @@ def test_discard_of_a_whole_volume_is_one_small_thing(make_capture: MakeCapture)
 
 def test_full_journal_stalls_and_goes_on_after_release(make_capture: MakeCapture) -> None:
     capture = make_capture({"data": 16 * MIB}, segment_bytes=8 * MIB, journal_limit=32 * MIB)
-    capture.allowed += ["the journal is full: writes wait", "the journal has space again"]
     capture.start()
     work = Workload([capture.device("data")], seed=4, writers=2)
     work.start()
@@ -279,7 +282,6 @@ def test_wrong_usage(make_capture: MakeCapture, arguments: list[str]) -> None:
 def test_control_answers_while_the_journal_stalls(make_capture: MakeCapture) -> None:
     """Marks asked for during a stall are refused at once: none of them holds up the release that ends it."""
     capture = make_capture({"data": 16 * MIB}, segment_bytes=8 * MIB, journal_limit=32 * MIB)
-    capture.allowed += ["the journal is full: writes wait", "the journal has space again"]
     capture.start()
     work = Workload([capture.device("data")], seed=6, writers=2)
     work.start()
