@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,7 @@ def test_it_outlives_that_no_descriptor_is_to_be_had(keeper: Keeper) -> None:
         assert keeper._thread.is_alive(), "nobody keeps any more"
         begun, spent = time.monotonic(), time.process_time()
         wait_until(lambda: time.monotonic() - begun > 0.5, interval=0.05, what="half a second")
-        assert time.process_time() - spent < 0.25, "it takes a core"
+        assert time.process_time() - spent < (time.monotonic() - begun) / 2, "it takes a core"
     wait_until(lambda: not keeper.error, what="that it can look again")
     assert keeper._thread.is_alive()
 
@@ -60,6 +60,7 @@ def test_a_holder_whom_many_ask_at_once_is_not_taken_for_dead(tmp_path: Path, mo
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, ThreadPoolExecutor(1) as pool:
         listener.bind(os.fspath(tmp_path / holder.SOCKET))
         listener.listen(1)
+        listener.settimeout(0.02)  # it may have been let in, and not yet say so, when nobody else asks any more
         with pytest.raises(BlockingIOError):  # noqa: PT012
             while True:
                 before.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
@@ -68,7 +69,8 @@ def test_a_holder_whom_many_ask_at_once_is_not_taken_for_dead(tmp_path: Path, mo
         wait_until(lambda: asked.running() or asked.done(), what="that it is asked")
         pass_time(0.2)
         while not asked.done():  # it comes to them
-            listener.accept()[0].close()
+            with suppress(TimeoutError):
+                listener.accept()[0].close()
         assert asked.result()
     for each in before:
         each.close()
