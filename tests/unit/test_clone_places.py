@@ -148,11 +148,12 @@ def test_a_clone_made_anew_is_not_expired_for_the_one_before(below: Path) -> Non
     assert not below.exists(), "with the directory, when it was the last"
 
 
-def test_a_look_at_a_clone_is_in_nobodys_way_but_a_command_is(below: Path) -> None:
+def test_a_look_at_a_clone_is_in_nobodys_way_but_a_command_is(below: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = made(below, "one")
     fd = places.lock(clone.place)
     with pytest.raises(PreconditionError, match="another command is working on clone one"):
         cloned.destroy(clone.place)
+    monkeypatch.setattr(cloned, "_GLANCE_SECONDS", 60.0)  # the timer is a thread, which may come late
     timer = threading.Timer(0.1, os.close, [fd])
     timer.start()
     cloned.destroy(clone.place)

@@ -44,13 +44,13 @@ def value(text: str) -> float:
 
 
 def read(port: int, host: str = "127.0.0.1") -> str:
-    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=5) as reply:
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=60) as reply:
         return str(reply.read().decode())
 
 
 def read_socket(path: Path) -> str:
     with socket.socket(socket.AF_UNIX) as door:
-        door.settimeout(5)
+        door.settimeout(60)
         door.connect(str(path))
         door.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         reply = http.client.HTTPResponse(door)
