@@ -129,7 +129,7 @@ def kill_rounds(capture: Held, rounds: int, seed: int) -> int:
     assert all(op.answered for op in work.ops), "an operation ended with an error"
     assert capture.stop() == 0
     assert capture.holder is not None
-    assert capture.holder.wait(timeout=10) == 0, "the holder outlives its mount"
+    assert capture.holder.wait(timeout=60) == 0, "the holder outlives its mount"
     assert not _is_mounted(capture.fuse)
     assert_right(capture, work)
     return resent
@@ -227,7 +227,7 @@ def test_the_holder_ends_by_nothing_but_the_end_of_its_mount(held: Held) -> None
     assert status.count("Threads:\t1\n") == 1
     held.start()
     assert held.stop() == 0
-    assert held.holder.wait(timeout=10) == 0
+    assert held.holder.wait(timeout=60) == 0
 
 
 def test_only_root_is_given_the_connection(held: Held) -> None:
@@ -307,7 +307,7 @@ def test_another_holder_takes_the_connection_from_capture(held: Held) -> None:
     work.finish()
     assert all(op.answered for op in work.ops)
     assert held.stop() == 0
-    assert held.holder.wait(timeout=10) == 0
+    assert held.holder.wait(timeout=60) == 0
     assert_right(held, work)
 
 

@@ -60,7 +60,7 @@ def test_a_minute_of_fuzzing_finds_nothing(target: Path, tmp_path: Path) -> None
     seconds = int(os.environ.get("PGCDP_FUZZ_SECONDS", SECONDS))
     # Memory is judged by what is in use, in the targets: the resident size that libFuzzer would judge by starts, after
     # an exec, with the largest that this process of pytest ever had.
-    words = [str(target), f"-max_total_time={seconds}", "-max_len=130000", "-timeout=10"]
+    words = [str(target), f"-max_total_time={seconds}", "-max_len=130000", "-timeout=60"]
     words += ["-rss_limit_mb=0", "-malloc_limit_mb=256"]
     words += [f"-artifact_prefix={tmp_path}/", str(found), str(seeds(target, tmp_path / "seeds"))]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
