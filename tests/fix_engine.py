@@ -128,6 +128,10 @@ class Capture:
         self.starts += 1
         wait_until(self._serves, timeout=60, what="capture")
 
+    def wait_ready(self) -> None:
+        """Until a new journal can take a mark: it is refused where the first segment takes longer than a second."""
+        wait_until(lambda: any(self.journal.glob("*.seg")), what="the first segment")
+
     def _serves(self) -> bool:
         assert self.process is not None
         if self.process.poll() is not None:

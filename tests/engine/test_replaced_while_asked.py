@@ -29,6 +29,7 @@ def held(faulty_engine: Path, faults: Faults, scratch: Path) -> Iterator[Held]:
     capture = Held(faulty_engine, scratch / "set", {"data": 8 * MIB})
     capture.hold()
     capture.start()
+    capture.wait_ready()
     yield capture
     capture.end()
     assert capture.complaints() == [], "in the engine's log"

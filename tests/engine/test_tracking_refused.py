@@ -24,6 +24,7 @@ def test_no_gap_begins_inside_a_rewind(make_capture: MakeCapture) -> None:
     """Its end record needs the journal, and Postgres does not run: writes wait."""
     capture = make_capture({"data": 8 * MIB}, **SMALL)
     capture.start()
+    capture.wait_ready()
     keeper = Keeper(capture)
     assert "write" in capture.request("mark", name="1", rewind="begin")
     assert_writes_wait(capture, keeper, 1)
@@ -56,6 +57,7 @@ def test_a_successor_knows_that_it_is_inside(make_capture: MakeCapture, what: st
     record: dict[str, Any] = {"name": name, what: "begin"}
     capture = make_capture({"data": 8 * MIB}, **SMALL)
     capture.start()
+    capture.wait_ready()
     keeper = Keeper(capture)
     assert "write" in capture.request("mark", **record)
     restart(capture, how)
