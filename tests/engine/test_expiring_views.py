@@ -28,6 +28,7 @@ from pgcdp.store.thinning import thin
 from tests.stopping import stop
 from tests.unit.test_expiring import EVERYTHING_OLD, MINUTE_NS, Years, files_of
 from tests.unit.test_increments import capture, fill, random_op
+from tests.waiting import wait_until
 
 
 @dataclass
@@ -68,9 +69,10 @@ def cut_and_move(years: Years) -> None:
     opened = fill(years.world, years.count, len(years.world.ops))
     image = Image.open(years.store, writable=True)
     bundle = close_interval(years.store, opened, image, years.end_of(years.count), {"number": years.count})
+    make_way = MakeWay(30.0)
     with image_to_move(years.store) as let_readers_in:
         assert let_readers_in is not None
-        assert MakeWay(30.0)(years.store, bundle)
+        wait_until(lambda: make_way(years.store, bundle), what="that the views have their maps")
         move_image(image, bundle, "optimal", let_readers_in)
     image.close()
 

@@ -197,7 +197,8 @@ def test_a_question_that_comes_too_late_changes_nothing(history: Callable[[int, 
     source = source_of(found)
     newest = found.store.interval_numbers()[-1]
     with watched(source, source.resolve(Target("boundary", newest)), scratch / "view") as view:
-        assert MakeWay(10.0)(found.store, Bundle.open(found.store, newest))
+        make_way, bundle = MakeWay(10.0), Bundle.open(found.store, newest)
+        wait_until(lambda: make_way(found.store, bundle), what="that the view answers")
         view.assert_unchanged()
         assert view.status()["reloads"] == 0
 
