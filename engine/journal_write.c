@@ -181,6 +181,7 @@ void jw_get_status(struct jw *jw, struct jw_status *out)
         .synced_write = jw->mark.applied_write,
         .released_write = jw->released_write,
         .ready = jw->ready.fd >= 0 && !jw->drop_tail,
+        .preparing = jw->in_transit > 0,
     };
     /* Bytes that cannot be used again yet: whole segments behind the oldest needed one, and the current one so far. */
     for (size_t i = 0; i < jw->live_count; i++) {

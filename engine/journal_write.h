@@ -38,6 +38,7 @@ struct jw_status {
     uint64_t durable_write, durable_batch, durable_segment, durable_offset;
     uint64_t synced_write, released_write;
     bool ready;         /* there is a segment to go on in */
+    bool preparing;     /* one is being made */
     bool needs_applied; /* segments wait for nothing but the applied mark */
     char error[256];    /* what of the journal's storage does not work now, or "" */
 };

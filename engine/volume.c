@@ -206,11 +206,13 @@ static bool next_batch(struct volume_set *vs, struct committer *c, struct batch 
 
 static void set_stalled(struct volume_set *vs, bool stalled)
 {
+    struct jw_status j;
+    jw_get_status(vs->jw, &j);
     HOLD_LOCK(&vs->lock);
-    if (vs->stalled != stalled)
-        log_warn("%s", stalled                      ? "the journal is full: writes wait"
-                       : vs->mode == VS_TRACKING ? "writes go on"
-                                                 : "the journal has space again: writes go on");
+    if (vs->stalled != stalled && stalled)
+        log_warn("%s: writes wait", j.preparing ? "the next segment of the journal is not ready yet" : "the journal is full");
+    else if (vs->stalled != stalled)
+        log_warn("%s", vs->mode == VS_TRACKING ? "writes go on" : "the journal has space again: writes go on");
     vs->stalled = stalled;
     pthread_cond_broadcast(&vs->progress);
 }

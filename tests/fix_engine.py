@@ -203,9 +203,8 @@ class Capture:
         return [line for line in lines if suspicious.search(line) and not any(re.search(a, line) for a in allowed)]
 
 
-LATE = ("the journal is full: writes wait", "the journal has space again: writes go on")
-"""What an engine says when the next segment was not made ready within a second: its disk is others', too. In a journal
-that is full in truth writes wait until a test gives way, or hangs."""
+LATE = ("the next segment of the journal is not ready yet: writes wait", "the journal has space again: writes go on")
+"""What an engine says where a segment takes more than a second to be made: its disk is others', too."""
 NOT_ALLOWED = ("cannot become an I/O flusher", "cannot leave the out-of-memory killer's list")
 """What an engine says where the machine does not let root do that."""
 

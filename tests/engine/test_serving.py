@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fix_engine import BLOCK, MIB, Capture, Direct, MakeCapture
+from tests.faults.service import Faults
+from tests.fix_engine import BLOCK, LATE, MIB, Capture, Direct, MakeCapture
 from tests.model import DISCARD, read_journal, replay
 from tests.raw_workload import Workload, assert_history, erase, read_block
 from tests.waiting import wait_until
@@ -187,6 +188,7 @@ def test_discard_of_a_whole_volume_is_one_small_thing(make_capture: MakeCapture)
 
 def test_full_journal_stalls_and_goes_on_after_release(make_capture: MakeCapture) -> None:
     capture = make_capture({"data": 16 * MIB}, segment_bytes=8 * MIB, journal_limit=32 * MIB)
+    capture.allowed.append("the journal is full: writes wait")
     capture.start()
     work = Workload([capture.device("data")], seed=4, writers=2)
     work.start()
@@ -212,6 +214,23 @@ def test_full_journal_stalls_and_goes_on_after_release(make_capture: MakeCapture
     expected = [bytearray(capture.backing("data").read_bytes())]
     assert replay(expected, journal.writes, journal.last_write)[0] == expected[0]
     assert capture.engine("check").returncode == 0
+
+
+def test_a_segment_that_takes_long_is_no_full_journal(faulty_engine: Path, faults: Faults, scratch: Path) -> None:
+    """A disk that others use, too: it is told, since writes wait for it, but raising the limit would not help."""
+    capture = Capture(faulty_engine, scratch / "slow", {"data": 8 * MIB})
+    faults.set("journal.segment.sync", "slow", milliseconds=3000)
+    try:
+        capture.start()
+        with Direct(capture.device("data")) as volume:
+            volume.write(0, bytes(BLOCK))
+        assert faults.fired("journal.segment.sync")
+        said = capture.log.read_text()
+        assert said.index(LATE[0]) < said.index(LATE[1])
+        assert "the journal is full" not in said
+        assert capture.stop() == 0
+    finally:
+        capture.kill()
 
 
 def test_second_capture_is_refused(make_capture: MakeCapture) -> None:
@@ -282,6 +301,7 @@ def test_wrong_usage(make_capture: MakeCapture, arguments: list[str]) -> None:
 def test_control_answers_while_the_journal_stalls(make_capture: MakeCapture) -> None:
     """Marks asked for during a stall are refused at once: none of them holds up the release that ends it."""
     capture = make_capture({"data": 16 * MIB}, segment_bytes=8 * MIB, journal_limit=32 * MIB)
+    capture.allowed.append("the journal is full: writes wait")
     capture.start()
     work = Workload([capture.device("data")], seed=6, writers=2)
     work.start()
