@@ -269,8 +269,10 @@ def match(ops: Iterable[Op], records: Iterable[Record]) -> list[str]:
     for op in by_name.values():
         if op.kind in (ZERO, DISCARD):
             erasures[op.volume, op.kind].append(op)
-    for candidates in erasures.values():  # of two that cover a record, the tighter one: the other has its own
-        candidates.sort(key=lambda op: op.length)
+    # Of two that cover a record, the tighter one: the other has its own. Of the same blocks, the one that ends first: a
+    # later record cannot be its.
+    for candidates in erasures.values():
+        candidates.sort(key=lambda op: (op.length, op.ended))
     for record in records:
         found: Op | None
         lengths[record.number] = record.length
