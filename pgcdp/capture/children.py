@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,9 @@ from pgcdp.errors import PreconditionError
 
 _children: set[int] = set()
 """Engines that this process started: their ends are collected, so that no zombie stays while this process lives."""
+_statuses: dict[int, int] = {}
+"""What `reap` has collected, as waitpid tells it, for the thread that asks for it: another one may have been faster."""
+_collecting = threading.Lock()
 
 
 def spawn(command: Sequence[str], log: int, files: Mapping[int, int]) -> int:
@@ -32,6 +36,7 @@ def spawn(command: Sequence[str], log: int, files: Mapping[int, int]) -> int:
     ]
     shell = ["/bin/sh", "-c", 'cd / && exec "$@"', "sh", *command]
     pid = os.posix_spawn(shell[0], shell, os.environ, file_actions=steps, setsid=True)
+    _statuses.pop(pid, None)  # of another process that had this number
     _children.add(pid)
     return pid
 
@@ -51,23 +56,24 @@ def kill(pid: int, ended: int, timeout: float = 60.0) -> None:
 
 
 def exit_code(pid: int) -> int | None:
-    """That of a child which has ended and is collected by this (1 when another thread has), None as long as it runs."""
-    try:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        ended, status = pid, 1 << 8
-    if not ended:
-        return None
-    _children.discard(pid)
-    return os.waitstatus_to_exitcode(status)
+    """That of a child which has ended, whichever thread has collected it; None as long as it runs."""
+    with _collecting:
+        _collect(pid)
+        if pid in _children:
+            return None
+        return os.waitstatus_to_exitcode(_statuses.pop(pid, 1 << 8))
 
 
 def end(pid: int) -> None:
     """Kill a child unless it is collected already, and collect it."""
-    if pid in _children:
+    with _collecting:  # else another thread collects it, and the number could be another process's by then
+        if pid not in _children:
+            _statuses.pop(pid, None)
+            return
         os.kill(pid, signal.SIGKILL)
+    with suppress(ChildProcessError):
         os.waitpid(pid, 0)
-        _children.discard(pid)
+    _children.discard(pid)
 
 
 def await_end(pid: int, timeout: float = 60.0) -> None:
@@ -82,13 +88,21 @@ def await_end(pid: int, timeout: float = 60.0) -> None:
 
 def reap() -> None:
     """Collect the engines that this process started and that have ended, so that none stays a zombie."""
-    for pid in list(_children):
-        try:
-            ended = os.waitpid(pid, os.WNOHANG)[0]
-        except ChildProcessError:  # somebody else has collected it
-            ended = pid
-        if ended:
-            _children.discard(pid)
+    with _collecting:
+        for pid in list(_children):
+            _collect(pid)
+
+
+def _collect(pid: int) -> None:
+    """Collect one if it has ended. Call it with `_collecting` held."""
+    try:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        _children.discard(pid)
+        return
+    if ended:
+        _children.discard(pid)
+        _statuses[pid] = status
 
 
 def pidfd(pid: int) -> int | None:
