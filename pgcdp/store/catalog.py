@@ -60,7 +60,10 @@ class Catalog:
             name = path.absolute().as_uri() + "?immutable=1"
         if not read_only and not path.exists():  # SQLite would make it as the umask says
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        self._connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=frozen)
+        try:
+            self._connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=frozen)
+        except sqlite3.DatabaseError as error:
+            raise _damaged(path, error) from None
         try:
             if not read_only:
                 self._connection.execute("PRAGMA journal_mode=WAL")

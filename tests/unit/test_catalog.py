@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pgcdp.errors import DamageError
+from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.records import Interval
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog, catalog_file
@@ -48,6 +48,17 @@ def test_catalog_is_rebuilt_from_the_store_alone(tmp_path: Path) -> None:
     assert [str(store.interval(2)) in damage.message for damage in damages] == [True]
     assert list(again.intervals()) == [1, 3]
     again.close()
+
+
+def test_a_catalog_that_cannot_be_opened_is_no_bug_of_ours(tmp_path: Path) -> None:
+    """As where no descriptor is to be had: SQLite opens the file before anything is asked of it."""
+    store = make_store(tmp_path, 1)
+    Catalog.open(store).close()
+    for path in catalog_file(store).parent.glob("catalog.db*"):
+        path.unlink()
+    catalog_file(store).mkdir()
+    with pytest.raises(PgcdpError, match=r"catalog\.db cannot be used now: unable to open database file"):
+        Catalog.open(store)
 
 
 def test_damaged_catalog_says_how_to_mend_it(tmp_path: Path) -> None:
