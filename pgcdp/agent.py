@@ -132,7 +132,7 @@ class Agent:
             for task in (self.cutting.asking, self.learning, expiring):
                 if task is not None:
                     task.cancel()
-                    with suppress(asyncio.CancelledError, PgcdpError):
+                    with suppress(asyncio.CancelledError, Exception):  # whatever it says, the store is let go of
                         await task
             await self.questions.end_look()
             await self._in_worker(self._leave_room)
@@ -367,7 +367,7 @@ class Agent:
             "rates": self.rates.told(),
             "metrics": self.metrics.told(),
             "not_kept": self.keeping.error,
-            "clock_jumps": [asdict(jump) for jump in self.clock.jumps],
+            "clock_jumps": [asdict(jump) for jump in list(self.clock.jumps)],
         }
 
     async def _end(self, request: Json) -> Json:

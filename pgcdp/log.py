@@ -37,7 +37,7 @@ def start(file: Path | None = None, level: str = "info") -> None:
     else:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
-        handler = logging.FileHandler(file, encoding="utf-8")
+        handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")  # paths may be any bytes
     handler.setFormatter(_Lines())
     logger = logging.getLogger("pgcdp")
     for old in list(logger.handlers):

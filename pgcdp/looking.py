@@ -162,7 +162,11 @@ def service_dsn(config: Config) -> str:
 
 def journal_bytes(config: Config) -> int:
     """Bytes of the journal's segments on disk."""
-    return sum(file.stat().st_size for file in config.journal.glob("*.seg"))
+    size = 0
+    for file in config.journal.glob("*.seg"):
+        with suppress(FileNotFoundError):  # renamed by an engine that has just started
+            size += file.stat().st_size
+    return size
 
 
 def info(set_name: str | None, store: Path | None = None) -> Json:

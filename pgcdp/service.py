@@ -45,7 +45,7 @@ def ask(paths: SetPaths, command: str, timeout: float | None = 60.0, **arguments
         ) from None
     except OSError as error:
         raise AgentGone(f"no agent runs for set {paths.name}: {error.strerror}", f"pgcdp up {paths.name}") from None
-    if not line:
+    if not line.endswith(b"\n"):  # nothing, or a part of it
         raise AgentGone(f"the agent of set {paths.name} ended meanwhile", f"look at {paths.agent_log}")
     reply = json.loads(line)
     if not isinstance(reply, dict):
@@ -105,7 +105,7 @@ def kept(config: Config) -> Iterator[None]:
 
     def keep() -> None:
         while not ended.wait(KEEP_SECONDS):
-            with suppress(PgcdpError):
+            with suppress(PgcdpError, OSError):  # it is tried again; without this thread nobody would
                 start(config)
 
     keeper = threading.Thread(target=keep, daemon=True)

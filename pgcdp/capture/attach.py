@@ -49,7 +49,7 @@ def up(config: Config, progress: Report = silent, captured: Callable[[], None] =
     After a crash of any part: ends a postmaster on a dead filesystem, unmounts, detaches, replays. Nothing is done
     when all is up. Raises PreconditionError for what must be mended first, DamageError for a damaged journal.
     """
-    with hold(config.paths):
+    with fsio.disk_errors(f"mend that, then run pgcdp up {config.name} again"), hold(config.paths):
         refuse_pending(config.paths)
         attach(config, progress, captured=captured)
         home.settle(config)
@@ -62,7 +62,7 @@ def down(config: Config, progress: Report = silent) -> None:
     When the engine has died, with this machine or before, its journal is replayed first, so that the volumes are plain
     afterwards. Raises PreconditionError when they are not.
     """
-    with hold(config.paths):
+    with fsio.disk_errors(_then_down(config)), hold(config.paths):
         refuse_pending(config.paths)
         if not EngineClient(config.paths.control).alive() and not _goes_on(config, progress):
             if not _anything_left(config) and _journal_is_clean(config):
@@ -84,10 +84,14 @@ def down(config: Config, progress: Report = silent) -> None:
 
 def quiesce(config: Config, progress: Report = silent) -> None:
     """The first step of `down` alone: stop Postgres while the agent still makes room in the journal."""
-    with hold(config.paths):
+    with fsio.disk_errors(_then_down(config)), hold(config.paths):
         refuse_pending(config.paths)
         if EngineClient(config.paths.control).alive() and is_attached(config):
             stop_cluster(config, progress)
+
+
+def _then_down(config: Config) -> str:
+    return f"mend that, then run pgcdp down {config.name} again"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from pgcdp.capture.volumes import Mount, mounts
+from pgcdp.capture.volumes import Mount, backing_file, mounts
 from pgcdp.records import Remark
 
 SYS = Path("/sys")
@@ -104,7 +104,7 @@ def _number(node: Path) -> int | None:
 
 def _backing_file(node: Path) -> str | None:
     with suppress(OSError):
-        return (node / "loop/backing_file").read_text().rstrip("\n").removesuffix(" (deleted)")
+        return os.fspath(backing_file(node)).removesuffix(" (deleted)")
     return None
 
 

@@ -64,9 +64,8 @@ def bytes_of(path: Path) -> Bytes:
         begin = int((entry / "start").read_text()) * _SECTOR
         disk = entry.resolve().parent.name.replace("!", "/")
         return _part(bytes_of(Path("/dev") / disk), begin, size)
-    backing = entry / "loop/backing_file"
-    if backing.exists():
-        file = Path(backing.read_text().rstrip("\n"))
+    if (entry / "loop/backing_file").exists():
+        file = volumes.backing_file(entry)
         if not _on_fuse(file) and file.exists():  # it may have been removed under it
             return _part(bytes_of(file), int((entry / "loop/offset").read_text()), size)
     return Bytes((0, status.st_rdev), 0, size)

@@ -297,8 +297,8 @@ def mounted_by(device: Path) -> list[tuple[int, str, str]]:
             if not process.name.isdigit():
                 continue
             namespace = os.readlink(process / "ns/mnt")
-            for line in (process / "mountinfo").read_text().splitlines():
-                fields = line.split()
+            for line in _lines(process / "mountinfo"):
+                fields = line.split(" ")
                 if fields[2] == wanted:
                     key = namespace, fields[4]
                     found.setdefault(key, (int(process.name), _name_of(process), fields[4]))
@@ -308,9 +308,14 @@ def mounted_by(device: Path) -> list[tuple[int, str, str]]:
 def loop_backing(device: Path) -> Path | None:
     """The file under a loop device, as the kernel shows its path; None when it is not attached."""
     try:
-        return Path((_SYS_BLOCK / device.name / "loop/backing_file").read_text().rstrip("\n"))
+        return backing_file(_SYS_BLOCK / device.name)
     except OSError:
         return None
+
+
+def backing_file(node: Path) -> Path:
+    """The file under the loop device with this directory below /sys. Raises OSError when it is not attached."""
+    return Path(os.fsdecode((node / "loop/backing_file").read_bytes().removesuffix(b"\n")))
 
 
 def loops_over(place: Path) -> dict[Path, Path]:
@@ -345,12 +350,18 @@ def device_answers(device: Path) -> bool:
 def mounts() -> list[Mount]:
     """Every mount of this process's namespace, in the kernel's order (a later one covers an earlier one)."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in _lines(Path("/proc/self/mountinfo")):
         left, _, right = line.partition(" - ")
         fields, source = left.split(" "), right.split(" ")
         options = frozenset(fields[5].split(",")) | frozenset(source[2].split(","))
         found.append(Mount(Path(_unescape(fields[4])), source[0], _unescape(source[1]), options))
     return found
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a file of the kernel's with paths in them: bytes that are no UTF-8, and characters at which Python would
+    end a line, may be in the name of any mount of this machine, whoever made it."""
+    return os.fsdecode(file.read_bytes()).split("\n")[:-1]
 
 
 def _unescape(text: str) -> str:
@@ -413,6 +424,6 @@ def uses(pid: int, place: Path) -> bool:
 
 def _name_of(process: Path) -> str:
     try:
-        return (process / "comm").read_text().strip()
+        return (process / "comm").read_text(errors="replace").strip()
     except OSError:
         return "?"

@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,11 @@ def _bytes_in(intervals: Sequence[Path], journal: Path | None) -> int:
     """On disk."""
     files = [place / "writes" for place in intervals]
     files += sorted(journal.glob("*.seg")) if journal is not None else []
-    return sum(file.stat().st_size for file in files if file.exists())
+    size = 0
+    for file in files:
+        with suppress(FileNotFoundError):  # a segment that was renamed just now
+            size += file.stat().st_size
+    return size
 
 
 def _notes(path: Path) -> tuple[list[Note], int]:

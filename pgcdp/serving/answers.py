@@ -10,6 +10,7 @@ from typing import Any
 
 from pgcdp import log
 from pgcdp.errors import BugError, PgcdpError
+from pgcdp.fsio import told
 
 logger = log.get(__name__)
 
@@ -43,6 +44,8 @@ class Answers:
             return error.as_json()
         except ValueError:
             return PgcdpError("the request is not a JSON object").as_json()
+        except OSError as error:
+            return PgcdpError(told(error), "see whether that disk works and has room, and ask again").as_json()
         except Exception as error:  # a bug in us must not leave the asker waiting
             logger.exception("request failed")
             return BugError(f"the agent failed: {error!r}", f"look at {self._log}").as_json()

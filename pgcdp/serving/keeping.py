@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from pgcdp import log
@@ -62,7 +63,8 @@ class Keeping:
             "seconds": round(seconds, 3),
             "captures": found.captures if found else None,
         }
-        self._writer.submit(self._write, time.time_ns(), event)
+        with suppress(RuntimeError):  # the agent is about to end, and has waited long enough for this start
+            self._writer.submit(self._write, time.time_ns(), event)
 
     def _write(self, time_ns: int, event: dict[str, Any]) -> None:
         try:

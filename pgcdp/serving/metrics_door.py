@@ -79,6 +79,11 @@ class MetricsDoor:
             if address.path is not None:
                 _clear(address.path)
                 server: _Server = _UnixServer(os.fspath(address.path), _Handler)  # type: ignore[arg-type]
+                try:
+                    address.path.chmod(0o600)
+                except OSError:  # somebody has removed it
+                    server.server_close()
+                    raise
             else:
                 kind = _Server6 if ":" in address.host else _Server
                 server = kind((address.host, address.port), _Handler)
@@ -87,8 +92,6 @@ class MetricsDoor:
                 f"metrics cannot be served at {address}: {error.strerror or error}",
                 "end what has that address, or set metrics_listen to another; the agent tries again each minute",
             ) from None
-        if address.path is not None:
-            address.path.chmod(0o600)
         server.set_app(self._app)
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         self._server = server

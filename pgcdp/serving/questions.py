@@ -100,7 +100,7 @@ class Questions:
         """Look no longer."""
         if self._looking is not None:
             self._looking.cancel()
-            with suppress(asyncio.CancelledError, PgcdpError):
+            with suppress(asyncio.CancelledError, Exception):  # whatever it says, nobody waits for it any more
                 await self._looking
 
     async def close(self) -> None:
