@@ -233,22 +233,31 @@ def _bring(device: int, view: int, ours: mmap.mmap, theirs: mmap.mmap, way: Way,
         for fd, memory in ((device, our_bytes), (view, their_bytes)):
             if os.preadv(fd, [memory[:length]], at) != length:
                 raise OSError(f"{length} bytes at {at} cannot be read whole")
-        now = np.frombuffer(our_bytes[:length], dtype=np.uint64).reshape(count, -1)
-        there = np.frombuffer(their_bytes[:length], dtype=np.uint64).reshape(count, -1)
-        wanted, wanted_bytes = (there, their_bytes) if way == Way.TO_POINT else (now, our_bytes)
-        differs = np.any(now != there, axis=1)
-        written = int(differs.sum()) * BLOCK if way == Way.NONE else 0
-        todo = _runs(differs, np.logical_not(np.any(wanted, axis=1))) if way != Way.NONE else []
+        written, todo = _compared(our_bytes[:length], their_bytes[:length], way, count)
         for begin, end, zeros in todo:
             if zeros:
                 discard(device, at + begin * BLOCK, (end - begin) * BLOCK)
                 continue
-            piece = wanted_bytes[begin * BLOCK : end * BLOCK]
-            if os.pwrite(device, piece, at + begin * BLOCK) != len(piece):
-                raise OSError(f"{len(piece)} bytes at {at + begin * BLOCK} cannot be written whole")
-            written += len(piece)
-        del now, there, wanted, wanted_bytes
+            # Let go of also when it fails: the error keeps what this frame has, and the memory could not be given back.
+            with (their_bytes if way == Way.TO_POINT else our_bytes)[begin * BLOCK : end * BLOCK] as piece:
+                if os.pwrite(device, piece, at + begin * BLOCK) != len(piece):
+                    raise OSError(f"{len(piece)} bytes at {at + begin * BLOCK} cannot be written whole")
+                written += len(piece)
     return written
+
+
+def _compared(ours: memoryview, theirs: memoryview, way: Way, count: int) -> tuple[int, list[tuple[int, int, bool]]]:
+    """Of `count` blocks here and there: the bytes that differ, where only they are wanted; else what is to be written,
+    as `_runs`."""
+    with ours, theirs:
+        now = np.frombuffer(ours, dtype=np.uint64).reshape(count, -1)
+        there = np.frombuffer(theirs, dtype=np.uint64).reshape(count, -1)
+        differs = np.any(now != there, axis=1)
+        empty = np.logical_not(np.any(there if way == Way.TO_POINT else now, axis=1))
+        del now, there
+    if way == Way.NONE:
+        return int(differs.sum()) * BLOCK, []
+    return 0, _runs(differs, empty)
 
 
 def _runs(differs: NDArray[np.bool_], empty: NDArray[np.bool_]) -> list[tuple[int, int, bool]]:

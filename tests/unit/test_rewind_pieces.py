@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import random
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgcdp.recovery.rewind import GAP_BLOCKS, PIECE_BLOCKS, ZERO_BLOCKS, _runs, pieces
+from pgcdp.progress import silent
+from pgcdp.records import BLOCK
+from pgcdp.recovery.rewind import GAP_BLOCKS, PIECE_BLOCKS, ZERO_BLOCKS, Way, _bring_all, _runs, pieces
 
 gaps_and_sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 700)), max_size=30)
 
@@ -42,3 +49,18 @@ def test_runs_are_the_blocks_that_differ(kinds: list[tuple[str, int]]) -> None:
         written += range(begin, end)
         assert not zeros or (end - begin >= ZERO_BLOCKS and set(blocks[begin:end]) == {"zeros"})
     assert written == [number for number, kind in enumerate(blocks) if kind != "same"]
+
+
+@pytest.mark.parametrize("way", [Way.TO_POINT, Way.TO_CAPTURE])
+def test_a_device_that_takes_nothing_is_told_as_that(tmp_path: Path, way: Way) -> None:
+    """As one whose capture process died. What could not be written kept the memory from being given back, and the
+    command ended with an error of that."""
+    (tmp_path / "view").write_bytes(random.Random(3).randbytes(64 * BLOCK))
+    view, full = os.open(tmp_path / "view", os.O_RDONLY), os.open("/dev/full", os.O_RDWR)
+    device = {Way.TO_POINT: (full, view), Way.TO_CAPTURE: (view, full)}[way]
+    try:
+        with pytest.raises(OSError, match=r"No space left|Bad file descriptor"):
+            _bring_all([device], [(0, 0, 32), (0, 32, 32)], way, silent)
+    finally:
+        os.close(view)
+        os.close(full)
