@@ -190,7 +190,7 @@ def switched(pg_wal: Path, timeline: int, segment_bytes: int, archives: bool, us
     the archive has the rest of it already, or gets it when that timeline is gone back to.
     """
     history = pg_wal / f"{timeline:08X}.history"
-    parent, lsn = _parent(history.read_text())
+    parent, lsn = _parent(history.read_text(errors="replace"))
     high, low = divmod(lsn // segment_bytes, (1 << 32) // segment_bytes)
     name = f"{parent:08X}{high:08X}{low:08X}"
     status = pg_wal / "archive_status"

@@ -86,8 +86,8 @@ def test_an_agent_ends_in_order_whatever_its_last_look_came_to(tmp_path: Path, c
     async def ends() -> None:
         questions = Questions(config, directly)
         looking_at: Awaitable[Any] = directly(newest_look, store, 3)
-        questions._looking = asyncio.ensure_future(looking_at)  # type: ignore[assignment]
-        await asyncio.wait({questions._looking})  # type: ignore[type-var]
+        questions._looking = asyncio.ensure_future(looking_at)
+        await asyncio.wait({questions._looking})
         await questions.end_look()
 
     asyncio.run(ends())
