@@ -128,6 +128,31 @@ def test_of_growing(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, e
 
 
 @SOME
+def test_of_down_and_up(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
+    found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED])
+    found.sql("create table t as select generate_series(1, 10000)")
+    came = []
+    for point in each(failing, every, "capture.fingerprint.", "capture.held."):
+        failing.set(point, "eio")
+        once = Round(failing, point)
+        for verb, command in (("down", api.down), ("up", api.up)):
+            hint = once.run(lambda it=command: it(found.name))  # type: ignore[misc]
+            if hint is not None:
+                assert f"pgcdp {verb} {found.name} again" in hint, point
+                command(found.name)
+        failing.clear(point)
+        assert found.sql("select count(*) from t") == [(10000,)], point
+        came += [point] if once.came else []
+    assert came
+    found.wait_following()
+    api.cut(found.name)
+    api.down(found.name)
+    found.assert_volume_is_newest()
+    found.up()
+    keep_result("faults-of-down", {"came": came})
+
+
+@SOME
 def test_of_protect_and_unprotect(house: House, failing: Faults, every: int) -> None:
     paths, came = set_paths("main"), []
     for point in each(
