@@ -36,6 +36,11 @@ T = TypeVar("T")
 _CHECKPOINT_SQL = "select checkpoint_lsn::text from pg_control_checkpoint()"
 _BROKEN = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What a connection raises that Postgres refuses or leaves; TimeoutError is an OSError."""
+_NOT_RUNNING = (FileNotFoundError, ConnectionRefusedError, asyncpg.CannotConnectNowError)
+
+
+class NotRunning(PreconditionError):
+    """Postgres lets nobody in: it does not run, or is being started or stopped."""
 
 
 class Session:
@@ -47,7 +52,7 @@ class Session:
 
     @classmethod
     async def open(cls, dsn: Dsn, database: str = "postgres", timeout: float = 10.0) -> Session:
-        """Connect. Raises PreconditionError when Postgres cannot be reached."""
+        """Connect. Raises PreconditionError when Postgres cannot be reached, NotRunning where that is known."""
         opening = asyncpg.connect(
             host=str(dsn.socket_directory),
             port=dsn.port,
@@ -58,6 +63,9 @@ class Session:
         )
         try:
             found = cls(await _StepsAs(dsn.owner, opening))
+        except _NOT_RUNNING as error:
+            told = unreachable(dsn, error)
+            raise NotRunning(told.message, told.hint) from None
         except _BROKEN as error:
             raise unreachable(dsn, error) from None
         try:

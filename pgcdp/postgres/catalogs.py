@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from pgcdp.errors import PgcdpError
-from pgcdp.postgres.agent_session import Session
+from pgcdp.postgres.agent_session import NotRunning, Session
 from pgcdp.postgres.relations import Look, Relation, catalogs_among
 from pgcdp.postgres.session import Dsn
 
@@ -31,7 +31,8 @@ async def look(dsn: Dsn, before: Look | None, patience: float) -> tuple[Look, di
     """Look at every database that lets connections in; also: those that did not answer, by name, and why.
 
     Each has `patience` seconds. What one that did not answer holds is what the look `before` said, and the look is no
-    newer than that one then. Raises PreconditionError when no database can be asked which there are.
+    newer than that one then. Raises PreconditionError when no database can be asked which there are, and when Postgres
+    is stopped meanwhile: that is no matter of one database.
     """
     session = await Session.open(dsn)
     try:
@@ -48,6 +49,8 @@ async def look(dsn: Dsn, before: Look | None, patience: float) -> tuple[Look, di
         try:
             rows, names = await asyncio.wait_for(_look_into(dsn, database.name), patience)
         except (PgcdpError, TimeoutError) as error:
+            if isinstance(error, PgcdpError):
+                await _refuse_stopped(dsn)
             failed[database.name] = getattr(error, "message", f"no answer in {patience:g} s")
             if before is not None:
                 lsn = min(lsn, before.lsn)
@@ -60,6 +63,17 @@ async def look(dsn: Dsn, before: Look | None, patience: float) -> tuple[Look, di
         schemas.update({(row[0], row[1]): row[2] for row in names})
     databases = {each.oid: each.name for each in found}
     return Look(lsn, databases, schemas, catalogs_among(relations.values()), tuple(relations.values())), failed
+
+
+async def _refuse_stopped(dsn: Dsn) -> None:
+    """Raises NotRunning. What else is wrong, whoever asks this has seen himself."""
+    try:
+        session = await Session.open(dsn)
+    except NotRunning:
+        raise
+    except PgcdpError:
+        return
+    await session.close(timeout=1)
 
 
 async def _look_into(dsn: Dsn, database: str) -> tuple[list[Any], list[Any]]:

@@ -82,7 +82,8 @@ def test_postgres_is_stopped_as_it_is_asked(make_cluster: MakeCluster, binaries_
 
     async def catalogs() -> None:
         found, failed = await look(live.address(), None, 30.0)
-        assert found.databases.keys() & {1, 4, 5}, failed
+        assert {"template1", "postgres"} <= {*found.databases.values()}
+        assert not failed, "no database refuses anything: it is Postgres that does not run"
 
     async def ask_until_it_has_stopped(number: int) -> None:
         stopping = asyncio.create_task(asyncio.to_thread(stop_soon, number))
