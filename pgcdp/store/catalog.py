@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import time
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import sqlite_utils
 
 FILE_NAME = "catalog.db"
+BUSY_SECONDS = 30.0
+"""How long it is waited for others who write to it."""
 SCHEMA_VERSION = 6
 """Another one for each change of what `Interval` has and in which order: a row has the values without the names."""
 
@@ -61,17 +64,29 @@ class Catalog:
         if not read_only and not path.exists():  # SQLite would make it as the umask says
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
-            self._connection = sqlite3.connect(name, timeout=30.0, check_same_thread=False, uri=frozen)
+            self._connection = sqlite3.connect(name, timeout=BUSY_SECONDS, check_same_thread=False, uri=frozen)
         except sqlite3.DatabaseError as error:
             raise _damaged(path, error) from None
         try:
             if not read_only:
-                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._write_ahead()
             if not frozen:
                 self._prepare()
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise _damaged(path, error) from None
+
+    def _write_ahead(self) -> None:
+        """SQLite's timeout does not hold for this: who makes the same catalog just now would be an error at once."""
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(0.02)
 
     @cached_property
     def _db(self) -> sqlite_utils.Database:
@@ -87,9 +102,17 @@ class Catalog:
         return cls(store, catalog_file(store))
 
     def _prepare(self) -> None:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == SCHEMA_VERSION:
+        """Have the tables of this version. Several may be at it at once: each looks again when it has it to itself."""
+        if self._version() == SCHEMA_VERSION:
             return
+        self._connection.execute("BEGIN IMMEDIATE")
+        with self._connection:
+            self._make_tables(self._version())
+
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def _make_tables(self, version: int) -> None:
         if version and version < SCHEMA_VERSION:  # the agent, or a rebuild, fills it again
             self._db.table("intervals").drop(ignore=True)
             self._db.table("history").drop(ignore=True)

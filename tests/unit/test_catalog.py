@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from pgcdp.records import Interval
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import Catalog, catalog_file
 from pgcdp.store.layout import Store
+from pgcdp.store.notes import make_notes
 from pgcdp.store.published import published
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.survey import survey
@@ -59,6 +62,40 @@ def test_a_catalog_that_cannot_be_opened_is_no_bug_of_ours(tmp_path: Path) -> No
     catalog_file(store).mkdir()
     with pytest.raises(PgcdpError, match=r"catalog\.db cannot be used now: unable to open database file"):
         Catalog.open(store)
+
+
+def test_a_catalog_that_another_process_is_just_making_is_waited_for(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 1)
+    make_notes(store)
+    other = sqlite3.connect(catalog_file(store), isolation_level=None)
+    other.execute("begin immediate")
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(Catalog.open, store)
+        try:
+            with pytest.raises(TimeoutError):
+                opened.result(timeout=0.3)
+        finally:
+            other.execute("rollback")
+            other.close()
+        opened.result(timeout=30).close()
+
+
+def test_several_make_a_catalog_at_once(tmp_path: Path) -> None:
+    """An agent, its keeper that has replaced a capture process, and a command."""
+    store = make_store(tmp_path, 1)
+    for number in range(10):
+        place, gate = tmp_path / f"{number}.db", threading.Barrier(4)
+
+        def make(place: Path = place, gate: threading.Barrier = gate) -> int:
+            gate.wait()
+            catalog = Catalog(store, place)
+            catalog.put_interval(Bundle.open(store, 1))
+            found = len(catalog.intervals())
+            catalog.close()
+            return found
+
+        with ThreadPoolExecutor(4) as pool:
+            assert [each.result() for each in [pool.submit(make) for _ in range(4)]] == [1] * 4
 
 
 def test_damaged_catalog_says_how_to_mend_it(tmp_path: Path) -> None:
