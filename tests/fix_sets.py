@@ -56,7 +56,7 @@ KILLED = (
 """What an agent may say when the engine or Postgres was killed under it."""
 _DOWN = (
     r"(shutting down|administrator command|onnection (is|was) closed|onnection re(set|fused)|connection_lost"
-    r"|Broken pipe|No such file|starting up|not yet accepting connections)"
+    r"|has ended the connection|Broken pipe|No such file|starting up|not yet accepting connections)"
 )
 STOPPED = (
     rf"no (checkpoint|look at the catalogs): .*{_DOWN}",

@@ -147,6 +147,8 @@ class Session:
     async def _ask(self, request: Awaitable[T]) -> T:
         try:
             return await request
+        except asyncpg.InternalClientError as error:  # what a backend said as it ended was taken for an answer
+            raise PreconditionError(f"postgres has ended the connection: {first_line(error)}") from None
         except _BROKEN as error:
             raise PreconditionError(f"postgres did not do what pgcdp asked: {first_line(error)}") from None
 

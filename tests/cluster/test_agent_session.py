@@ -7,13 +7,13 @@ behind that for one too many, until it has seen the connection end.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 
 from pgcdp import proc
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.postgres.agent_session import Session
+from pgcdp.postgres.agent_session import NotRunning, Session
 from pgcdp.postgres.catalogs import look
 from tests.fix_postgres import BindirOf, Live, MakeCluster
 from tests.waiting import pass_time, wait_until
@@ -88,6 +88,7 @@ def test_postgres_is_stopped_as_it_is_asked(make_cluster: MakeCluster, binaries_
     async def ask_until_it_has_stopped(number: int) -> None:
         stopping = asyncio.create_task(asyncio.to_thread(stop_soon, number))
         while not stopping.done():
+            await asyncio.sleep(0.001)  # where nobody listens, asking does not give way to the loop
             for question in (settings, catalogs):
                 with suppress(PgcdpError):  # anything else is a bug of ours
                     await question()
@@ -96,3 +97,22 @@ def test_postgres_is_stopped_as_it_is_asked(make_cluster: MakeCluster, binaries_
     for number in range(6):
         asyncio.run(ask_until_it_has_stopped(number))
         live.start()
+
+
+def test_a_look_as_postgres_is_stopped_warns_of_no_database(make_cluster: MakeCluster, binaries_of: BindirOf) -> None:
+    """One that it is just at cannot be looked into, and it is not that one which is in the way."""
+    live = make_cluster(binaries_of(15))
+    live.sql("create database shop")
+
+    async def stopped_meanwhile() -> None:
+        looking = asyncio.create_task(look(live.address(), None, 30.0))
+        while live.sql("select count(*) from pg_locks where not granted") == [(0,)]:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(live.stop)
+        await looking
+
+    with closing(live.connect("shop")) as other:
+        other.execute("begin")
+        other.execute("lock table pg_class in access exclusive mode")
+        with pytest.raises(NotRunning, match="cannot connect to postgres"):
+            asyncio.run(stopped_meanwhile())
