@@ -17,12 +17,18 @@ FS_SHUTDOWN = 0x8004587D
 LOG_FLUSH = 1
 
 
-def unmount(place: Path) -> None:
-    """As soon as nobody uses what is mounted there: what an ended process held is let go a moment later."""
+def unmount(place: Path, device: Path | None = None) -> None:
+    """As soon as nobody uses what is mounted there: what an ended process held is let go a moment later.
+
+    `device`: until its filesystem has ended, too. A sandbox that just starts beside this test has all mounts for a
+    moment, and who mounts the device again would get the same filesystem, dead as it is.
+    """
 
     def gone() -> bool:
         with suppress(PreconditionError):
             volumes.unmount(place)
+            if device is not None:
+                volumes.refuse_in_use(device)
             return True
         return False
 
@@ -74,7 +80,7 @@ class SmallDisk:
 
     def leave(self) -> None:
         """The mount goes, as soon as nobody holds on to what is dead: its mount point is an empty directory."""
-        unmount(self.place)
+        unmount(self.place, self._device)
 
     def come_back(self) -> None:
         """Mounted again, with what was on it. Harmless when it is."""
