@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,13 @@ def test_down_and_up_when_nothing_runs(make_set: MakeSet, binaries_of: BindirOf)
     assert found.sql("select n from kept") == [(1,)]
 
 
+def cut_when_it_answers(found: ProtectedSet) -> dict[str, Any]:
+    """A cut; nothing when no agent answers yet."""
+    with suppress(service.AgentGone):
+        return dict(api.cut(found.name))
+    return {}
+
+
 def test_an_agent_that_was_just_started_is_waited_for(make_set: MakeSet, binaries_of: BindirOf) -> None:
     """It answers before it has opened the store: no reason to refuse a cut, or a rewind that has started it itself."""
     found = make(make_set, binaries_of)
@@ -111,8 +120,10 @@ def test_an_agent_that_was_just_started_is_waited_for(make_set: MakeSet, binarie
     point = found.durable()
     for _ in range(3):
         service.stop(found.config)
-        service.start(found.config)
-        assert api.cut(found.name)["to_write"] >= point
+        with ThreadPoolExecutor(1) as beside:
+            started = beside.submit(service.start, found.config)
+            assert wait_until(lambda: cut_when_it_answers(found), interval=0.0)["to_write"] >= point
+            started.result()
     found.sql("drop table kept")
     service.stop(found.config)
     api.rewind(found.name, Target("write", point), agree=lambda told: None, prove=False)
