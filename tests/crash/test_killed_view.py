@@ -26,6 +26,7 @@ from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet, ProtectedSet
 from tests.moments import scratch_below
+from tests.stopping import stop
 from tests.waiting import pass_time, wait_until
 
 
@@ -104,7 +105,7 @@ def test_the_image_stays_as_long_as_the_engine_answers(found: ProtectedSet) -> N
     process = start_verify(found)
     wait_until(lambda: statement_runs(below), timeout=90, what="the statement in the view")
     (pid,) = engines(below)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     try:
         process.kill()
         process.wait()
@@ -130,7 +131,7 @@ def test_a_fenced_verify_says_so_and_the_image_moves(found: ProtectedSet) -> Non
     process = start_verify(found, subprocess.PIPE)
     wait_until(lambda: statement_runs(below), timeout=90, what="the statement in the view")
     (pid,) = engines(below)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     number = int(api.cut(found.name)["number"])
     assert "the image waits" in wait_until(lambda: found.status()["agent"]["waiting"], what="it is said")
     store = found.source().store
