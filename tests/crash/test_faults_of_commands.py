@@ -23,7 +23,7 @@ from tests.faults.service import Faults
 from tests.fix_engine import MIB, _plain_program
 from tests.fix_house import House, assert_as_before
 from tests.fix_postgres import BindirOf
-from tests.fix_sets import KILLED, MakeSet
+from tests.fix_sets import KILLED, MakeSet, ProtectedSet
 from tests.results import keep_result
 
 SOME = pytest.mark.parametrize(
@@ -75,6 +75,15 @@ def each(failing: Faults, every: int, *rooms: str) -> list[str]:
     return points(every, *rooms)
 
 
+def assert_whole(found: ProtectedSet) -> None:
+    """A boundary can be cut, and what it gives back is what the volume has."""
+    found.wait_following()
+    api.cut(found.name)
+    api.down(found.name)
+    found.assert_volume_is_newest()
+    found.up()
+
+
 @SOME
 def test_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
     found = make(make_set, binaries_of)
@@ -118,12 +127,8 @@ def test_of_growing(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, e
             api.grow(found.name, size)
         assert_grown(found, size)
         came += [point] if once.came else []
+    assert_whole(found)
     assert came
-    found.wait_following()
-    api.cut(found.name)
-    api.down(found.name)
-    found.assert_volume_is_newest()
-    found.up()
     keep_result("faults-of-growing", {"came": came})
 
 
@@ -143,12 +148,8 @@ def test_of_down_and_up(make_set: MakeSet, binaries_of: BindirOf, failing: Fault
         failing.clear(point)
         assert found.sql("select count(*) from t") == [(10000,)], point
         came += [point] if once.came else []
+    assert_whole(found)
     assert came
-    found.wait_following()
-    api.cut(found.name)
-    api.down(found.name)
-    found.assert_volume_is_newest()
-    found.up()
     keep_result("faults-of-down", {"came": came})
 
 
