@@ -72,9 +72,10 @@ def _backward(source: Source, oldest: int, last: int, sources: list[MapSource]) 
     spans = {interval.number: interval.span for interval in source.intervals()}
     first = spans[oldest].first
     layers = backward_layers(source.store, first, last)
+    of_data = [extents["kind"] == EXTENT_DATA for extents in layers]
     named = np.zeros(last - first + 1, dtype=bool)
-    for extents in layers:
-        named[extents["source"][extents["kind"] == EXTENT_DATA] - first] = True
+    for extents, data in zip(layers, of_data, strict=True):
+        named[extents["source"][data] - first] = True
     needed = (np.flatnonzero(named) + first).tolist()
     number = len(sources) + np.cumsum(named) - 1  # of the source, by interval behind the first one
     places = [source.store.place(spans.get(interval, Span(interval, interval))) for interval in needed]
@@ -83,10 +84,9 @@ def _backward(source: Source, oldest: int, last: int, sources: list[MapSource]) 
         for place, interval in zip(places, needed, strict=True)
     ]
     renumbered = []
-    for extents in layers:
+    for extents, data in zip(layers, of_data, strict=True):
         made = extents.copy()
-        of_data = made["kind"] == EXTENT_DATA
-        made["source"][of_data] = number[made["source"][of_data] - first]
+        made["source"][data] = number[made["source"][data] - first]
         renumbered.append(made)
     return renumbered
 
