@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.volumes import mount_at
 from pgcdp.config import Config
-from pgcdp.fsio import free_space
+from pgcdp.fsio import bytes_in, free_space
 from pgcdp.horizon import Piece, Rate, present, until_full
 from pgcdp.records import Interval
 
@@ -61,11 +61,7 @@ def of_journal(
 
 def _waiting(journal: Path) -> int:
     """Bytes of segment files that wait to be used again."""
-    found = 0
-    for file in journal.glob("free-*"):
-        with suppress(FileNotFoundError):  # taken into use just now
-            found += file.stat().st_size
-    return found
+    return bytes_in(journal.glob("free-*"))
 
 
 def of_store(config: Config, intervals: Iterable[Interval]) -> Forecast | None:

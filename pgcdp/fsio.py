@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -200,6 +200,15 @@ def free_space(path: Path) -> int:
     """Bytes that a process without privileges may still write on the filesystem of `path`."""
     usage = os.statvfs(path)
     return usage.f_bavail * usage.f_frsize
+
+
+def bytes_in(files: Iterable[Path]) -> int:
+    """Sum of their sizes, without those that are gone, or were renamed, since they were listed."""
+    size = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
 
 
 LEFT_SECONDS = 5.0

@@ -13,7 +13,7 @@ from pgcdp.capture import tracking, volumes
 from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
-from pgcdp.fsio import told
+from pgcdp.fsio import bytes_in, told
 from pgcdp.opening import engine_status, open_source, outside_json, source_of
 from pgcdp.postgres import cluster
 from pgcdp.records import Gap, Interval, RecoveryPoint
@@ -162,11 +162,7 @@ def service_dsn(config: Config) -> str:
 
 def journal_bytes(config: Config) -> int:
     """Bytes of the journal's segments on disk."""
-    size = 0
-    for file in config.journal.glob("*.seg"):
-        with suppress(FileNotFoundError):  # renamed by an engine that has just started
-            size += file.stat().st_size
-    return size
+    return bytes_in(config.journal.glob("*.seg"))
 
 
 def info(set_name: str | None, store: Path | None = None) -> Json:

@@ -13,7 +13,7 @@ from pgcdp.checking.opened import Opened
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.forecast import Forecast
-from pgcdp.fsio import free_space
+from pgcdp.fsio import bytes_in, free_space
 from pgcdp.horizon import in_words
 from pgcdp.records import Interval
 from pgcdp.store.published import published
@@ -43,11 +43,7 @@ def examine(config: Config, engine: EngineStatus | None, opened: Opened) -> Iter
 
 
 def _journal(config: Config, ahead: Forecast | None) -> Iterator[Finding]:
-    used = 0
-    for file in config.journal.iterdir():
-        with suppress(FileNotFoundError):  # renamed by the engine just now
-            used += file.stat().st_size
-    room, limit = free_space(config.journal) + used, config.journal_limit
+    room, limit = free_space(config.journal) + bytes_in(config.journal.iterdir()), config.journal_limit
     if room < limit:
         yield failed(
             "journal space", f"{format_size(room)} for a journal of up to {format_size(limit)}",

@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pgcdp.capture.engine import run_engine
 from pgcdp.errors import PgcdpError
-from pgcdp.fsio import read_file, write_all, write_file
+from pgcdp.fsio import bytes_in, read_file, write_all, write_file
 from pgcdp.postgres.wal import Note, first_notes
 from pgcdp.proc import ProcessFailed
 from pgcdp.records import CHANGE, END, WAL_WRITE
@@ -167,11 +167,7 @@ def _bytes_in(intervals: Sequence[Path], journal: Path | None) -> int:
     """On disk."""
     files = [place / "writes" for place in intervals]
     files += sorted(journal.glob("*.seg")) if journal is not None else []
-    size = 0
-    for file in files:
-        with suppress(FileNotFoundError):  # a segment that was renamed just now
-            size += file.stat().st_size
-    return size
+    return bytes_in(files)
 
 
 def _notes(path: Path) -> tuple[list[Note], int]:
