@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -23,11 +22,10 @@ from pgcdp import proc
 from pgcdp.capture import held, protect, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.control import EngineClient
-from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.sets import list_sets, set_paths
+from tests.failing_disks import unmount
 from tests.fix_engine import LATE
-from tests.waiting import wait_until
 
 MIB = 1 << 20
 ALLOWED = re.compile(r"cannot become an I/O flusher|cannot lock memory|out-of-memory killer")
@@ -130,21 +128,13 @@ def _take_down(house: House) -> None:
     cluster.kill_leftovers(house.pgdata)
     for mount in reversed(volumes.mounts_below(house.root)):
         if mount.mountpoint.name != "fuse":
-            wait_until(partial(_unmounted, mount.mountpoint), what=f"unmount of {mount.mountpoint}")
+            unmount(mount.mountpoint)
     for device in volumes.loops_over(house.root):
         volumes.detach_loop(device)
     for paths in sets:
         held.cut_off(paths)
     for mount in volumes.mounts_below(house.root):
         volumes.unmount_lazily(mount.mountpoint)
-
-
-def _unmounted(place: Path) -> bool:
-    try:
-        volumes.unmount(place)
-    except PreconditionError:
-        return False
-    return True
 
 
 def assert_as_before(house: House) -> None:

@@ -21,6 +21,7 @@ from pgcdp.config import Config
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.postgres import cluster
 from pgcdp.sets import list_sets
+from tests.failing_disks import unmount
 from tests.fix_house import MIB, House, assert_as_before, run_until
 from tests.waiting import wait_until
 
@@ -211,14 +212,6 @@ def test_down_after_a_crash_of_the_machine_replays(house: House) -> None:
     assert house.count() == 1001
 
 
-def _is_free(device: Path) -> bool:
-    try:
-        volumes.refuse_in_use(device)
-    except PreconditionError:
-        return False
-    return True
-
-
 def test_a_given_device(house: House) -> None:
     image = house.root / "disk"
     volumes.make_image(image, 384 * MIB)
@@ -229,8 +222,7 @@ def test_a_given_device(house: House) -> None:
     request = house.request(size=None, volume=device)
     with pytest.raises(PreconditionError, match="is mounted at"):
         protect.protect(request)
-    volumes.unmount(house.root / "mnt")
-    wait_until(partial(_is_free, device), what="that no mount namespace has a copy of that mount")
+    unmount(house.root / "mnt", device)
     with pytest.raises(PreconditionError, match="holds ext4"):
         protect.protect(request)
     with pytest.raises(UsageError, match="not a block device"):
