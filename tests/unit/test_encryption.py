@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 
@@ -25,6 +26,7 @@ from pgcdp.records import RecoveryPoint, Span
 from pgcdp.recovery.joining import join
 from pgcdp.recovery.merged import merge
 from pgcdp.recovery.source import Source
+from pgcdp.store import parquet
 from pgcdp.store.base import COPIES, base_settings, publish_base
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.frames import FrameReader
@@ -32,7 +34,7 @@ from pgcdp.store.gaps import announce
 from pgcdp.store.history import add_history
 from pgcdp.store.image import Image
 from pgcdp.store.layout import TIMELINES, Store
-from pgcdp.store.parquet import write_table
+from pgcdp.store.parquet import read_table, write_table
 from pgcdp.store.scrub import check_store
 from tests.fix_keys import opened_with, plain_files
 from tests.journal_writer import BLOCK, WRITE, Op
@@ -355,3 +357,28 @@ def test_who_has_a_plain_store_does_not_wait_for_the_library_that_encrypts() -> 
     code = "import sys; from pgcdp import api; print([name for name in sys.modules if name.startswith('cryptography')])"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_threads_of_arrow_hold_no_object_of_python(
+    tmp_path: Path, key: KeySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a process that ends while one of them lets go of it is aborted, behind all that it did."""
+    store = make_store(tmp_path)
+    path = store.incoming(1).with_name("relations.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, pa.table({"name": ["orders"]}), rising=(), repeated=())
+    content = parquet.read_file(path)
+    seen = []
+
+    class Reader(pq.ParquetFile):
+        def __init__(self, source: object, **options: bool) -> None:
+            seen.append((source, sys.getrefcount(content)))
+            super().__init__(source, **options)
+
+    monkeypatch.setattr(parquet, "read_file", lambda path: content)
+    monkeypatch.setattr(parquet.pq, "ParquetFile", Reader)
+    held = sys.getrefcount(content)
+    assert read_table(path, "").to_pydict() == {"name": ["orders"]}
+    ((source, during),) = seen
+    assert isinstance(source, pa.BufferReader), "an encrypted table is read from memory"
+    assert (during, sys.getrefcount(content)) == (held, held)
