@@ -54,55 +54,64 @@ def make_map(source: Source, point: RecoveryPoint, place: Path) -> ViewMap:
 
     steps, tail = source.again(look)
     blank = patch.take_blank(source, point)
-    sources: list[MapSource] = [ImageSource(source.store.image / volume.name) for volume in source.store.volumes]
     back = [step.number for step in steps if step.kind == "backward"]
-    layers = _backward(source, back[-1], back[0], sources) if back else []
-    layers += [_layer(source, step, point, sources) for step in steps if step.kind != "backward"]
-    layers += [blockmap.layer(tail, len(sources)), blockmap.layer(blank, len(sources))]
-    if patch.finish():
-        sources.append(FramesSource(patch.path, PATCH, 0))
-    extents = blockmap.flatten(layers)
+    spans = {interval.number: interval.span for interval in source.intervals()}
+    layers = backward_layers(source.store, spans[back[-1]].first, back[0]) if back else []
+    others = _Others(max(back, default=0) + 1)
+    layers += [others.layer(*_opened(source, step, point)) for step in steps if step.kind != "backward"]
+    of_patch = FramesSource(patch.path, PATCH, 0)
+    layers += [others.layer(tail, of_patch), others.layer(blank, of_patch)]
+    patch.finish()
     volumes = tuple(source.store.volumes)
+    sources: list[MapSource] = [ImageSource(source.store.image / volume.name) for volume in volumes]
+    extents, named = _numbered(blockmap.flatten(layers), len(sources))
+    sources += [others.of(each) or _backward(source, spans.get(each, Span(each, each))) for each in named]
     blockmap.check(extents, [volume.bytes // BLOCK for volume in volumes])
     return ViewMap(source.store.set_id, volumes, tuple(range(len(volumes))), tuple(sources), extents)
 
 
-def _backward(source: Source, oldest: int, last: int, sources: list[MapSource]) -> list[NDArray[np.void]]:
-    """The backward increments of intervals `oldest` to `last`, the lowest layer first."""
-    spans = {interval.number: interval.span for interval in source.intervals()}
-    first = spans[oldest].first
-    layers = backward_layers(source.store, first, last)
-    of_data = [extents["kind"] == EXTENT_DATA for extents in layers]
-    named = np.zeros(last - first + 1, dtype=bool)
-    for extents, data in zip(layers, of_data, strict=True):
-        named[extents["source"][data] - first] = True
-    needed = (np.flatnonzero(named) + first).tolist()
-    number = len(sources) + np.cumsum(named) - 1  # of the source, by interval behind the first one
-    places = [source.store.place(spans.get(interval, Span(interval, interval))) for interval in needed]
-    sources += [
-        FramesSource(place / "backward", CONTENTS["backward"], interval)
-        for place, interval in zip(places, needed, strict=True)
-    ]
-    renumbered = []
-    for extents, data in zip(layers, of_data, strict=True):
-        made = extents.copy()
-        made["source"][data] = number[made["source"][data] - first]
-        renumbered.append(made)
-    return renumbered
+class _Others:
+    """Sources that are no backward increments, whose number is their interval's: numbered from `first` on."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._found: list[MapSource] = []
+
+    def layer(self, extents: NDArray[np.void], source: MapSource) -> NDArray[np.void]:
+        """An array EXTENT as a layer."""
+        if source not in self._found:
+            self._found.append(source)
+        return blockmap.layer(extents, self._first + self._found.index(source))
+
+    def of(self, number: int) -> MapSource | None:
+        """None: it is an interval's."""
+        return self._found[number - self._first] if number >= self._first else None
 
 
-def _layer(source: Source, step: Step, point: RecoveryPoint, sources: list[MapSource]) -> NDArray[np.void]:
+def _numbered(extents: NDArray[np.void], first: int) -> tuple[NDArray[np.void], list[int]]:
+    """The extents with their sources numbered from `first` on, and which those are: what is hidden is not opened."""
+    data = extents["kind"] == EXTENT_DATA
+    named, number = np.unique(extents["source"][data], return_inverse=True)
+    made = extents.copy()
+    made["source"][data] = number + first
+    return made, list(named.tolist())
+
+
+def _backward(source: Source, span: Span) -> MapSource:
+    return FramesSource(source.store.place(span) / "backward", CONTENTS["backward"], span.last)
+
+
+def _opened(source: Source, step: Step, point: RecoveryPoint) -> tuple[NDArray[np.void], MapSource]:
+    """What an interval's forward increment, or its writes up to the point, change, and where their bytes are."""
     bundle = source.opened(step.number)
     name = bundle.forward_file if step.kind == "forward" else "writes"
     if step.kind == "writes":
         bundle.need_writes()  # the listing may be of before they went
-    sources.append(FramesSource(bundle.path / name, CONTENTS[name], step.number))
-    if step.kind == "forward":
-        extents = bundle.forward_map()
-    else:
         index = bundle.index()
         extents = forward_map(index[index["number"] <= point.write])
-    return blockmap.layer(extents, len(sources) - 1)
+    else:
+        extents = bundle.forward_map()
+    return extents, FramesSource(bundle.path / name, CONTENTS[name], step.number)
 
 
 def moved_on(view: ViewMap, bundle: Bundle) -> ViewMap | None:

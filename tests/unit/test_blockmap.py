@@ -157,6 +157,8 @@ class Scene:
         point = RecoveryPoint(write, None, 0)
         view = self.mapped(point)
         assert served(view) == self.at(write), f"write {write}"
+        named = set(view.extents["source"][view.extents["kind"] == EXTENT_DATA].tolist())
+        assert named == set(range(len(view.volumes), len(view.sources))), "no file is opened that nothing is read from"
         again = decode(encode(view), self.place)
         assert np.array_equal(again.extents, view.extents)
         assert replace(again, extents=view.extents) == view
