@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import variants
 from tests.leaks import SESSION_VARIABLE, Watch
 
 pytest_plugins = [f"tests.{file.stem}" for file in sorted(Path(__file__).parent.glob("fix_*.py"))]
@@ -42,6 +43,14 @@ def _nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     assert not left, "left behind:\n" + "\n".join(left)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`script/test` without arguments gives this."""
+    parser.addoption("--one-variant", action="store_true", help="of tests that are run on several versions, one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The house first: a file in the wrong room explains other failures."""
+    if config.getoption("--one-variant"):
+        items[:], out = variants.split(items)
+        config.hook.pytest_deselected(items=out)
     items.sort(key=lambda item: Path(item.path).parent != Path(__file__).parent)

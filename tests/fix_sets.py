@@ -68,7 +68,10 @@ BUSY = r"the image waits at boundary \d+ for views of "
 """What an agent says of a view that takes more than a second to answer. Of one that does not, that it was fenced."""
 LEFT = r"FATAL:  connection to client lost"
 """What Postgres says that was just answering somebody who was killed, or told to end."""
-CUT_OFF = r"(PANIC|FATAL|ERROR|WARNING):  .*(Input/output error|Read-only file system|Transport endpoint)"
+CUT_OFF = (
+    r"(PANIC|FATAL|ERROR|WARNING):  .*"
+    r"(Input/output error|Read-only file system|Transport endpoint|read only \d+ of \d+ bytes)"
+)
 """What Postgres says that was writing, or reading, as the devices below it went away."""
 
 

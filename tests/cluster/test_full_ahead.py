@@ -17,6 +17,7 @@ from tests.waiting import wait_until
 LOAD_SECONDS = 75.0
 
 
+@pytest.mark.soak  # what it tells apart is told only by a machine that has nothing else to do
 @pytest.mark.timeout(900)  # a slow machine fills it slowly
 def test_the_journal_is_full_when_it_was_said(make_set: MakeSet, binaries_of: BindirOf) -> None:
     """The agent dies under load: capture goes on about as long as `status` said before.

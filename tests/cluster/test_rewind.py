@@ -71,6 +71,7 @@ def wait_archived(found: ProtectedSet, archive: Path) -> None:
     wait_until(lambda: (archive / name).exists(), timeout=60, what=f"{name} in the archive")
 
 
+@pytest.mark.every_variant  # each version numbers timelines, and archives, by code of its own
 def test_ledger_timelines_and_archive_through_rewind_undo_elsewhere_undo(
     make_set: MakeSet, pg_binaries: Binaries
 ) -> None:

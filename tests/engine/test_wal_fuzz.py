@@ -14,7 +14,6 @@ import zstandard
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
-SECONDS = 60
 
 
 @pytest.fixture(scope="module", params=["wal", "logs"])
@@ -54,10 +53,10 @@ def test_the_seeds_reach_what_is_read(target: Path, tmp_path: Path) -> None:
             assert f"files: {pages} waited: {pages}" in done.stderr, done.stderr[-2000:]
 
 
-def test_a_minute_of_fuzzing_finds_nothing(target: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [15, pytest.param(600, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
+def test_fuzzing_finds_nothing(target: Path, tmp_path: Path, seconds: int) -> None:
     found = tmp_path / "found"
     found.mkdir()
-    seconds = int(os.environ.get("PGCDP_FUZZ_SECONDS", SECONDS))
     # Memory is judged by what is in use, in the targets: the resident size that libFuzzer would judge by starts, after
     # an exec, with the largest that this process of pytest ever had.
     words = [str(target), f"-max_total_time={seconds}", "-max_len=130000", "-timeout=60"]
