@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ import xxhash
 
 from pgcdp import keys, wrapped
 from pgcdp.errors import DamageError, PreconditionError
-from pgcdp.fsio import make_directory, read_json, write_json
+from pgcdp.fsio import make_directory, read_file, read_json, write_json
 from pgcdp.intervals.increments import close_interval, move_image
 from pgcdp.intervals.superblocks import superblocks
 from pgcdp.keys import KeySource
@@ -367,16 +368,17 @@ def test_threads_of_arrow_hold_no_object_of_python(
     path = store.incoming(1).with_name("relations.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(path, pa.table({"name": ["orders"]}), rising=(), repeated=())
-    content = parquet.read_file(path)
+    content = read_file(path)
     seen = []
 
-    class Reader(pq.ParquetFile):
-        def __init__(self, source: object, **options: bool) -> None:
-            seen.append((source, sys.getrefcount(content)))
-            super().__init__(source, **options)
+    open_table = pq.ParquetFile
+
+    def watched(source: object, **options: bool) -> Any:
+        seen.append((source, sys.getrefcount(content)))
+        return open_table(source, **options)
 
     monkeypatch.setattr(parquet, "read_file", lambda path: content)
-    monkeypatch.setattr(parquet.pq, "ParquetFile", Reader)
+    monkeypatch.setattr(pq, "ParquetFile", watched)
     held = sys.getrefcount(content)
     assert read_table(path, "").to_pydict() == {"name": ["orders"]}
     ((source, during),) = seen
