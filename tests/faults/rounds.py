@@ -122,13 +122,14 @@ class Truth:
     # --- rounds
 
     def rounds(self, count: int, points: list[str]) -> list[dict[str, Any]]:
-        """So many faults that came; one row for each."""
+        """So many faults that came; one row for each. Each point is tried once before one is tried again."""
         rows: list[dict[str, Any]] = []
+        order = self.rng.sample(points, len(points))
         tried = 0
         while len(rows) < count:
-            tried += 1
             assert tried < 4 * count + 20, f"most faults never came: {rows}"
-            point = points[tried % len(points)] if tried <= len(points) else self.rng.choice(points)
+            point = order[tried] if tried < len(order) else self.rng.choice(points)
+            tried += 1
             row = self.round(point, self.rng.choice(kinds_of(point)))
             if row["fired"]:
                 rows.append(row)

@@ -37,6 +37,7 @@ def work(years: Years, what: str) -> list[str]:
 
 def fail_at_each(place: Path, faults: Faults, what: str, kind: str, step: int) -> list[str]:
     """Every `step`-th change of the store's disk fails once, each in a history of its own. The points that did."""
+    place.mkdir(exist_ok=True)
     undisturbed = Years(place / f"{kind}-whole", 51, [6] * 6, AN_HOUR)
     assert not work(undisturbed, what)
     remains = undisturbed.source().listing().intervals
