@@ -37,6 +37,7 @@ _DETAIL = re.compile(r"\bDETAIL:  (.*)")
 ALWAYS_ALLOWED = (
     r"FATAL:  the database system is (starting up|shutting down|not yet accepting connections)",
     r"FATAL:  terminating connection due to administrator command",
+    r"FATAL:  canceling authentication due to timeout",  # also what is told to end while somebody logs in says that
     r"FATAL:  terminating autovacuum process due to administrator command",
     r"FATAL:  terminating background worker .* due to administrator command",
     r"ERROR:  canceling autovacuum task",  # one that was at a table as a statement wanted it for itself
