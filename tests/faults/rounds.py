@@ -46,8 +46,8 @@ LEADS = {
     "journal.recycle.give_up": "journal.recycle.directory",
 }
 """Places that are come by only after another one has failed."""
-SILENT = ("journal.segment.unlink", "journal.recycle.give_up")
-"""What fails there is said of the place before it."""
+SILENT = ("journal.segment.unlink", "journal.recycle.give_up", "journal.tail.unlink", "journal.tail.directory")
+"""What fails there is said of the place before it, or over as soon as that place is well again."""
 OURS = (
     "store.frames.", "store.bundle.", "store.image.", "store.image_files.", "store.open_interval.",
     "store.catalog.Catalog._put", "intervals.stages.Stages._close", "recovery.merged.",
