@@ -1,6 +1,6 @@
 """Which of the variants of a test `script/test` takes: the same test on 15, 17 and 18, on ext4 and xfs, on both builds.
 
-All of them are half of the time that the tests take. One for each test is taken, always the same one but another for
+All of them are a third of the time that the tests take. One for each test is taken, always the same one but another for
 another test, so that all versions, filesystems and builds are met; `script/test --all` takes every one. A test that is
 marked `every_variant` is always run on all.
 """
@@ -17,6 +17,8 @@ import pytest
 
 VARYING = ("pg_binaries", "fs", "engine_program")
 """Parameters whose values are variants; the other ones are different tests."""
+STAY = ("every_variant", "soak", "skip", "skipif")
+"""Marks of what is never left out for another nor taken for it: one that is skipped would stand for one that runs."""
 WHERE = ("cluster", "crash", "engine")
 """Rooms of tests whose variants take long."""
 
@@ -54,6 +56,6 @@ def split(items: Iterable[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.
 
 
 def _varies(item: pytest.Item) -> bool:
-    if Path(item.path).parent.name not in WHERE or any(item.iter_markers("every_variant")):
+    if Path(item.path).parent.name not in WHERE or not hasattr(item, "callspec"):
         return False
-    return hasattr(item, "callspec") and not any(item.iter_markers("soak"))
+    return not any(mark.name in STAY for mark in item.iter_markers())

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
-from tests.variants import Case, left_out
+import pytest
+
+from tests.variants import Case, left_out, split
 
 
 def taken(cases: list[Case]) -> list[Case]:
@@ -36,3 +41,17 @@ def test_it_is_the_same_in_every_process() -> None:
     """Both workers must have the same tests: a hash that begins anew in each process would not give them."""
     cases = [Case(f"test_{n}", {"fs": fs}) for n in range(8) for fs in range(2)]
     assert [case.values["fs"] for case in taken(cases)] == [1, 1, 0, 0, 0, 0, 1, 1]
+
+
+def item(name: str, fs: int, *marks: str) -> Any:
+    return SimpleNamespace(
+        nodeid=f"{name}[{fs}]", path=Path("tests/cluster/test_a.py"), callspec=SimpleNamespace(indices={"fs": fs}),
+        iter_markers=lambda: [SimpleNamespace(name=mark) for mark in marks],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["skip", "skipif", "soak", "every_variant"])
+def test_one_that_may_not_run_does_not_stand_for_one_that_does(mark: str) -> None:
+    for number in range(20):
+        both = cast(list[pytest.Item], [item(f"test_{number}", 0, mark), item(f"test_{number}", 1)])
+        assert split(both) == (both, [])
