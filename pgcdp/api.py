@@ -1,7 +1,7 @@
 """The use cases that the command line and others share. Each returns plain values in the shape of docs/json.md.
 
 All are used as `api.NAME`; the longer ones lie in rooms of their own: `protecting`, `showing`, `restoring`, ... A room
-is loaded when one of its use cases is asked for: all of them take three times as long to load as `pgcdp status` runs.
+is loaded when one of its use cases is asked for: all of them take 0.65 s to load, that of `pgcdp status` 0.26.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def command(
     files of its own; neither production nor the store is touched, and it can reach nothing outside of itself. It
     stays until pgcdp destroy. Without a target it is the newest write.
     """
-    from pgcdp import cloning  # not all of pgcdp.api: it takes as long to load as the clone to open
+    from pgcdp import api
     from pgcdp.recovery.clone import Access
 
     if trust_local and port is None:
@@ -62,7 +62,7 @@ def command(
     target, before = options.pick_target(given)
     chosen = options.pick_set_or_store(set_name, store)
     with screen.progress(output) as progress:
-        value = cloning.clone(
+        value = api.clone(
             chosen,
             target,
             name=name,

@@ -16,9 +16,9 @@ from pgcdp.units import format_size
 @options.output_option
 def command(output: str) -> None:
     """List the clones of all sets: where they stand, and how to connect to them."""
-    from pgcdp import cloning
+    from pgcdp import api
 
-    screen.result(cloning.clones(), output, _render)
+    screen.result(api.clones(), output, _render)
 
 
 def _render(value: Mapping[str, Any]) -> None:

@@ -12,6 +12,6 @@ from pgcdp.cli import options, screen
 @options.output_option
 def command(name: str, output: str) -> None:
     """End a clone and remove all of it: processes, mounts, what was written to it."""
-    from pgcdp import cloning
+    from pgcdp import api
 
-    screen.result(cloning.destroy(name), output, lambda value: screen.text(f"clone {value['name']} is gone"))
+    screen.result(api.destroy(name), output, lambda value: screen.text(f"clone {value['name']} is gone"))

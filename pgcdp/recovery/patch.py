@@ -43,11 +43,10 @@ class Patch:
             self._writer = FrameWriter.create(self.path, PATCH, self._set_id, 0)
         return self._writer
 
-    def finish(self) -> bool:
-        """Finish the file; whether there is one."""
+    def finish(self) -> None:
+        """Finish the file, if there is one."""
         if self._writer is not None:
             self._writer.finish()
-        return self._writer is not None
 
     # --- the tail
 
