@@ -228,8 +228,15 @@ class Faults:
         return self.directory / f"{point}.fired"
 
 
+def _died(told: threading.ExceptHookArgs) -> None:
+    """A thread that ended by a bug: nobody would do its work, and the test would wait for that in vain."""
+    traceback.print_exception(told.exc_value)
+    os._exit(1)
+
+
 def _main() -> None:
     sitecustomize.install()
+    threading.excepthook = _died
     service = Service(json.loads(sys.argv[1]))
     serving = threading.Thread(target=service.serve, daemon=True)
     serving.start()

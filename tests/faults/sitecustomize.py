@@ -144,13 +144,13 @@ def _lose(fd: int) -> None:
 
 def _pwrite(fd: int, data: Any, offset: int) -> int:
     kind = _ask("pwrite")
-    view = memoryview(data).cast("B")
-    _keep(fd, offset, len(view))
-    if not kind:
-        return int(_real["pwrite"](fd, data, offset))
-    half = len(view) // 2
-    if half:
-        _real["pwrite"](fd, view[:half], offset)
+    with memoryview(data).cast("B") as view:  # let go of also by an error, whose frames would keep a caller's mmap open
+        _keep(fd, offset, len(view))
+        if not kind:
+            return int(_real["pwrite"](fd, data, offset))
+        half = len(view) // 2
+        if half:
+            _real["pwrite"](fd, view[:half], offset)
     if kind == "short" and half:
         return half
     if kind == "short":
@@ -162,9 +162,9 @@ def _write(fd: int, data: Any) -> int:
     kind = _ask("write")
     if not kind:
         return int(_real["write"](fd, data))
-    view = memoryview(data).cast("B")
-    half = max(1, len(view) // 2)
-    done = int(_real["write"](fd, view[:half]))
+    with memoryview(data).cast("B") as view:
+        half = max(1, len(view) // 2)
+        done = int(_real["write"](fd, view[:half]))
     if kind == "short":
         return done
     raise _error(kind)
