@@ -18,16 +18,30 @@ from tests.faults.points import python_points
 from tests.faults.service import Faults
 from tests.results import keep_result
 from tests.unit.test_expiring import AN_HOUR, HOURLY, NOW, Years
+from tests.unit.test_expiring_faults import index
 
-WORK = {"thin": Policy(0.0), "join": HOURLY, "base": Policy(0.0, 0.0, 0.0, 0.0)}
-"""What retention does, and by which policy."""
+A_DAY = [1500] * 6
+"""Minutes between boundaries: each is of another day, so that the base moves on."""
+WORK = {
+    "thin": (Policy(0.0), AN_HOUR), "join": (HOURLY, AN_HOUR), "base": (Policy(0.0, 0.0, 0.0, 0.0), A_DAY),
+}  # fmt: skip
+"""What retention does: by which policy, and how many minutes lie between the boundaries."""
+
+
+def history(place: Path, what: str) -> Years:
+    """Of six intervals, with what is known of their transactions."""
+    years = Years(place, 51, [6] * 6, WORK[what][1])
+    for number in range(1, 7):
+        index(years.store, number)
+    rebuild(years.store)[0].close()
+    return years
 
 
 def work(years: Years, what: str) -> list[str]:
     """One run of it; what it said that it could not do."""
     try:
         with expiring(years.store):
-            done = Run(years.store, WORK[what]).run(NOW)
+            done = Run(years.store, WORK[what][0]).run(NOW)
     except PgcdpError as error:
         return [error.message]
     except OSError as error:
@@ -35,18 +49,21 @@ def work(years: Years, what: str) -> list[str]:
     return list(done.failed)
 
 
-def fail_at_each(place: Path, faults: Faults, what: str, kind: str, step: int) -> list[str]:
-    """Every `step`-th change of the store's disk fails once, each in a history of its own. The points that did."""
-    place.mkdir(exist_ok=True)
-    undisturbed = Years(place / f"{kind}-whole", 51, [6] * 6, AN_HOUR)
+def fail_at_each(place: Path, faults: Faults, what: str, kind: str, step: int, times: int = 1) -> list[str]:
+    """Every `step`-th change of the store's disk fails, and `times` - 1 behind it, each time in a history of its own.
+
+    Gives the points that did.
+    """
+    place = place / f"{what}-{kind}-{times}"
+    place.mkdir(parents=True)
+    undisturbed = history(place / "whole", what)
     assert not work(undisturbed, what)
     remains = undisturbed.source().listing().intervals
     points: list[str] = []
     call = step - 1
     while True:
-        years = Years(place / f"{kind}{call}", 51, [6] * 6, AN_HOUR)
-        rebuild(years.store)[0].close()
-        faults.set("store", kind, skip=call)
+        years = history(place / str(call), what)
+        faults.set("store", kind, skip=call, times=times)
         work(years, what)
         faults.clear("store")
         fired = faults.fired("store")
@@ -62,16 +79,17 @@ def fail_at_each(place: Path, faults: Faults, what: str, kind: str, step: int) -
 
 @pytest.mark.parametrize("what", WORK)
 def test_retention_on_a_failing_disk(tmp_path: Path, failing: Faults, what: str) -> None:
-    assert len(fail_at_each(tmp_path, failing, what, "enospc", 25)) >= 1
+    assert len(fail_at_each(tmp_path, failing, what, "enospc", 25)) >= 3
 
 
 @pytest.mark.soak
 def test_retention_with_each_change_failing_once(tmp_path: Path, failing: Faults) -> None:
+    """And with the next one failing, too, which is where it is cleared up behind the first."""
     came = {
         point
         for what in WORK
-        for kind in ("enospc", "eio", "lost")
-        for point in fail_at_each(tmp_path / what, failing, what, kind, 1)
+        for kind, times in (("enospc", 1), ("eio", 1), ("lost", 1), ("enospc", 2))
+        for point in fail_at_each(tmp_path, failing, what, kind, 1, times)
     }
     ours = ("recovery.joining", "recovery.expiring", "recovery.sweeping.sweep", "store.thinning", "store.base")
     missed = sorted(point for point in python_points() - came if point.startswith(ours))
