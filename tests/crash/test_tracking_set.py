@@ -22,6 +22,8 @@ from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
 
 MIB = 1 << 20
+MANY = 2000
+"""So many blocks are changed before a gap may end."""
 SAID = [
     *ALLOWED,
     *DYING,
@@ -98,14 +100,18 @@ def assert_shown(found: ProtectedSet) -> int:
     return int(tracked["behind_write"])
 
 
-def into_a_gap(found: ProtectedSet, journal_disk: Path, seconds: int) -> tuple[Path, Bench, int]:
-    """The journal's disk gets full under pgbench, which runs for so long: what fills it, the clients, and the last
-    write before the gap."""
+def into_a_gap(found: ProtectedSet, journal_disk: Path) -> tuple[Path, Bench, int]:
+    """The journal's disk gets full under pgbench: what fills it, the clients, and the last write before the gap."""
     ballast = fill_disk(journal_disk, 24 * MIB)
     found.kill_agent()
-    bench = Bench.start(found, seconds)
+    bench = Bench.start(found, 600)
     until_tracking(found)
+    wait_until(lambda: api.status(found.name)["tracked"]["blocks"] > MANY, timeout=120, what="many changed blocks")
     return ballast, bench, assert_shown(found)
+
+
+def until_healed(found: ProtectedSet) -> None:
+    wait_until(lambda: found.engine.status().state == "capturing", timeout=180, what="the end of the gap")
 
 
 def assert_healed(found: ProtectedSet, before: int) -> None:
@@ -116,7 +122,7 @@ def assert_healed(found: ProtectedSet, before: int) -> None:
         gaps = source.gaps()
         return bool(gaps) and gaps[-1].end is not None and source.intervals()[-1].to_write > gaps[-1].end
 
-    wait_until(lambda: found.engine.status().state == "capturing", timeout=180, what="the end of the gap")
+    until_healed(found)
     wait_until(healed, timeout=180, interval=0.5, what="a boundary behind the gap")
     (gap,) = found.source().gaps()
     assert gap.begin == before + 1
@@ -149,11 +155,12 @@ def test_capture_dies_in_the_gap_and_its_successor_goes_on(
 ) -> None:
     """No client sees anything: neither of the full disk, nor of the kill, nor of the way back."""
     found = tracking_set(make_set, binaries_of, journal_disk)
-    ballast, bench, before = into_a_gap(found, journal_disk, 45)
+    ballast, bench, before = into_a_gap(found, journal_disk)
     found.kill_capture()
     ballast.unlink()
     found.up()
-    bench.ended()
+    until_healed(found)
+    bench.end()
     assert_healed(found, before)
     assert_equal_at_the_end(found)
 

@@ -17,6 +17,7 @@ from tests.crash.test_tracking_set import (
     into_a_gap,
     made_to_track,
     tracking_set,
+    until_healed,
 )
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import PORT, MakeSet, ProtectedSet
@@ -47,11 +48,12 @@ def test_two_volumes_of_xfs_heal_as_one(journal_disk: Path, make_set: MakeSet, b
     """One gap over both: at each point outside of it they are of one moment."""
     found = two_volumes(make_set, binaries_of, journal_disk)
     assert [(volume.name, volume.fs) for volume in found.config.volumes] == [("data", "xfs"), ("wal", "xfs")]
-    ballast, bench, before = into_a_gap(found, journal_disk, 45)
+    ballast, bench, before = into_a_gap(found, journal_disk)
     found.kill_capture()
     ballast.unlink()
     found.up()
-    bench.ended()
+    until_healed(found)
+    bench.end()
     assert_healed(found, before)
     assert_equal_at_the_end(found)
 
@@ -61,8 +63,8 @@ def test_a_volume_that_was_changed_while_changes_were_tracked(
 ) -> None:
     """`down` in the gap, somebody writes to the volume, `up --heal`: what was tracked comes in first, then the rest."""
     found = tracking_set(make_set, binaries_of, journal_disk)
-    ballast, bench, before = into_a_gap(found, journal_disk, 30)
-    bench.ended()
+    ballast, bench, before = into_a_gap(found, journal_disk)
+    bench.end()
     history = found.sql("select count(*) from pgbench_history")
     api.down(found.name)
     (volume,) = found.config.volumes
@@ -93,14 +95,14 @@ def test_the_boundary_behind_a_gap_is_asked_for_until_it_is_there(
 ) -> None:
     """Postgres is down when the gap ends, and the agent is another one when it is back."""
     found = tracking_set(make_set, binaries_of, journal_disk, cut=("2h",))
-    ballast, bench, before = into_a_gap(found, journal_disk, 30)
-    bench.ended()
+    ballast, bench, before = into_a_gap(found, journal_disk)
+    bench.end()
     cluster.stop(found.pgdata)
     ballast.unlink()
     log = found.config.paths.agent_log
     said = log.read_text().count("no checkpoint: ")
     service.start(found.config)
-    wait_until(lambda: found.engine.status().state == "capturing", timeout=120, what="the end of the gap")
+    until_healed(found)
     wait_until(lambda: log.read_text().count("no checkpoint: ") > said, timeout=60, what="a question in vain")
     found.kill_agent()
     found.up()
