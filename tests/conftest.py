@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import variants
+from tests import data_directory, variants
 from tests.leaks import SESSION_VARIABLE, Watch
 
 pytest_plugins = [f"tests.{file.stem}" for file in sorted(Path(__file__).parent.glob("fix_*.py"))]
@@ -39,6 +39,7 @@ def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An error at the very end when a process, mount, loop device or scratch directory of a test outlives it."""
     yield
+    data_directory.remove_copied()
     left = _watch.left(others={tmp_path_factory.getbasetemp()})
     assert not left, "left behind:\n" + "\n".join(left)
 

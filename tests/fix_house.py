@@ -24,6 +24,7 @@ from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.control import EngineClient
 from pgcdp.postgres import cluster
 from pgcdp.sets import list_sets, set_paths
+from tests.data_directory import new_data_directory
 from tests.failing_disks import unmount
 from tests.fix_engine import LATE
 
@@ -90,11 +91,10 @@ def house(scratch: Path, engine_program: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PGCDP_ROOT", str(scratch / "sets"))
     monkeypatch.setenv("PGCDP_ENGINE", str(engine_program))
     user = proc.user_named("postgres")
-    for name in ("socket", "pg"):
-        (scratch / name).mkdir(mode=0o700)
-        os.chown(scratch / name, user.uid, user.gid)
+    (scratch / "socket").mkdir(mode=0o700)
+    os.chown(scratch / "socket", user.uid, user.gid)
     binaries = cluster.find_binaries(15)
-    cluster.initdb(binaries, scratch / "pg", user, "--data-checksums")
+    new_data_directory(binaries, scratch / "pg")
     options = ("-c", f"port={free_port}", "-c", f"unix_socket_directories={scratch}/socket", "-c", "listen_addresses=")
     own = ("-c", "autovacuum=off", "-c", "cluster_name=kept as it was")  # autovacuum makes files: nothing else may have
     argv = cluster.command_line(binaries, scratch / "pg", *options, *own)

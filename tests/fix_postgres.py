@@ -28,6 +28,7 @@ from pgcdp.errors import PgcdpError
 from pgcdp.postgres import cluster, control, session
 from pgcdp.postgres.cluster import Binaries, Postmaster
 from pgcdp.proc import User
+from tests.data_directory import configure, new_data_directory
 
 VERSIONS = (15, 17, 18)
 PORT = 5432
@@ -109,12 +110,11 @@ class Live:
         """Make the cluster; `options` are more of initdb's."""
         self.sockets.mkdir(mode=0o700)
         os.chown(self.sockets, self.user.uid, self.user.gid)
-        cluster.initdb(self.binaries, self.pgdata, self.user, "--data-checksums", "--auth=trust", "--no-sync", *options)
+        new_data_directory(self.binaries, self.pgdata, *options)
 
     def configure(self, **settings: str) -> None:
         """Append settings to postgresql.conf."""
-        with (self.pgdata / "postgresql.conf").open("a") as file:
-            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+        configure(self.pgdata, settings)
 
     def start(self, *options: str) -> Postmaster:
         """Start it; `options` are more of postgres's."""

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ from pgcdp.recovery.sandbox import Sandbox
 from pgcdp.recovery.scratch import elsewhere, mounted
 from pgcdp.recovery.source import Source
 from tests.beside import repeated
+from tests.data_directory import configure, new_data_directory
 from tests.fix_engine import LATE, NOT_ALLOWED, _may_flush, _plain_program
 from tests.fix_keys import ENCRYPT_ALL
 from tests.fix_postgres import bad_lines, postgres_user
@@ -106,25 +107,21 @@ class ProtectedSet:
     def store(self) -> Path:
         return self.store_at or self.root / "store"
 
+    def place(self, settings: Mapping[str, str]) -> dict[str, str]:
+        """These settings with those of where it answers."""
+        own = {"unix_socket_directories": str(self.sockets), "port": str(PORT), "listen_addresses": ""}
+        return own | dict(settings)
+
     def protect(self, *, size: int | None, settings: dict[str, str], **options: Any) -> None:
-        """initdb behind capture, with checksums and no TCP; returns when the first boundary is there."""
+        """A new cluster behind capture, with checksums and no TCP; returns when the first boundary is there."""
         if ENCRYPT_ALL:
             options.setdefault("encrypt_key_file", Path(os.environ[keys.FILE_VARIABLE]))
-        own = {"unix_socket_directories": str(self.sockets), "port": str(PORT), "listen_addresses": "", **settings}
+        new_data_directory(self.binaries, self.pgdata)
+        configure(self.pgdata, self.place(settings))
         api.protect(
-            self.name,
-            self.pgdata,
-            self.store,
-            size=size,
-            fs=self.fs,
-            initdb=True,
-            yes=True,
-            version=self.binaries.major,
-            bindir=self.binaries.directory,
-            initdb_options=("--data-checksums", "--auth=trust"),
-            settings=tuple(own.items()),
+            self.name, self.pgdata, self.store, size=size, fs=self.fs, yes=True, bindir=self.binaries.directory,
             **options,
-        )
+        )  # fmt: skip
 
     def address(self) -> session.Dsn:
         return session.Dsn(self.sockets, PORT)

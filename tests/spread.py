@@ -14,9 +14,10 @@ from pgcdp import api
 from pgcdp.capture.planning import Backing
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
+from tests.data_directory import configure, new_data_directory
 from tests.fix_disks import MakeDisk
 from tests.fix_postgres import postgres_user
-from tests.fix_sets import PORT, MakeSet, ProtectedSet
+from tests.fix_sets import MakeSet, ProtectedSet
 
 MIB = 1 << 20
 SPACES = ("fast", "slow")
@@ -55,15 +56,12 @@ def place_of(found: ProtectedSet, name: str) -> Path:
 
 def _make_cluster(found: ProtectedSet, settings: dict[str, str], wal_inside: bool) -> None:
     user = postgres_user()
-    places = [found.pgdata, *(place_of(found, name) for name in ("", "wal", *SPACES))]
-    for place in places:
+    for place in (place_of(found, name) for name in ("", "wal", *SPACES)):
         place.mkdir(mode=0o700)
         os.chown(place, user.uid, user.gid)
     waldir = () if wal_inside else (f"--waldir={place_of(found, 'wal')}",)
-    cluster.initdb(found.binaries, found.pgdata, user, "--data-checksums", "--auth=trust", "--no-sync", *waldir)
-    own = {"unix_socket_directories": str(found.sockets), "port": str(PORT), "listen_addresses": "", **settings}
-    with (found.pgdata / "postgresql.conf").open("a") as file:
-        file.writelines(f"{name} = '{value}'\n" for name, value in own.items())
+    new_data_directory(found.binaries, found.pgdata, *waldir)
+    configure(found.pgdata, found.place(settings))
     cluster.start(cluster.command_line(found.binaries, found.pgdata), found.pgdata, user, found.root / "postgres.log")
     for name in SPACES:
         found.sql(f"create tablespace {name} location '{place_of(found, name)}'")

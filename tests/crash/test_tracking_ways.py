@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pgcdp import api, service
@@ -19,24 +18,17 @@ from tests.crash.test_tracking_set import (
     tracking_set,
     until_healed,
 )
-from tests.fix_postgres import BindirOf, postgres_user
-from tests.fix_sets import PORT, MakeSet, ProtectedSet
+from tests.data_directory import configure, new_data_directory
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import MakeSet, ProtectedSet
 from tests.waiting import wait_until
 
 
 def two_volumes(make_set: MakeSet, binaries_of: BindirOf, journal_disk: Path) -> ProtectedSet:
     """Data directory and pg_wal on a volume each, both xfs."""
     found = make_set(binaries_of(15), protect=False, allowed=SAID, fs="xfs")
-    user = postgres_user()
-    found.pgdata.mkdir(mode=0o700)
-    os.chown(found.pgdata, user.uid, user.gid)
-    cluster.initdb(found.binaries, found.pgdata, user, "--data-checksums", "--auth=trust", "--no-sync")
-    own = {
-        "unix_socket_directories": str(found.sockets), "port": str(PORT), "listen_addresses": "",
-        "shared_buffers": "32MB", "max_wal_size": "128MB",
-    }  # fmt: skip
-    with (found.pgdata / "postgresql.conf").open("a") as file:
-        file.writelines(f"{name} = '{value}'\n" for name, value in own.items())
+    new_data_directory(found.binaries, found.pgdata)
+    configure(found.pgdata, found.place({"shared_buffers": "32MB", "max_wal_size": "128MB"}))
     api.protect(
         found.name, found.pgdata, found.store, size=768 * MIB, wal_size=400 * MIB, fs="xfs", yes=True,
         bindir=found.binaries.directory, journal=journal_disk / "j", journal_limit=512 * MIB,
