@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from pgcdp import proc
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
+from tests.scratch import scratch_directory
 
 INITDB = ("--data-checksums", "--auth=trust", "--no-sync")
 _new: dict[Path, Path] = {}
@@ -22,14 +22,21 @@ def new_data_directory(binaries: Binaries, pgdata: Path, *options: str) -> None:
     Without any it is a copy of what initdb made once for all tests of this process: it takes as long as many a test.
     """
     if options:
-        cluster.initdb(binaries, pgdata, proc.user_named("postgres"), *INITDB, *options)
+        _make(binaries, pgdata, *options)
         return
     if binaries.directory not in _new:
-        place, user = Path(tempfile.mkdtemp(prefix="pgcdp-new-", dir="/var/tmp")), proc.user_named("postgres")
-        os.chown(place, user.uid, user.gid)
-        cluster.initdb(binaries, place / "data", user, *INITDB)
+        place = scratch_directory("new")
+        place.chmod(0o755)
+        _make(binaries, place / "data")
         _new[binaries.directory] = place / "data"
     proc.run(["cp", "-a", str(_new[binaries.directory]), str(pgdata)])
+
+
+def _make(binaries: Binaries, pgdata: Path, *options: str) -> None:
+    user = proc.user_named("postgres")
+    pgdata.mkdir(mode=0o700)
+    os.chown(pgdata, user.uid, user.gid)
+    cluster.initdb(binaries, pgdata, user, *INITDB, *options)
 
 
 def remove_copied() -> None:

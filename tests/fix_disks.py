@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from pgcdp.capture import volumes
 from tests.failing_disks import unmount
+from tests.scratch import SCRATCH, scratch_directory
 
 MakeDisk = Callable[..., Path]
 SPARE = 128 << 20
@@ -25,7 +25,7 @@ SPARE = 128 << 20
 @pytest.fixture
 def make_disk() -> Iterator[MakeDisk]:
     """make_disk(size, host=None): a block device of `size` bytes, all zeros."""
-    root = Path(tempfile.mkdtemp(prefix="pgcdp-disk-", dir="/var/tmp"))
+    root = scratch_directory("disk")
     devices: list[Path] = []
     mounts: list[Path] = []
 
@@ -58,7 +58,7 @@ def make_disk() -> Iterator[MakeDisk]:
 def journal_disk(make_disk: MakeDisk) -> Iterator[Path]:
     """The mount point of an ext4 of 640 MiB; ask for it before `make_set`."""
     device = make_disk(640 << 20)
-    place = Path(f"/var/tmp/pgcdp-journal-{os.getpid()}")
+    place = SCRATCH / f"journal-{os.getpid()}"
     volumes.make_filesystem(device, "ext4", 0, 0, zeroed=True)
     place.mkdir()
     volumes.mount(device, place, "ext4")

@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from tests.scratch import scratch_directory
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def engine_program(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def scratch() -> Iterator[Path]:
     """A fresh directory on a real filesystem (direct I/O, holes), gone afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="pgcdp-test-", dir="/var/tmp"))
+    path = scratch_directory("test")
     yield path
     shutil.rmtree(path)
 

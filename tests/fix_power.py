@@ -15,7 +15,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import pytest
 from pgcdp.capture import volumes
 from tests.failing_disks import unmount
 from tests.fix_engine import ROOT
+from tests.scratch import scratch_directory
 
 FS_SHUTDOWN = 0x8004587D
 """EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN: the filesystem gives up at once, without writing its log."""
@@ -219,7 +219,7 @@ def make_machine(built_for_tests: Path) -> Iterator[MakeMachine]:
     made: list[Machine] = []
 
     def make(*disks: Disk, tear: int = 512, cache: int = 256 << 20) -> Machine:
-        root = Path(tempfile.mkdtemp(prefix="pgcdp-power-", dir="/var/tmp"))
+        root = scratch_directory("power")
         root.chmod(0o755)
         machine = Machine(built_for_tests / "power-disk", root, disks, tear=tear, cache=cache)
         made.append(machine)

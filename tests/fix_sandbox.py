@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import pytest
 
 from pgcdp.postgres.cluster import Binaries
 from tests.fix_postgres import BindirOf
+from tests.scratch import scratch_directory
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory that user postgres may enter; it must be empty but for `copy*` when the test ends."""
-    path = Path(tempfile.mkdtemp(prefix="pgcdp-place-", dir="/var/tmp"))
+    path = scratch_directory("place")
     path.chmod(0o755)
     yield path
     left = sorted(each.name for each in path.iterdir() if not each.name.startswith("copy"))

@@ -1,6 +1,6 @@
 """Real protected sets: `make_set(binaries, fs=..., ...)` gives a `ProtectedSet` that captures, with its agent running.
 
-Each has a PGCDP_ROOT of its own below /var/tmp. At the end it is taken down, whatever state it is in, its logs are
+Each has a PGCDP_ROOT of its own. At the end it is taken down, whatever state it is in, its logs are
 read, and a warning or error that the test did not allow fails it.
 """
 
@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from tests.fix_engine import LATE, NOT_ALLOWED, _may_flush, _plain_program
 from tests.fix_keys import ENCRYPT_ALL
 from tests.fix_postgres import bad_lines, postgres_user
 from tests.moments import scratch_below
+from tests.scratch import SCRATCH, scratch_directory
 from tests.waiting import wait_until
 
 PORT = 5432
@@ -365,11 +365,11 @@ def make_set(own_root: Callable[[Path], None]) -> Iterator[MakeSet]:
         settings: dict[str, str] | None = None,
         allowed: Sequence[str] = (),
         protect: bool = True,
-        below: Path = Path("/var/tmp"),
+        below: Path = SCRATCH,
         store_at: Path | None = None,
         **options: Any,
     ) -> ProtectedSet:
-        root = Path(tempfile.mkdtemp(prefix="pgcdp-set-", dir=below))
+        root = scratch_directory("set", below)
         root.chmod(0o755)
         user = postgres_user()
         own_root(root / "state")

@@ -8,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.scratch import SCRATCH
 from tests.waiting import wait_until
 
 SESSION_VARIABLE = "PGCDP_TEST_SESSION"
-SCRATCH = "/var/tmp/pgcdp-"
-"""How the directories begin that tests make for themselves (Postgres cannot enter those of pytest)."""
+OURS = "/var/tmp/pgcdp-"
+"""How the directories begin that pgcdp makes by itself."""
 
 
 class Watch:
@@ -26,7 +27,9 @@ class Watch:
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "os.mkdir":
             path = os.fspath(arguments[0])
-            if isinstance(path, str) and path.startswith(SCRATCH) and "/" not in path.removeprefix(SCRATCH):
+            if not isinstance(path, str) or path == str(SCRATCH):
+                return
+            if Path(path).parent == SCRATCH or (path.startswith(OURS) and "/" not in path.removeprefix(OURS)):
                 self.made.add(Path(path))
 
     def left(self, others: set[Path]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.namespaces import LET_GO
+from tests.scratch import spread
 from tests.waiting import wait_until
 
 PROGRAM = [sys.executable, "-P", "-m", "pgcdp"]
@@ -65,6 +66,7 @@ class PrivateTmp:
 def private_tmp() -> Iterator[PrivateTmp]:
     place = Path(tempfile.mkdtemp(prefix="pgcdp-private-", dir="/var/tmp"))
     place.chmod(0o1777)
+    spread(place)
     yield PrivateTmp(place)
     shutil.rmtree(place)
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +47,7 @@ from tests.json_shapes import (
     Maybe,
     fits,
 )
+from tests.scratch import scratch_directory
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ class Protected:
 
 @pytest.fixture(scope="module")
 def protected(free_port: int) -> Iterator[Protected]:
-    directory = Path(tempfile.mkdtemp(prefix="pgcdp-json-", dir="/var/tmp"))
+    directory = scratch_directory("json")
     directory.chmod(0o755)
     found = Protected(directory)
     try:

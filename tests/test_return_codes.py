@@ -11,13 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pgcdp import config
+from tests.scratch import scratch_directory
 
 UNPRIVILEGED = 65534
 """Number of the user nobody."""
@@ -94,7 +94,7 @@ class Program:
 
 @pytest.fixture
 def program() -> Iterator[Program]:
-    directory = Path(tempfile.mkdtemp(prefix="pgcdp-codes-", dir="/var/tmp"))
+    directory = scratch_directory("codes")
     directory.chmod(0o755)
     yield Program(directory)
     shutil.rmtree(directory)

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,12 @@ from pgcdp.postgres import cluster, session
 from pgcdp.postgres.agent_session import Session
 from pgcdp.postgres.cluster import Binaries
 from tests.fix_postgres import PORT, BindirOf, MakeCluster, postgres_user
+from tests.scratch import scratch_directory
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="pgcdp-cluster-", dir="/var/tmp"))
+    path = scratch_directory("cluster")
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from tests.faults.service import Faults
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import KILLED, MakeSet, ProtectedSet
 from tests.results import keep_result
+from tests.scratch import scratch_directory
 from tests.survivors import Survivors
 from tests.waiting import pass_time, wait_until
 
@@ -307,7 +307,7 @@ MakeTruth = Callable[..., Any]
 @pytest.fixture
 def small_disks() -> Iterator[Callable[[str, int, str], SmallDisk]]:
     """small_disks(name, size, fs)"""
-    root = Path(tempfile.mkdtemp(prefix="pgcdp-disks-", dir="/var/tmp"))
+    root = scratch_directory("disks")
     root.chmod(0o755)
     made: list[SmallDisk] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +14,12 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.recovery import sandbox, verify
 from tests.fix_postgres import MakeCluster
 from tests.load import ALLOWED, CHURN_COMMITTED, Load, check_prefix, keep_wal
+from tests.scratch import scratch_directory
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="pgcdp-load-", dir="/var/tmp"))
+    path = scratch_directory("load")
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

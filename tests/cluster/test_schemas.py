@@ -112,8 +112,10 @@ create table part_2 partition of parts for values in (2);
 
 def test_where_the_row_is_not_known_the_tables_tell(make_set: MakeSet, binaries_of: BindirOf) -> None:
     """Without full page writes, for what was made before the last checkpoint."""
-    found = make_set(binaries_of(15), settings={"full_page_writes": "off", "autovacuum": "off"})
+    found = make_set(binaries_of(15), settings={"autovacuum": "off"})
     with found.connect() as session:
+        session.execute("alter system set full_page_writes = off")
+        session.execute("select pg_reload_conf()")
         for name in ("one", "two"):
             session.execute(f"create schema {name}; create table {name}.x (id int)".encode())
         session.execute(PARTITIONED.encode())

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +19,14 @@ from pgcdp.records import Check
 from pgcdp.recovery import sandbox, verify
 from tests.fix_postgres import BindirOf, Live, MakeCluster
 from tests.fix_sets import MakeSet
+from tests.scratch import scratch_directory
 
 CHECKS = sorted((Path(__file__).resolve().parents[2] / "sql" / "checks").glob("*.sql"))
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="pgcdp-verify-", dir="/var/tmp"))
+    path = scratch_directory("verify")
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
