@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from tests import data_directory, variants
 from tests.leaks import SESSION_VARIABLE, Watch
-from tests.scratch import spread
+from tests.scratch import keep_apart
 
 pytest_plugins = [f"tests.{file.stem}" for file in sorted(Path(__file__).parent.glob("fix_*.py"))]
 
@@ -39,7 +39,7 @@ def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An error at the very end when a process, mount, loop device or scratch directory of a test outlives it."""
-    spread(tmp_path_factory.getbasetemp())
+    keep_apart(tmp_path_factory.getbasetemp())
     yield
     data_directory.remove_copied()
     left = _watch.left(others={tmp_path_factory.getbasetemp()})

@@ -14,7 +14,7 @@ from pathlib import Path
 SCRATCH = Path("/var/tmp/pgcdp-tests")
 
 
-def spread(place: Path) -> None:
+def keep_apart(place: Path) -> None:
     """Directories that are made in `place` have nothing to do with each other."""
     subprocess.run(["chattr", "+T", str(place)], capture_output=True, check=False)  # other filesystems have no need
 
@@ -23,5 +23,5 @@ def scratch_directory(kind: str, below: Path = SCRATCH) -> Path:
     """A new directory; the caller removes it."""
     if not SCRATCH.exists():
         SCRATCH.mkdir(mode=0o755, exist_ok=True)
-        spread(SCRATCH)
+        keep_apart(SCRATCH)
     return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=below))

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.namespaces import LET_GO
-from tests.scratch import spread
+from tests.scratch import keep_apart
 from tests.waiting import wait_until
 
 PROGRAM = [sys.executable, "-P", "-m", "pgcdp"]
@@ -66,7 +66,7 @@ class PrivateTmp:
 def private_tmp() -> Iterator[PrivateTmp]:
     place = Path(tempfile.mkdtemp(prefix="pgcdp-private-", dir="/var/tmp"))
     place.chmod(0o1777)
-    spread(place)
+    keep_apart(place)
     yield PrivateTmp(place)
     shutil.rmtree(place)
 
