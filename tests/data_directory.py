@@ -26,7 +26,6 @@ def new_data_directory(binaries: Binaries, pgdata: Path, *options: str) -> None:
         return
     if binaries.directory not in _new:
         place = scratch_directory("new")
-        place.chmod(0o755)
         _make(binaries, place / "data")
         _new[binaries.directory] = place / "data"
     proc.run(["cp", "-a", str(_new[binaries.directory]), str(pgdata)])

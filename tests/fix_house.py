@@ -87,7 +87,6 @@ class House:
 
 @pytest.fixture
 def house(scratch: Path, engine_program: Path, monkeypatch: pytest.MonkeyPatch, free_port: int) -> Iterator[House]:
-    scratch.chmod(0o755)
     monkeypatch.setenv("PGCDP_ROOT", str(scratch / "sets"))
     monkeypatch.setenv("PGCDP_ENGINE", str(engine_program))
     user = proc.user_named("postgres")

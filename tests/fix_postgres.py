@@ -76,7 +76,6 @@ def _wheel(major: int, copies: Path) -> Path:
     if cluster.can_enter(postgres_user(), package / "pginstall" / "bin"):
         return package / "pginstall" / "bin"
     if not (copies / name).exists():
-        copies.chmod(0o755)
         libraries = package.with_name(f"{name}.libs")  # found by the programs relative to themselves
         for source in (package, *([libraries] if libraries.exists() else [])):
             shutil.copytree(source, copies / source.name, symlinks=True)

@@ -220,7 +220,6 @@ def make_machine(built_for_tests: Path) -> Iterator[MakeMachine]:
 
     def make(*disks: Disk, tear: int = 512, cache: int = 256 << 20) -> Machine:
         root = scratch_directory("power")
-        root.chmod(0o755)
         machine = Machine(built_for_tests / "power-disk", root, disks, tear=tear, cache=cache)
         made.append(machine)
         machine.assemble()

@@ -17,7 +17,6 @@ from tests.scratch import scratch_directory
 def place() -> Iterator[Path]:
     """A directory that user postgres may enter; it must be empty but for `copy*` when the test ends."""
     path = scratch_directory("place")
-    path.chmod(0o755)
     yield path
     left = sorted(each.name for each in path.iterdir() if not each.name.startswith("copy"))
     mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(path) in line]

@@ -370,7 +370,6 @@ def make_set(own_root: Callable[[Path], None]) -> Iterator[MakeSet]:
         **options: Any,
     ) -> ProtectedSet:
         root = scratch_directory("set", below)
-        root.chmod(0o755)
         user = postgres_user()
         own_root(root / "state")
         found = ProtectedSet(root, binaries, fs=fs, allowed=list(allowed), store_at=store_at)

@@ -20,8 +20,10 @@ def keep_apart(place: Path) -> None:
 
 
 def scratch_directory(kind: str, below: Path = SCRATCH) -> Path:
-    """A new directory; the caller removes it."""
+    """A new directory that any user can enter; the caller removes it."""
     if not SCRATCH.exists():
         SCRATCH.mkdir(mode=0o755, exist_ok=True)
         keep_apart(SCRATCH)
-    return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=below))
+    made = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=below))
+    made.chmod(0o755)
+    return made

@@ -119,7 +119,6 @@ class Protected:
 @pytest.fixture(scope="module")
 def protected(free_port: int) -> Iterator[Protected]:
     directory = scratch_directory("json")
-    directory.chmod(0o755)
     found = Protected(directory)
     try:
         words = ["--pgdata", str(directory / "data"), "--store", str(directory / "store"), "--size", "512M"]

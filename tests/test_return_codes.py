@@ -95,7 +95,6 @@ class Program:
 @pytest.fixture
 def program() -> Iterator[Program]:
     directory = scratch_directory("codes")
-    directory.chmod(0o755)
     yield Program(directory)
     shutil.rmtree(directory)
 

@@ -268,11 +268,10 @@ def test_what_stands_in_the_way_of_healing_is_said(make_set: MakeSet, binaries_o
 def test_changed_before_the_first_image_is_complete_it_is_begun_anew(make_set: MakeSet, binaries_of: BindirOf) -> None:
     stopped = "canceling statement due to user request"  # the agent's, when it is ended as it asks
     found = make_set(binaries_of(15), size=384 << 20, protect=False, allowed=[stopped])
-    own = {"unix_socket_directories": str(found.sockets), "port": "5432", "listen_addresses": ""}
     protection.protect(ProtectRequest(
         found.name, found.pgdata, found.store, size=384 << 20, initdb=True, yes=True, version=15, journal_limit=1 << 30,
         bindir=found.binaries.directory, initdb_options=("--data-checksums", "--auth=trust"),
-        settings=tuple(own.items()),
+        settings=tuple(found.place({}).items()),
     ))  # fmt: skip
     attach.up(found.config)
     for begun in (False, True):

@@ -24,7 +24,6 @@ from tests.scratch import scratch_directory
 @pytest.fixture
 def place() -> Iterator[Path]:
     path = scratch_directory("cluster")
-    path.chmod(0o755)
     yield path
     shutil.rmtree(path)
 

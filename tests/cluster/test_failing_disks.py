@@ -308,7 +308,6 @@ MakeTruth = Callable[..., Any]
 def small_disks() -> Iterator[Callable[[str, int, str], SmallDisk]]:
     """small_disks(name, size, fs)"""
     root = scratch_directory("disks")
-    root.chmod(0o755)
     made: list[SmallDisk] = []
 
     def make(name: str, size: int, fs: str) -> SmallDisk:

@@ -27,7 +27,6 @@ CHECKS = sorted((Path(__file__).resolve().parents[2] / "sql" / "checks").glob("*
 @pytest.fixture
 def place() -> Iterator[Path]:
     path = scratch_directory("verify")
-    path.chmod(0o755)
     yield path
     shutil.rmtree(path)
 

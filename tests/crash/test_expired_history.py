@@ -24,9 +24,9 @@ from pgcdp.store.rebuild import rebuild
 from pgcdp.store.retention import Policy, plan
 from pgcdp.store.scrub import check_store
 from tests.dying import dying_after
+from tests.fix_years import HOURLY, NOW, Years, files_of
 from tests.results import keep_result
 from tests.unit.test_blockmap import served
-from tests.unit.test_expiring import HOURLY, NOW, Years, files_of
 from tests.unit.test_increments import BLOCKS, apply_op
 from tests.unit.test_retention import carried_out, points
 

@@ -25,8 +25,8 @@ from pgcdp.store.layout import Store
 from pgcdp.store.open_views import seen_views
 from pgcdp.store.retention import Plan, Policy
 from pgcdp.store.thinning import thin
+from tests.fix_years import EVERYTHING_OLD, MINUTE_NS, Years, files_of
 from tests.stopping import stop
-from tests.unit.test_expiring import EVERYTHING_OLD, MINUTE_NS, Years, files_of
 from tests.unit.test_increments import capture, fill, random_op
 from tests.waiting import wait_until
 

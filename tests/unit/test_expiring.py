@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgcdp.errors import TargetError
-from pgcdp.intervals.applying import apply_backward, apply_forward
-from pgcdp.intervals.increments import close_interval, move_image
-from pgcdp.records import BLOCK, Boundary, Position, RecoveryPoint, Span, Target
+from pgcdp.intervals.increments import close_interval
+from pgcdp.records import Span, Target
 from pgcdp.recovery import merged
 from pgcdp.recovery.choosing import holding_of, pins_of
-from pgcdp.recovery.expiring import Done, Run, expiring
-from pgcdp.recovery.source import Source
+from pgcdp.recovery.expiring import Done
 from pgcdp.recovery.sweeping import waiting_bytes
 from pgcdp.recovery.view import make_map
 from pgcdp.store.bundle import Bundle
@@ -33,137 +30,15 @@ from pgcdp.store.image import Image
 from pgcdp.store.image_lock import image_held
 from pgcdp.store.kept import keep_event
 from pgcdp.store.layout import Store
-from pgcdp.store.open_interval import OpenInterval
 from pgcdp.store.published import published
 from pgcdp.store.rebuild import rebuild
-from pgcdp.store.retention import DAY_NS, Policy, plan
+from pgcdp.store.retention import Policy, plan
 from pgcdp.store.scrub import check_store
 from tests.dying import dying_after
-from tests.journal_writer import MARK, Op
-from tests.unit.test_blockmap import Scene, materialized, served
-from tests.unit.test_increments import applied, capture, fill, make_world, random_op
-from tests.unit.test_retention import START_NS, carried_out, points
-
-MINUTE_NS = 60 * 10**9
-NOW = START_NS + 400 * DAY_NS
-EVERYTHING_OLD = Policy(0.0, 0.0, 0.0, None)
-"""Only the newest boundary of each day stays."""
-HOURLY = Policy(0.0, 0.0, None)
-AN_HOUR = [90, 5, 5, 5, 5, 120]
-"""Minutes between boundaries: all but the last one are joined to an hour."""
-
-
-class Years(Scene):
-    """A history whose intervals end so many minutes after each other; the image is at the newest."""
-
-    def __init__(self, place: Path, seed: int, sizes: list[int], minutes: list[int], behind: int = 0) -> None:
-        self.place = place
-        place.mkdir(exist_ok=True)
-        self.chooser = random.Random(seed)
-        self.world = make_world(place)
-        self.time_ns = START_NS
-        self.position: Position | None = None
-        capture(self.world, [Op(MARK, data=b"the baseline ends")], self.chooser)
-        self.done = 1
-        image = Image.open(self.world.store, writable=True)
-        image.set_at(0, 1)
-        image.close()
-        self.world.store = self.world.store.with_baseline(self.end_of(0))
-        for number, (size, after) in enumerate(zip(sizes, minutes, strict=True), 1):
-            self.time_ns += after * MINUTE_NS
-            capture(self.world, [random_op(self.chooser) for _ in range(size)], self.chooser)
-            self.publish_at(number)
-        self.count = len(sizes)
-        self.capture(behind)
-
-    def end_of(self, number: int) -> Boundary:
-        return Boundary(number, len(self.world.ops), self.time_ns, 100 + number, 90 + number, 1, 700, "period")
-
-    def publish_at(self, number: int) -> Bundle:
-        opened = OpenInterval.open(self.store, number, self.done + 1)
-        opened._writes._frame_bytes = self.chooser.choice([BLOCK, 20 * BLOCK])
-        for run in self.world.journal.batches(self.done, len(self.world.ops), self.position):
-            opened.append(run)
-            self.position = run.end
-        self.done = opened.last_write
-        self.before_end(opened)
-        image = Image.open(self.world.store, writable=True)
-        bundle = close_interval(self.world.store, opened, image, self.end_of(number), {"number": number})
-        move_image(image, bundle)
-        image.close()
-        return bundle
-
-    def before_end(self, opened: OpenInterval) -> None:
-        """An interval is about to be closed."""
-
-    @property
-    def store(self) -> Store:
-        return self.world.store
-
-    def expire(self, policy: Policy, **more: Any) -> Done:
-        with expiring(self.store):
-            return self.run(policy, **more)
-
-    def run(self, policy: Policy, **more: Any) -> Done:
-        """Without the lock, which a kill lets go of: here it is the same process that goes on."""
-        return Run(self.store, policy, **more).run(NOW)
-
-    def assert_only(self, remains: set[int]) -> None:
-        """These points restore right, both ways; all others are refused with points that exist."""
-        source = self.source()
-        listing = source.listing()
-        newest = len(self.world.ops)
-        assert remains >= {newest}
-        for write in range(1, newest + 1):
-            if write not in remains:
-                with pytest.raises(TargetError) as told:
-                    source.resolve(Target("write", write))
-                self.assert_hint_is_true(source, told.value)
-                continue
-            view = self.mapped(source.resolve(Target("write", write)))
-            assert served(view) == self.at(write), f"write {write}"
-        for boundary in (listing.base, *(each.boundary for each in listing.intervals)):
-            point = source.resolve(Target("boundary", boundary.number))
-            with source.held():
-                assert materialized(source, point, self.place) == self.at(boundary.write)
-            assert source.settings(point), "a sandbox needs them"
-        write = self.chooser.choice(sorted(remains))
-        with source.held():
-            assert materialized(source, RecoveryPoint(write, None, 0), self.place) == self.at(write)
-
-    def assert_restores(self, targets: Sequence[Target]) -> None:
-        """Each of them, byte for byte."""
-        for target in targets:
-            source = self.source()
-            point = source.resolve(target)
-            with source.held():
-                assert materialized(source, point, self.place) == self.at(point.write), target
-            assert served(self.mapped(point)) == self.at(point.write), target
-
-    def assert_hint_is_true(self, source: Source, error: TargetError) -> None:
-        words = (error.hint or "").split()
-        named = [int(words[at + 1]) for at, word in enumerate(words) if word == "--target-boundary"]
-        if "between" in error.message:
-            assert len(named) == 2
-        for number in named:
-            assert source.resolve(Target("boundary", number)).boundary == number
-
-    def assert_sound(self) -> None:
-        """Everything that is stored is whole, and tells the same with a catalog and without."""
-        report = check_store(self.store)
-        assert report.ok, report.damages
-        listed = list(published(self.store).values())
-        catalog, damages = rebuild(self.store)
-        catalog.close()
-        assert not damages
-        assert list(published(self.store).values()) == listed
-        for each in listed:
-            bundle = Bundle.at(self.store, each.interval.span)
-            bundle.check()
-            first, last = each.interval.from_write - 1, each.interval.to_write
-            assert applied(self.place, self.at(last), apply_backward, bundle) == self.at(first)
-            assert applied(self.place, self.at(first), apply_forward, bundle) == self.at(last), "R2"
-
+from tests.fix_years import AN_HOUR, HOURLY, MINUTE_NS, NOW, Years, files_of
+from tests.unit.test_blockmap import materialized, served
+from tests.unit.test_increments import fill
+from tests.unit.test_retention import carried_out, points
 
 periods = st.one_of(st.none(), st.integers(0, 3 * 86400).map(float))
 policies = st.builds(Policy, periods, periods, periods, periods)
@@ -227,15 +102,6 @@ def test_what_should_remain_is_what_the_last_write_left(
 
 
 # --- killed
-
-
-def files_of(store: Store) -> dict[str, int]:
-    """All files that a store should have, with their sizes: without catalog and locks."""
-    found = {}
-    for path in sorted(store.path.rglob("*")):
-        if path.is_file() and not path.name.endswith("lock"):
-            found[os.fspath(path.relative_to(store.path))] = path.stat().st_size
-    return found
 
 
 def kill_at_every_step(years: Years, policy: Policy, stride: int) -> int:

@@ -16,9 +16,9 @@ from pgcdp.store.image import Image, add_volume
 from pgcdp.store.open_interval import OUTSIDE, OpenInterval
 from pgcdp.store.published import published
 from pgcdp.store.rebuild import rebuild
-from pgcdp.store.retention import Plan, Policy
+from pgcdp.store.retention import Plan
+from tests.fix_years import AN_HOUR, EVERYTHING_OLD, Years, carry_out
 from tests.journal_writer import DISCARD, WRITE, ZERO, Op
-from tests.unit.test_expiring import AN_HOUR, EVERYTHING_OLD, Years
 from tests.unit.test_increments import BLOCKS, apply_op, capture, random_op
 
 A, B = ["pg_tblspc/1", "/a"], ["pg_wal", "/b"]
@@ -33,12 +33,6 @@ class Outside(Years):
         said = OUTSIDE_OF[opened.number]
         if said is not None:
             write_json(opened.path / OUTSIDE, {"outside": said})
-
-
-def carry_out(years: Years, plan: Plan) -> None:
-    with expiring(years.store):
-        done = Run(years.store, Policy()).carry_out(plan)
-    assert not done.failed
 
 
 def told(years: Years) -> dict[int, list[list[str]] | None]:

@@ -16,14 +16,13 @@ from pgcdp.store.retention import Policy
 from pgcdp.store.scrub import check_store
 from tests.faults.points import python_points
 from tests.faults.service import Faults
+from tests.fix_years import AN_HOUR, DROP_ALL, HOURLY, NOW, Years, index
 from tests.results import keep_result
-from tests.unit.test_expiring import AN_HOUR, HOURLY, NOW, Years
-from tests.unit.test_expiring_faults import index
 
 A_DAY = [1500] * 6
 """Minutes between boundaries: each is of another day, so that the base moves on."""
 WORK = {
-    "thin": (Policy(0.0), AN_HOUR), "join": (HOURLY, AN_HOUR), "base": (Policy(0.0, 0.0, 0.0, 0.0), A_DAY),
+    "thin": (Policy(0.0), AN_HOUR), "join": (HOURLY, AN_HOUR), "base": (DROP_ALL, A_DAY),
 }  # fmt: skip
 """What retention does: by which policy, and how many minutes lie between the boundaries."""
 
