@@ -410,5 +410,4 @@ def _switch_back(doing: Pending) -> None:
 
 
 def _forget(paths: SetPaths) -> None:
-    paths.extend_state.unlink()
-    fsio.sync_directory(paths.state)
+    fsio.remove_durably(paths.extend_state)

@@ -114,6 +114,21 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o600, owner: tuple[int
     sync_directory(path.parent)
 
 
+def remove_durably(path: Path) -> None:
+    """Remove a file for good. When that is not sure to last, it is there as before, for whoever tries again.
+
+    Raises OSError.
+    """
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        sync_directory(path.parent)
+    except OSError:
+        with suppress(OSError):
+            write_atomic(path, content)
+        raise
+
+
 def publish_directory(source: Path, target: Path) -> None:
     """Rename a finished directory to the name under which it counts. Its files must be synced already."""
     sync_directory(source)

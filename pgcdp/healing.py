@@ -186,8 +186,7 @@ def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
         done = _healed(config, since)
         assert done is not None
     _log.info("a gap of %d blocks: writes %d to %s", done.blocks, done.begin, done.end)
-    config.paths.heal_state.unlink()
-    fsio.sync_directory(config.paths.state)
+    fsio.remove_durably(config.paths.heal_state)
     return done
 
 

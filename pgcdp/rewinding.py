@@ -249,8 +249,7 @@ def _put_back(config: Config, progress: Report) -> None:
 
 
 def _forget(paths: SetPaths) -> None:
-    paths.rewind_state.unlink()
-    fsio.sync_directory(paths.state)
+    fsio.remove_durably(paths.rewind_state)
 
 
 def _begin_anew(config: Config, left: Pending, point: RecoveryPoint) -> Pending:

@@ -53,6 +53,7 @@ class Survivors:
         self._end = threading.Event()
         self._go = threading.Event()
         self._busy = 0
+        self._resumed = 0
         self._count = threading.Lock()
         self._threads = [threading.Thread(target=self._client, args=(i,), daemon=True) for i in range(clients)]
 
@@ -90,7 +91,8 @@ class Survivors:
         wait_until(lambda: self._busy == 0, timeout=120, what="quiet clients")
 
     def resume(self) -> None:
-        """Go on."""
+        """Go on, over new connections: the server may have been stopped meanwhile, which is no client's business."""
+        self._resumed += 1
         self._go.set()
 
     def assert_kept(self, cluster: Connectable) -> None:
@@ -120,12 +122,16 @@ class Survivors:
 
     def _client(self, number: int) -> None:
         rng = random.Random(self._seed * 1000 + number)
-        counter = 0
+        counter, since = 0, 0
         connection: psycopg.Connection[Any] | None = None
         while not self._end.is_set():
             with self._working() as more:
                 if not more:
                     break
+                if connection is not None and since != self._resumed:
+                    connection.close()
+                    connection = None
+                since = self._resumed
                 try:
                     connection = connection or self._cluster.connect()
                     counter += 1

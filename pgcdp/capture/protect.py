@@ -412,12 +412,9 @@ def _put_back(pending: _Pending, progress: Report) -> None:
         _remove_volumes(config)
     if pending.was_running:
         attach.start_cluster(config, progress)
-    if pending.doing == "unprotect":
-        config.paths.protect_state.unlink()
-        fsio.sync_directory(config.paths.state)
-    else:
+    if pending.doing == "protect":
         _remove_if_empty(config.paths.volumes)
-        _forget(config.paths)
+    _forget(config.paths)
 
 
 def _remove_volumes(config: Config) -> None:
@@ -430,8 +427,7 @@ def _remove_volumes(config: Config) -> None:
 
 def _forget(paths: SetPaths) -> None:
     """The run is over: the state file goes last of all that it speaks of."""
-    paths.protect_state.unlink(missing_ok=True)
-    fsio.sync_directory(paths.state)
+    fsio.remove_durably(paths.protect_state)
 
 
 def _remove_if_empty(directory: Path) -> None:

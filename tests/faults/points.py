@@ -41,6 +41,7 @@ CALLS = {
     "sync_file": ("fsync",),
     "sync_directory": ("fsync",),
     "make_directory": ("mkdir", "fsync"),
+    "remove_durably": ("unlink", "fsync"),
     "publish_directory": ("fsync", "rename"),
     "write_atomic": ("pwrite", "fsync", "rename"),
     "write_json": ("pwrite", "fsync", "rename"),

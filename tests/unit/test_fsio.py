@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -19,6 +20,7 @@ from pgcdp.fsio import (
     punch_hole,
     read_all,
     read_json,
+    remove_durably,
     write_atomic,
     write_json,
 )  # fmt: skip
@@ -51,6 +53,28 @@ def _content_or_message(path: Path) -> object:
         return read_json(path)
     except DamageError as damage:
         return damage.message
+
+
+def test_a_file_of_which_it_is_not_sure_that_it_is_gone_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of a command that has ended: what its error says, the same again, must find it."""
+    path, sync, failing = tmp_path / "protect.json", os.fsync, True
+
+    def fails_once(fd: int) -> None:
+        nonlocal failing
+        if failing:
+            failing = False
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    write_json(path, {"step": "remove"})
+    monkeypatch.setattr(os, "fsync", fails_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        remove_durably(path)
+    assert read_json(path) == {"step": "remove"}
+    remove_durably(path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_replacing_a_file_leaves_the_old_one_until_the_new_is_whole(tmp_path: Path) -> None:
