@@ -31,8 +31,8 @@ SOME = pytest.mark.parametrize(
     [pytest.param(4, id="some"), pytest.param(1, id="each", marks=[pytest.mark.soak, pytest.mark.timeout(3600)])],
 )
 PUTTING_BACK = "capture.protect._put_back."
-LEADS_THERE = "capture.protect._sync_backing.fsync"
-"""Putting back is come by only after another place has failed."""
+LEADS_THERE = "capture.protect._switch_to_volumes.fsync"
+"""Putting back is come by only after another place has failed, when the old directories have stepped aside."""
 
 
 @pytest.fixture
