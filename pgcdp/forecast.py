@@ -51,17 +51,16 @@ def of_journal(
     if engine is None:
         return None
     try:
-        left_on_disk = free_space(config.journal) + _waiting(config.journal)
+        room = min(engine.journal_limit - engine.journal_bytes, journal_disk(config))
     except OSError:
         return None
-    room = min(engine.journal_limit - engine.journal_bytes, left_on_disk)
     seen = _rate((rates or {}).get("journal"))
     return _forecast(room, seen or present(_pieces(intervals, written=True), time.time(), (HOUR,)))
 
 
-def _waiting(journal: Path) -> int:
-    """Bytes of segment files that wait to be used again."""
-    return bytes_in(journal.glob("free-*"))
+def journal_disk(config: Config) -> int:
+    """Bytes that the journal finds on its disk: what is free, and segment files that wait to be used again."""
+    return free_space(config.journal) + bytes_in(config.journal.glob("free-*"))
 
 
 def of_store(config: Config, intervals: Iterable[Interval]) -> Forecast | None:

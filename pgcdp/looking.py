@@ -306,8 +306,13 @@ def interval_json(interval: Interval, verified: Json | None, lost: Sequence[Rang
         "restorable_by_write": interval.restorable_by_write and not gone,
         "lost": [_lost_json(begin, end) for begin, end in gone],
         "outside": outside_json(interval.outside),
-        "verified": verified,
+        "verified": None if verified is None else _verified(verified),
     }
+
+
+def _verified(entry: Json) -> Json:
+    """What a verification found, and when."""
+    return {**{key: value for key, value in entry.items() if key != "time_ns"}, "time": format_time(entry["time_ns"])}
 
 
 def window_json(first: RecoveryPoint, last: RecoveryPoint) -> Json:

@@ -97,7 +97,7 @@ def rewind(
     config = load_config(set_name)
     source = open_source(set_name, None)
     point = point_of(source, target, before)
-    resolved = {**between(source, point), "lost": _lost(source, point), "followers": []}
+    resolved = {**between(source, point), "lost": _lost(source, point), "followers": None}
     with suppress(PreconditionError), session.connect(session.Dsn.of(config)) as connection:  # it may be down
         resolved["followers"] = followers(connection)
     agree(resolved)

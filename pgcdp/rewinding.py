@@ -21,10 +21,11 @@ from pathlib import Path
 
 from pgcdp import fsio, log, proc, service
 from pgcdp.capture import attach
-from pgcdp.capture.control import EngineClient
+from pgcdp.capture.control import EngineClient, EngineStatus
 from pgcdp.capture.outside import find_outside, takes_in
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.forecast import journal_disk
 from pgcdp.opening import binaries_of, engine_status, source_of
 from pgcdp.postgres import cluster, timelines
 from pgcdp.postgres.control import Control, State
@@ -39,6 +40,7 @@ from pgcdp.sets import SetPaths
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import TIMELINES, Store
 from pgcdp.store.rewinds import point_name
+from pgcdp.units import format_size
 
 _log = log.get(__name__)
 
@@ -198,14 +200,28 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
             takes_in(config.name, outside),
         )
     service.await_following(config.paths)  # it may have been started just now, for this
-    source = source_of(config, EngineClient(config.paths.control).next_status())
-    need = most_bytes(source, point, below) + SPARE_BYTES
-    have = fsio.free_space(config.store)
-    if have < 2 * need:  # what is written, and the backward increment of the same blocks
-        raise PreconditionError(
-            f"the store at {config.store} has {have} bytes free, the rewind may need {2 * need}",
-            "free space there; what is written back is captured like all else",
-        )
+    _refuse_full(config, EngineClient(config.paths.control).next_status(), point, below)
+
+
+def _refuse_full(config: Config, status: EngineStatus, point: RecoveryPoint, below: Path) -> None:
+    """Raises PreconditionError when what is written back may not find room: it is captured like all else.
+
+    The store gets it, and the backward increment of the same blocks. The journal holds all of it, or as much as its
+    limit allows, which the agent then makes room in; what its disk has not, writes would wait for with production down.
+    """
+    need = most_bytes(source_of(config, status), point, below) + SPARE_BYTES
+    stored, journalled = 2 * need, min(need, status.journal_limit - status.journal_bytes)
+    shared = config.store.stat().st_dev == config.journal.stat().st_dev
+    for what, place, have, wanted in (
+        ("journal", config.journal, journal_disk(config), journalled),
+        ("store", config.store, fsio.free_space(config.store), stored + (journalled if shared else 0)),
+    ):
+        if have < wanted:
+            raise PreconditionError(
+                f"the {what} at {place} has {format_size(have)} free on its disk, the rewind may need "
+                f"{format_size(wanted)}",
+                "free space there; what is written back is captured like all else",
+            )
 
 
 def _stop(config: Config, name: str, progress: Report) -> None:

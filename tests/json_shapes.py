@@ -52,7 +52,7 @@ INTERVAL: Shape = {
     "restorable_by_write": bool,
     "lost": [LOST_WRITES],
     "outside": Maybe([OUTSIDE]),
-    "verified": Maybe({"ok": bool}),
+    "verified": Maybe({"ok": bool, "time": TIME}),
 }
 TABLE: Shape = {
     **dict.fromkeys(("database", "schema", "name"), str),
@@ -122,7 +122,7 @@ IN_PLACE: Shape = {
     **RESOLVED, "to": str, "bytes": int, "set": str, "undo": Maybe(str), "boundary": int, "timeline": int,
     "verified": bool, "down_seconds": float,
     "lost": {"transactions": Maybe(int), "oldest": Maybe(END), "newest": Maybe(END), "tables": [LOST]},
-    "followers": [{"kind": str, "name": str, "where": str, "command": str}],
+    "followers": Maybe([{"kind": str, "name": str, "where": str, "command": str}]),
 }  # fmt: skip
 
 

@@ -129,9 +129,8 @@ def _numbers(row: Mapping[str, Any]) -> str:
     return f"{row['first']}-{row['number']}" if row["first"] < row["number"] else str(row["number"])
 
 
-def _verified(value: Any) -> str:
-    """`verified` is null, or an object with at least "ok"."""
+def _verified(value: Mapping[str, Any] | None) -> str:
+    """How it ended, and to the minute when."""
     if value is None:
         return "-"
-    ok = value.get("ok") if isinstance(value, Mapping) else value
-    return "ok" if ok else "FAILED"
+    return f"{'ok' if value['ok'] else 'FAILED'} {value['time'][:16]}Z"

@@ -157,7 +157,10 @@ def _show_cost(resolved: Mapping[str, Any]) -> None:
         screen.note(f"lost: {counted(lost['transactions'], 'transaction')}, committed {times}")
     if "unknown" in lost:
         screen.note(f"what else will be lost is not all known: {lost['unknown']}")
-    for each in resolved["followers"]:
+    if resolved["followers"] is None:
+        screen.note("Postgres does not answer, so that it is not known who follows it: standbys, subscribers, slots")
+        screen.note("and subscriptions have to be made anew (docs/operations.md)")
+    for each in resolved["followers"] or ():
         screen.note(f"{each['kind']} {each['name']} has to be made anew: {each['command']}")
 
 

@@ -14,7 +14,9 @@ import psycopg
 import pytest
 
 from pgcdp import api
+from pgcdp.capture import attach
 from pgcdp.errors import PreconditionError, TargetError, UsageError
+from pgcdp.fsio import free_space
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
@@ -391,6 +393,10 @@ def test_what_it_costs_is_shown_and_asked(make_set: MakeSet, binaries_of: Bindir
     assert undo_line.startswith(f"to undo: pgcdp restore {found.name} --in-place --target-name before-rewind-")
     assert run(*undo_line.removeprefix("to undo: pgcdp ").split(), "--yes")[0] == 0
     assert ledger(found) == list(range(1, 8))
+    attach.stop_cluster(found.config)
+    code, _, said = run(*words)
+    assert code == 2
+    assert "it is not known who follows it" in said, "nobody is not the same"
 
 
 WITHOUT_START = (r"configuration file .* contains errors", r"syntax error")
@@ -429,21 +435,33 @@ def test_a_target_on_which_postgres_does_not_start_can_be_left_again(make_set: M
     assert api.status(found.name)["error"] is None
 
 
-def test_without_room_in_the_store_nothing_is_begun(make_set: MakeSet, binaries_of: BindirOf) -> None:
+@pytest.mark.parametrize("where", ["store", "journal"])
+def test_without_room_for_what_is_written_back_nothing_is_begun(
+    make_set: MakeSet, binaries_of: BindirOf, where: str
+) -> None:
+    """Production would be down until somebody has made room."""
     found = make_set(binaries_of(15), protect=False)
-    found.store.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(found.store)], check=True)
+    small = found.store if where == "store" else found.root / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(small)], check=True)
+    journal: dict[str, Any] = {"journal_limit": 2 << 30}
+    if where == "journal":
+        journal = {"journal": small / "main", "journal_limit": 384 << 20, "segment_size": 8 << 20}
     try:
-        found.protect(size=384 << 20, settings={}, journal_limit=2 << 30)
+        found.protect(size=384 << 20, settings={}, **journal)
         point = found.source().base().write
-        found.sql("create table ledger as select n, repeat('x', 1000) from generate_series(1, 120000) n")
+        rows = 120_000 if where == "store" else 20_000
+        found.sql(f"create table ledger as select n, repeat('x', 1000) from generate_series(1, {rows}) n")
         found.sql("checkpoint")
+        if where == "journal":
+            (small / "else").write_bytes(bytes(free_space(small) - (16 << 20)))
         with pytest.raises(PreconditionError, match="the rewind may need") as caught:
             rewind(found, Target("write", point))
-        assert str(found.store) in caught.value.message
-        assert found.sql("select count(*) from ledger") == [(120000,)]
+        assert f"the {where} at {small}" in caught.value.message
+        assert found.sql("select count(*) from ledger") == [(rows,)]
         assert not found.config.paths.rewind_state.exists()
         assert found.source().rewinds() == []
+        (small / "else").unlink(missing_ok=True)
         api.down(found.name)
     finally:
-        subprocess.run(["umount", "--lazy", str(found.store)], check=True)
+        subprocess.run(["umount", "--lazy", str(small)], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pgcdp.errors import UsageError
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Check
 from pgcdp.recovery import sandbox, verify
+from pgcdp.units import parse_time
 from tests.fix_postgres import BindirOf, Live, MakeCluster
 from tests.fix_sets import MakeSet
 from tests.scratch import scratch_directory
@@ -208,6 +210,7 @@ def test_writes_at_random_and_each_boundary_are_proven(make_set: MakeSet, binari
     assert len(set(writes)) == 3
     assert writes == sorted(writes)
     command = [sys.executable, "-P", "-m", "pgcdp", "verify", "--every-boundary", "--output", "json"]
+    began = time.time_ns()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
     assert process.stdout is not None
     try:
@@ -220,4 +223,8 @@ def test_writes_at_random_and_each_boundary_are_proven(make_set: MakeSet, binari
         assert process.wait(60) == 143
         process.stdout.close()
     assert boundaries == [1, 2, 3]
-    assert all(each["verified"]["ok"] for each in api.info(found.name)["intervals"])
+    intervals = api.info(found.name)["intervals"]
+    assert all(each["verified"]["ok"] for each in intervals)
+    assert all(began <= parse_time(each["verified"]["time"]) <= time.time_ns() for each in intervals), "last proven"
+    shown = subprocess.run([*command[:4], "info"], capture_output=True, text=True, cwd="/", check=True).stdout
+    assert len(re.findall(r"ok \d{4}-\d\d-\d\dT\d\d:\d\dZ", shown)) == len(intervals)
