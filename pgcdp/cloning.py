@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pgcdp.around import end_json
+from pgcdp.capture.control import EngineClient
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
     between,
@@ -27,7 +28,7 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint, Target
 from pgcdp.recovery import clone as cloned
-from pgcdp.recovery import clone_opening, stepping
+from pgcdp.recovery import clone_opening, stepping, view
 from pgcdp.recovery.branches import beyond, branch_at
 from pgcdp.recovery.clone import Access, Clone, Damaged
 from pgcdp.recovery.left import naming_nearest
@@ -270,7 +271,7 @@ def _listed(each: Clone) -> Json:
         "expires": None if each.expires_ns is None else format_time(each.expires_ns),
         "written_bytes": cloned.written_bytes(each.place),
         "memory_bytes": cloned.memory_bytes(each.place, (pid for pid, _ in each.processes)),
-        "problem": None,
+        "problem": view.problem(EngineClient(each.place / "control")),
     }
 
 

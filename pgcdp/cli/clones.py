@@ -42,6 +42,8 @@ def _render(value: Mapping[str, Any]) -> None:
         ],
     )
     for row in rows:
+        if row["problem"] and row["state"] != "damaged":
+            screen.text(f"{row['name']}: {row['problem']}")
         if row["state"] == "running":
             screen.text(f'{row["name"]}: psql "{row["dsn"]}"')
         elif row["state"] in ("dead", "stopped"):

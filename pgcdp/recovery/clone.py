@@ -248,25 +248,31 @@ def memory_bytes(place: Path, own: Iterable[int] = ()) -> int:
 
 
 def expire(root: Path, set_name: str | None = None) -> None:
-    """Destroy the clones whose time is over; what is worked on now waits for the next time."""
+    """Destroy the clones whose time is over: all, or those of a set and of stores alone.
+
+    What is worked on now waits for the next time.
+    """
 
     def is_over(clone: Clone) -> bool:
         return clone.expires_ns is not None and clone.expires_ns <= time.time_ns()
 
     for each in find_all(root):
-        if is_over(each) and set_name in (None, each.set_name):
+        if is_over(each) and (set_name is None or each.set_name in (set_name, None)):
             with suppress(PgcdpError, OSError):
                 destroy(each.place, is_over)
 
 
 def clear_dead(root: Path, set_name: str) -> None:
-    """Remove what a crash of the machine left of clones of a set; those of this boot stay, whatever their state."""
+    """Remove what a crash of the machine left of clones of a set, and of those of a store alone, which have none.
+
+    Those of this boot stay, whatever their state.
+    """
 
     def is_left(clone: Clone) -> bool:
         return clone.boot_id != boot_id()
 
     for each in find_all(root):
-        if each.set_name == set_name and is_left(each):
+        if each.set_name in (set_name, None) and is_left(each):
             with suppress(PgcdpError, OSError):
                 destroy(each.place, is_left)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,14 +217,38 @@ def raise_found(client: EngineClient, error: Exception | None) -> None:
     try:
         status = client.request("status")
     except EngineGone:
-        with suppress(FileNotFoundError):
+        fenced = why_fenced(client)
+        if fenced is not None:
             raise PgcdpError(
-                (client.control.parent / FENCED_FILE).read_text(),
+                fenced,
                 "run this again; where the machine is too busy for views, raise fence_after in the set's settings",
             ) from error
         raise PreconditionError(
             "the engine that showed the recovery point was killed", "run this again, and see the kernel's log"
         ) from error
-    for found in sorted(status["errors"], key=lambda found: found["kind"] != "damage"):
+    for found in _damage_first(status["errors"]):
         kind = DamageError if found["kind"] == "damage" else PgcdpError
         raise kind(found["message"], found["hint"] or None) from error
+
+
+def problem(client: EngineClient) -> str | None:
+    """What a view could not read or write, damage first, or why it was ended; None when nothing is known."""
+    try:
+        found = _damage_first(client.request("status", timeout=5.0)["errors"])
+    except EngineGone:
+        return why_fenced(client)
+    except PreconditionError:  # too busy to answer in time
+        return None
+    return str(found[0]["message"]) if found else None
+
+
+def why_fenced(client: EngineClient) -> str | None:
+    """Why a view that has ended was fenced; None for one that was not."""
+    try:
+        return (client.control.parent / FENCED_FILE).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _damage_first(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(errors, key=lambda found: found["kind"] != "damage")

@@ -6,8 +6,11 @@ import random
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from pgcdp import api
@@ -130,6 +133,22 @@ def damaged_at(found: ProtectedSet, kind: str) -> tuple[Path, int, Target]:
         return frames.path, frames.entries[0].offset + 50, Target("boundary", 0)
 
 
+@contextmanager
+def flipped(path: Path, at: int) -> Iterator[None]:
+    """One bit is another one meanwhile."""
+
+    def flip() -> None:
+        with path.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1]))
+
+    flip()
+    yield
+    flip()
+
+
 @pytest.mark.parametrize("kind", ["superblock", "table", "backward"])
 @pytest.mark.parametrize("fs", ["ext4", "xfs"])
 def test_a_verification_that_meets_damage_names_the_file(
@@ -140,17 +159,28 @@ def test_a_verification_that_meets_damage_names_the_file(
     number = int(api.cut(found.name)["number"])
     wait_for_image(found, number)
     path, at, target = damaged_at(found, kind)
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    with pytest.raises(DamageError, match=rf"{path} has a damaged .* at offset \d+") as raised:
-        api.verify(found.name, target)
-    assert raised.value.exit_code == 5
-    assert raised.value.hint
-    assert not scratch_place(found.source()).exists()
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(bytes([byte]))
+    with flipped(path, at):
+        with pytest.raises(DamageError, match=rf"{path} has a damaged .* at offset \d+") as raised:
+            api.verify(found.name, target)
+        assert raised.value.exit_code == 5
+        assert raised.value.hint
+        assert not scratch_place(found.source()).exists()
     assert api.verify(found.name, target)["ok"]
+
+
+def test_damage_that_a_running_clone_meets_is_listed_with_its_file(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Postgres tells its client of an input/output error; of what, nobody would know."""
+    found = make_set(binaries_of(15), size=352 << 20)
+    found.sql(f"create table t as select n, '{MARKER.decode()}'::text from generate_series(1, 1) n")
+    number = int(api.cut(found.name)["number"])
+    wait_for_image(found, number)
+    path, at, _ = damaged_at(found, "table")
+    made = api.clone(found.name, Target("boundary", number))
+    try:
+        assert api.clones()["clones"][0]["problem"] is None
+        with flipped(path, at):
+            with psycopg.connect(made["dsn"]) as connection, pytest.raises(psycopg.Error):
+                connection.execute("select * from t")
+            assert f"{path} has a damaged" in api.clones()["clones"][0]["problem"]
+    finally:
+        api.destroy(made["name"])

@@ -100,6 +100,18 @@ def test_a_damaged_record_hides_no_clone_and_keeps_none(below: Path, spoil: Call
     assert cloned.find_every(Path("/root")) == [clone]
 
 
+def test_what_a_crash_left_of_a_clone_of_a_store_alone_goes_with_the_next_set(below: Path) -> None:
+    """It has no set whose `up` or agent would remove it."""
+    left = replace(made(below, "left", boot="the boot before"), set_name=None).save()
+    over = replace(made(below, "over", expires_ns=1), set_name=None).save()
+    stays = replace(made(below, "stays"), set_name=None).save()
+    cloned.clear_dead(Path("/root"), "main")
+    assert cloned.find_all(Path("/root")) == [over, stays]
+    cloned.expire(Path("/root"), "main")
+    assert cloned.find_all(Path("/root")) == [stays]
+    assert not left.place.exists()
+
+
 def test_of_two_that_bear_a_name_none_is_destroyed_by_guessing(below: Path) -> None:
     elsewhere = below.with_name("pgcdp-ba9876543210")
     elsewhere.mkdir(mode=0o711)
