@@ -224,3 +224,11 @@ def _render(value: Mapping[str, Any]) -> None:
     screen.text(line)
     for each in value["tablespaces"]:
         screen.text(f"tablespace {each['name'] or each['oid']} is in {each['directory']}")
+    made = Path(value["to"])
+    if (made / "PG_VERSION").exists() and not (made / "postgresql.conf").exists():
+        screen.text(
+            "there is no postgresql.conf in it: the cluster's configuration lay elsewhere, and is not in the store"
+        )
+        screen.text(
+            f"with a copy of it: postgres -D {made} -c config_file=FILE -c data_directory={made} -c hba_file=FILE"
+        )

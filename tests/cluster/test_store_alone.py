@@ -162,3 +162,33 @@ def test_the_agent_scrubs_and_says_what_it_found(make_set: MakeSet, pg_binaries:
     assert api.info(found.name)["damages"] == []
     history = found.source().store.history
     assert any(f'"event": "{scrubbing.SCRUB}"' in path.read_text() for path in history.glob("*.json"))
+
+
+def test_a_restored_cluster_without_its_configuration_starts_by_what_is_said(
+    make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """As Debian has it: what lies in /etc is in no volume, and its data_directory leads to production."""
+    found = make_set(binaries_of(15))
+    found.sql("create table t as select generate_series(1, 7) n")
+    own, etc = found.pgdata / "postgresql.conf", found.root / "etc.conf"
+    etc.write_text(own.read_text() + f"\ndata_directory = '{found.pgdata}'\nport = 5499\n")
+    os.chown(etc, postgres_user().uid, postgres_user().gid)
+    own.rename(found.pgdata / "away.conf")
+    subprocess.run(["sync", "-f", found.pgdata], check=True)
+    place = found.root / "restored"
+    command = [sys.executable, "-P", "-m", "pgcdp", "restore", "--to-directory", str(place)]
+    said = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True).stdout
+    (found.pgdata / "away.conf").rename(own)
+    assert "there is no postgresql.conf in it" in said
+    (line,) = [each for each in said.splitlines() if "postgres -D" in each]
+    words = line.split("postgres -D ")[1].replace("config_file=FILE", f"config_file={etc}")
+    words = words.replace("hba_file=FILE", f"hba_file={place}/pg_hba.conf")
+    cluster.start([str(found.binaries.path("postgres")), "-D", *words.split()], place, postgres_user())
+    try:
+        with psycopg.connect(f"host={found.sockets} port=5499 dbname=postgres user=postgres") as connection:
+            assert connection.execute("select count(*), current_setting('data_directory') from t").fetchone() == (
+                7,
+                str(place),
+            )
+    finally:
+        cluster.stop(place)
