@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -27,6 +25,7 @@ from pgcdp.store.frames import FrameReader
 from pgcdp.store.image import read_state
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet, assert_equal, cutting
+from tests.flipping import flipped
 from tests.load import ALLOWED, Load
 from tests.waiting import wait_until
 
@@ -133,22 +132,6 @@ def damaged_at(found: ProtectedSet, kind: str) -> tuple[Path, int, Target]:
         return frames.path, frames.entries[0].offset + 50, Target("boundary", 0)
 
 
-@contextmanager
-def flipped(path: Path, at: int) -> Iterator[None]:
-    """One bit is another one meanwhile."""
-
-    def flip() -> None:
-        with path.open("r+b") as file:
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 1]))
-
-    flip()
-    yield
-    flip()
-
-
 @pytest.mark.parametrize("kind", ["superblock", "table", "backward"])
 @pytest.mark.parametrize("fs", ["ext4", "xfs"])
 def test_a_verification_that_meets_damage_names_the_file(
@@ -159,7 +142,7 @@ def test_a_verification_that_meets_damage_names_the_file(
     number = int(api.cut(found.name)["number"])
     wait_for_image(found, number)
     path, at, target = damaged_at(found, kind)
-    with flipped(path, at):
+    with flipped(path, at, 0):
         with pytest.raises(DamageError, match=rf"{path} has a damaged .* at offset \d+") as raised:
             api.verify(found.name, target)
         assert raised.value.exit_code == 5
@@ -178,7 +161,7 @@ def test_damage_that_a_running_clone_meets_is_listed_with_its_file(make_set: Mak
     made = api.clone(found.name, Target("boundary", number))
     try:
         assert api.clones()["clones"][0]["problem"] is None
-        with flipped(path, at):
+        with flipped(path, at, 0):
             with psycopg.connect(made["dsn"]) as connection, pytest.raises(psycopg.Error):
                 connection.execute("select * from t")
             assert f"{path} has a damaged" in api.clones()["clones"][0]["problem"]

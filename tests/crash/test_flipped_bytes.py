@@ -7,11 +7,9 @@ need it must come back.
 
 from __future__ import annotations
 
-import os
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 from pgcdp.store.scrub import check_store
 from tests.fix_engine import Capture, MakeCapture
+from tests.flipping import flipped
 from tests.model import Write, read_journal, replay
 from tests.results import keep_result
 from tests.stage_history import VOLUMES, History, restored
@@ -89,18 +88,6 @@ def settle(make_capture: MakeCapture, seed: int) -> Settled:
         states = replay(states, writes[done:point], point)
         expected[point], done = states, point
     return Settled(capture, history.store.path, writes, boundaries, taken, sorted(points), expected, history)
-
-
-@contextmanager
-def flipped(file: Path, offset: int, bit: int) -> Iterator[None]:
-    """One bit of a file is another inside."""
-    with file.open("r+b", buffering=0) as handle:
-        before = os.pread(handle.fileno(), 1, offset)
-        os.pwrite(handle.fileno(), bytes([before[0] ^ (1 << bit)]), offset)
-        try:
-            yield
-        finally:
-            os.pwrite(handle.fileno(), before, offset)
 
 
 def assert_found_by_check(settled: Settled, file: Path, offset: int) -> None:
