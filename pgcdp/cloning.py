@@ -297,5 +297,6 @@ def _took(started: float, recovery: Recovery) -> Json:
         "from_lsn": None if recovery.from_lsn is None else format_lsn(recovery.from_lsn),
         "to_lsn": None if recovery.to_lsn is None else format_lsn(recovery.to_lsn),
         "seconds": round(recovery.seconds, 3),
+        "defaults": list(recovery.defaults),
     }
     return {"recovery": replayed, "seconds": round(time.monotonic() - started, 3)}

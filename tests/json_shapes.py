@@ -106,7 +106,7 @@ RESTORE: Shape = {
 SHOW: Shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "offset": int, "length": int,
                "interval": Maybe(int), "holds": {}}  # fmt: skip
 CLONE: Shape = {"name": str, "dsn": str, "last_transaction": Maybe({"xid": int, "time": TIME}), "seconds": float,
-                "recovery": {"from_lsn": Maybe(LSN), "to_lsn": Maybe(LSN), "seconds": float},
+                "recovery": {"from_lsn": Maybe(LSN), "to_lsn": Maybe(LSN), "seconds": float, "defaults": [str]},
                 **RESOLVED}  # fmt: skip
 CLONES: Shape = {"name": str, "set": Maybe(str), "store": Maybe(str),
                  "state": re.compile("running|opening|stopped|dead|damaged"),

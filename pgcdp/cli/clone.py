@@ -85,5 +85,7 @@ def render(value: Mapping[str, Any]) -> None:
             f", {format_duration(replay['seconds'])} of it Postgres's own start and replay from {replay['from_lsn']}"
         )
     screen.text(line)
+    if replay["defaults"]:
+        screen.text(f"at Postgres's defaults, since it refuses production's here: {', '.join(replay['defaults'])}")
     screen.text(f'connect: psql "{value["dsn"]}"')
     screen.text(f"remove:  pgcdp destroy {value['name']}")

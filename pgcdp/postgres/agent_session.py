@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Generator
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from typing import Any, TypeVar
 
 import asyncpg
@@ -15,6 +16,8 @@ from pgcdp.postgres.session import (
     DATABASES_SQL,
     HBA_KNOWN_SQL,
     HBA_SQL,
+    IN_FILES_KNOWN_SQL,
+    IN_FILES_SQL,
     LEAST_SQL,
     OPTIONS,
     SETTINGS_SQL,
@@ -103,6 +106,11 @@ class Session:
         """All rows of a statement."""
         return [tuple(row) for row in await self._ask(self._connection.fetch(sql))]
 
+    async def configuration_loaded(self) -> datetime:
+        """When Postgres read its configuration last."""
+        loaded: datetime = await self._ask(self._connection.fetchval("select pg_conf_load_time()"))
+        return loaded
+
     async def settings(self) -> Settings:
         """As `session.settings`."""
         await self._with_least_rights()  # the role may be there since, or have lost something
@@ -112,6 +120,8 @@ class Session:
         async with self._all_rights():  # to whom that view is granted, it shows secrets of LDAP, too
             known = await self._ask(self._connection.fetchval(HBA_KNOWN_SQL))
             hba = rules_in(await self._ask(self._connection.fetch(HBA_SQL))) if known else None
+            if await self._ask(self._connection.fetchval(IN_FILES_KNOWN_SQL)):
+                rows += [dict(row) for row in await self._ask(self._connection.fetch(IN_FILES_SQL))]
         return assembled(rows, superuser or "postgres", await self.databases(), [list(row) for row in spaces], hba)
 
     async def databases(self) -> list[Database]:

@@ -64,6 +64,19 @@ from pg_settings where source not in ('default', 'client', 'session') or name = 
   'server_version', 'data_directory', 'wal_init_zero', 'full_page_writes', 'fsync'])
 order by name collate "C"
 """
+IN_FILES_KNOWN_SQL = "select current_setting('is_superuser') = 'on'"
+IN_FILES_SQL = """
+select name, setting, null as unit, 'string' as vartype, 'user' as context, 'configuration file' as source,
+  sourcefile, sourceline, null as boot_val, false as pending_restart
+from pg_file_settings own
+where applied and (
+  name like '%.%' and setting = current_setting(name, true) and not exists (
+    select from pg_settings known where known.name like split_part(own.name, '.', 1) || '.%')
+  or name = 'search_path' and (pg_stat_file(sourcefile)).modification <= pg_conf_load_time())
+order by name collate "C"
+"""
+"""What is in force from the files, and pg_settings does not show: an application's own settings, as long as no library
+says what they mean (its settings may be secrets that are for superusers), and the search path, which is ours here."""
 SUPERUSER_SQL = "select rolname::text from pg_roles where oid = 10"
 DATABASES_SQL = """
 select oid::bigint, datname::text, datallowconn from pg_database order by oid
@@ -231,8 +244,8 @@ def query(connection: Connection, sql: str, limit: int | None = None, values: Se
 def settings(connection: Connection) -> Settings:
     """What an interval keeps about the configuration, ready for JSON.
 
-    `settings`: rows of pg_settings that are not default, and those that recovery compares; `superuser`: name of the
-    bootstrap role; `databases`; `tablespaces`: [oid, name, location]. `server_version_num` and `data_directory`.
+    `settings`: rows of pg_settings that are not default, and those that recovery compares, and, where this role may see
+    them, more from the configuration files (`IN_FILES_SQL`); `superuser`: name of the bootstrap role; `databases`; `tablespaces`: [oid, name, location]. `server_version_num` and `data_directory`.
     `hba`: rules for TCP as pg_hba_file_rules has them, [type, databases, users, address, netmask, method], with the
     method "cert" also where a certificate is asked for besides a password; None when this role may not see them, or
     the file has an error: another one is in force then.
@@ -241,6 +254,8 @@ def settings(connection: Connection) -> Settings:
 
     cursor = connection.cursor(row_factory=dict_row)
     rows = cursor.execute(SETTINGS_SQL).fetchall()
+    if connection.execute(IN_FILES_KNOWN_SQL).fetchone() == (True,):
+        rows += cursor.execute(IN_FILES_SQL).fetchall()
     superuser = connection.execute(SUPERUSER_SQL).fetchone()
     spaces = [list(row) for row in connection.execute(TABLESPACES_SQL).fetchall()]
     known = connection.execute(HBA_KNOWN_SQL).fetchone()

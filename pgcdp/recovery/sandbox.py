@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -64,6 +64,8 @@ class Recovery:
     from_lsn: int | None
     to_lsn: int | None
     warnings: tuple[str, ...]
+    defaults: tuple[str, ...] = ()
+    """Settings of production that Postgres refuses here, such as a locale of another machine: they have its defaults."""
 
 
 @dataclass(slots=True)
@@ -84,6 +86,11 @@ class Sandbox:
     hidden: tuple[Path, ...]
     owns_data: bool
     recovery: Recovery = field(default_factory=lambda: Recovery(0.0, None, None, ()))
+
+    @property
+    def configuration(self) -> Path:
+        """Its postgresql.conf."""
+        return self.scratch / "postgresql.conf"
 
     @property
     def log_file(self) -> Path:
@@ -205,19 +212,19 @@ def start(
                     "let others pass: chmod o+x on the directories above",
                 )
         prepare(found.path, found.user, moved)
-        argv = _command(sandbox, settings, found.major, override, hba)
+        argv = _command(sandbox, found.major, override, hba)
         # To look at 100,000 files takes as long as to start postgres. Should a link among them lead outside, it cannot
         # be written through meanwhile: the third wall. One that names production's directories is led there by that.
         with ThreadPoolExecutor(1) as beside:
             looked = beside.submit(own_places, found.path, moved, below=found.path / "base")
             try:
-                _run(sandbox, argv, timeout)
+                _run_configured(sandbox, argv, settings, timeout)
             except VerificationFailed:
                 if not looked.result():  # if it is a link, that is why
                     raise
                 _lead(looked.result())
                 sandbox.log_file.unlink(missing_ok=True)  # what it says of the first try is no complaint about the copy
-                _run(sandbox, argv, timeout)
+                _run_configured(sandbox, argv, settings, timeout)
             _lead(looked.result())
     except BaseException:
         sandbox.owns_data = False  # what cannot be started is not thrown away
@@ -306,27 +313,44 @@ def end_at_once(pgdata: Path) -> None:
 
 def _command(
     sandbox: Sandbox,
-    settings: Mapping[str, Any] | None,
     major: int,
     override: Mapping[str, str],
     hba_lines: Sequence[str],
 ) -> list[str]:
-    """Write the configuration and give postgres's command line."""
-    conf, hba, ident = (sandbox.scratch / name for name in ("postgresql.conf", "pg_hba.conf", "pg_ident.conf"))
+    """Postgres's command line, which names its configuration files; all but postgresql.conf are written."""
+    hba, ident = (sandbox.scratch / name for name in ("pg_hba.conf", "pg_ident.conf"))
     fixed = {
         "data_directory": str(sandbox.pgdata),
-        "config_file": str(conf),
+        "config_file": str(sandbox.configuration),
         "hba_file": str(hba),
         "ident_file": str(ident),
         "unix_socket_directories": str(sandbox.socket_directory),
         "port": str(PORT),
         **override,
     }
-    text, options = sandbox_settings.configuration(settings, sandbox.control, major, fixed)
-    _write_private(conf, text, sandbox.user)
     _write_private(hba, "".join(f"{line}\n" for line in ("local all all trust", *hba_lines)), sandbox.user)
     _write_private(ident, "", sandbox.user)
-    return [str(sandbox.binaries.path("postgres")), "-D", str(sandbox.pgdata), *options]
+    return [str(sandbox.binaries.path("postgres")), "-D", str(sandbox.pgdata), *sandbox_settings.options(major, fixed)]
+
+
+def _run_configured(sandbox: Sandbox, argv: Sequence[str], settings: Mapping[str, Any] | None, timeout: float) -> None:
+    """Start it, with as many of production's settings for sessions as this Postgres takes."""
+    refused: frozenset[str] = frozenset()
+    while True:
+        sandbox.configuration.unlink(missing_ok=True)
+        text = sandbox_settings.configuration(settings, sandbox.control, sandbox.binaries.major, refused)
+        _write_private(sandbox.configuration, text, sandbox.user)
+        try:
+            _run(sandbox, argv, timeout)
+        except VerificationFailed:
+            known = refused
+            refused |= sandbox_settings.refused(sandbox.log_file.read_text(errors="replace"))
+            if refused == known:
+                raise
+            sandbox.log_file.unlink()  # what it says of settings is no complaint about the copy
+        else:
+            break
+    sandbox.recovery = replace(sandbox.recovery, defaults=tuple(sorted(refused)))
 
 
 def _run(sandbox: Sandbox, argv: Sequence[str], timeout: float) -> None:

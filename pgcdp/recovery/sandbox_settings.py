@@ -1,12 +1,14 @@
 """What Postgres in a sandbox is told: a pure function from an interval's settings and pg_control to a configuration.
 
-Nothing is taken over from production but the limits that recovery compares or needs (`KEPT`). Everything that names a
-path, a peer, a program or a library, or that takes memory, is overridden on the command line, which beats every file.
+Taken over from production are the limits that recovery compares or needs (`KEPT`), and what a session may set for
+itself, on which answers and plans depend (`session_settings`). Everything that names a path, a peer, a program or a
+library, or that takes memory at its start, is overridden on the command line, which beats every file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -24,7 +26,26 @@ KEPT = (
     "track_commit_timestamp",
     "wal_log_hints",
 )
-"""Settings that a sandbox takes over."""
+"""Limits that a sandbox takes over."""
+
+_FOR_ALL = frozenset(("configuration file", "command line", "environment variable"))
+"""Sources of settings that hold for all sessions of production. Those of roles and databases are in the image."""
+_ALSO = frozenset(("session_replication_role", "lo_compat_privileges"))
+"""What only a superuser may set, and answers depend on."""
+_NOT_OF_SESSIONS_HERE = frozenset(
+    (
+        "application_name",  # of each client
+        "client_encoding",
+        "exit_on_error",  # the first statement that fails would end a check
+        "backend_flush_after",  # for production's disks
+        "commit_siblings",
+        "wal_sender_timeout",
+        "maintenance_work_mem",
+    )
+)
+_NOT_OF_SESSIONS_PREFIXES = ("debug_", "log_", "tcp_", "trace_", "client_connection_")
+_IN_A_FILE = re.compile(r"[A-Za-z_\x80-\uffff][\w$]*(\.[A-Za-z_\x80-\uffff][\w$]*)?")
+"""Names that guc-file.l reads (ID and QUALIFIED_ID); a command line takes others too."""
 
 _WAL_LEVELS = ("minimal", "replica", "logical")
 _SINCE = {"max_active_replication_origins": 18}
@@ -71,7 +92,7 @@ _OVERRIDES: tuple[tuple[str, str, int, int], ...] = (
     ("session_preload_libraries", "", 13, 99),
     ("local_preload_libraries", "", 13, 99),
     ("dynamic_library_path", "$libdir", 13, 99),
-    ("jit", "off", 13, 99),
+    ("jit", "off", 13, 99),  # of its results nothing depends on it, and it takes memory
     ("autovacuum", "off", 13, 99),
     ("superuser_reserved_connections", "0", 13, 99),
     ("reserved_connections", "0", 16, 99),
@@ -81,12 +102,15 @@ _OVERRIDES: tuple[tuple[str, str, int, int], ...] = (
     ("shared_buffers", "128MB", 13, 99),
     ("huge_pages", "off", 13, 99),
     ("maintenance_work_mem", "256MB", 13, 99),
-    ("work_mem", "16MB", 13, 99),
     ("max_slot_wal_keep_size", "64MB", 13, 99),  # nobody comes to fetch what the image's slots keep
     ("temp_tablespaces", "", 13, 99),
     ("stats_temp_directory", "pg_stat_tmp", 13, 14),
     ("fsync", "off", 13, 99),
     ("synchronous_commit", "off", 13, 99),
+    # accepts writes, and gives every check its time
+    ("default_transaction_read_only", "off", 13, 99),
+    ("idle_session_timeout", "0", 14, 99),
+    ("transaction_timeout", "0", 17, 99),
     # tells what it finds, here and in words that can be read, and hides no damage
     ("log_destination", "stderr", 13, 99),
     ("logging_collector", "off", 13, 99),
@@ -108,6 +132,15 @@ _SESSION_OPTIONS = (
     "lock_timeout=0",
     "idle_in_transaction_session_timeout=0",
     "default_transaction_read_only=off",
+    "default_transaction_isolation=read\\ committed",
+    "datestyle=ISO",
+    "intervalstyle=postgres",
+    "bytea_output=hex",
+    "extra_float_digits=1",
+    "standard_conforming_strings=on",
+    "default_tablespace=",
+    "session_replication_role=origin",
+    "client_min_messages=notice",
     "session_preload_libraries=",
     "local_preload_libraries=",
     "role=none",
@@ -135,19 +168,51 @@ def kept_limits(settings: Mapping[str, Any] | None, control: Control, major: int
     return limits
 
 
+def session_settings(settings: Mapping[str, Any] | None, major: int) -> dict[str, str]:
+    """What production's configuration said at that point of what any session may set for itself.
+
+    Formats, time zone, text search, planner and timeouts: the same statement gives the same answer by the same plan.
+    An extension's settings are kept where everybody may see and set them; here, where its library is not loaded,
+    Postgres would show them to everybody. `settings` as in `kept_limits`, whose values are in the units of pg_settings.
+    """
+    rows = () if settings is None else settings["settings"]
+    fixed = {name for name, _, first, last in _OVERRIDES if first <= major <= last}
+    return {
+        row["name"]: str(row["setting"])
+        for row in rows
+        if row.get("source") in _FOR_ALL
+        and (row.get("context") == "user" or row["name"] in _ALSO)
+        and row["name"] not in fixed | _NOT_OF_SESSIONS_HERE
+        and not row["name"].startswith(_NOT_OF_SESSIONS_PREFIXES)
+        and _IN_A_FILE.fullmatch(row["name"])
+        and not re.search(r"[\r\n\0]", str(row["setting"]))
+    }
+
+
 def configuration(
-    settings: Mapping[str, Any] | None, control: Control, major: int, fixed: Mapping[str, str]
-) -> tuple[str, tuple[str, ...]]:
-    """(text of postgresql.conf, command line options that override) of a sandbox.
+    settings: Mapping[str, Any] | None, control: Control, major: int, without: Collection[str] = ()
+) -> str:
+    """Text of a sandbox's postgresql.conf. `without`: names that are left at Postgres's defaults."""
+    kept = session_settings(settings, major) | kept_limits(settings, control, major)
+    lines = [f"{name} = '{_quoted(value)}'\n" for name, value in sorted(kept.items()) if name not in without]
+    return "".join(["# a sandbox of pgcdp: limits and sessions as in production\n", *lines])
+
+
+def options(major: int, fixed: Mapping[str, str]) -> tuple[str, ...]:
+    """Options of a sandbox's command line, which override its configuration file.
 
     `fixed` are settings that depend on its place (socket directory, port, hba_file, ...); they win over all others.
     """
-    limits = kept_limits(settings, control, major)
-    lines = [f"{name} = '{_quoted(value)}'" for name, value in sorted(limits.items())]
-    text = "# a sandbox of pgcdp: the limits that recovery compares; everything else is on the command line\n"
     overrides = {name: value for name, value, first, last in _OVERRIDES if first <= major <= last} | dict(fixed)
-    options = [word for name, value in overrides.items() for word in ("-c", f"{name}={value}")]
-    return text + "\n".join(lines) + "\n", tuple(options)
+    return tuple(word for name, value in overrides.items() for word in ("-c", f"{name}={value}"))
+
+
+_REFUSED = re.compile(r'] LOG:  [^"]*parameter "([^"]+)"')
+
+
+def refused(log: str) -> frozenset[str]:
+    """Settings of the configuration file that Postgres did not start with, by the first of them that it told."""
+    return frozenset(_REFUSED.findall(log) if re.search(r'configuration file "[^"]+" contains errors', log) else ())
 
 
 _HBA_WORDS = ("all", "sameuser", "samerole", "samegroup", "replication")

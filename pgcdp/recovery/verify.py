@@ -109,6 +109,8 @@ def recovery(box: Sandbox) -> Check:
         what = f"from {format_lsn(found.from_lsn)}, nothing to replay"
     else:
         what = f"from {format_lsn(found.from_lsn)} to {format_lsn(found.to_lsn)}"
+    if found.defaults:
+        what += f"; by default here: {', '.join(found.defaults)}"
     if found.warnings:
         return Check("recovery", False, found.seconds, f"{what}; {_some(found.warnings)}")
     return Check("recovery", True, found.seconds, what)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from typing import Any, TypeVar
 
 from pgcdp import log
@@ -27,6 +28,8 @@ InWorker = Callable[..., Awaitable[Any]]
 PATIENCE_SECONDS = 5.0
 """How long a step waits for Postgres, which may itself wait for a journal that only this agent can make room in."""
 SETTINGS_SECONDS = 60.0
+LOADED_SECONDS = 2.0
+"""How often it is asked whether the configuration was loaded anew since the settings were asked for."""
 LOOK_SECONDS = 30.0
 """How long a look at the catalogs waits for each database; other work goes on meanwhile."""
 
@@ -42,8 +45,9 @@ class Questions:
         self._in_worker = in_worker
         self._open: Session | None = None
         self._lock = asyncio.Lock()  # it answers one question at a time
-        self._settings_at = 0.0
-        self._looked_at = 0.0
+        self._settings_at = self._looked_at = -SETTINGS_SECONDS
+        self._loaded: datetime | None = None  # when the configuration was, behind which the settings were asked for
+        self._loaded_again = 0.0  # when that is asked next
         self._looking: asyncio.Task[tuple[Look, dict[str, str]]] | None = None
 
     @asynccontextmanager
@@ -60,11 +64,21 @@ class Questions:
 
     async def refresh_settings(self, *, busy: bool) -> None:
         """Postgres may be down for a while: then the last known settings hold. `busy`: it has a checkpoint to run."""
-        if busy or time.monotonic() - self._settings_at < SETTINGS_SECONDS:
+        now = time.monotonic()
+        due = now - self._settings_at >= SETTINGS_SECONDS
+        if busy or (now < self._loaded_again and not due):
             return
-        self._settings_at = time.monotonic()
-        with suppress(PgcdpError):
-            self.settings = await self._soon(self._read_settings())
+        if due:
+            self._settings_at = now
+        self._loaded_again = now + LOADED_SECONDS
+        try:
+            loaded = await self._soon(self._read_loaded())
+            if due or loaded != self._loaded:
+                self.settings = await self._soon(self._read_settings())
+                self._settings_at, self._loaded = now, loaded
+        except PgcdpError:
+            if time.monotonic() - now >= PATIENCE_SECONDS:  # the loop has more to do than to wait for it
+                self._loaded_again = now + SETTINGS_SECONDS
 
     async def look(self, stages: Stages, *, busy: bool) -> None:
         """Keep the names of relations with the open interval; without a look, those of the last one hold."""
@@ -112,6 +126,10 @@ class Questions:
         number = stages.newest.number if stages.newest is not None else 0
         before = await self._in_worker(newest_look, stages.store, number)
         return await look(Dsn.of(self._config), before, LOOK_SECONDS)
+
+    async def _read_loaded(self) -> datetime:
+        async with self.session() as session:
+            return await session.configuration_loaded()
 
     async def _read_settings(self) -> Settings:
         async with self.session() as session:

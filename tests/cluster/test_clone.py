@@ -183,6 +183,34 @@ def test_production_that_is_stopped_stays_as_it_is_byte_for_byte(make_set: MakeS
     assert after == before
 
 
+def test_a_clone_has_the_settings_of_its_point(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """Not those of now, and not Postgres's defaults: what a date means is for them to say."""
+    then = {"TimeZone": "Pacific/Auckland", "DateStyle": "SQL, DMY", "shop.tenant": "north", "search_path": "shop"}
+    found = make_set(pg_binaries, size=384 << 20, settings={**SETTINGS, **then})
+    found.sql("create schema shop; create table shop.days as select date '2026-02-01' as day")
+    found.durable()
+    early = api.cut(found.name)["number"]
+    with (found.pgdata / "postgresql.conf").open("a") as stream:
+        stream.write("TimeZone = 'UTC'\nDateStyle = 'ISO, MDY'\nshop.tenant = 'south'\n")
+    found.sql("select pg_reload_conf()")
+
+    def zone_kept() -> str:
+        cut = Target("boundary", api.cut(found.name)["number"])
+        source = found.source()
+        rows = source.settings(source.resolve(cut))["settings"]
+        return str(next(row["setting"] for row in rows if row["name"] == "TimeZone"))
+
+    wait_until(lambda: zone_kept() == "UTC", timeout=15, what="an interval has the new settings")
+    late = api.cut(found.name)["number"]
+    question = "select day::text, date '03/02/2026' - day, current_setting('TimeZone'), current_setting('shop.tenant') from days"
+    answers = {early: ("01/02/2026", 2, "Pacific/Auckland", "north"), late: ("2026-02-01", 29, "UTC", "south")}
+    for boundary, answer in answers.items():
+        made = api.clone(found.name, Target("boundary", boundary))
+        assert ask(made["dsn"], question) == [answer]
+        assert made["recovery"]["defaults"] == []
+        api.destroy(made["name"])
+
+
 def test_names_and_ports_that_are_taken_change_nothing(make_set: MakeSet, binaries_of: BindirOf) -> None:
     found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
     fill(found)

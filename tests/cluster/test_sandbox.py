@@ -220,6 +220,74 @@ def test_takes_little_of_the_machine(pg_binaries: Binaries, make_cluster: MakeCl
         assert {name: shown(box, name) for name in wanted} == wanted
 
 
+def test_sessions_are_as_in_production(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
+    """A statement that reads a date, the time zone or the planner's mind answers as it did there."""
+    kept = {
+        "TimeZone": "Pacific/Auckland",
+        "DateStyle": "SQL, DMY",
+        "default_text_search_config": "pg_catalog.german",
+        "enable_seqscan": "off",
+        "work_mem": "7MB",
+        "random_page_cost": "1.1",
+        "default_transaction_isolation": "repeatable read",
+        "statement_timeout": "1h",
+        "shop.tenant": "a'b\\c",
+        "search_path": 'shop, "$user", public',
+    }
+    other = {
+        "default_transaction_read_only": "on",
+        "log_min_duration_statement": "0",
+        "shared_buffers": "1MB",
+        "temp_tablespaces": "gone",
+        "jit_provider": "no_such_library",
+    }
+    live = make_cluster(pg_binaries)
+    live.stop()
+    with (live.pgdata / "postgresql.conf").open("a") as stream:
+        for name, wanted in (kept | other).items():
+            quoted = wanted.replace("\\", "\\\\").replace("'", "''")
+            stream.write(f"{name} = '{quoted}'\n")
+    live.start()
+    settings = live.settings()
+    live.sql("checkpoint")
+    copy = live.crash_copy(place / "copy")
+    with sandbox.start(copy, settings, parent=place) as box:
+        with psycopg.connect(box.dsn()) as plain:
+            found = {name: plain.execute("select current_setting(%s)", [name]).fetchone() for name in kept | other}
+        assert {name: found[name] for name in kept} == {name: (wanted,) for name, wanted in kept.items()}
+        assert found["default_transaction_read_only"] == ("off",)
+        assert found["shared_buffers"] == ("128MB",)
+        assert found["temp_tablespaces"] == ("",)
+        assert found["log_min_duration_statement"] == ("-1",)
+        assert found["jit_provider"] == ("llvmjit",)
+        assert box.recovery.defaults == ()
+        for name, wanted in {"DateStyle": "ISO, DMY", "statement_timeout": "0", "search_path": "public"}.items():
+            assert shown(box, name) == wanted, "pgcdp's own sessions read values in one format"
+
+
+def test_settings_that_postgres_refuses_here(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
+    """A locale that only production's machine has does not keep its backup from being opened; and no secret comes in."""
+    live = make_cluster(pg_binaries, TimeZone="Pacific/Auckland")
+    settings = live.settings()
+    row = {"unit": None, "vartype": "string", "context": "user", "source": "configuration file"}
+    settings["settings"] += [
+        {**row, "name": "lc_monetary", "setting": "xx_XX.nowhere"},
+        {**row, "name": "timezone_abbreviations", "setting": "Elsewhere"},
+        {**row, "name": "no_setting_of_this_version", "setting": "on"},
+        {**row, "name": "shop.note", "setting": "two\nlines"},
+        {**row, "name": "a.b.c", "setting": "no name for a file"},
+        {**row, "name": "anon.salt", "setting": "secret", "context": "superuser"},
+        {**row, "name": "bytea_output", "setting": "escape", "source": "user"},
+    ]
+    copy = live.crash_copy(place / "copy")
+    with sandbox.start(copy, settings, parent=place) as box:
+        assert box.recovery.defaults == ("lc_monetary", "no_setting_of_this_version", "timezone_abbreviations")
+        assert box.recovery.warnings == ()
+        assert shown(box, "TimeZone") == "Pacific/Auckland"
+        text = box.configuration.read_text()
+        assert not any(word in text for word in ("shop.note", "a.b.c", "anon.salt", "secret", "bytea_output"))
+
+
 def test_destroy_leaves_nothing(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
     live = make_cluster(pg_binaries)
     copy = live.crash_copy(place / "copy")
