@@ -40,6 +40,7 @@ from pgcdp.serving.healing import Healing, refuse_while_tracking
 from pgcdp.serving.keeping import Keeping
 from pgcdp.serving.metrics import Numbers, registry
 from pgcdp.serving.metrics_door import MetricsService
+from pgcdp.serving.prover import Prover
 from pgcdp.serving.questions import Questions
 from pgcdp.serving.rates import Rates
 from pgcdp.serving.store import open_store, without_put_back
@@ -93,6 +94,7 @@ class Agent:
         self.metrics = MetricsService(config.metrics_listen, registry(config, self._numbers))
         self.background = Background(config, self.stopping.is_set)
         self.keeping = Keeping(config)
+        self.prover = Prover(config)
         self.healing = Healing(self.engine)
 
     # --- life
@@ -122,6 +124,7 @@ class Agent:
             os.umask(mask)
         logger.info("agent of set %s, pid %d", self.config.name, os.getpid())
         expiring = asyncio.create_task(self.background.expire_clones())
+        proving = asyncio.create_task(self.prover.run())
         self.keeping.start()
         try:
             while not self.stopping.is_set():
@@ -129,7 +132,7 @@ class Agent:
         finally:
             server.close()
             self.metrics.close()
-            for task in (self.cutting.asking, self.learning, expiring):
+            for task in (self.cutting.asking, self.learning, expiring, proving):
                 if task is not None:
                     task.cancel()
                     with suppress(asyncio.CancelledError, Exception):  # whatever it says, the store is let go of
@@ -363,7 +366,9 @@ class Agent:
         return {
             "hint": self.hint if self.error else None,
             **stored_json(self._newest()),
-            **describe(self.stages, self.error, self.waiting, self.questions, self.surroundings, self.background),
+            **describe(
+                self.stages, self.error, self.waiting, self.questions, self.surroundings, self.background, self.prover
+            ),
             "rates": self.rates.told(),
             "metrics": self.metrics.told(),
             "not_kept": self.keeping.error,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 import threading
 from collections import defaultdict
 from contextlib import suppress
@@ -23,6 +24,9 @@ _M_ARENA_MAX = -8
 _SYS_IOPRIO_SET = defaultdict(lambda: 30, {"x86_64": 251})  # the generic number elsewhere
 _IOPRIO_WHO_PROCESS = 1
 _IOPRIO_IDLE = 3 << 13
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
 
 KEPT_BYTES = 128 << 20
 """Freed memory up to this is not given back to the kernel."""
@@ -40,6 +44,14 @@ def give_way_wholly() -> None:
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, thread, 19)
         ctypes.CDLL(None).syscall(_SYS_IOPRIO_SET[platform.machine()], _IOPRIO_WHO_PROCESS, thread, _IOPRIO_IDLE)
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the thread ends that started this process, or at once when it has ended already."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent or parent == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def keep_freed_memory() -> None:

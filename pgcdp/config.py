@@ -77,6 +77,7 @@ class Config:
     metrics_listen: str = "off"
     scrub_every: float | None = 7 * 86400.0
     scrub_rate: int = 32 << 20
+    verify_boundaries: bool = False
     root: Path = field(default_factory=lambda: root_directory())
 
     @property

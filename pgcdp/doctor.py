@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,7 @@ def examine(
         ("places", lambda: _places(config)),
         ("space", lambda: space.examine(config, engine, opened)),
         ("retention", lambda: _retention(config)),
+        ("proofs", lambda: _proofs(config)),
         ("machine", lambda: _machine(config)),
         ("clock", lambda: _clock(config, opened)),
         ("journal", lambda: _journal(config, engine, full)),
@@ -241,6 +243,20 @@ def _retention(config: Config) -> Iterator[Finding]:
     else:
         least = f", least_free {format_size(policy.least_free)}" if policy.least_free else ""
         yield passed("retention", told + least)
+
+
+def _proofs(config: Config) -> Iterator[Finding]:
+    if not config.verify_boundaries:
+        return
+    told: dict[str, Any] = {}
+    with suppress(service.AgentGone):
+        told = service.ask(config.paths, "status").get("proving") or {}
+    if told.get("problem"):
+        yield failed("proofs", told["problem"], "pgcdp info tells which boundaries were proven, pgcdp verify tries one")
+    elif told.get("boundary") is None:
+        yield passed("proofs", "each boundary is proven as it is cut; none yet since the agent has begun")
+    else:
+        yield passed("proofs", f"each boundary is proven as it is cut, the last one {told['boundary']}")
 
 
 def _journal(config: Config, engine: EngineStatus | None, full: bool) -> Iterator[Finding]:

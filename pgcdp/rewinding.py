@@ -84,6 +84,8 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
         left = pending(paths)
         _refuse_point(config, point, below, progress)
         if left is not None and left.step in ("write", "start"):
+            capture = attach.start_capture(config, progress, captured=lambda: service.start(config))
+            _refuse_full(config, capture.next_status(), point, below)
             _log.warning("the rewind to write %d is given up for one to write %d", left.point.write, point.write)
             begun = time.monotonic()
             return _finish(config, _begin_anew(config, left, point), below, progress), time.monotonic() - begun

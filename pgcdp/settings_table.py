@@ -90,6 +90,8 @@ SETTINGS: tuple[Setting, ...] = (
             "how often the agent reads all of the store and checks every checksum, in the background", "now"),
     Setting("scrub_rate", values.size(0, 1), exact_size, "32M", "a size such as 32M, or 0 for as fast as it goes",
             "bytes a second that such a scrub, and check --full, read at most", "now"),
+    Setting("verify_boundaries", values.flag, bool, False, "true or false",
+            "whether the agent proves each boundary as it is cut, as verify does, giving way to all other work", "now"),
     Setting("cluster.version", values.number(13, 99), int, None, "a major version from 13",
             "major version of Postgres", "fixed"),
     Setting("cluster.bindir", values.path, str, None, _PATHS, "directory of its programs", "up"),

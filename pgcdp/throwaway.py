@@ -114,7 +114,8 @@ def rooted_at(place: Path) -> Iterator[None]:
     """PGCDP_ROOT of this process and of all that it starts."""
     before = os.environ.get("PGCDP_ROOT")
     os.environ["PGCDP_ROOT"] = str(place)
-    place.mkdir(mode=0o755)
+    place.mkdir()
+    place.chmod(0o755)  # whatever the umask says
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp.background import give_way
-from pgcdp.errors import TargetError
+from pgcdp.errors import DamageError, PgcdpError, TargetError, UsageError
 from pgcdp.opening import (
     Announce,
     between,
@@ -33,6 +33,9 @@ Json = dict[str, Any]
 
 LOOK_SECONDS = 1.0
 """How often a new boundary is looked for."""
+TRIES = 3
+RETRY_SECONDS = 10.0
+"""Between them: a view that was fenced, or room that was lacking, is no verdict on the boundary."""
 
 
 def verify(
@@ -72,18 +75,35 @@ def verify_sample(
 
 
 def verify_boundaries(set_name: str, *, sql_file: Path | None = None, progress: Report = silent) -> Iterator[Json]:
-    """The newest boundary, then each as it is cut, without end and giving way to all other work: parts of "results"."""
+    """The newest boundary, then each as it is cut, without end and giving way to all other work: parts of "results".
+
+    A boundary that cannot be opened is tried `TRIES` times, then told as {"boundary", "not_proven": why}, and the next
+    one's turn comes; so is one that retention let go of meanwhile. Raises PgcdpError when the store cannot be read.
+    """
     give_way()
     done = max(open_source(set_name, None).store.interval_numbers(), default=0) - 1
     while True:
-        source = open_source(set_name, None)
-        behind = [number for number in source.store.interval_numbers() if number > done]
+        behind = [number for number in open_source(set_name, None).store.interval_numbers() if number > done]
         if not behind:
             time.sleep(LOOK_SECONDS)
         for number in behind:
-            source = open_source(set_name, None)
-            yield prove(source, set_name, source.resolve(Target("boundary", number)), sql_file, progress)
+            yield _prove_boundary(set_name, number, sql_file, progress)
             done = number
+
+
+def _prove_boundary(set_name: str, number: int, sql_file: Path | None, progress: Report) -> Json:
+    """An element of "results", or why there is none."""
+    for tried in range(1, TRIES + 1):
+        try:
+            source = open_source(set_name, None)
+            return prove(source, set_name, source.resolve(Target("boundary", number)), sql_file, progress)
+        except PgcdpError as error:
+            problem = error
+        if isinstance(problem, TargetError | UsageError | DamageError) or tried == TRIES:
+            break
+        progress(Progress(f"boundary {number}: {problem.message}; trying again"))
+        time.sleep(RETRY_SECONDS)
+    return {"boundary": number, "not_proven": problem.message}
 
 
 def prove(

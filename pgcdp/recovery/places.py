@@ -73,6 +73,7 @@ def alone(below: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             if is_still(below, fd):
+                os.fchmod(fd, 0o711)  # whatever the umask says
                 yield
                 return
         finally:

@@ -113,6 +113,7 @@ def _copy(trees: Mapping[Path, Path], beside: Path, owner: tuple[int, int], prog
                 remove(place)
                 if place.parent == beside:
                     beside.mkdir(mode=0o711, exist_ok=True)
+                    beside.chmod(0o711)  # whatever the umask says
                 place.mkdir(mode=0o700)
                 os.chown(place, *owner)
                 made.append(place)

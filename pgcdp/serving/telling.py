@@ -14,6 +14,7 @@ from pgcdp.intervals.stages import Stages
 from pgcdp.opening import outside_json
 from pgcdp.records import Boundary
 from pgcdp.serving.background import Background
+from pgcdp.serving.prover import Prover
 from pgcdp.serving.questions import Questions
 from pgcdp.serving.surroundings import Surroundings
 
@@ -25,6 +26,7 @@ def describe(
     questions: Questions,
     surroundings: Surroundings,
     background: Background,
+    prover: Prover,
 ) -> dict[str, Any]:
     """The answer to {"cmd":"status"}. `waiting`: for which views the image waits."""
     reply: dict[str, Any] = {"pid": os.getpid(), "error": error, "phase": "starting"}
@@ -47,6 +49,7 @@ def describe(
         "outside": outside_json(rows_of(surroundings.outside)),
         "not_expired": background.not_expired,
         "scrubbing": background.scrubber.running,
+        "proving": {"boundary": prover.proven, "problem": prover.problem},
     }
 
 

@@ -197,8 +197,9 @@ def test_a_clone_has_the_settings_of_its_point(make_set: MakeSet, pg_binaries: B
     def zone_kept() -> str:
         cut = Target("boundary", api.cut(found.name)["number"])
         source = found.source()
-        rows = source.settings(source.resolve(cut))["settings"]
-        return str(next(row["setting"] for row in rows if row["name"] == "TimeZone"))
+        kept = source.settings(source.resolve(cut))
+        assert kept is not None
+        return str(next(row["setting"] for row in kept["settings"] if row["name"] == "TimeZone"))
 
     wait_until(lambda: zone_kept() == "UTC", timeout=15, what="an interval has the new settings")
     late = api.cut(found.name)["number"]
@@ -209,6 +210,23 @@ def test_a_clone_has_the_settings_of_its_point(make_set: MakeSet, pg_binaries: B
         assert ask(made["dsn"], question) == [answer]
         assert made["recovery"]["defaults"] == []
         api.destroy(made["name"])
+
+
+def test_a_strict_umask_keeps_nobody_out(make_set: MakeSet, binaries_of: BindirOf, tmp_path: Path) -> None:
+    """What Postgres's own user must pass through is made so, on a machine where root's files are root's alone."""
+    found = make_set(binaries_of(15), size=384 << 20, settings=SETTINGS)
+    fill(found)
+    place = found.root / "restored"
+    for words in (
+        ["clone", "--name", "strict"],
+        ["verify"],
+        ["salvage", "--table", "orders", "--file", str(tmp_path / "orders.sql")],
+        ["restore", "--to-directory", str(place)],
+        ["destroy", "strict"],
+    ):
+        command = [sys.executable, "-P", "-m", "pgcdp", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, umask=0o077)
+        assert done.returncode == 0, (words, done.stderr)
 
 
 def test_names_and_ports_that_are_taken_change_nothing(make_set: MakeSet, binaries_of: BindirOf) -> None:

@@ -16,6 +16,7 @@ import pytest
 from pgcdp import api
 from pgcdp.capture import attach
 from pgcdp.errors import PreconditionError, TargetError, UsageError
+from pgcdp.fsio import free_space
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
@@ -432,6 +433,33 @@ def test_a_target_on_which_postgres_does_not_start_can_be_left_again(make_set: M
     rewind(found, Target("name", name=mark))
     assert ledger(found) == list(range(1, 8))
     assert api.status(found.name)["error"] is None
+
+
+def test_a_rewind_in_place_of_another_looks_for_room_too(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Else production, down already, would be down until somebody has made room, with two rewinds half done."""
+    found = make_set(binaries_of(15), protect=False, allowed=WITHOUT_START)
+    found.store.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(found.store)], check=True)
+    try:
+        found.protect(size=384 << 20, settings={}, journal_limit=2 << 30)
+        found.sql("create table ledger (n int primary key)")
+        found.sql("insert into ledger select generate_series(1, 7)")
+        early = found.durable()
+        point = point_without_start(found)
+        with pytest.raises(PreconditionError, match="did not come up"):
+            rewind(found, Target("write", point))
+        left = found.config.paths.rewind_state.read_bytes()
+        filler = found.store / "filler"
+        filler.write_bytes(bytes(free_space(found.store) - (100 << 20)))
+        with pytest.raises(PreconditionError, match=f"the store at {found.store} has .* the rewind may need"):
+            rewind(found, Target("write", early))
+        assert found.config.paths.rewind_state.read_bytes() == left, "nothing was begun"
+        filler.unlink()
+        rewind(found, Target("write", early))
+        assert ledger(found) == list(range(1, 8))
+        api.down(found.name)
+    finally:
+        subprocess.run(["umount", "--lazy", str(found.store)], check=True)
 
 
 @pytest.mark.parametrize("where", ["store", "journal"])

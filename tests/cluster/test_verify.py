@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pgcdp import api
+from pgcdp import api, opening, proc, service
+from pgcdp.background import NICE
 from pgcdp.errors import UsageError
+from pgcdp.fsio import write_atomic
 from pgcdp.postgres.cluster import Binaries
-from pgcdp.records import Check
+from pgcdp.records import BLOCK, Check
 from pgcdp.recovery import sandbox, verify
+from pgcdp.store.image import read_state
 from pgcdp.units import parse_time
 from tests.fix_postgres import BindirOf, Live, MakeCluster
-from tests.fix_sets import MakeSet
+from tests.fix_sets import MakeSet, ProtectedSet
+from tests.flipping import flipped
 from tests.scratch import scratch_directory
+from tests.waiting import wait_until
 
 CHECKS = sorted((Path(__file__).resolve().parents[2] / "sql" / "checks").glob("*.sql"))
 
@@ -228,3 +237,109 @@ def test_writes_at_random_and_each_boundary_are_proven(make_set: MakeSet, binari
     assert all(began <= parse_time(each["verified"]["time"]) <= time.time_ns() for each in intervals), "last proven"
     shown = subprocess.run([*command[:4], "info"], capture_output=True, text=True, cwd="/", check=True).stdout
     assert len(re.findall(r"ok \d{4}-\d\d-\d\dT\d\d:\d\dZ", shown)) == len(intervals)
+
+
+def prover_of(found: ProtectedSet) -> int | None:
+    """The process with which the agent proves boundaries."""
+    words = (f"verify\0{found.name}\0--every-boundary").encode()
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if words in (directory / "cmdline").read_bytes():
+                return int(directory.name)
+    return None
+
+
+def in_background(found: ProtectedSet, wanted: bool) -> None:
+    file = found.config.paths.config_file
+    text = re.sub(r"(?m)^verify_boundaries = .*$", f"verify_boundaries = {str(wanted).lower()}", file.read_text())
+    write_atomic(file, text.encode())  # the agent may be reading it
+
+
+def proofs(found: ProtectedSet) -> dict[str, Any]:
+    return next(check for check in api.check(found.name)["checks"] if check["name"] == "proofs")
+
+
+def is_proven(found: ProtectedSet, number: int) -> bool:
+    row = next(row for row in api.info(found.name)["intervals"] if row["number"] == number)
+    return row["verified"] is not None and row["verified"]["ok"]
+
+
+def places_left(found: ProtectedSet) -> list[str]:
+    with suppress(FileNotFoundError):
+        return [str(path) for path in opening.scratch_place(found.source()).iterdir()]
+    return []
+
+
+def test_boundaries_are_proven_in_the_background_and_give_way(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings={"autovacuum": "off"})
+    found.sql("create table t as select n as id from generate_series(1, 100000) n")
+    assert prover_of(found) is None, "only when it is asked for"
+    in_background(found, True)
+    first = api.cut(found.name)["number"]
+    prover = wait_until(lambda: prover_of(found), what="the agent begins")
+    assert prover is not None
+    seen: set[tuple[int, int]] = set()
+
+    def sandboxes() -> bool:
+        """Also of what it starts: the view's engine and Postgres."""
+        for directory in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, IndexError):
+                if b"pgcdp-sandbox" in (directory / "cmdline").read_bytes():
+                    pid = int(directory.name)
+                    seen.add((os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid)))
+        return bool(seen) and is_proven(found, first)
+
+    wait_until(sandboxes, timeout=60, what="it is proven")
+    seen.add((os.getpriority(os.PRIO_PROCESS, prover), os.sched_getscheduler(prover)))
+    assert {scheduler for _, scheduler in seen} == {os.SCHED_BATCH}
+    assert min(nice for nice, _ in seen) > NICE, "the agent itself goes first"
+    second = api.cut(found.name)["number"]
+    wait_until(lambda: is_proven(found, second), timeout=60, what="the next one is proven, too")
+    wait_until(lambda: f"last one {second}" in proofs(found)["detail"], what="check tells it")
+    in_background(found, False)
+    wait_until(lambda: prover_of(found) is None, what="it ends")
+    assert "proofs" not in {check["name"] for check in api.check(found.name)["checks"]}
+    wait_until(lambda: places_left(found) == [], what="it takes all away")
+
+
+@pytest.mark.parametrize("victim", ["agent", "prover"])
+def test_who_proves_is_killed(make_set: MakeSet, binaries_of: BindirOf, victim: str) -> None:
+    """The agent's end is its end; its own end is not the last word."""
+    found = make_set(binaries_of(15), size=384 << 20, settings={"autovacuum": "off"})
+    in_background(found, True)
+    api.cut(found.name)
+    prover = wait_until(lambda: prover_of(found), what="the agent begins")
+    assert prover is not None
+    wait_until(lambda: places_left(found) != [], what="it is in the middle of a proof")
+    os.kill(service.ask(found.config.paths, "status")["pid"] if victim == "agent" else prover, signal.SIGKILL)
+    if victim == "agent":
+        wait_until(lambda: not proc.exists(prover), what="it ends with the agent")
+        assert places_left(found) == []
+        service.start(found.config)
+    wait_until(lambda: prover_of(found) not in (None, prover), what="another one begins")
+    number = api.cut(found.name)["number"]
+    wait_until(lambda: is_proven(found, number), timeout=60, what="a boundary is proven")
+
+
+def test_a_boundary_that_is_not_right_is_told_and_the_next_one_is_looked_at(
+    make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    found = make_set(binaries_of(15), size=384 << 20, settings={"autovacuum": "off"})
+    found.allowed += ["was not proven: .* has a damaged block"]
+    marker = "the row on the damaged block"
+    found.sql(f"create table t as select '{marker}' as words")
+    found.sql("vacuum freeze t")  # the block is not written again: the next interval does not look at it
+    number = api.cut(found.name)["number"]
+    store = found.source().store
+    wait_until(lambda: read_state(store).boundary >= number, what="the image moves")
+    image = store.image / "data.img"
+    places = [match.start() for match in re.finditer(marker.encode(), image.read_bytes())]
+    row = next(at for at in places if -(at + len(marker)) % BLOCK < 8)  # at the end of its page, not in the WAL
+    with flipped(image, row, 1):
+        in_background(found, True)
+        wait_until(lambda: not proofs(found)["ok"], timeout=60, what="check tells of the damage")
+        number = api.cut(found.name)["number"]
+        wait_until(lambda: f"boundary {number} " in proofs(found)["detail"], timeout=60, what="the next one's turn")
+    number = api.cut(found.name)["number"]
+    wait_until(lambda: is_proven(found, number), timeout=60, what="all is well again")
+    wait_until(lambda: proofs(found)["ok"], what="check tells it")
