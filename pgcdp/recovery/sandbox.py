@@ -65,7 +65,7 @@ class Recovery:
     to_lsn: int | None
     warnings: tuple[str, ...]
     defaults: tuple[str, ...] = ()
-    """Settings of production that Postgres refuses here, such as a locale of another machine: they have its defaults."""
+    """Settings of production that Postgres refuses here, such as a locale of another machine: at its defaults."""
 
 
 @dataclass(slots=True)

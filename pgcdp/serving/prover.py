@@ -1,4 +1,4 @@
-"""The agent's prover: each boundary is proven as it is cut, by a process beside the agent that gives way to all else."""
+"""The agent's prover: each boundary is proven as it is cut, by a process beside it that gives way to all else."""
 
 from __future__ import annotations
 

@@ -203,7 +203,9 @@ def test_a_clone_has_the_settings_of_its_point(make_set: MakeSet, pg_binaries: B
 
     wait_until(lambda: zone_kept() == "UTC", timeout=15, what="an interval has the new settings")
     late = api.cut(found.name)["number"]
-    question = "select day::text, date '03/02/2026' - day, current_setting('TimeZone'), current_setting('shop.tenant') from days"
+    question = """
+        select day::text, date '03/02/2026' - day, current_setting('TimeZone'), current_setting('shop.tenant') from days
+    """
     answers = {early: ("01/02/2026", 2, "Pacific/Auckland", "north"), late: ("2026-02-01", 29, "UTC", "south")}
     for boundary, answer in answers.items():
         made = api.clone(found.name, Target("boundary", boundary))

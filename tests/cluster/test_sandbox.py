@@ -266,7 +266,7 @@ def test_sessions_are_as_in_production(pg_binaries: Binaries, make_cluster: Make
 
 
 def test_settings_that_postgres_refuses_here(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
-    """A locale that only production's machine has does not keep its backup from being opened; and no secret comes in."""
+    """A locale that only production's machine has keeps its backup from nothing; and no secret comes in."""
     live = make_cluster(pg_binaries, TimeZone="Pacific/Auckland")
     settings = live.settings()
     row = {"unit": None, "vartype": "string", "context": "user", "source": "configuration file"}
