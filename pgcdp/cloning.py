@@ -16,6 +16,7 @@ from pgcdp.around import end_json
 from pgcdp.capture.control import EngineClient
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UsageError
 from pgcdp.opening import (
+    Announce,
     between,
     binaries_of,
     open_source,
@@ -52,11 +53,13 @@ def clone(
     ttl: float | None = None,
     store: Path | None = None,
     before: str | None = None,
+    announce: Announce | None = None,
     progress: Report = silent,
 ) -> Json:
     """Open the recovery point as a running Postgres that accepts writes; nothing is copied.
 
-    `ttl`: seconds until it is destroyed by itself (the agent does it, and the next command about clones).
+    `ttl`: seconds until it is destroyed by itself (the agent does it, and the next command about clones). `announce`
+    is told which recovery point it is, {"recovery_point"}, before anything is made.
     """
     started = time.monotonic()
     root = root_directory()
@@ -65,6 +68,8 @@ def clone(
     cloned.expire(root)
     source = open_source(set_name, store, trusting=True)
     point = point_of(source, target, before)
+    if announce is not None:
+        announce({"recovery_point": point_json(point)})
     # What lies on both sides is read in the WAL behind the last boundary, which may be long: the clone opens meanwhile.
     with ThreadPoolExecutor(2) as beside:
         binaries = beside.submit(binaries_of, source, set_name)

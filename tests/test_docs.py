@@ -40,7 +40,7 @@ def test_every_command_and_option_is_documented(verb: str) -> None:
     assert command.help
     assert "Examples:" in section
     for parameter in command.params:
-        if isinstance(parameter, click.Option):
+        if isinstance(parameter, click.Option) and not parameter.hidden:
             assert parameter.help, f"{parameter.name} has no help"
             assert all(name in section for name in parameter.opts)
 

@@ -10,7 +10,7 @@ import click
 
 from pgcdp import units
 from pgcdp.cli import options, screen
-from pgcdp.cli.restore import announce
+from pgcdp.cli.restore import announce_point, announce_sides
 from pgcdp.errors import UsageError
 from pgcdp.units import format_duration
 
@@ -70,6 +70,7 @@ def command(
             ttl=ttl,
             store=store,
             before=before,
+            announce=announce_point if output == "text" else None,
             progress=progress,
         )
     screen.result(value, output, render)
@@ -77,7 +78,7 @@ def command(
 
 def render(value: Mapping[str, Any]) -> None:
     """Where a clone stands that runs, and what to type next."""
-    announce(value)
+    announce_sides(value)
     replay = value["recovery"]
     line = f"clone {value['name']} runs after {format_duration(value['seconds'])}"
     if replay["from_lsn"] is not None:

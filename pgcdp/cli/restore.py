@@ -179,10 +179,20 @@ def _render_rewind(value: Mapping[str, Any]) -> None:
 
 def announce(resolved: Mapping[str, Any]) -> None:
     """Say what a target resolved to, before anything is done."""
+    announce_point(resolved)
+    announce_sides(resolved)
+
+
+def announce_point(resolved: Mapping[str, Any]) -> None:
+    """Which recovery point it is."""
     screen.note("recovery point: " + point(resolved))
     note = resolved["recovery_point"]["note"]
     if note:
         screen.note(f"note: {note}")
+
+
+def announce_sides(resolved: Mapping[str, Any]) -> None:
+    """What is in it and what is not."""
     if resolved["outside"] is None:
         screen.note("whether data lay outside of the set then is not known")
     for each in resolved["outside"] or ():

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pgcdp.cli import clone, options, screen
-from pgcdp.cli.restore import counted
+from pgcdp.cli.restore import announce_point, counted
 from pgcdp.errors import UsageError
 
 
@@ -57,4 +57,5 @@ def _render(value: Mapping[str, Any]) -> None:
         if value["transactions"][way] > len(told):
             screen.text(f"and {value['transactions'][way] - len(told)} more {word}")
     screen.text("what was written to the clone is dropped")
+    announce_point(value)
     clone.render(value)

@@ -56,9 +56,9 @@ def command(
 
     It is opened in place, not copied, and Postgres started on it: crash recovery, page checksums where the cluster has
     them, pg_amcheck on every index, and your own assertions. Nothing outside the scratch place is touched. Without a
-    target it is the newest write. Exit code 4 when a check fails. With --every-boundary it goes on behind a boundary that
-    is not right, and --output json gives one object a line; the agent does the same with verify_boundaries = true in
-    the set's settings. pgcdp info shows when each interval was proven.
+    target it is the newest write. Exit code 4 when a check fails. With --every-boundary it goes on behind a boundary
+    that is not right, and --output json gives one object a line; the agent does the same with verify_boundaries = true
+    in the set's settings. pgcdp info shows when each interval was proven.
     """
     from pgcdp import api
 

@@ -245,7 +245,8 @@ def settings(connection: Connection) -> Settings:
     """What an interval keeps about the configuration, ready for JSON.
 
     `settings`: rows of pg_settings that are not default, and those that recovery compares, and, where this role may see
-    them, more from the configuration files (`IN_FILES_SQL`); `superuser`: name of the bootstrap role; `databases`; `tablespaces`: [oid, name, location]. `server_version_num` and `data_directory`.
+    them, more from the configuration files (`IN_FILES_SQL`); `superuser`: name of the bootstrap role; `databases`;
+    `tablespaces`: [oid, name, location]. `server_version_num` and `data_directory`.
     `hba`: rules for TCP as pg_hba_file_rules has them, [type, databases, users, address, netmask, method], with the
     method "cert" also where a certificate is asked for besides a password; None when this role may not see them, or
     the file has an error: another one is in force then.

@@ -71,7 +71,14 @@ def told_by(store: Path) -> dict[Path, bytes]:
 
 def test_a_clone_before_the_mistake_accepts_writes_and_touches_nothing_else(orders: ProtectedSet) -> None:
     before = told_by(orders.config.store)
-    made = api.clone(orders.name, Target("newest"), before="delete from orders", name="saved")
+    announced: list[Any] = []
+
+    def announce(told: dict[str, Any]) -> None:
+        announced.append((told["recovery_point"], api.clones()["clones"]))
+
+    target = Target("newest")
+    made = api.clone(orders.name, target, before="delete from orders", name="saved", announce=announce)
+    assert announced == [(made["recovery_point"], [])], "which point it is, is told before anything is made"
     other = api.clone(orders.name, Target("newest"))
     assert made["name"] == "saved"
     assert other["name"] == "main-1"

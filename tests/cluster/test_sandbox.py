@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -16,6 +18,7 @@ from pgcdp.postgres.cluster import Binaries
 from pgcdp.recovery import sandbox
 from tests.fix_postgres import MakeCluster, postgres_user
 from tests.sandboxed import fingerprint, shown, value
+from tests.waiting import wait_until
 
 
 def test_recovers_and_says_what_it_did(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
@@ -190,6 +193,72 @@ def test_libraries_and_bent_roles(pg_binaries: Binaries, make_cluster: MakeClust
         with box.connect() as connection:
             connection.execute("create table public.t (n int)")
             assert connection.execute("select current_user").fetchone() == ("postgres",)
+
+
+def titles(pgdata: Path) -> str:
+    """What the processes of a cluster call themselves."""
+    found = []
+    for pid in cluster.find_processes(pgdata):
+        with suppress(OSError):  # it has ended
+            found.append(Path(f"/proc/{pid}/cmdline").read_text())
+    return "\n".join(found)
+
+
+def test_a_preloaded_library_has_no_worker(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
+    """One that does something by itself, as pg_cron does, would do it twice: in production and in each clone."""
+    live = make_cluster(pg_binaries, shared_preload_libraries="pg_prewarm")
+    wait_until(lambda: "autoprewarm leader" in titles(live.pgdata), what="production has one")
+    copy = live.crash_copy(place / "copy")
+    dumped = (copy / "autoprewarm.blocks").exists()
+    with sandbox.start(copy, live.settings(), parent=place) as box:
+        assert shown(box, "shared_preload_libraries") == ""
+        assert "checkpointer" in titles(copy)
+        assert "autoprewarm" not in titles(copy)
+        own = {"autovacuum launcher", "background writer", "checkpointer", "client backend", "io worker", "walwriter"}
+        with box.connect() as connection:
+            running = {row[0] for row in connection.execute("select backend_type from pg_stat_activity")}
+        assert running <= own
+        box.stop()
+    assert (copy / "autoprewarm.blocks").exists() == dumped
+
+
+def test_its_log_goes_to_its_own_place(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
+    """Not among production's, whose files its lines would look like, and not to the machine's syslog."""
+    logs = place / "copy-logs"
+    logs.mkdir()
+    shutil.chown(logs, "postgres")
+    hostile = {
+        "logging_collector": "on",
+        "log_directory": str(logs),
+        "log_filename": "production.log",
+        "log_destination": "stderr,csvlog,syslog",
+        "log_statement": "all",
+        "log_file_mode": "0666",
+        "log_truncate_on_rotation": "on",
+    }
+    live = make_cluster(pg_binaries)
+    copy = live.crash_copy(place / "copy")
+    for file in ("postgresql.conf", "postgresql.auto.conf"):
+        with (copy / file).open("a") as stream:
+            stream.writelines(f"{name} = '{setting}'\n" for name, setting in hostile.items())
+    settings = live.settings()
+    settings["settings"] += [
+        {"name": name, "setting": setting, "context": "sighup", "source": "configuration file"}
+        for name, setting in hostile.items()
+    ]
+    with sandbox.start(copy, settings, parent=place) as box:
+        assert value(box, "select 'a statement'") == "a statement"
+        assert {name: shown(box, name) for name in ("log_destination", "logging_collector", "log_statement")} == {
+            "log_destination": "stderr",
+            "logging_collector": "off",
+            "log_statement": "none",
+        }
+        with box.connect() as connection, pytest.raises(psycopg.Error):
+            connection.execute("do $$ begin raise log 'told in the log'; perform 1 / 0; end $$")
+        box.stop()
+        assert "shut down" in box.log_file.read_text()
+    assert list(logs.iterdir()) == []
+    assert not (copy / "log").exists()
 
 
 def test_only_its_owner_reaches_it(pg15: Binaries, make_cluster: MakeCluster, place: Path) -> None:

@@ -86,7 +86,7 @@ def assert_whole(found: ProtectedSet) -> None:
 
 @SOME
 def test_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
-    found = make(make_set, binaries_of)
+    found = make(make_set, binaries_of(15))
     targets = make_targets(found)
     came = []
     for number, point in enumerate(each(failing, every, "rewinding.", "recovery.rewind.", "postgres.timelines.")):

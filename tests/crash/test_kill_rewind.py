@@ -1,4 +1,5 @@
-"""kill -9 of the command, the agent and the engine at random moments of a rewind in place: it is finished or put back.
+"""kill -9 of the command, the agent, the engine, Postgres at random moments of a rewind in place: it is finished or put
+back.
 
 After each: `up` leaves production at the target or where it was, with every row of the one or the other and no other;
 nothing is mounted by anything else meanwhile; and from there it can be rewound again.
@@ -6,6 +7,7 @@ nothing is mounted by anything else meanwhile; and from there it can be rewound 
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -21,6 +23,7 @@ from pgcdp import api, rewinding
 from pgcdp.capture import attach, held, volumes
 from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
+from pgcdp.postgres.cluster import Binaries
 from pgcdp.records import Target
 from pgcdp.service import AgentGone
 from tests.crash.test_kill_set import ALLOWED
@@ -31,6 +34,10 @@ from tests.waiting import pass_time, wait_until
 
 ROWS = {"before": 3000, "behind": 6000}
 STEPS = ("stop", "write", "start", "run")
+VICTIMS = (
+    ("command",), ("command", "agent"), ("command", "agent", "engine"), ("engine",), ("postgres",),
+    ("command", "agent", "engine", "postgres"),
+)  # fmt: skip
 START = r"FATAL:  (configuration file .* contains errors|could not load .*pg_hba|.* is not a valid data directory)"
 """What Postgres says when the engine is killed just as it starts, or as the first one connects."""
 
@@ -57,6 +64,8 @@ def kill(found: ProtectedSet, command: subprocess.Popen[bytes], victims: tuple[s
     if "agent" in victims:
         with suppress(AgentGone):
             pids.append(found.agent_pid())
+    if "postgres" in victims:
+        pids += cluster.find_processes(found.pgdata)
     if "command" in victims:
         command.send_signal(signal.SIGKILL)
     if "engine" in victims:
@@ -93,11 +102,11 @@ def rows(found: ProtectedSet) -> int:
     return int(count)
 
 
-def kill_round(found: ProtectedSet, chooser: random.Random, target: Target, goal: int) -> dict[str, Any]:
+def kill_round(
+    found: ProtectedSet, chooser: random.Random, step: str, victims: tuple[str, ...], target: Target, goal: int
+) -> dict[str, Any]:
     """One rewind to where there are `goal` rows, killed; then `up`, and again until it is there."""
     here = rows(found)
-    step = chooser.choice(STEPS)
-    victims = chooser.choice([("command",), ("command", "agent"), ("command", "agent", "engine"), ("engine",)])
     timeline = cluster.read_control(found.pgdata).timeline
     command = start_rewind(found, target)
     later = chooser.random() * chooser.choice([0.01, 0.1, 0.4])
@@ -136,18 +145,23 @@ def make_targets(found: ProtectedSet) -> dict[int, Target]:
 
 
 def rounds(found: ProtectedSet, count: int, seed: int) -> list[dict[str, Any]]:
+    """Each step and each victim in turn, with a moment of its own."""
     chooser = random.Random(seed)
     targets = make_targets(found)
-    goals = list(ROWS.values())
-    return [kill_round(found, chooser, targets[goal], goal) for goal in [goals[n % 2] for n in range(count)]]
+    pairs = list(itertools.product(STEPS, VICTIMS))
+    chooser.shuffle(pairs)
+    told = []
+    for (step, victims), goal in zip(itertools.islice(itertools.cycle(pairs), count), itertools.cycle(ROWS.values())):
+        told.append(kill_round(found, chooser, step, victims, targets[goal], goal))
+    return told
 
 
-def make(make_set: MakeSet, binaries_of: BindirOf, fs: str = "ext4") -> ProtectedSet:
-    return make_set(binaries_of(15), fs=fs, size=384 << 20, allowed=[*ALLOWED, r"the agent", START])
+def make(make_set: MakeSet, binaries: Binaries, fs: str = "ext4") -> ProtectedSet:
+    return make_set(binaries, fs=fs, size=384 << 20, allowed=[*ALLOWED, r"the agent", START])
 
 
 def test_three_kills_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf) -> None:
-    assert len(rounds(make(make_set, binaries_of), 3, seed=11)) == 3
+    assert len(rounds(make(make_set, binaries_of(15)), 3, random.randrange(1 << 30))) == 3
 
 
 @pytest.mark.parametrize("fs", ["ext4", "xfs"])
@@ -155,7 +169,7 @@ def test_another_point_takes_the_place_of_one_that_was_half_written(
     make_set: MakeSet, binaries_of: BindirOf, fs: str
 ) -> None:
     """What the killed one wrote must go where neither the new point nor the moment before it differ from the image."""
-    found = make(make_set, binaries_of, fs)
+    found = make(make_set, binaries_of(15), fs)
     targets = make_targets(found)
     found.sql("truncate ledger")
     found.sql("insert into ledger select n, repeat('z', 1000) from generate_series(1, 5000) n")
@@ -196,7 +210,8 @@ def half_write(found: ProtectedSet, target: Target) -> rewinding.Pending | None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("fs", ["ext4", "xfs"])
-def test_twenty_kills_of_a_rewind(make_set: MakeSet, binaries_of: BindirOf, fs: str) -> None:
-    told = rounds(make(make_set, binaries_of, fs), 20, seed=12)
-    keep_result(f"kill-rewind-{fs}", told)
+def test_each_step_of_a_rewind_with_each_killed(make_set: MakeSet, pg_binaries: Binaries, fs: str) -> None:
+    seed = random.randrange(1 << 30)
+    told = rounds(make(make_set, pg_binaries, fs), len(STEPS) * len(VICTIMS), seed)
+    keep_result(f"kill-rewind-{pg_binaries.major}-{fs}", {"seed": seed, "rounds": told})
     assert {each["left"] for each in told} >= {"stop", "write", "start"}
