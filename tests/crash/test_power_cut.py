@@ -5,18 +5,24 @@ And the same on builds with one sync taken out: a test that would not notice is 
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pgcdp import api
+from pgcdp.records import Target
+from tests.crash.test_kill_rewind import START, make_targets, rows, start_rewind, step_of
 from tests.fix_engine import ROOT
 from tests.fix_postgres import BindirOf
 from tests.fix_power import Disk, Machine, MakeMachine
-from tests.fix_sets import KILLED, MakeSet, ProtectedSet
-from tests.power_truth import Lost, rounds, under_load
+from tests.fix_sets import KILLED, MakeSet, ProtectedSet, reap
+from tests.power_truth import BROKEN, Lost, Witness, judged, rounds, under_load
 from tests.results import keep_result
+from tests.waiting import pass_time, wait_until
 
 MIB = 1 << 20
 SIZE = 384 * MIB
@@ -87,6 +93,84 @@ def test_a_hundred_cuts_under_load(make_truth: MakeTruth, number: int) -> None:
         rows = rounds(truth, 20, every=5)
     keep_result(f"power-cut-{number + 1}-{'four-disks' if apart else 'one-disk'}-{fs}", rows)
     assert len(rows) == 20
+
+
+# --- in a rewind in place
+
+
+def cut_in_a_rewind(
+    machine: Machine,
+    found: ProtectedSet,
+    witness: Witness,
+    chooser: random.Random,
+    step: str,
+    target: Target,
+    goal: int,
+) -> dict[str, Any]:
+    """A rewind to where there are `goal` rows, and the power goes at that step; then `up`, and again until it is there."""
+    here = rows(found)
+    command = start_rewind(found, target)
+    wait_until(lambda: step_of(found) == step or command.poll() is not None, timeout=120, what=f"step {step}")
+    pass_time(chooser.random() * chooser.choice([0.01, 0.1, 0.4]))
+    told = machine.cut(chooser.getrandbits(32))
+    machine.off()
+    reap()
+    command.wait(timeout=60)
+    machine.on()
+    left = step_of(found)
+    with judged("up"):
+        found.up()
+        found.wait_following()
+        assert step_of(found) is None
+    with judged("rows"):
+        assert rows(found) in ((goal,) if left in ("write", "start", "run") else (here, goal))
+        if rows(found) != goal:
+            api.rewind(found.name, target, agree=lambda resolved: None)
+        assert rows(found) == goal
+        found.amcheck()
+    with judged("volume", *BROKEN):
+        api.down(found.name)
+        witness.assert_volumes()
+        found.up()
+        found.wait_following()
+    with judged("check"):
+        wrong = [each for each in api.check(found.name, full=True)["checks"] if not each["ok"]]
+        assert not wrong, wrong
+    return {"step": step, "left": left, "disks": told}
+
+
+def cuts_in_rewinds(machine: Machine, found: ProtectedSet, count: int) -> dict[str, Any]:
+    """So many, at each step in turn. What was seen, with the seed."""
+    seed = random.randrange(1 << 30)
+    chooser = random.Random(seed)
+    found.sql("drop table pgbench_accounts, pgbench_branches, pgbench_tellers, pgbench_history")
+    targets = make_targets(found)
+    witness = Witness(found)
+    turns = zip(range(count), itertools.cycle(("write", "start", "stop", "run")), itertools.cycle(targets.items()))
+    return {
+        "seed": seed,
+        "cuts": [
+            cut_in_a_rewind(machine, found, witness, chooser, step, there, goal) for _, step, (goal, there) in turns
+        ],
+    }
+
+
+IN_REWINDS = [*ALLOWED, r"the agent", START]
+
+
+def test_the_power_goes_in_a_rewind(make_truth: MakeTruth) -> None:
+    machine, found = make_truth(apart=True, allowed=IN_REWINDS)
+    assert len(cuts_in_rewinds(machine, found, 2)["cuts"]) == 2
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("apart", "fs"), [(True, "ext4"), (False, "xfs")], ids=["four disks", "one disk"])
+def test_twenty_cuts_in_rewinds(make_truth: MakeTruth, apart: bool, fs: str) -> None:
+    machine, found = make_truth(apart=apart, fs=fs, allowed=IN_REWINDS)
+    told = cuts_in_rewinds(machine, found, 20)
+    keep_result(f"power-cut-in-rewinds-{fs}", told)
+    assert {each["left"] for each in told["cuts"]} >= {"write", "start"}
 
 
 # --- one sync taken out at a time
