@@ -57,6 +57,7 @@ def restore(
     if announce is not None:
         announce(resolved)
     spaces: list[Restored] = []
+    configuration: dict[str, str] = {}
     programs: Binaries | None = None
     if to_image is not None:
         with naming_nearest(source, point):
@@ -67,12 +68,16 @@ def restore(
         with suppress(PreconditionError):  # a store can be restored where there are none, if production is not there
             programs = binaries_of(source, set_name)
         with naming_nearest(source, point):
-            size, spaces = writing.to_directory(source, point, to_directory, progress, tablespaces, programs)
+            size, spaces, configuration = writing.to_directory(
+                source, point, to_directory, progress, tablespaces, programs
+            )
     result: Json = {
         **resolved,
         "to": str(place),
         "bytes": size,
         "tablespaces": [{"oid": each.oid, "name": each.name, "directory": str(each.place)} for each in spaces],
+        "configuration": [{"file": name, "from": path} for name, path in configuration.items()],
+        "configured": to_directory is None or (to_directory / "postgresql.conf").exists(),
         "seconds": round(time.monotonic() - started, 3),
     }
     if store is None:

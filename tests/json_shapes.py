@@ -102,6 +102,8 @@ RESTORE: Shape = {
     "to": str,
     "bytes": int,
     "tablespaces": [{"oid": int, "name": Maybe(str), "directory": str}],
+    "configuration": [{"file": str, "from": str}],
+    "configured": bool,
 }
 SHOW: Shape = {"write": int, "time": TIME, "volume": Maybe(str), "kind": str, "offset": int, "length": int,
                "interval": Maybe(int), "holds": {}}  # fmt: skip

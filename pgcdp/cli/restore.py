@@ -234,8 +234,10 @@ def _render(value: Mapping[str, Any]) -> None:
     screen.text(line)
     for each in value["tablespaces"]:
         screen.text(f"tablespace {each['name'] or each['oid']} is in {each['directory']}")
-    made = Path(value["to"])
-    if (made / "PG_VERSION").exists() and not (made / "postgresql.conf").exists():
+    for each in value["configuration"]:
+        screen.text(f"{each['file']} is that of {each['from']}, with all that it includes")
+    if not value["configured"]:
+        made = value["to"]
         screen.text(
             "there is no postgresql.conf in it: the cluster's configuration lay elsewhere, and is not in the store"
         )

@@ -89,7 +89,7 @@ HBA_KNOWN_SQL = """
 select has_table_privilege('pg_catalog.pg_hba_file_rules', 'select')
   and has_function_privilege('pg_catalog.pg_hba_file_rules()', 'execute')
 """
-# Of a rule's options only this: others are secrets of LDAP and RADIUS servers, which do not belong into a store.
+# Of a rule's options only this: others are secrets of LDAP and RADIUS servers, of which a clone has no use.
 HBA_SQL = """
 select type, database, user_name, address, netmask,
   case when array_to_string(options, ',') like '%clientcert=%' and auth_method <> 'reject' then 'cert'
@@ -276,30 +276,44 @@ def tablespace_names(connection: Connection) -> dict[int, str]:
 
 @contextmanager
 def as_user(user: User | None) -> Iterator[None]:
-    """This thread's effective user id is `user`'s inside; other threads keep theirs. Nothing changes unless root.
+    """This thread has the effective user and groups of `user` inside; other threads keep theirs. Nothing changes unless
+    root, or on a machine whose system calls are not known here.
 
     Linux keeps credentials for each thread; only the C library changes those of all threads together, so the system
-    call is made directly. Between entering and leaving, nothing else may run in this thread.
+    calls are made directly. Between entering and leaving, nothing else may run in this thread.
     """
-    if user is None or os.geteuid() != 0 or user.uid == 0:
+    calls = _CALLS.get(platform.machine())
+    if user is None or os.geteuid() != 0 or user.uid == 0 or calls is None:
         yield
         return
-    _set_thread_euid(user.uid)
+    setresuid, setresgid, setgroups = calls
+    groups, gid = os.getgroups(), os.getegid()
+    _set_thread_groups(setgroups, user.groups)
     try:
+        _set_thread_id(setresgid, user.gid)
+        _set_thread_id(setresuid, user.uid)
         yield
     finally:
-        _set_thread_euid(0)
+        _set_thread_id(setresuid, 0)
+        _set_thread_id(setresgid, gid)
+        _set_thread_groups(setgroups, groups)
 
 
-_SETRESUID = {"x86_64": 117, "aarch64": 147}
+_CALLS = {"x86_64": (117, 119, 116), "aarch64": (147, 149, 159)}
+"""Numbers of setresuid, setresgid, setgroups."""
 
 
-def _set_thread_euid(uid: int) -> None:
-    number = _SETRESUID.get(platform.machine())
-    if number is None:
-        return
+def _set_thread_id(number: int, effective: int) -> None:
+    _system_call(number, ctypes.c_int(-1), ctypes.c_int(effective), ctypes.c_int(-1))
+
+
+def _set_thread_groups(number: int, groups: Sequence[int]) -> None:
+    _system_call(number, ctypes.c_size_t(len(groups)), (ctypes.c_uint * len(groups))(*groups))
+
+
+def _system_call(number: int, *arguments: object) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(ctypes.c_long(number), ctypes.c_int(-1), ctypes.c_int(uid), ctypes.c_int(-1)) != 0:
+    if libc.syscall(ctypes.c_long(number), *arguments) != 0:
         raise OSError(ctypes.get_errno(), "cannot change the effective user of this thread")
 
 

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from pgcdp.capture import copying
 from pgcdp.config import set_of_pgdata
 from pgcdp.errors import UsageError
-from pgcdp.fsio import sync_directory
+from pgcdp.fsio import sync_directory, write_atomic
+from pgcdp.postgres import configuration_files
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
@@ -58,8 +60,9 @@ def to_directory(
     progress: Report = silent,
     spaces: Mapping[str, Path] = MappingProxyType({}),
     binaries: Binaries | None = None,
-) -> tuple[int, list[Restored]]:
-    """Make `place` a data directory that can be started. Returns the bytes of its files, and where tablespaces are.
+) -> tuple[int, list[Restored], dict[str, str]]:
+    """Make `place` a data directory that can be started. Returns the bytes of its files, where tablespaces are, and
+    which configuration files come from production's outside of the data directory: {name: its path}.
 
     It must not exist, or be empty, or be what a killed restore left. A pg_wal that lay elsewhere is inside of it;
     tablespaces go where `spaces` says, by name or OID, the others to a directory beside it. `binaries` are Postgres's
@@ -93,10 +96,11 @@ def to_directory(
             (found / "pg_tblspc" / str(each.oid)).symlink_to(each.place)
         remove(beside)
         size = _copy(trees, beside, (status.st_uid, status.st_gid), progress)
+    configuration = _put_configuration(place, source.settings(point), (status.st_uid, status.st_gid))
     _put_control(place, content, control_status)
     remove(work)
     sync_directory(place.parent)
-    return size + len(content), restored
+    return size + len(content), restored, configuration
 
 
 def _copy(trees: Mapping[Path, Path], beside: Path, owner: tuple[int, int], progress: Report) -> int:
@@ -129,6 +133,20 @@ def _copy(trees: Mapping[Path, Path], beside: Path, owner: tuple[int, int], prog
 
 def _tell(progress: Report, before: int, total: int, done: int) -> None:
     progress(Progress("copying files", before + done, total))
+
+
+def _put_configuration(place: Path, settings: Mapping[str, Any] | None, owner: tuple[int, int]) -> dict[str, str]:
+    """Configuration files that lay outside of the data directory: those in it were not read."""
+    made = {}
+    for name, kept in (settings or {}).get("files", {}).items():
+        if name not in configuration_files.NAMES.values():
+            continue
+        if (place / name).exists():  # Postgres did not read that one
+            (place / name).rename(place / f"{name}.not-used")
+        text = configuration_files.text_of(kept)
+        write_atomic(place / name, configuration_files.for_a_copy(text), owner=owner)
+        made[name] = str(kept["path"])
+    return made
 
 
 def _put_control(place: Path, content: bytes, status: os.stat_result) -> None:

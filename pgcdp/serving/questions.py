@@ -17,8 +17,10 @@ from pgcdp.intervals.indexing import newest_look
 from pgcdp.intervals.stages import Stages
 from pgcdp.postgres.agent_session import Session
 from pgcdp.postgres.catalogs import look
+from pgcdp.postgres.configuration_files import read_outside
 from pgcdp.postgres.relations import Look
 from pgcdp.postgres.session import Dsn, Settings
+from pgcdp.proc import user_named
 
 logger = log.get(__name__)
 T = TypeVar("T")
@@ -133,7 +135,10 @@ class Questions:
 
     async def _read_settings(self) -> Settings:
         async with self.session() as session:
-            return await session.settings()
+            found = await session.settings()
+        owner = user_named(self._config.cluster.owner)
+        files = await asyncio.to_thread(read_outside, found, self._config.pgdata, owner)
+        return {**found, "files": files} if files else found
 
     async def _soon(self, answer: Awaitable[T]) -> T:
         """What Postgres answers within PATIENCE_SECONDS. Raises PreconditionError otherwise."""

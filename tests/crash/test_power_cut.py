@@ -107,7 +107,7 @@ def cut_in_a_rewind(
     target: Target,
     goal: int,
 ) -> dict[str, Any]:
-    """A rewind to where there are `goal` rows, and the power goes at that step; then `up`, and again until it is there."""
+    """A rewind to where there are `goal` rows, and the power goes at that step; then `up`, until it is there."""
     here = rows(found)
     command = start_rewind(found, target)
     wait_until(lambda: step_of(found) == step or command.poll() is not None, timeout=120, what=f"step {step}")
