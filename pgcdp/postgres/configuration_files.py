@@ -1,4 +1,4 @@
-"""Configuration files outside of the data directory, as Debian has them in /etc: read for the store, and fit for a copy.
+"""Configuration files outside of the data directory, as Debian has them: read for the store, and fit for a copy.
 
 Each becomes one text, with what it includes in the place of the include (PostgreSQL's documentation, 20.1.5 and 21.1).
 """

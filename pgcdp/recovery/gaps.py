@@ -23,6 +23,12 @@ def with_unrecorded(found: list[Gap], unrecorded: Gap | None) -> list[Gap]:
     return [*found, unrecorded]
 
 
+def before_open(gaps: Sequence[Gap]) -> int | None:
+    """While a gap lasts: the newest write in front of it. None when there is none."""
+    last = gaps[-1] if gaps else None
+    return None if last is None or last.end is not None else _first_joined(last, gaps).begin - 1
+
+
 def newest_before(gaps: Sequence[Gap]) -> tuple[int, str] | None:
     """While a gap lasts because the journal could not grow: the newest write that is a recovery point, and what must
     be known of it. None when there is no such gap."""

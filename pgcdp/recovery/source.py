@@ -25,7 +25,7 @@ from pgcdp.capture.tracked import unrecorded_gap
 from pgcdp.errors import DamageError, PreconditionError, TargetError, UnseenError
 from pgcdp.records import INDEX, Boundary, Gap, Interval, RecoveryPoint, Rewind, Span, Target
 from pgcdp.recovery.branches import Stretch, beyond, branch_at, current_branch, refuse_inside
-from pgcdp.recovery.gaps import newest_before, refuse_in_gap, refuse_time_in_gap, with_unrecorded
+from pgcdp.recovery.gaps import before_open, newest_before, refuse_in_gap, refuse_time_in_gap, with_unrecorded
 from pgcdp.recovery.left import hint_of, refuse_lost, refuse_lost_target, write_named
 from pgcdp.recovery.target import Listing, refuse_let_go, resolve, window
 from pgcdp.store.base import base_settings, missing_before, read_base
@@ -372,11 +372,14 @@ class Source:
         return replace(listing, history=history)
 
     def window(self) -> tuple[RecoveryPoint, RecoveryPoint]:
-        """The oldest and the newest recovery point, reading no more than the newest one's time needs."""
+        """The oldest and the newest recovery point, reading no more than the newest one's time, and a gap, need."""
         listing = self.listing()
         stored = listing.intervals[-1].to_write if listing.intervals else listing.base.write
         first, last = window(replace(listing, newest_write=stored))
-        if listing.newest_write > stored:
+        before = before_open(self.gaps())
+        if before is not None and before < listing.newest_write:
+            last = self.place(Target("write", before))
+        elif listing.newest_write > stored:
             wall_ns = int(self.record(listing.newest_write)["wall_ns"])
             last = RecoveryPoint(listing.newest_write, None, wall_ns)
         return first, last

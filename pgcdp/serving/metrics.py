@@ -127,7 +127,7 @@ class SetCollector(Collector):
         if numbers.status is not None:
             yield from _of_engine(name, numbers.status)
         if stored is not None:
-            yield from _of_store(name, stored.intervals)
+            yield from _of_store(name, stored.intervals, numbers.status)
             yield _damages(name, stored.scrub)
         yield from _of_times(name, numbers, stored)
         yield self._full_in(numbers, [] if stored is None else stored.intervals)
@@ -182,13 +182,13 @@ def _of_engine(name: str, status: EngineStatus) -> Iterator[Metric]:
     yield _counter(name, "writes", "Captured writes, from the set's first on.", status.durable_write)
 
 
-def _of_store(name: str, intervals: list[Interval]) -> Iterator[Metric]:
+def _of_store(name: str, intervals: list[Interval], status: EngineStatus | None) -> Iterator[Metric]:
     lacking = sum(1 for each in intervals if each.outside)
     stored = sum(sum(each.stored.values()) for each in intervals)
     yield _gauge(name, "intervals", "Intervals in the store.", len(intervals))
     yield _gauge(name, "incomplete_intervals", "Intervals that lack data which lay outside of the set.", lacking)
-    gaps = sum(len(each.gaps) for each in intervals)
-    yield _gauge(name, "gaps", "Gaps in the store's intervals: nothing in them can be restored.", gaps)
+    gaps = sum(len(each.gaps) for each in intervals) + (1 if status is not None and status.tracked is not None else 0)
+    yield _gauge(name, "gaps", "Gaps in the store's intervals, and one that goes on: no point is in them.", gaps)
     yield _gauge(name, "store_bytes", "Bytes of the intervals in the store, without its image.", stored)
 
 
@@ -204,7 +204,9 @@ def _of_times(name: str, numbers: Numbers, stored: Stored | None) -> Iterator[Me
         oldest = stored.oldest_ns / 1e9
         yield _gauge(name, "oldest_recoverable_timestamp_seconds", "The oldest point that can be restored.", oldest)
     if numbers.newest_write_ns is not None and numbers.newest_boundary_ns is not None:
-        newest = numbers.newest_write_ns / 1e9
+        tracked = None if numbers.status is None else numbers.status.tracked
+        since_ns = numbers.newest_write_ns if tracked is None else tracked.since_ns  # what comes then is in no point
+        newest = min(numbers.newest_write_ns, since_ns) / 1e9
         yield _gauge(name, "newest_recoverable_timestamp_seconds", "The newest point that can be restored.", newest)
     if numbers.newest_boundary_ns is not None:
         lag = max(0.0, now - numbers.newest_boundary_ns / 1e9)

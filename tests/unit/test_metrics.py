@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pgcdp.capture.control import parse_status
+from pgcdp.capture.control import Tracked, parse_status
 from pgcdp.records import Boundary, Gap, Interval, Volume
 from pgcdp.serving import metrics
 from pgcdp.serving.metrics import Numbers, registry
@@ -110,6 +110,20 @@ def test_the_age_of_the_last_whole_scrub_and_what_it_found(
         assert found["pgcdp_damages"] == 1
 
 
+def test_a_gap_that_goes_on_is_counted_and_no_point_is_told_of_in_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "STORE_SECONDS", 0.0)
+    for healing in (False, True):
+        status = replace(STATUS, tracked=Tracked(7, 100 * 10**9, 12, healing))
+        told = read(numbers(store, status=status, newest_boundary_ns=90 * 10**9, newest_write_ns=130 * 10**9), tmp_path)
+        assert (told["pgcdp_gaps"], told["pgcdp_tracked_blocks"]) == (1, 12)
+        assert told["pgcdp_newest_recoverable_timestamp_seconds"] == 100
+    told = read(numbers(store, status=STATUS, newest_boundary_ns=90 * 10**9, newest_write_ns=130 * 10**9), tmp_path)
+    assert (told["pgcdp_gaps"], told["pgcdp_tracked_blocks"]) == (0, 0)
+    assert told["pgcdp_newest_recoverable_timestamp_seconds"] == 130
+
+
 def test_every_metric_is_documented(store: Store, tmp_path: Path) -> None:
     told = read(
         numbers(
@@ -131,7 +145,7 @@ def test_gaps_and_what_is_incomplete_are_counted() -> None:
     boundary = Boundary(1, 9, 10, 1, 1, 1, 1, "requested")
     whole = Interval(1, 1, 9, 0, 10, boundary, 9, 9, 9, {"writes": 5, "index": 2}, outside=())
     torn = whole._replace(number=2, gaps=(GAP, GAP), outside=(("pg_tblspc/1", "/x"),))
-    told = {each.name: each.samples[0].value for each in metrics._of_store("main", [whole, torn])}
+    told = {each.name: each.samples[0].value for each in metrics._of_store("main", [whole, torn], STATUS)}
     assert told == {
         "pgcdp_intervals": 2, "pgcdp_gaps": 2, "pgcdp_incomplete_intervals": 1, "pgcdp_store_bytes": 14,
     }  # fmt: skip

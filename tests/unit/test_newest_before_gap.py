@@ -49,6 +49,7 @@ def more(world: World, *flags: int) -> None:
 def newest(world: World, durable: int | None) -> tuple[int, bool]:
     """The write that it is, and whether it is said that a gap lies behind it."""
     point = source(world, durable).resolve(Target("newest"))
+    assert source(world, durable).window()[1].write == point.write, "where the recovery window ends"
     assert point.note is None or "1970-01-01" in point.note, "since when"
     return point.write, point.note is not None
 
