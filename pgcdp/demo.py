@@ -133,11 +133,13 @@ class _Points:
 
 def _make_the_mistake(demo: Throwaway) -> _Points:
     boundary = int(api.info(SET)["intervals"][-1]["number"])
-    (demo.directory / "orders.sql").write_text(LOAD)
+    script = demo.directory / "orders.sql"
+    script.write_text(LOAD)
+    script.chmod(0o644)  # whatever the umask says
     log_file = demo.directory / "pgbench.log"
     with demo.step("load: pgbench and new orders, 4 clients") as told:
         # Longer than the demo lasts; it is ended when there was enough of it.
-        words = ("-n", "-c", "4", "-j", "1", "-T", "3600", "-b", "tpcb-like@3", "-f", f"{demo.directory}/orders.sql@2")
+        words = ("-n", "-c", "4", "-j", "1", "-T", "3600", "-b", "tpcb-like@3", "-f", f"{script}@2")
         pid = proc.spawn(pgbench_command(demo, *words), output=log_file, user=demo.user, env=cluster.environment())
         demo.load = (pid, proc.start_time(pid))
         await_orders(demo, 2000)

@@ -199,8 +199,9 @@ def running_below(place: Path) -> list[int]:
 
 
 def test_kept_demo_can_be_looked_at_and_removed(private_tmp: PrivateTmp) -> None:
-    """What `next` and `remove` say is run as it is printed."""
+    """What `next` and `remove` say is run as it is printed; by a root whose files are his alone."""
     script = """
+        umask 077
         json=$("$@" demo --keep --output json) || exit 1
         take() { printf %s "$json" | "$PYTHON" -c "import json, sys; print(json.load(sys.stdin)$1)"; }
         pgcdp() { "$PYTHON" -P -m pgcdp "$@"; }
