@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp import api, proc, transactions
-from pgcdp.capture import checks
 from pgcdp.errors import PgcdpError
 from pgcdp.postgres import cluster, session
 from pgcdp.progress import Progress, Report
@@ -58,7 +57,7 @@ def run(*, keep: bool, progress: Report) -> dict[str, Any]:
     Returns {"ok", "seconds", "directory", "kept", "steps", "captured", "restores", "next", "remove"}, as docs/json.md
     says. Raises what the use cases raise; the hint then says where the logs are.
     """
-    checks.check_root()
+    proc.check_root()
     user = proc.user_named(OWNER)
     binaries = newest_binaries(user)
     began = time.monotonic()

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgcdp import config as settings
-from pgcdp import fsio, keys, log, service
+from pgcdp import fsio, keys, log, proc, service
 from pgcdp.capture import attach, checks, held, places, planning, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.capture.copying import copy_tree, measure
@@ -110,7 +110,7 @@ def add_tablespaces(
     Everything is checked before anything is changed. If a later step fails, all is put back. `fs`: None for that of the
     set. Returns the settings. Raises UsageError, PreconditionError.
     """
-    checks.check_root()
+    proc.check_root()
     with fsio.disk_errors(_then(config)), attach.hold(config.paths):
         _recover(config.paths, progress)
         config = settings.load_config(config.name)

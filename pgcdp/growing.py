@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import proc, service
-from pgcdp.capture import attach, checks, held, volumes
+from pgcdp.capture import attach, held, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
@@ -48,7 +48,7 @@ def grow(config: Config, size: int | None, name: str | None = None, progress: Re
     `name`: None for that of the data directory. Raises UsageError for a size or volume that cannot be meant,
     PreconditionError for what must be mended first; nothing is changed then.
     """
-    checks.check_root()
+    proc.check_root()
     then = f"mend that, then run pgcdp grow {config.name} again with the same size: it goes on from what is there"
     with disk_errors(then), attach.hold(config.paths):
         attach.refuse_pending(config.paths)

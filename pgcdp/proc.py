@@ -56,6 +56,12 @@ class ProcessFailed(PgcdpError):
         self.completed = completed
 
 
+def check_root() -> None:
+    """Raises PreconditionError for anybody but root."""
+    if os.geteuid() != 0:
+        raise PreconditionError(f"pgcdp runs as user id {os.geteuid()}, but mounts need root", "run it with sudo")
+
+
 def user_named(name: str) -> User:
     """The user `name`. Raises PreconditionError when the system does not know it."""
     try:

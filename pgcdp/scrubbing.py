@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -99,7 +100,7 @@ def _catalog(store: Store) -> Iterator[Said]:
     except PgcdpError as error:
         yield Said("catalog", False, error.message, error.hint or hint)
         return
-    if not catalog_file(store).exists():
+    if not os.path.exists(catalog_file(store)):
         yield Said("catalog", True, "there is none: pgcdp rebuild makes it anew from the store")
     elif differs:
         yield Said("catalog", False, "; ".join(differs[:FILES]), hint)

@@ -88,12 +88,6 @@ class Plan:
     warnings: tuple[Remark, ...] = ()
 
 
-def check_root() -> None:
-    """Raises PreconditionError for anybody but root."""
-    if os.geteuid() != 0:
-        raise PreconditionError(f"pgcdp runs as user id {os.geteuid()}, but mounts need root", "run it with sudo")
-
-
 def check_machine(filesystems: Collection[str]) -> None:
     """FUSE, loop devices, the engine, the programs that are needed. Raises PreconditionError for the first missing."""
     for node, module in kernel.NODES:

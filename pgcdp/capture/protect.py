@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pgcdp import config as settings
-from pgcdp import fsio, log
+from pgcdp import fsio, log, proc
 from pgcdp.capture import attach, checks, held, modes, places, planning, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.copying import copy_tree, measure
@@ -103,7 +103,7 @@ def protect(
     step fails, all is put back and the cluster runs as before; after a kill, the same command (or `recover`) puts back
     or finishes. Raises UsageError, PreconditionError.
     """
-    checks.check_root()
+    proc.check_root()
     paths = set_paths(request.name)
     with fsio.disk_errors(_then("protect", request.name)), attach.hold(paths):
         if _recover(paths, progress) == "protected":
@@ -144,7 +144,7 @@ def unprotect(
     that the agent makes; `stopped` when nothing writes any more and the agent may end.
     If a step before the switch fails, the cluster runs on behind capture. Raises PreconditionError.
     """
-    checks.check_root()
+    proc.check_root()
     paths = config.paths
     with fsio.disk_errors(_then("unprotect", config.name)), attach.hold(paths):
         if _recover(paths, progress) == "unprotected":
@@ -174,7 +174,7 @@ def recover(name: str, progress: Report = silent) -> str | None:
 
     Returns "protected" or "unprotected" for what the set is now, None when nothing was pending.
     """
-    checks.check_root()
+    proc.check_root()
     paths = set_paths(name)
     with attach.hold(paths):
         return _recover(paths, progress)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pgcdp import proc
 from pgcdp.capture import checks, disks, kernel, promises
 from pgcdp.capture.outside import find_outside
 from pgcdp.checking.finding import Finding, Step, failed, of_remarks, passed, run, warned
@@ -39,7 +40,7 @@ def examine(pgdata: Path, store: Path | None, journal: Path | None, progress: Re
 
 
 def _privileges() -> Iterator[Finding]:
-    checks.check_root()
+    proc.check_root()
     yield passed("privileges", "root")
 
 

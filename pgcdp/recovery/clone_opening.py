@@ -59,6 +59,7 @@ def create(
     `binaries` are asked for when they are needed: to look at them takes as long as to open the view.
     Raises NameTaken, PreconditionError for a port that is taken, DamageError for stored bytes that are wrong.
     """
+    proc.check_root()
     with _listening(clone.access.port) as listener:
         with places.alone(clone.place.parent):
             remove_unfinished(clone.place.parent)

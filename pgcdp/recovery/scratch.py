@@ -12,6 +12,7 @@ from pgcdp.capture import places, volumes
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import free_space
 from pgcdp.intervals.applying import FileTarget
+from pgcdp.proc import check_root
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint
 from pgcdp.recovery.materializing import materialize
@@ -53,8 +54,10 @@ def mounted(
 ) -> Iterator[Path]:
     """The recovery point as a mounted data directory, opened in place: nothing is copied, whatever its size.
 
-    It can be written to; all of that is gone afterwards. `forgive`: as `view.shown`.
+    It can be written to; all of that is gone afterwards. `forgive`: as `view.shown`. Raises PreconditionError for
+    anybody but root.
     """
+    check_root()
     with (
         place_below(below) as scratch,
         shown(source, point, scratch, progress, forgive=forgive) as files,
@@ -66,6 +69,7 @@ def mounted(
 @contextmanager
 def copied(source: Source, point: RecoveryPoint, below: Path, progress: Report = silent) -> Iterator[Path]:
     """The same in files of its own: every byte of it has been read and checked."""
+    check_root()
     with place_below(below) as scratch:
         files = [scratch / f"{volume.name}.img" for volume in source.store.in_use]
         write_images(source, point, files, progress)

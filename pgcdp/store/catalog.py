@@ -57,7 +57,7 @@ class Catalog:
         self.store = store
         self.path = path
         read_only = not os.access(path.parent, os.W_OK)  # somebody who may look, and no more
-        frozen = read_only and path.exists()
+        frozen = os.access(path, os.R_OK) and read_only
         name = ":memory:" if read_only else os.fspath(path)
         if frozen:
             name = path.absolute().as_uri() + "?immutable=1"

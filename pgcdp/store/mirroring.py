@@ -114,7 +114,7 @@ class Mirror:
     def _identity(self) -> tuple[int, int] | None:
         try:
             status = os.stat(catalog_file(self.store))
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # what this user may not see, he has none of
             return None
         return status.st_dev, status.st_ino
 

@@ -26,7 +26,7 @@ def notes_of(store: Store) -> Path:
 def make_notes(store: Store) -> Path | None:
     """The same, made where it is missing, 0700; None when this user may not."""
     place = notes_of(store)
-    if not place.is_dir():
+    if not os.path.isdir(place):  # also when it cannot be seen
         with suppress(OSError):
             place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             place.mkdir(mode=0o700, exist_ok=True)
