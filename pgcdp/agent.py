@@ -132,7 +132,7 @@ class Agent:
         finally:
             server.close()
             self.metrics.close()
-            for task in (self.cutting.asking, self.learning, expiring, proving):
+            for task in (self.cutting.asking, self.learning, expiring):
                 if task is not None:
                     task.cancel()
                     with suppress(asyncio.CancelledError, Exception):  # whatever it says, the store is let go of
@@ -140,6 +140,9 @@ class Agent:
             await self.questions.end_look()
             await self._in_worker(self._leave_room)
             await self._in_worker(self._close_stages)
+            proving.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await proving
             await self.questions.close()
             self.worker.shutdown()
             self.background.close()

@@ -46,11 +46,10 @@ def give_way_wholly() -> None:
         ctypes.CDLL(None).syscall(_SYS_IOPRIO_SET[platform.machine()], _IOPRIO_WHO_PROCESS, thread, _IOPRIO_IDLE)
 
 
-def end_with_parent() -> None:
-    """Get SIGTERM when the thread ends that started this process, or at once when it has ended already."""
-    parent = os.getppid()
+def end_with(parent: int) -> None:
+    """Get SIGTERM when the thread of process `parent` ends that started this one, or now, when it has ended already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 

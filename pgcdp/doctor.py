@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from pgcdp.progress import Report
 from pgcdp.records import BLOCK
 from pgcdp.setting_values import exact_period
 from pgcdp.store.base import base_outside
+from pgcdp.store.kept import wrong_boundaries
 from pgcdp.store.published import published
 from pgcdp.units import format_size
 
@@ -55,7 +55,7 @@ def examine(
         ("places", lambda: _places(config)),
         ("space", lambda: space.examine(config, engine, opened)),
         ("retention", lambda: _retention(config)),
-        ("proofs", lambda: _proofs(config)),
+        ("proofs", lambda: _proofs(config, opened)),
         ("machine", lambda: _machine(config)),
         ("clock", lambda: _clock(config, opened)),
         ("journal", lambda: _journal(config, engine, full)),
@@ -245,12 +245,18 @@ def _retention(config: Config) -> Iterator[Finding]:
         yield passed("retention", told + least)
 
 
-def _proofs(config: Config) -> Iterator[Finding]:
+def _proofs(config: Config, opened: Opened) -> Iterator[Finding]:
+    """What proofs have found, whoever asked for them, and whether boundaries are proven that shall be."""
+    store = opened.if_it_opens()
+    wrong = [] if store is None else wrong_boundaries(store)
+    if wrong:
+        yield failed(
+            "proofs", f"boundaries that are NOT right: {', '.join(map(str, wrong))}",
+            "pgcdp verify --target-boundary N tells what is wrong with one, pgcdp check --full what is damaged",
+        )  # fmt: skip
     if not config.verify_boundaries:
         return
-    told: dict[str, Any] = {}
-    with suppress(service.AgentGone):
-        told = service.ask(config.paths, "status").get("proving") or {}
+    told = service.ask(config.paths, "status").get("proving") or {}
     if told.get("problem"):
         yield failed("proofs", told["problem"], "pgcdp info tells which boundaries were proven, pgcdp verify tries one")
     elif told.get("boundary") is None:

@@ -98,10 +98,12 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
 def write_atomic(path: Path, content: bytes, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
     """Replace a file by rename: whoever reads it sees the old or the new content, also after a power cut.
 
-    `owner`: user and group that it has from the beginning.
+    `owner`: user and group that it has from the beginning. The directory may be somebody else's: what lies there under
+    the name of the new file, which a kill or its owner has left, is not followed.
     """
     temporary = path.with_name(f".{path.name}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         write_all(fd, content, 0)
         if owner is not None:

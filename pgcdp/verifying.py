@@ -78,7 +78,8 @@ def verify_boundaries(set_name: str, *, sql_file: Path | None = None, progress: 
     """The newest boundary, then each as it is cut, without end and giving way to all other work: parts of "results".
 
     A boundary that cannot be opened is tried `TRIES` times, then told as {"boundary", "not_proven": why}, and the next
-    one's turn comes; so is one that retention let go of meanwhile. Raises PgcdpError when the store cannot be read.
+    one's turn comes. One that retention let go of meanwhile is passed over. Raises PgcdpError when the store cannot be
+    read.
     """
     give_way()
     done = max(open_source(set_name, None).store.interval_numbers(), default=0) - 1
@@ -87,19 +88,24 @@ def verify_boundaries(set_name: str, *, sql_file: Path | None = None, progress: 
         if not behind:
             time.sleep(LOOK_SECONDS)
         for number in behind:
-            yield _prove_boundary(set_name, number, sql_file, progress)
+            told = _prove_boundary(set_name, number, sql_file, progress)
+            if told is not None:
+                yield told
             done = number
 
 
-def _prove_boundary(set_name: str, number: int, sql_file: Path | None, progress: Report) -> Json:
-    """An element of "results", or why there is none."""
+def _prove_boundary(set_name: str, number: int, sql_file: Path | None, progress: Report) -> Json | None:
+    """An element of "results", or why there is none; None when there is no such boundary any more."""
     for tried in range(1, TRIES + 1):
         try:
             source = open_source(set_name, None)
             return prove(source, set_name, source.resolve(Target("boundary", number)), sql_file, progress)
+        except TargetError as error:
+            progress(Progress(f"boundary {number} is passed over: {error.message}"))
+            return None
         except PgcdpError as error:
             problem = error
-        if isinstance(problem, TargetError | UsageError | DamageError) or tried == TRIES:
+        if isinstance(problem, UsageError | DamageError) or tried == TRIES:
             break
         progress(Progress(f"boundary {number}: {problem.message}; trying again"))
         time.sleep(RETRY_SECONDS)

@@ -20,6 +20,8 @@ from pgcdp.store.published import published
 from pgcdp.units import format_size
 
 STORE_LEAST_FREE = 1 << 30
+VOLUME_LEAST_FREE = 32 << 20
+"""Two segments of WAL."""
 JOURNAL_SOON = 3600.0
 """A store that is away for less than that should not stop production."""
 DISK_SOON = 7 * 86400.0
@@ -70,8 +72,8 @@ def _store(config: Config, ahead: Forecast | None) -> Iterator[Finding]:
 
 def _volume(name: str, ahead: Forecast, set_name: str) -> Iterator[Finding]:
     what, hint = f"space on volume {name}", f"pgcdp grow {set_name} SIZE --volume {name}, or remove what is not needed"
-    if not ahead.room:
-        yield failed(what, "full: Postgres finds no room", hint)
+    if ahead.room < VOLUME_LEAST_FREE:
+        yield failed(what, f"full, with {format_size(ahead.room)} free: Postgres finds no room, or soon will not", hint)
     else:
         yield _lasting(what, f"{format_size(ahead.room)} free", ahead, "", DISK_SOON, hint)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pgcdp.background import end_with_parent
+from pgcdp.background import end_with
 from pgcdp.cli import options, screen
 from pgcdp.cli.restore import announce, point
 from pgcdp.errors import UsageError, VerificationFailed
@@ -39,7 +39,7 @@ from pgcdp.units import format_duration
     is_flag=True,
     help="The newest boundary, then each one as it is cut, until Ctrl-C, giving way to all other work.",
 )
-@click.option("--ends-with-parent", is_flag=True, hidden=True, help="For the agent.")
+@click.option("--ends-with", type=int, hidden=True, help="For the agent, whose process id it is.")
 @options.store_option
 @options.output_option
 def command(
@@ -47,7 +47,7 @@ def command(
     sql_file: Path | None,
     sample: int | None,
     every_boundary: bool,
-    ends_with_parent: bool,
+    ends_with: int | None,
     store: Path | None,
     output: str,
     **given: Any,
@@ -70,8 +70,8 @@ def command(
     if every_boundary:
         if name is None:
             raise UsageError("--every-boundary needs a set: nothing is cut in a store alone", "name the set")
-        if ends_with_parent:
-            end_with_parent()
+        if ends_with is not None:
+            end_with(ends_with)
         return _each(name, sql_file, output)
     if sample is not None:
         with screen.progress(output) as progress:

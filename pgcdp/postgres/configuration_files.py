@@ -49,7 +49,7 @@ def read_outside(settings: Mapping[str, Any], pgdata: Path, owner: User | None) 
                 if owner is not None and os.geteuid() != owner.uid:  # root's own files are none of the owner's business
                     continue
                 text = b"".join(line + b"\n" for line in _lines(path, _Budget(MOST_BYTES)))
-        except OSError:
+        except (OSError, ValueError):  # a name with a NUL byte
             continue
         found[NAMES[setting]] = {"path": str(path), "zlib": b64encode(zlib.compress(text, 9)).decode()}
     return found
@@ -109,7 +109,8 @@ def _lines(path: Path, budget: _Budget, depth: int = 0) -> Iterator[bytes]:
 def _named(how: bytes, place: Path) -> list[Path]:
     if how != b"include_dir":
         return [place]
-    return sorted(path for path in place.iterdir() if path.suffix == ".conf" and not path.name.startswith("."))
+    found = (path for path in place.iterdir() if path.suffix == ".conf" and not path.name.startswith("."))
+    return sorted(path for path in found if not path.is_dir())
 
 
 def _included(path: Path, budget: _Budget, depth: int) -> list[bytes]:

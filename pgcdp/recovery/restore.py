@@ -141,7 +141,7 @@ def _put_configuration(place: Path, settings: Mapping[str, Any] | None, owner: t
     for name, kept in (settings or {}).get("files", {}).items():
         if name not in configuration_files.NAMES.values():
             continue
-        if (place / name).exists():  # Postgres did not read that one
+        if os.path.lexists(place / name):  # Postgres did not read that one
             (place / name).rename(place / f"{name}.not-used")
         text = configuration_files.text_of(kept)
         write_atomic(place / name, configuration_files.for_a_copy(text), owner=owner)

@@ -36,6 +36,7 @@ from pgcdp.postgres.control import Control
 from pgcdp.proc import User
 from pgcdp.recovery import sandbox_settings
 from pgcdp.recovery.links import own_places
+from pgcdp.recovery.wal_room import give_wal_room
 from pgcdp.units import parse_lsn
 
 PORT = 5432
@@ -180,8 +181,9 @@ def start(
     directories are in the copy, {production's: the sandbox's own}: links that name one (pg_wal, tablespaces) are made
     to lead to the other, and what WAL makes anew in one goes to the other too. `hide` are more places that it shall not
     even see; production's data directory, tablespaces and socket directories, as `settings` names them, are hidden
-    anyway. With `owns_data`, `destroy` removes `pgdata` too. `override` are more settings, `hba` more lines of
-    pg_hba.conf; `name`: that of the scratch directory, which must not exist (None: a new one).
+    anyway. Where the volume is nearly full, pg_wal moves to the scratch directory for good. With `owns_data`, `destroy`
+    removes `pgdata` too. `override` are more settings, `hba` more lines of pg_hba.conf; `name`: that of the scratch
+    directory, which must not exist (None: a new one).
 
     Raises PreconditionError when it cannot be tried (not root, no programs, a link that leads outside, a postmaster
     on it), VerificationFailed when Postgres does not come up; nothing is left then but `pgdata`.
@@ -212,6 +214,7 @@ def start(
                     "let others pass: chmod o+x on the directories above",
                 )
         prepare(found.path, found.user, moved)
+        give_wal_room(found.path, scratch, found.user, found.control)
         argv = _command(sandbox, found.major, override, hba)
         # To look at 100,000 files takes as long as to start postgres. Should a link among them lead outside, it cannot
         # be written through meanwhile: the third wall. One that names production's directories is led there by that.

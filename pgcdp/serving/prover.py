@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from contextlib import suppress
@@ -15,9 +16,12 @@ from pgcdp.config import Config, load_config
 logger = log.get(__name__)
 
 LOOK_SECONDS = 5.0
-"""How often the setting is looked at, and how long it waits before a process follows one that ended."""
-END_SECONDS = 60.0
-"""How long it is given to take its view and its Postgres away."""
+"""How often the setting is looked at."""
+RETRY_SECONDS = 30.0
+"""How long it waits before a process follows one that failed."""
+END_SECONDS = 20.0
+"""How long it is given to take its view and its Postgres away; what is left the next one clears."""
+KILLED_SECONDS = 5.0
 _LINE_BYTES = 16 << 20
 _SHOWN = 3
 
@@ -29,15 +33,20 @@ class Prover:
         self.proven: int | None = None
         """The boundary that was looked at last."""
         self.problem = ""
-        """What was wrong with it, or why none is looked at."""
+        """Why none is looked at, or could not be. What was found of a boundary is in the store's history."""
         self._config = config
 
     async def run(self) -> None:
         """Without end. Cancelled, it ends its process first."""
         while True:
             if self._wanted():
-                await self._prove()
-            await asyncio.sleep(LOOK_SECONDS)
+                try:
+                    await self._prove()
+                except Exception as error:  # no room for a process, or what it says is cut off
+                    self._note(f"boundaries are not proven: {error!r}")
+            else:
+                self.problem = ""
+            await asyncio.sleep(RETRY_SECONDS if self.problem else LOOK_SECONDS)
 
     def _wanted(self) -> bool:
         try:
@@ -45,10 +54,15 @@ class Prover:
         except Exception:  # the settings are being written; who needs them says so
             return False
 
+    def _note(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            logger.error("%s", problem)
+        self.problem = problem
+
     async def _prove(self) -> None:
         words = [sys.executable, "-P", "-m", "pgcdp", "verify", self._config.name, "--every-boundary"]
         process = await asyncio.create_subprocess_exec(
-            *words, "--output", "json", "--ends-with-parent",
+            *words, "--output", "json", "--ends-with", str(os.getpid()),
             stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, cwd="/", limit=_LINE_BYTES, start_new_session=True,
         )  # fmt: skip
         logger.info("each boundary is proven as it is cut, by process %d", process.pid)
@@ -56,14 +70,16 @@ class Prover:
         try:
             while self._wanted():
                 if (await asyncio.wait([listening], timeout=LOOK_SECONDS))[0]:
-                    break
+                    await listening  # raises what it met
+                    code = await process.wait()
+                    if not self.problem:
+                        self._note(f"boundaries are not proven: process {process.pid} ended with {code}")
+                    return
         finally:
             await _end(process)
             listening.cancel()
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError, Exception):
                 await listening
-        if not self._wanted():
-            self.problem = ""
 
     async def _listen(self, process: Process) -> None:
         assert process.stdout is not None
@@ -73,17 +89,17 @@ class Prover:
     def _take(self, told: dict[str, Any]) -> None:
         """A line of it: a result, a boundary that could not be opened, or the error that ends it."""
         if "error" in told:
-            problem = f"boundaries are not proven: {told['error']['message']}"
-        elif "not_proven" in told:
-            self.proven = told["boundary"]
-            problem = f"boundary {self.proven} was not proven: {told['not_proven']}"
-        else:
-            self.proven = told["recovery_point"]["boundary"]
-            failed = [f"{check['name']}: {check['detail']}" for check in told["checks"] if not check["ok"]]
-            problem = "" if told["ok"] else f"boundary {self.proven} is NOT right: {'; '.join(failed[:_SHOWN])}"
-        if problem and problem != self.problem:
-            logger.error("%s", problem)
-        self.problem = problem
+            self._note(f"boundaries are not proven: {told['error']['message']}")
+            return
+        if "not_proven" in told:
+            self.proven = int(told["boundary"])
+            self._note(f"boundary {self.proven} was not proven: {told['not_proven']}")
+            return
+        self.proven = int(told["recovery_point"]["boundary"])
+        self.problem = ""
+        failed = [f"{check['name']}: {check['detail']}" for check in told["checks"] if not check["ok"]]
+        if not told["ok"]:
+            logger.error("boundary %d is NOT right: %s", self.proven, "; ".join(failed[:_SHOWN]))
 
 
 async def _end(process: Process) -> None:
@@ -94,9 +110,8 @@ async def _end(process: Process) -> None:
     try:
         await asyncio.wait_for(process.wait(), END_SECONDS)
     except TimeoutError:
-        logger.warning(
-            "process %d, which proves boundaries, did not end in %g s: it is killed", process.pid, END_SECONDS
-        )
+        logger.warning("process %d proves boundaries, and did not end in %g s: killed", process.pid, END_SECONDS)
         with suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), KILLED_SECONDS)

@@ -32,6 +32,8 @@ PATIENCE_SECONDS = 5.0
 SETTINGS_SECONDS = 60.0
 LOADED_SECONDS = 2.0
 """How often it is asked whether the configuration was loaded anew since the settings were asked for."""
+AGAIN_SECONDS = 10.0
+"""The same, when there was no answer."""
 LOOK_SECONDS = 30.0
 """How long a look at the catalogs waits for each database; other work goes on meanwhile."""
 
@@ -78,9 +80,9 @@ class Questions:
             if due or loaded != self._loaded:
                 self.settings = await self._soon(self._read_settings())
                 self._settings_at, self._loaded = now, loaded
-        except PgcdpError:
-            if time.monotonic() - now >= PATIENCE_SECONDS:  # the loop has more to do than to wait for it
-                self._loaded_again = now + SETTINGS_SECONDS
+        except PgcdpError:  # the loop has more to do than to wait for it, and Postgres's log than to tell of it
+            waited = time.monotonic() - now >= PATIENCE_SECONDS
+            self._loaded_again = now + (SETTINGS_SECONDS if waited else AGAIN_SECONDS)
 
     async def look(self, stages: Stages, *, busy: bool) -> None:
         """Keep the names of relations with the open interval; without a look, those of the last one hold."""

@@ -43,12 +43,23 @@ def kept_marks(store: Store) -> list[Kept]:
 
 def verified_boundaries(store: Store) -> set[int]:
     """The boundaries whose newest verification was right. Raises DamageError when what may say so is damaged."""
+    return {number for number, right in _verdicts(store).items() if right}
+
+
+def wrong_boundaries(store: Store) -> list[int]:
+    """Those that are there, and whose newest verification was not right. Raises as `verified_boundaries`."""
+    there = set(store.interval_numbers())
+    return sorted(number for number, right in _verdicts(store).items() if not right and number in there)
+
+
+def _verdicts(store: Store) -> dict[int, bool]:
+    """Whether the newest verification of each boundary was right."""
     ok: dict[int, bool] = {}
     for content in _entries(store, "verification"):
         point = content.get("recovery_point") or {}
         if point.get("boundary") is not None and point.get("lsn") is None:
             ok[int(point["boundary"])] = bool(content.get("ok"))
-    return {number for number, right in ok.items() if right}
+    return ok
 
 
 def _entries(store: Store, kind: HistoryKind) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from pgcdp import api, proc
+from pgcdp.fsio import write_atomic
 from pgcdp.postgres import cluster
 from pgcdp.postgres.configuration_files import for_a_copy, read_outside, text_of
 from pgcdp.records import Target
@@ -158,6 +159,9 @@ def test_a_circle_of_includes_and_large_files_end(place: Path, read: Read) -> No
     written(place / "double.conf", "include 'double.conf'\n" * 20 + "x" * 1000)
     large = written(place / "large.conf", "#" + "x" * (1 << 20))
     endless = Path("/dev/zero")
+    (place / "conf.d" / "directory.conf").mkdir(parents=True)
+    nul = written(place / "nul.conf", "include_dir 'conf.d'\ninclude 'a\0b'\n")
+    assert read(config_file=nul) == {}
     assert read(config_file=place / "double.conf", hba_file=large, ident_file=endless) == {}
 
 
@@ -180,3 +184,14 @@ def test_a_copy_is_not_led_to_production() -> None:
     text = b"data_directory = '/srv'\n Hba_File='/etc/x'\n# ident_file\nport = 1\nexternal_pid_file = 'p'"
     kept = [line for line in for_a_copy(text).splitlines() if not line.startswith(b"#")]
     assert kept == [b"port = 1"]
+
+
+def test_a_link_in_the_data_directory_is_not_followed_by_root(place: Path) -> None:
+    """What the owner leaves there under the name of the file to come would be overwritten, and become his."""
+    victim = written(place / "victim", "of root", 0o600)
+    (place / ".postgresql.conf.new").symlink_to(victim)
+    (place / "postgresql.conf").symlink_to(victim)
+    write_atomic(place / "postgresql.conf", b"his", owner=(postgres_user().uid, postgres_user().gid))
+    assert (victim.read_text(), victim.stat().st_uid) == ("of root", 0)
+    assert (place / "postgresql.conf").read_text() == "his"
+    assert not (place / "postgresql.conf").is_symlink()

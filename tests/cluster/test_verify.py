@@ -256,7 +256,9 @@ def in_background(found: ProtectedSet, wanted: bool) -> None:
 
 
 def proofs(found: ProtectedSet) -> dict[str, Any]:
-    return next(check for check in api.check(found.name)["checks"] if check["name"] == "proofs")
+    """What `check` tells of them, the worst first."""
+    told = [each for each in api.check(found.name)["checks"] if each["name"] == "proofs"]
+    return min(told, key=lambda each: bool(each["ok"]))
 
 
 def is_proven(found: ProtectedSet, number: int) -> bool:
@@ -305,7 +307,9 @@ def test_boundaries_are_proven_in_the_background_and_give_way(make_set: MakeSet,
 @pytest.mark.parametrize("victim", ["agent", "prover"])
 def test_who_proves_is_killed(make_set: MakeSet, binaries_of: BindirOf, victim: str) -> None:
     """The agent's end is its end; its own end is not the last word."""
-    found = make_set(binaries_of(15), size=384 << 20, settings={"autovacuum": "off"})
+    found = make_set(
+        binaries_of(15), size=384 << 20, settings={"autovacuum": "off"}, allowed=["process .* ended with -9"]
+    )
     in_background(found, True)
     api.cut(found.name)
     prover = wait_until(lambda: prover_of(found), what="the agent begins")
