@@ -32,6 +32,8 @@ from pgcdp.units import format_size
 ON_VOLUMES = frozenset({"settings", "data outside the set", "role", "places"})
 """Checks that look at the volumes or ask Postgres: left out while those wait for a capture process."""
 NOT_OPENED = "what the intervals lack is not known: the store does not open"
+INCOMPLETE_HINT = "pgcdp info tells which points lack what; once all is in the set, later ones are whole"
+LOOK_HINT = "see whether Postgres takes connections, and what holds locks on its catalogs: the agent looks again by itself"
 LOOK_LATE_SECONDS = 300
 """Age of the last look at all catalogs from which on it is told."""
 
@@ -109,7 +111,10 @@ def _holder(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
     """Whether capture would outlive its process."""
     missing, problem = holder.missing(), keeping.problem(config, engine)
     if missing is not None:
-        yield warned("holder", f"none: if capture dies, Postgres sees I/O errors and panics: {missing}")
+        yield warned(
+            "holder", f"none: if capture dies, Postgres sees I/O errors and panics: {missing}",
+            f"run Linux 6.9 or newer, then pgcdp down and pgcdp up {config.name}; until then pgcdp up mends it",
+        )  # fmt: skip
     elif problem is not None:
         yield failed("holder", problem, f"pgcdp up {config.name}")
     elif engine is None:
@@ -134,7 +139,7 @@ def _agent(config: Config) -> Iterator[Finding]:
     age = state.get("look_seconds", 0)
     if state.get("no_look") or age > LOOK_LATE_SECONDS:
         why = state.get("no_look") or "postgres was not asked"
-        yield warned("look at the catalogs", f"the last whole one is {age // 60} min old, names may be lost: {why}")
+        yield warned("look at the catalogs", f"the last whole one is {age // 60} min old, names may be lost: {why}", LOOK_HINT)
 
 
 def _settings(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
@@ -165,11 +170,12 @@ def _outside(config: Config, opened: Opened) -> Iterator[Finding]:
     lacking = [number for number, outside in told.items() if outside]
     unknown = [number for number, outside in told.items() if outside is None]
     if lacking:
-        yield warned(name, f"{len(lacking)} intervals are incomplete, the last one is {lacking[-1]}")
+        yield warned(name, f"{len(lacking)} intervals are incomplete, the last one is {lacking[-1]}", INCOMPLETE_HINT)
     elif base_outside(store):
-        yield warned(name, "the oldest boundary is incomplete")
+        yield warned(name, "the oldest boundary is incomplete", INCOMPLETE_HINT)
     if unknown:
-        yield warned(name, f"of {len(unknown)} intervals it is not known, the last one is {unknown[-1]}")
+        what = f"of {len(unknown)} intervals it is not known, the last one is {unknown[-1]}"
+        yield warned(name, what, "of points behind it that is known again; those in it may lack such data")
     if attached and not (found or lacking or unknown or base_outside(store)):
         yield passed(name, "none")
 
@@ -182,7 +188,6 @@ def _role(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
     if engine is None or engine.state == "stalled":
         yield passed("role pgcdp", "not looked at: " + ("nothing is captured" if engine is None else "writes wait"))
         return
-    lacking = role.missing(session.Dsn.of(config))
     dsn = session.Dsn.of(config)
     lacking = role.missing(dsn)
     if lacking:

@@ -32,8 +32,8 @@ def passed(name: str, detail: str) -> Finding:
     return Finding(Check(name, True, 0.0, detail))
 
 
-def warned(name: str, detail: str, hint: str | None = None) -> Finding:
-    """The promise holds, but for what is said."""
+def warned(name: str, detail: str, hint: str | None) -> Finding:
+    """The promise holds, but for what is said; the hint says how to mend it, or that it mends itself."""
     return Finding(Check(name, True, 0.0, detail), hint=hint, warning=True)
 
 

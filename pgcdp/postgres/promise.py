@@ -38,11 +38,15 @@ LISTED = 10
 LOCK_TIMEOUT = "2s"
 """A size is asked under a lock of the table: not at the cost of waiting behind a DDL that waits itself."""
 
-# Postgres's own schemas aside, whatever is unlogged and has a file; indexes and TOAST belong to their table.
+# Postgres's own schemas aside, whatever is unlogged and has a file; indexes, TOAST and sequences of columns belong to
+# their table. A sequence by itself, from version 15 on, begins anew.
 _UNLOGGED_SQL = """
 select n.nspname::text, c.relname::text, pg_total_relation_size(c.oid)
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
-where c.relpersistence = 'u' and c.relkind = 'r'
+where c.relpersistence = 'u' and (c.relkind = 'r' or c.relkind = 'S' and not exists (
+  select from pg_depend d join pg_class t on t.oid = d.refobjid
+  where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.refclassid = 'pg_class'::regclass
+    and d.deptype = any ('{a,i}') and t.relpersistence = 'u'))
 order by 3 desc, 1, 2
 """
 _LABEL = "backup_label"

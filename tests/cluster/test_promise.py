@@ -20,8 +20,8 @@ from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.units import format_size
 from tests.fix_house import House
-from tests.fix_postgres import BindirOf, Live, MakeCluster
-from tests.fix_sets import MakeSet, ProtectedSet
+from tests.fix_postgres import BindirOf, Live, MakeCluster, postgres_user
+from tests.fix_sets import STOPPED, MakeSet, ProtectedSet
 from tests.waiting import wait_until
 
 Json = dict[str, Any]
@@ -134,6 +134,14 @@ def test_unlogged_tables_are_listed_with_their_sizes(make_cluster: MakeCluster, 
     assert "postgres: public.empty (0 B)" in found["detail"]
     assert "kept" not in found["detail"]
     assert "SET LOGGED" in found["hint"]
+    if pg_binaries.major >= 15:
+        live.sql("create unlogged sequence numbers")
+        live.sql("create unlogged table numbered (n serial, m int generated always as identity)")
+        told = only(api.check_beforehand(live.pgdata), "unlogged tables")["detail"]
+        assert "postgres: public.numbers (" in told
+        assert told.startswith("4 of"), "a column's sequence is its table's"
+        live.sql("drop sequence numbers")
+        live.sql("drop table numbered")
 
     # A table that a DDL holds does not keep the check waiting; what was not seen is said.
     with live.connect("shop") as holder:
@@ -175,13 +183,53 @@ def test_a_backup_label_is_found(make_cluster: MakeCluster, pg_binaries: Binarie
 
 
 def test_what_turns_wrong_in_service_is_found_and_its_hint_mends_it(make_set: MakeSet, pg_binaries: Binaries) -> None:
-    found = make_set(pg_binaries)
+    found = make_set(pg_binaries, allowed=[*STOPPED, "specified neither", "recovery is in progress"])
     value = api.check(found.name)
     assert failures(value) == []
     _settings(found)
     _rights(found)
     _modes(found)
+    _unlogged(found)
+    _label(found)
+    _standby(found)
     assert failures(api.check(found.name)) == []
+    unmended = [each["name"] for each in api.check(found.name)["checks"] if each["warning"] and not each["hint"]]
+    assert unmended == [], "each warning says what to do"
+
+
+def _unlogged(found: ProtectedSet) -> None:
+    found.sql("create unlogged table cart as select 1 as n")
+    row = only(api.check(found.name), "unlogged tables")
+    assert row["warning"]
+    assert "postgres: public.cart" in row["detail"]
+    found.sql(row["hint"].partition(",")[0].replace("...", "cart"))
+    assert level(api.check(found.name), "unlogged tables") == "ok"
+
+
+def _label(found: ProtectedSet) -> None:
+    label = found.pgdata / "backup_label"
+    label.write_text("START WAL LOCATION: 0/2000028\n")
+    row = only(api.check(found.name), "exclusive backup")
+    assert not row["ok"]
+    if found.binaries.major >= 15:
+        assert os.system(row["hint"]) == 0
+    label.unlink(missing_ok=True)
+    assert level(api.check(found.name), "exclusive backup") == "ok"
+
+
+def _standby(found: ProtectedSet) -> None:
+    """Somebody made one of it while it was down."""
+    cluster.stop(found.pgdata)
+    signal = found.pgdata / "standby.signal"
+    signal.touch()
+    shutil.chown(signal, "postgres")
+    cluster.start(found.config.cluster.command_line, found.pgdata, postgres_user(), found.root / "standby.log")
+    wait_until(lambda: found.sql("select pg_is_in_recovery()") == [(True,)], what="a standby that answers")
+    row = only(api.check(found.name), "standby")
+    assert not row["ok"]
+    found.sql(row["hint"].rpartition(": ")[2])
+    wait_until(lambda: found.sql("select pg_is_in_recovery()") == [(False,)], what="the promotion")
+    found.wait_following()
 
 
 def _settings(found: ProtectedSet) -> None:
