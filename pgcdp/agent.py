@@ -23,7 +23,7 @@ from typing import Any
 
 from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
-from pgcdp.capture.clocks import ClockWatch
+from pgcdp.capture.clocks import CLOCK, ClockWatch
 from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
@@ -358,6 +358,7 @@ class Agent:
         self.newest_write_ns = int(run.records["wall_ns"][-1])
         for jump in self.clock.take(run):
             logger.warning("the wall clock was set by %.1f s before write %d", jump.seconds, jump.write)
+            self.keeping.remember({"event": CLOCK, **asdict(jump)})
 
     def _remember(self, bundle: Bundle) -> None:
         assert self.catalog is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +25,10 @@ from pgcdp.postgres.control import describe, find_control_blocks
 from pgcdp.progress import Report
 from pgcdp.records import BLOCK
 from pgcdp.setting_values import exact_period
-from pgcdp.store.base import base_outside
+from pgcdp.store.base import base_outside, read_base
+from pgcdp.store.catalog import Catalog
 from pgcdp.store.kept import wrong_boundaries
+from pgcdp.store.layout import Store
 from pgcdp.store.published import published
 from pgcdp.units import format_size
 
@@ -33,7 +36,9 @@ ON_VOLUMES = frozenset({"settings", "data outside the set", "role", "places"})
 """Checks that look at the volumes or ask Postgres: left out while those wait for a capture process."""
 NOT_OPENED = "what the intervals lack is not known: the store does not open"
 INCOMPLETE_HINT = "pgcdp info tells which points lack what; once all is in the set, later ones are whole"
-LOOK_HINT = "see whether Postgres takes connections, and what holds locks on its catalogs: the agent looks again by itself"
+LOOK_HINT = "see whether Postgres takes connections, and what locks its catalogs: the agent looks again by itself"
+EVENTS = 1000
+"""So many of the newest events are looked through for jumps of the clock."""
 LOOK_LATE_SECONDS = 300
 """Age of the last look at all catalogs from which on it is told."""
 
@@ -139,7 +144,8 @@ def _agent(config: Config) -> Iterator[Finding]:
     age = state.get("look_seconds", 0)
     if state.get("no_look") or age > LOOK_LATE_SECONDS:
         why = state.get("no_look") or "postgres was not asked"
-        yield warned("look at the catalogs", f"the last whole one is {age // 60} min old, names may be lost: {why}", LOOK_HINT)
+        told = f"the last whole one is {age // 60} min old, names may be lost: {why}"
+        yield warned("look at the catalogs", told, LOOK_HINT)
 
 
 def _settings(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
@@ -228,7 +234,20 @@ def _clock(config: Config, opened: Opened) -> Iterator[Finding]:
         seen = [clocks.Jump(each["write"], each["to_ns"], each["seconds"]) for each in told]
     store = opened.if_it_opens()
     known = [] if store is None else [each.interval for each in published(store).values()]
-    yield from of_remarks(clocks.told(seen, clocks.turned_back(known)))
+    before = [] if store is None else clocks.remembered(_events(store))
+    base = None if store is None else read_base(store)
+    jumps = {each.write: each for each in (*before, *seen) if base is None or each.write > base.write}
+    newest = [jumps[write] for write in sorted(jumps)][-clocks.KEPT :]
+    yield from of_remarks(clocks.told(newest, clocks.turned_back(known)))
+
+
+def _events(store: Store) -> list[dict[str, Any]]:
+    """The newest of the store's history."""
+    catalog = Catalog.open(store)
+    try:
+        return catalog.history("event", EVENTS)
+    finally:
+        catalog.close()
 
 
 def _retention(config: Config) -> Iterator[Finding]:

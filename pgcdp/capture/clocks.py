@@ -9,9 +9,10 @@ only where the boot before was just as short.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ JUMP_NS = 1_000_000_000
 SLEW = 0.1
 """Part of the elapsed time that a time service may correct the clock by without setting it (chrony: at most 8 %)."""
 AT_ONCE_NS = 10_000_000_000
+CLOCK = "clock"
+"""The event: {"event", "write", "to_ns", "seconds"}, a `Jump`."""
 KEPT = 10
 """So many of the newest jumps are remembered."""
 
@@ -104,6 +107,12 @@ def told(found: Iterable[Jump], backward: Iterable[Interval]) -> Iterator[Remark
         )  # fmt: skip
     if not found and not turned:
         yield Remark(name, "ok", "no jump seen")
+
+
+def remembered(events: Iterable[Mapping[str, Any]]) -> list[Jump]:
+    """Those of a history's events; an agent that takes a part of the journal again tells them again."""
+    found = {int(each["write"]): each for each in events if each.get("event") == CLOCK}
+    return [Jump(write, int(each["to_ns"]), float(each["seconds"])) for write, each in sorted(found.items())]
 
 
 def turned_back(intervals: Iterable[Interval]) -> list[Interval]:

@@ -63,7 +63,11 @@ class Keeping:
             "seconds": round(seconds, 3),
             "captures": found.captures if found else None,
         }
-        with suppress(RuntimeError):  # the agent is about to end, and has waited long enough for this start
+        self.remember(event)
+
+    def remember(self, event: dict[str, Any]) -> None:
+        """Have it written into the store's history, soon."""
+        with suppress(RuntimeError):  # the agent is about to end, and has waited long enough for what begins now
             self._writer.submit(self._write, time.time_ns(), event)
 
     def _write(self, time_ns: int, event: dict[str, Any]) -> None:
@@ -74,4 +78,4 @@ class Keeping:
             finally:
                 catalog.close()
         except (PgcdpError, OSError) as error:
-            logger.warning("the history lacks that capture was restarted: %s", error)
+            logger.warning("the history lacks an event, %s: %s", event["event"], error)

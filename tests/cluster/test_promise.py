@@ -14,10 +14,12 @@ import pytest
 
 from pgcdp import api
 from pgcdp.capture import protect, volumes
+from pgcdp.capture.clocks import CLOCK
 from pgcdp.cli.main import main
 from pgcdp.errors import PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
+from pgcdp.serving.keeping import Keeping
 from pgcdp.units import format_size
 from tests.fix_house import House
 from tests.fix_postgres import BindirOf, Live, MakeCluster, postgres_user
@@ -189,12 +191,25 @@ def test_what_turns_wrong_in_service_is_found_and_its_hint_mends_it(make_set: Ma
     _settings(found)
     _rights(found)
     _modes(found)
+    _clock(found)
     _unlogged(found)
     _label(found)
     _standby(found)
     assert failures(api.check(found.name)) == []
     unmended = [each["name"] for each in api.check(found.name)["checks"] if each["warning"] and not each["hint"]]
     assert unmended == [], "each warning says what to do"
+
+
+def _clock(found: ProtectedSet) -> None:
+    """What one agent has seen of it, the next one tells, too."""
+    assert level(api.check(found.name), "clock") == "ok"
+    keeping, write = Keeping(found.config), found.durable()
+    keeping.remember({"event": CLOCK, "write": write, "to_ns": 10**18, "seconds": 3600.0})
+    keeping._writer.shutdown()
+    row = only(api.check(found.name), "clock")
+    assert row["warning"]
+    assert "1 h 0 min ahead" in row["detail"]
+    assert f"before write {write}" in row["detail"]
 
 
 def _unlogged(found: ProtectedSet) -> None:

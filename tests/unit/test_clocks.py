@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgcdp.capture.clocks import ClockWatch, Jump, jumps, told, turned_back
+from pgcdp.capture.clocks import CLOCK, ClockWatch, Jump, jumps, remembered, told, turned_back
 from pgcdp.capture.journal import BatchRun
 from pgcdp.records import RECORD, Boundary, Interval, Position
 
@@ -82,3 +82,9 @@ def test_intervals_that_begin_before_the_end_of_the_one_before_are_found() -> No
     ]
     assert [each.number for each in turned_back(chain)] == [3]
     assert [each.level for each in told([], turned_back(chain))] == ["warning"]
+
+
+def test_jumps_that_an_agent_wrote_down_are_told_once_and_in_order() -> None:
+    """It is dead by now, and its successor took the same part of the journal again."""
+    events = [{"event": CLOCK, "write": write, "to_ns": 7, "seconds": 5.0} for write in (9, 4, 9)]
+    assert remembered([*events, {"event": "capture"}]) == [Jump(4, 7, 5.0), Jump(9, 7, 5.0)]
