@@ -367,6 +367,10 @@ def _run(sandbox: Sandbox, argv: Sequence[str], timeout: float) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         raise VerificationFailed(error.message, "restore to a directory and see its log for more") from None
+    except BaseException:  # interrupted before it has said whose it is: nobody else would find it
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        raise
     sandbox.recovery = read_recovery(sandbox.log_file.read_text(errors="replace"), time.monotonic() - started)
 
 

@@ -17,7 +17,7 @@ logger = log.get(__name__)
 
 LOOK_SECONDS = 5.0
 """How often the setting is looked at."""
-RETRY_SECONDS = 30.0
+RETRY_SECONDS = 10.0
 """How long it waits before a process follows one that failed."""
 END_SECONDS = 20.0
 """How long it is given to take its view and its Postgres away; what is left the next one clears."""

@@ -291,15 +291,15 @@ def test_boundaries_are_proven_in_the_background_and_give_way(make_set: MakeSet,
                     seen.add((os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid)))
         return bool(seen) and is_proven(found, first)
 
-    wait_until(sandboxes, timeout=60, what="it is proven")
+    wait_until(sandboxes, timeout=120, what="it is proven")
     seen.add((os.getpriority(os.PRIO_PROCESS, prover), os.sched_getscheduler(prover)))
     assert {scheduler for _, scheduler in seen} == {os.SCHED_BATCH}
     assert min(nice for nice, _ in seen) > NICE, "the agent itself goes first"
     second = api.cut(found.name)["number"]
-    wait_until(lambda: is_proven(found, second), timeout=60, what="the next one is proven, too")
+    wait_until(lambda: is_proven(found, second), timeout=120, what="the next one is proven, too")
     wait_until(lambda: f"last one {second}" in proofs(found)["detail"], what="check tells it")
     in_background(found, False)
-    wait_until(lambda: prover_of(found) is None, what="it ends")
+    wait_until(lambda: prover_of(found) is None, timeout=60, what="it ends")
     assert "proofs" not in {check["name"] for check in api.check(found.name)["checks"]}
     wait_until(lambda: places_left(found) == [], what="it takes all away")
 
@@ -317,12 +317,14 @@ def test_who_proves_is_killed(make_set: MakeSet, binaries_of: BindirOf, victim: 
     wait_until(lambda: places_left(found) != [], what="it is in the middle of a proof")
     os.kill(service.ask(found.config.paths, "status")["pid"] if victim == "agent" else prover, signal.SIGKILL)
     if victim == "agent":
-        wait_until(lambda: not proc.exists(prover), what="it ends with the agent")
-        assert places_left(found) == []
+        wait_until(lambda: not proc.exists(prover), timeout=60, what="it ends with the agent")
         service.start(found.config)
-    wait_until(lambda: prover_of(found) not in (None, prover), what="another one begins")
+    wait_until(lambda: prover_of(found) not in (None, prover), timeout=60, what="another one begins")
     number = api.cut(found.name)["number"]
-    wait_until(lambda: is_proven(found, number), timeout=60, what="a boundary is proven")
+    wait_until(lambda: is_proven(found, number), timeout=120, what="a boundary is proven")
+    in_background(found, False)
+    wait_until(lambda: prover_of(found) is None, timeout=60, what="it ends")
+    wait_until(lambda: places_left(found) == [], what="what the killed one has left is cleared, too")
 
 
 def test_a_boundary_that_is_not_right_is_told_and_the_next_one_is_looked_at(
@@ -341,9 +343,9 @@ def test_a_boundary_that_is_not_right_is_told_and_the_next_one_is_looked_at(
     row = next(at for at in places if -(at + len(marker)) % BLOCK < 8)  # at the end of its page, not in the WAL
     with flipped(image, row, 1):
         in_background(found, True)
-        wait_until(lambda: not proofs(found)["ok"], timeout=60, what="check tells of the damage")
+        wait_until(lambda: not proofs(found)["ok"], timeout=120, what="check tells of the damage")
         number = api.cut(found.name)["number"]
-        wait_until(lambda: f"boundary {number} " in proofs(found)["detail"], timeout=60, what="the next one's turn")
+        wait_until(lambda: f"boundary {number} " in proofs(found)["detail"], timeout=120, what="the next one's turn")
     number = api.cut(found.name)["number"]
-    wait_until(lambda: is_proven(found, number), timeout=60, what="all is well again")
+    wait_until(lambda: is_proven(found, number), timeout=120, what="all is well again")
     wait_until(lambda: proofs(found)["ok"], what="check tells it")
