@@ -169,7 +169,7 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
     """Intervals, sizes, recovery window, what was verified."""
     source = open_source(set_name, store)
     try:
-        first, last = window(source.listing())
+        first, last = source.window()
     except DamageError:  # behind the last boundary: what lies before it can be listed all the same
         first, last = window(source.published())
     listed = source.listed()

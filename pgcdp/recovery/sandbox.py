@@ -215,7 +215,7 @@ def start(
                 )
         prepare(found.path, found.user, moved)
         give_wal_room(found.path, scratch, found.user, found.control)
-        argv = _command(sandbox, found.major, override, hba)
+        argv = _command(sandbox, override, hba)
         # To look at 100,000 files takes as long as to start postgres. Should a link among them lead outside, it cannot
         # be written through meanwhile: the third wall. One that names production's directories is led there by that.
         with ThreadPoolExecutor(1) as beside:
@@ -316,7 +316,6 @@ def end_at_once(pgdata: Path) -> None:
 
 def _command(
     sandbox: Sandbox,
-    major: int,
     override: Mapping[str, str],
     hba_lines: Sequence[str],
 ) -> list[str]:
@@ -333,7 +332,8 @@ def _command(
     }
     _write_private(hba, "".join(f"{line}\n" for line in ("local all all trust", *hba_lines)), sandbox.user)
     _write_private(ident, "", sandbox.user)
-    return [str(sandbox.binaries.path("postgres")), "-D", str(sandbox.pgdata), *sandbox_settings.options(major, fixed)]
+    options = sandbox_settings.options(sandbox.binaries.major, fixed)
+    return [str(sandbox.binaries.path("postgres")), "-D", str(sandbox.pgdata), *options]
 
 
 def _run_configured(sandbox: Sandbox, argv: Sequence[str], settings: Mapping[str, Any] | None, timeout: float) -> None:

@@ -275,7 +275,7 @@ class Source:
     def place(self, target: Target) -> RecoveryPoint:
         """As `resolve`; a write inside a rewind in place is given, too, and one that is not kept by itself any more."""
         if target.kind == "newest" and not target.exclusive:
-            return self.window()[1]
+            return self._ends()[1]
 
         def attempt() -> RecoveryPoint:
             return resolve(target, self._with_history(target, self.listing(), True))
@@ -372,14 +372,17 @@ class Source:
         return replace(listing, history=history)
 
     def window(self) -> tuple[RecoveryPoint, RecoveryPoint]:
-        """The oldest and the newest recovery point, reading no more than the newest one's time, and a gap, need."""
+        """The oldest and the newest recovery point; while a gap lasts, the newest one lies in front of it."""
+        first, last = self._ends()
+        before = before_open(self.gaps())
+        return first, last if before is None or before >= last.write else self.place(Target("write", before))
+
+    def _ends(self) -> tuple[RecoveryPoint, RecoveryPoint]:
+        """The oldest point and the newest write, reading no more than the time of that needs."""
         listing = self.listing()
         stored = listing.intervals[-1].to_write if listing.intervals else listing.base.write
         first, last = window(replace(listing, newest_write=stored))
-        before = before_open(self.gaps())
-        if before is not None and before < listing.newest_write:
-            last = self.place(Target("write", before))
-        elif listing.newest_write > stored:
+        if listing.newest_write > stored:
             wall_ns = int(self.record(listing.newest_write)["wall_ns"])
             last = RecoveryPoint(listing.newest_write, None, wall_ns)
         return first, last

@@ -1,6 +1,7 @@
 """Room for WAL in a sandbox whose volume is full, as production's was at that point: Postgres could not even recover.
 
-Its pg_wal goes to the sandbox's scratch directory, on a disk of this machine; what it took on the volume is free then.
+Its pg_wal goes to the sandbox's scratch directory, on a disk of this machine; what it took in the data directory is
+free then.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ SEGMENTS = 8
 _NAME = re.compile(r"[0-9A-F]{8}([0-9A-F]{8})([0-9A-F]{8})")
 
 
-def give_wal_room(pgdata: Path, scratch: Path, user: User, control: Control) -> Path | None:
-    """Move pg_wal of a private copy below `scratch` if its filesystem is nearly full; where it is then, or None.
+def give_wal_room(pgdata: Path, scratch: Path, user: User, control: Control) -> None:
+    """Move pg_wal of a private copy below `scratch` if its filesystem is nearly full.
 
-    Segments before the one that recovery begins in stay behind, and go. Raises PreconditionError when there is no room
+    Segments before the one that recovery begins in stay behind. Raises PreconditionError when there is no room
     for it either; nothing is changed then.
     """
     wal = Path(os.path.realpath(pgdata / "pg_wal"))
     spare = SEGMENTS * control.wal_segment_size
     if free_space(wal) >= spare:
-        return None
+        return
     files = [file for file in wal.rglob("*") if file.is_file() and not _is_past(file.name, control)]
     need = sum(file.stat().st_size for file in files) + spare
     if free_space(scratch) < need:
@@ -49,11 +50,9 @@ def give_wal_room(pgdata: Path, scratch: Path, user: User, control: Control) -> 
         shutil.copyfile(file, copy, follow_symlinks=False)
         for path in (copy, copy.parent):
             os.chown(path, user.uid, user.gid)
-    _clear(wal)
     place = pgdata / "pg_wal"
-    place.unlink() if place.is_symlink() else place.rmdir()
+    place.unlink() if place.is_symlink() else shutil.rmtree(place)
     place.symlink_to(own)
-    return own
 
 
 def _is_past(name: str, control: Control) -> bool:
@@ -63,11 +62,3 @@ def _is_past(name: str, control: Control) -> bool:
     size = control.wal_segment_size
     number = int(match[1], 16) * ((1 << 32) // size) + int(match[2], 16)
     return number < control.redo_lsn // size
-
-
-def _clear(directory: Path) -> None:
-    for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

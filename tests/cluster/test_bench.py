@@ -15,20 +15,9 @@ import pytest
 
 from tests.fix_engine import ROOT
 
-START = """
-import runpy, sys, types
-bench = types.ModuleType("bench")
-bench.__path__ = [sys.argv[1]]
-sys.modules["bench"] = bench
-name = sys.argv[2]
-del sys.argv[1:3]
-runpy.run_module("bench." + name, run_name="__main__", alter_sys=True)
-"""
-"""As script/bench has it: the package is the installed one."""
-
 
 def measured(name: str, *words: str) -> dict[str, Any]:
-    command = [sys.executable, "-P", "-c", START, str(ROOT / "bench"), name, *words, "--json"]
+    command = [sys.executable, "-P", str(ROOT / "bench" / "start.py"), name, *words, "--json"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PGCDP_", "PYTEST"))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -87,6 +87,8 @@ def assert_shown(found: ProtectedSet) -> int:
     assert tracked["blocks"] > 0
     said = api.info(found.name)["gaps"][-1]
     assert (said["reason"], said["from_write"], said["to_write"]) == ("untracked", tracked["behind_write"] + 1, None)
+    for told in (api.status(found.name), api.info(found.name)):
+        assert told["recovery_window"]["to_write"] == tracked["behind_write"]
     (capture,) = [each for each in api.check(found.name)["checks"] if each["name"] == "capture"]
     assert not capture["ok"]
     assert "missing in the journal" in capture["detail"]
