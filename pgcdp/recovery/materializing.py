@@ -16,7 +16,8 @@ from pgcdp.intervals.extents import spans
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import BLOCK, RecoveryPoint
-from pgcdp.recovery.source import Source, from_write
+from pgcdp.recovery.source import Source
+from pgcdp.recovery.writes import from_write
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.image import Image
 

@@ -17,8 +17,8 @@ from pgcdp.fsio import read_json, sync_directory, write_json
 from pgcdp.postgres.relations import Look
 from pgcdp.records import Rewind, Span, Target
 from pgcdp.recovery import expiring as steps
-from pgcdp.recovery import source as reading
 from pgcdp.recovery import sweeping
+from pgcdp.recovery import writes as reading
 from pgcdp.recovery.choosing import would_go
 from pgcdp.recovery.expiring import Run
 from pgcdp.recovery.joining import join
