@@ -419,6 +419,12 @@ void jr_end(const struct jr *jr, struct jr_end *out)
         .released_write = jr->mark.released_write,
         .mark_durable_write = jr->mark.durable_write,
     };
+    if (!jr->started && !jr->count) {
+        out->last_write = jr->mark.durable_write;
+        out->last_batch = jr->mark.durable_batch;
+        out->segment = jr->mark.durable_segment;
+        out->offset = jr->mark.durable_offset;
+    }
     if (!jr->started)
         return;
     out->last_write = jr->next_write - 1;

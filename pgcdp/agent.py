@@ -25,7 +25,7 @@ from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
 from pgcdp.capture.clocks import CLOCK, ClockWatch
 from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
-from pgcdp.capture.journal import BatchRun, Journal
+from pgcdp.capture.journal import BatchRun, Journal, LostWritesError
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
@@ -168,7 +168,9 @@ class Agent:
             self._note(error.message)
             await self._in_worker(self._give_up_stages)
         except (PgcdpError, OSError) as error:
-            self._note(*problem(error))
+            if isinstance(error, LostWritesError):
+                await self._in_worker(self._leave_room)  # what was taken before is nowhere else
+            self._note(*problem(self.config.name, error))
             await self._in_worker(self._give_up_stages)
             pause = RETRY_SECONDS
         except Exception as error:  # a bug in us: capture must not lose its agent for it

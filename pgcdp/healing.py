@@ -1,4 +1,7 @@
-"""Take in what somebody changed on the volumes while they were detached: `pgcdp up --heal`, and what a kill has left.
+"""Take in what the volumes have and nobody captured: `pgcdp up --heal`, and what a kill of it has left.
+
+Somebody changed them while they were detached; or the journal cannot be read any more, and goes on behind what the
+store has (`capture.renewing`).
 
 Every block is compared with the newest write as store and journal have it. That is a look first, with nothing attached.
 Then the blocks that differ are written to the volumes once more, as they are there, through the capture layer: so store
@@ -13,13 +16,13 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pgcdp import fsio, log, service
-from pgcdp.capture import attach, fingerprint, tracking, volumes
+from pgcdp.capture import attach, fingerprint, renewing, tracking, volumes
 from pgcdp.capture.control import EngineClient
-from pgcdp.capture.journal import Journal
+from pgcdp.capture.journal import AppliedMark, Journal
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import free_space
@@ -34,7 +37,6 @@ from pgcdp.store.layout import Store
 from pgcdp.units import format_size
 
 _log = log.get(__name__)
-REASON = "changed"
 SPARE_BYTES = 64 << 20
 TRACKING_SECONDS = 600.0
 """How long it is waited for that the set has healed of what was tracked."""
@@ -44,21 +46,38 @@ TRACKING_SECONDS = 600.0
 class Differences:
     """What the look found: bytes that differ on each volume, by name; `changed`: what the fingerprint says of it.
 
-    Without any volume: no point can be restored yet, and the first backup image is begun anew.
+    `unreadable`: what is wrong with the journal, which begins anew then; `lost`: first and last of the writes that only
+    it had. Without any volume: no point can be restored yet, and the first backup image is begun anew.
     """
 
     volumes: dict[str, int]
     changed: str | None
+    unreadable: str | None = None
+    lost: tuple[int, int] | None = None
 
 
 Agree = Callable[[Differences], None]
 """Is told what the look found, and raises to stop it."""
 
 
-def pending(paths: SetPaths) -> int | None:
-    """Since when writes are missing, if healing is under way or was killed. Raises DamageError when that is damaged."""
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Healing that is under way: since when writes are missing, and why; `behind`: the journal is yet to begin anew."""
+
+    since_ns: int
+    reason: str = "changed"
+    behind: int | None = None
+
+    def save(self, paths: SetPaths) -> None:
+        """Make it the set's state, durably."""
+        fsio.write_json(paths.heal_state, asdict(self))
+
+
+def pending(paths: SetPaths) -> Pending | None:
+    """What is under way, or was killed. Raises DamageError when that is damaged."""
     try:
-        return int(fsio.read_json(paths.heal_state)["since_ns"])
+        content = fsio.read_json(paths.heal_state)
+        return Pending(content["since_ns"], content.get("reason", "changed"), content.get("behind"))
     except FileNotFoundError:
         return None
 
@@ -71,26 +90,36 @@ def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -
     with fsio.disk_errors(f"mend that, then run pgcdp up {config.name} --heal again"), attach.hold(config.paths):
         attach.refuse_pending(config.paths)
         changed = _refuse_unready(config)
+        unreadable = renewing.unreadable(config)
         if _nothing_restorable(config):
-            agree(Differences({}, changed))
+            agree(Differences({}, changed, unreadable))
+            if unreadable is not None:
+                renewing.begin_anew(config, _marked(config).durable_write)
             (config.store / "image/state.json").unlink(missing_ok=True)
             if config.store.is_dir():
                 fsio.sync_directory(config.store / "image")
             fingerprint.forget(config)
             return None
-        source = source_of(config, None)
-        found = _look(config, source, changed, below, progress)
-        if not any(found.volumes.values()):
+        source = (
+            source_of(config, None) if unreadable is None else Source(Store.open(config.store, config.set_id_bytes))
+        )
+        newest, lost = source.newest(), None
+        if unreadable is not None and newest < _marked(config).durable_write:
+            lost = newest + 1, _marked(config).durable_write
+        found = replace(_look(config, source, changed, below, progress), unreadable=unreadable, lost=lost)
+        differ = sum(found.volumes.values())
+        if not differ and unreadable is None:
             fingerprint.forget(config)
             return None
         agree(found)
-        _refuse_full(config, sum(found.volumes.values()))
-        since = fingerprint.detached_ns(config)
+        _refuse_full(config, differ)
+        since = fingerprint.detached_ns(config) if unreadable is None else None
         if since is None:
             since = source.place(Target("newest")).time_ns
         config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)  # taken over just now, it is not there yet
-        fsio.write_json(config.paths.heal_state, {"since_ns": since})
-        return _finish(config, since, below, progress)
+        doing = Pending(since) if unreadable is None else Pending(since, "lost", newest)
+        doing.save(config.paths)
+        return _finish(config, doing, below, progress)
 
 
 def resume(config: Config, below: Path, progress: Report = silent) -> Gap | None:
@@ -98,11 +127,11 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Gap | None
     if pending(config.paths) is None:
         return None
     with fsio.disk_errors(f"mend that, then pgcdp up {config.name} finishes it"), attach.hold(config.paths):
-        since = pending(config.paths)
-        if since is None:
+        doing = pending(config.paths)
+        if doing is None:
             return None
         progress(Progress("finishing the healing of the volumes"))
-        return _finish(config, since, below, progress)
+        return _finish(config, doing, below, progress)
 
 
 def _refuse_unready(config: Config) -> str | None:
@@ -112,8 +141,7 @@ def _refuse_unready(config: Config) -> str | None:
             f"the set {config.name} is attached: what is written to its volumes now is captured",
             f"pgcdp down {config.name}, then run this again, if they were changed before",
         )
-    mark = Journal(config.journal, config.set_id_bytes).applied_mark()
-    if mark is None or not mark.clean:
+    if not _marked(config).clean:
         raise PreconditionError(
             f"the set {config.name} was not stopped cleanly: its volumes are behind its journal",
             f"pgcdp up {config.name} replays it; if somebody wrote to the volumes since, pgcdp down {config.name} and "
@@ -126,10 +154,22 @@ def _refuse_unready(config: Config) -> str | None:
     return None
 
 
+def _marked(config: Config) -> AppliedMark:
+    """The applied mark. Raises PreconditionError when there is none: whether the volumes are whole is not known."""
+    mark = Journal(config.journal, config.set_id_bytes).applied_mark() if config.journal.is_dir() else None
+    if mark is None:
+        raise PreconditionError(
+            f"{config.journal / 'applied'} is missing: whether the volumes of {config.name} have all that was answered "
+            "is not known",
+            "bring the journal's files back; without them, what the store has can be restored: pgcdp restore --store "
+            f"{config.store} --to-directory DIR",
+        )
+    return mark
+
+
 def _nothing_restorable(config: Config) -> bool:
     """Whether the first backup image is not complete, so that a gap would be in front of everything."""
-    mark = Journal(config.journal, config.set_id_bytes).applied_mark()
-    if not (config.store / "store.json").exists() and mark is not None and not mark.released_write:
+    if not (config.store / "store.json").exists() and not _marked(config).released_write:
         return True
     store = Store.open(config.store, config.set_id_bytes)
     return store.baseline is None and not store.interval_numbers()
@@ -167,9 +207,13 @@ def _refuse_full(config: Config, size: int) -> None:
         )
 
 
-def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
+def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Gap:
     """From whatever a kill has left to a gap that has ended; nothing is mounted."""
-    name = gap_name(REASON, since)
+    if doing.behind is not None:
+        _renew(config, doing.behind)
+        replace(doing, behind=None).save(config.paths)  # from now on the journal may hold something again
+    since = doing.since_ns
+    name = gap_name(doing.reason, since)
     fingerprint.forget(config)
     client = attach.start_capture(config, progress, captured=lambda: service.start(config))
     _await_end_of_tracking(config, progress)
@@ -188,6 +232,14 @@ def _finish(config: Config, since: int, below: Path, progress: Report) -> Gap:
     _log.info("a gap of %d blocks: writes %d to %s", done.blocks, done.begin, done.end)
     fsio.remove_durably(config.paths.heal_state)
     return done
+
+
+def _renew(config: Config, behind: int) -> None:
+    """What the journal says that the store has, is durable there first."""
+    for file in Store.open(config.store, config.set_id_bytes).path.glob("incoming/*/*"):
+        fsio.sync_file(file)
+    aside = renewing.begin_anew(config, behind)
+    _log.warning("the journal %s begins anew behind write %d; its old segments: %s", config.journal, behind, aside)
 
 
 def _await_end_of_tracking(config: Config, progress: Report) -> None:

@@ -190,7 +190,7 @@ REWIND_BEGIN, REWIND_END = 1, 2
 
 GAP_BEGIN, GAP_END = 3, 4
 """Flags of the marks between which lies what was changed while nobody captured it (FORMAT.md 1.3)."""
-GAP_REASONS = ("changed", "untracked")
+GAP_REASONS = ("changed", "untracked", "lost")
 """Why there is a gap: volumes were changed while they were detached; the journal could not take writes."""
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgcdp import fsio, log, proc
-from pgcdp.capture import fingerprint, held, home, sharing, volumes
+from pgcdp.capture import fingerprint, held, home, renewing, sharing, volumes
 from pgcdp.capture.control import EngineBusy, EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.keeper import Keeper
 from pgcdp.config import Config, VolumeConfig
-from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.sets import SetPaths
@@ -205,7 +205,13 @@ def _start_capture(config: Config) -> EngineClient:
     home.refuse_elsewhere(config)
     sharing.refuse_shared(config)
     fingerprint.refuse_changed(config)
-    return held.start(config)
+    try:
+        return held.start(config)
+    except DamageError as damage:
+        if not _stopped_in_order(config):
+            raise
+        more = f"the volumes are whole: pgcdp up {config.name} --heal goes on with them, and shows what is lost first"
+        raise DamageError(damage.message, f"{damage.hint}; {more}" if damage.hint else more) from None
 
 
 def detach(config: Config, progress: Report = silent) -> None:
@@ -213,12 +219,15 @@ def detach(config: Config, progress: Report = silent) -> None:
 
     How the volumes are then is written down, so that the next start knows whether somebody has changed them.
     """
+    client = EngineClient(config.paths.control)
     control = fingerprint.control_place(config)
     _unmount_all(config, progress)
     progress(Progress("stopping capture"))
     _detach_all(config)
-    fingerprint.keep(config, control)
+    synced, stood = fingerprint.keep(config, control), client.next_status() if client.alive() else None
     _retry(lambda: held.stop(config.paths), EngineBusy)
+    if synced is not None and stood is not None:
+        renewing.mark_again(config, stood, synced)
 
 
 def is_attached(config: Config) -> bool:
@@ -405,6 +414,14 @@ def _refuse_foreign(config: Config, volume: VolumeConfig) -> None:
             f"{volume.mountpoint} is mounted from {mount.source}, which is not of the set {config.name}",
             f"umount {volume.mountpoint}",
         )
+
+
+def _stopped_in_order(config: Config) -> bool:
+    """Whether the journal says so, as far as it can be read."""
+    with contextlib.suppress(DamageError, OSError):
+        mark = Journal(config.journal, config.set_id_bytes).applied_mark()
+        return mark is not None and mark.clean
+    return False
 
 
 def _journal_is_clean(config: Config) -> bool:

@@ -85,8 +85,10 @@ def control_place(config: Config) -> tuple[str, int] | None:
     return (config.volumes[number].name, first[0] * BLOCK) if first else None
 
 
-def keep(config: Config, place: tuple[str, int] | None) -> None:
+def keep(config: Config, place: tuple[str, int] | None) -> int | None:
     """Write down how the volumes are, durably. Nothing is mounted, and the engine still holds the backings.
+
+    Returns the last write, which is on them. None: not all is.
 
     `place`: as `control_place` told it while they were mounted. Nothing is written where the engine cannot bring all to
     the volumes: what then stops is not plain, and the next start replays its journal.
@@ -96,11 +98,14 @@ def keep(config: Config, place: tuple[str, int] | None) -> None:
         write = client.sync()
         found = _taken(config, write, place)
     except EngineGone:
-        return
+        return None
     except (PgcdpError, OSError) as error:
         _log.warning("how the volumes of %s are could not be written down: %s", config.name, error)
-        return
+        return None
+    if not config.journal.is_dir():  # removed while the set ran
+        fsio.make_directory(config.journal)
     fsio.write_json(config.journal / FILE, asdict(found))
+    return write
 
 
 def _taken(config: Config, write: int, place: tuple[str, int] | None) -> Fingerprint:

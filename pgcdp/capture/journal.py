@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pgcdp import fsio
 from pgcdp.capture.segment import CHUNK_BYTES, SEGMENT_HEADER_BYTES, Head, Segment, Window
 from pgcdp.errors import DamageError
 from pgcdp.records import BLOCK, RECORD, Position
@@ -32,7 +33,11 @@ MARK_BYTES = 4096
 FORMAT = 1
 """Format version of journals that this reader and the engine beside it know."""
 
+_MARK_MAGIC = b"PGCDPAPL"
 _MARK = struct.Struct("<8sII16sQQQQQQQQ")
+_CLEAN = 1
+"""Flag of the applied mark."""
+_CHECKSUM_AT = 88
 _NO_DATA: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
 
@@ -152,6 +157,10 @@ class _Gather:
         return BatchRun(self.number, records, data, offsets, ends, self.position, end)
 
 
+class LostWritesError(DamageError):
+    """Writes that were durable in a journal cannot be read from it."""
+
+
 class Journal:
     """Read-only access to a journal directory. Raises DamageError naming segment file and offset.
 
@@ -194,10 +203,9 @@ class Journal:
         magic, version, flags, owner, sequence, applied, released, durable, batch, segment, offset, checksum = (
             _MARK.unpack_from(slot)
         )
-        plain = slot[:88] + bytes(8) + slot[96:]
-        if magic != b"PGCDPAPL" or version != 1 or owner != self.set_id or xxhash.xxh3_64_intdigest(plain) != checksum:
+        if magic != _MARK_MAGIC or version != FORMAT or owner != self.set_id or _checksum_of(slot) != checksum:
             return None
-        return AppliedMark(sequence, bool(flags & 1), applied, released, durable, batch, Position(segment, offset))
+        return AppliedMark(sequence, bool(flags & _CLEAN), applied, released, durable, batch, Position(segment, offset))
 
     def batches(self, after_write: int, upto_write: int | None, start: Position | None = None) -> Iterator[BatchRun]:
         """Runs of batches with the writes behind `after_write`, up to and including `upto_write`.
@@ -229,11 +237,16 @@ class _Walk:
         self.journal = journal
         self.after = after
         self.upto = upto
-        self.sequences = journal.segments()
         self.current: Segment | None = None
         self.exits: dict[int, int] = {}
         self.number = 0
         self.last = after
+        try:
+            self.sequences = journal.segments()
+        except FileNotFoundError:
+            if upto is None:
+                raise
+            raise self.damage(f"{journal.directory} is missing") from None
 
     def close(self) -> None:
         """Close the segment that is being read."""
@@ -245,12 +258,21 @@ class _Walk:
         """The error for something unreadable: which writes are gone and which are not."""
         good = max(self.last, self.after)
         lost = f"from {good + 1} on" if self.upto is None else f"{good + 1} to {self.upto}"
-        return DamageError(f"{what}: writes {lost} are lost", f"everything up to write {good} can still be restored")
+        return LostWritesError(
+            f"{what}: writes {lost} are lost", f"everything up to write {good} can still be restored"
+        )
+
+    def opened(self, sequence: int, window: Window) -> Segment:
+        """A segment. Raises FileNotFoundError, DamageError."""
+        try:
+            return Segment(self.journal.path(sequence), sequence, self.journal.set_id, window)
+        except DamageError as damage:
+            raise self.damage(damage.message) from None
 
     def peek(self, sequence: int) -> Head | None:
         """The first batch of a segment if it is valid; None also when the segment is gone."""
         try:
-            segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id, self.journal.peeking)
+            segment = self.opened(sequence, self.journal.peeking)
         except FileNotFoundError:
             return None
         try:
@@ -265,7 +287,7 @@ class _Walk:
         that was given up, and the segment behind it begins with the same number at the same place.
         """
         self.close()
-        self.current = Segment(self.journal.path(sequence), sequence, self.journal.set_id, self.journal.window)
+        self.current = self.opened(sequence, self.journal.window)
         self.exits = {}
         for later in self.sequences[bisect_right(self.sequences, sequence) :]:
             head = self.peek(later)
@@ -289,7 +311,12 @@ class _Walk:
         segment = self.current or self.enter_wanted(place.segment)
         gather = _Gather()
         while self.upto is None or self.last < self.upto:
-            place, head = self.next_batch(segment, place, came_from)
+            try:
+                place, head = self.next_batch(segment, place, came_from)
+            except DamageError:  # what lies before it is whole
+                if gather.bytes:
+                    yield from self.trimmed(gather.run(place), place)
+                raise
             if head is None:
                 break
             if self.current is not None:
@@ -412,7 +439,7 @@ class _Walk:
 
         The first batch of a later segment may be the damaged one, so all of a later segment is looked through.
         """
-        segment = Segment(self.journal.path(sequence), sequence, self.journal.set_id, self.journal.peeking)
+        segment = self.opened(sequence, self.journal.peeking)
         try:
             for at in range(offset + BLOCK, segment.size, BLOCK):
                 head = segment.batch(at) if segment.has_magic(at) else None
@@ -421,6 +448,27 @@ class _Walk:
         finally:
             segment.close()
         return None
+
+
+def write_mark(directory: Path, set_id: bytes, mark: AppliedMark) -> None:
+    """Write the applied mark of a journal that no capture process has open (FORMAT.md 1.4), durably."""
+    place = mark.position
+    told = (
+        mark.applied_write,
+        mark.released_write,
+        mark.durable_write,
+        mark.durable_batch,
+        place.segment,
+        place.offset,
+    )
+    flags = _CLEAN if mark.clean else 0
+    slot = _MARK.pack(_MARK_MAGIC, FORMAT, flags, set_id, mark.sequence, *told, 0).ljust(MARK_BYTES, b"\0")
+    slot = slot[:_CHECKSUM_AT] + _checksum_of(slot).to_bytes(8, "little") + slot[_CHECKSUM_AT + 8 :]
+    fsio.write_atomic(directory / "applied", slot + slot)
+
+
+def _checksum_of(slot: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(slot[:_CHECKSUM_AT] + bytes(8) + slot[_CHECKSUM_AT + 8 :])
 
 
 def formats(directory: Path) -> set[int]:

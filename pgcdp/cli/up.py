@@ -40,7 +40,9 @@ def command(set_name: str | None, heal: bool, take_over: bool, upgrade: bool, ye
 
     A volume that somebody wrote to while it was detached is refused. With --heal all of each volume is compared with
     what was captured; you are shown how much differs, and asked. It is then captured as it is, between two records: a
-    gap, in which no recovery point lies. All points before and behind it stay right.
+    gap, in which no recovery point lies. All points before and behind it stay right. The same with a journal that
+    cannot be read any more: it begins anew behind what the store has. What was only in it, the volumes have, if the
+    set was stopped with pgcdp down; its old segments are set aside in it, and yours to remove.
 
     A set whose journal or store belongs to another machine, or to another state root, is refused: this may be a copy of
     it. --take-over moves it here, unless the other one is seen to live: for 25 s it is watched whether the store is
@@ -52,8 +54,10 @@ def command(set_name: str | None, heal: bool, take_over: bool, upgrade: bool, ye
     name = options.pick_set(set_name)
 
     def agree(found: Differences) -> None:
-        told = [found.changed] if found.changed else []
+        told = [each for each in (found.changed, found.unreadable) if each]
         told += [f"volume {each}: {n // 4096} blocks differ ({format_size(n)})" for each, n in found.volumes.items()]
+        if found.lost:
+            told += [f"writes {found.lost[0]} to {found.lost[1]} were only in the journal: no point is left of them"]
         for line in told if output == "text" else ():
             screen.note(line)
         if not found.volumes:

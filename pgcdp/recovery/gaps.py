@@ -11,6 +11,7 @@ from pgcdp.units import format_time
 WHY = {
     "changed": "a volume was changed while it was detached, and taken in as it was found",
     "untracked": "the journal could not take writes, and what had changed was taken in later",
+    "lost": "writes were only in a journal that cannot be read any more, and what the volumes had was taken in later",
 }
 """By the reason of a gap (`records.GAP_REASONS`)."""
 

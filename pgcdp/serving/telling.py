@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+from pgcdp.capture.journal import LostWritesError
 from pgcdp.capture.outside import rows_of
 from pgcdp.errors import PgcdpError
 from pgcdp.fsio import told
@@ -60,8 +61,13 @@ def stored_json(newest: Boundary | None) -> dict[str, Any]:
     return {"boundary": newest.number, "stored_write": newest.write, "stored_time_ns": newest.time_ns}
 
 
-def problem(error: PgcdpError | OSError) -> tuple[str, str | None]:
+def problem(set_name: str, error: PgcdpError | OSError) -> tuple[str, str | None]:
     """What keeps the agent from its work, and what mends it."""
+    if isinstance(error, LostWritesError):
+        return error.message, (
+            f"{error.hint}; bring the file back, or go on without it: pgcdp down {set_name}, then pgcdp up {set_name} "
+            "--heal, which takes in what the volumes have, as a gap"
+        )
     if isinstance(error, PgcdpError):
         return error.message, error.hint
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

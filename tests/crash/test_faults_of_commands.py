@@ -5,19 +5,26 @@ Without another word said: every fourth place; with --soak each of them.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pgcdp import api
+from pgcdp import api, extending, healing
 from pgcdp import config as settings
 from pgcdp.capture import attach, protect
+from pgcdp.capture.planning import Backing
+from pgcdp.capture.volumes import mount_at
 from pgcdp.errors import PgcdpError
+from pgcdp.records import Target
 from pgcdp.sets import list_sets, set_paths
+from tests.cluster.test_changed_volumes import mounted_plain
+from tests.cluster.test_extending import WHILE_DOWN
 from tests.cluster.test_growing import NOISE, assert_grown
-from tests.crash.test_kill_rewind import make, make_targets, rows, step_of
+from tests.cluster.test_outside import new_space
+from tests.crash.test_kill_rewind import START, make, make_targets, rows, step_of
 from tests.faults.points import python_points
 from tests.faults.service import Faults
 from tests.fix_engine import MIB, _plain_program
@@ -157,7 +164,14 @@ def test_of_down_and_up(make_set: MakeSet, binaries_of: BindirOf, failing: Fault
 def test_of_protect_and_unprotect(house: House, failing: Faults, every: int) -> None:
     paths, came = set_paths("main"), []
     for point in each(
-        failing, every, "capture.protect.", "capture.copying.", "capture.held.", "capture.home.", "config."
+        failing,
+        every,
+        "capture.protect.",
+        "capture.copying.",
+        "capture.held.",
+        "capture.home.",
+        "capture.volumes.",
+        "config.",
     ):
         failing.set(point, "eio")
         if point.startswith(PUTTING_BACK):
@@ -184,6 +198,116 @@ def test_of_protect_and_unprotect(house: House, failing: Faults, every: int) -> 
         came += [point] if once.came else []
     assert came
     keep_result("faults-of-protect", {"came": came})
+
+
+def changed_while_down(found: ProtectedSet) -> None:
+    """Somebody writes to its volume, with nothing of pgcdp attached."""
+    (volume,) = found.config.volumes
+    with mounted_plain(found, volume) as place:
+        (place / "foreign").write_bytes(os.urandom(16 * 4096))
+
+
+@SOME
+def test_of_healing(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
+    """What somebody changed is taken in as one gap, whatever failed on the way there."""
+    found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED, START])
+    found.sql("create table t as select generate_series(1, 10000)")
+    came = []
+    for point in each(failing, every, "healing.", "store.gaps.announce.", "capture.fingerprint.forget."):
+        found.wait_following()
+        api.cut(found.name)
+        api.down(found.name)
+        changed_while_down(found)
+        gaps = len(found.source().gaps())
+        failing.set(point, "eio")
+        once = Round(failing, point)
+        hint = once.run(lambda: api.up(found.name, heal=lambda told: None))
+        failing.clear(point)
+        if hint is not None:
+            assert f"pgcdp up {found.name}" in hint, point
+            api.up(found.name, heal=None if healing.pending(found.config.paths) else lambda told: None)
+        assert found.sql("select count(*) from t") == [(10000,)], point
+        found.wait_following()
+        assert len(found.source().gaps()) == gaps + 1, point
+        came += [point] if once.came else []
+    assert_whole(found)
+    assert came
+    keep_result("faults-of-healing", {"came": came})
+
+
+@SOME
+@pytest.mark.timeout(1800)
+def test_of_taking_in_a_tablespace(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
+    """It is in, or out as before; then the next try takes it in."""
+    found = make_set(binaries_of(15), size=384 * MIB, allowed=WHILE_DOWN)
+    came = []
+    for number, point in enumerate(each(failing, every, "extending.", "capture.copying.")):
+        place, _ = new_space(found, f"late{number}")
+        volumes = len(found.config.volumes)
+        failing.set(point, "eio")
+        if point.startswith(("extending._put_back.", "extending._switch_back.")):
+            failing.set("extending._switch.fsync", "eio")
+        once = Round(failing, point)
+
+        def take_in(name: str = f"late{number}") -> None:
+            api.add_tablespaces(found.name, [(name, Backing(None, 64 * MIB))], yes=True)
+
+        hint = once.run(take_in)
+        failing.clear_all()
+        if hint is not None and extending.pending(found.config.paths) is not None:
+            assert f"pgcdp up {found.name}" in hint, point
+        found.up()
+        found.wait_following()
+        if len(found.config.volumes) == volumes:
+            assert mount_at(place) is None, point
+            assert found.sql(f"select count(*) from in_late{number}") == [(1000,)], point
+            take_in()
+        assert mount_at(place) is not None, point
+        assert found.sql(f"select count(*) from in_late{number}") == [(1000,)], point
+        came += [point] if once.came else []
+    assert came
+    keep_result("faults-of-taking-in", {"came": came})
+
+
+def all_in(place: Path) -> dict[str, bytes]:
+    """What is in a directory, or in a file."""
+    if place.is_file():
+        return {"": place.read_bytes()}
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+@SOME
+def test_of_a_restore(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
+    """Nothing lies where the restored was to be, or all of it; then the same command makes it."""
+    found = make_set(binaries_of(15), size=384 * MIB)
+    found.sql("create table t as select generate_series(1, 10000)")
+    target, came = Target("boundary", int(api.cut(found.name)["number"])), []
+
+    def restore(to: str, place: Path) -> None:
+        if to == "image":
+            api.restore(found.name, target, to_image=place)
+        else:
+            api.restore(found.name, target, to_directory=place)
+
+    whole = {to: found.root / f"whole-{to}" for to in ("image", "directory")}
+    for to, place in whole.items():
+        restore(to, place)
+    for point in each(failing, every, "recovery.restore.", "recovery.places.", "intervals.applying."):
+        for to, right in whole.items():
+            place = found.root / "restored"
+            failing.set(point, "eio")
+            once = Round(failing, point)
+            hint = once.run(lambda to=to, place=place: restore(to, place))  # type: ignore[misc]
+            failing.clear(point)
+            left = all_in(place) if place.exists() else {}
+            if hint is not None and left != all_in(right):
+                assert to == "directory" or not left, point
+                restore(to, place)
+            assert all_in(place) == all_in(right), (point, to)
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+            came += [point] if once.came else []
+    assert came
+    keep_result("faults-of-a-restore", {"came": came})
 
 
 def taken_out() -> None:

@@ -79,6 +79,41 @@ def test_an_unused_journal_restarts(make_capture: MakeCapture) -> None:
     assert read_journal(capture.journal).last_write == 1
 
 
+@pytest.mark.parametrize("released", [10, 9])
+def test_a_journal_without_segments_goes_on_only_where_nothing_in_them_was_needed(
+    make_capture: MakeCapture, released: int
+) -> None:
+    """Numbers go on behind the mark, also when it is killed before the next segment is made."""
+    capture = make_capture({"data": 4 * MIB})
+    capture.start()
+    write_blocks(capture, 10)
+    capture.request("release", write=released)
+    assert capture.stop() == 0
+    for segment in capture.journal.glob("*.seg"):
+        segment.unlink()
+    if released < 10:
+        capture.allowed.append(r"error: journal .* has no segments")
+        with pytest.raises(RuntimeError, match="has no segments, though 10 writes were in it"):
+            capture.start()
+        return
+    for _ in range(2):
+        capture.start()
+        assert capture.status()["last_write"] == 10
+        capture.kill()
+        for segment in capture.journal.glob("*.seg"):
+            segment.unlink()
+    capture.start()
+    write_blocks(capture, 5, seed=1)
+    capture.kill()
+    capture.start()
+    assert capture.status()["last_write"] == 15
+    assert capture.stop() == 0
+    written = read_journal(capture.journal).writes
+    assert [write.number for write in written] == list(range(11, 16))
+    content = capture.backing("data").read_bytes()
+    assert all(content[w.offset : w.offset + w.length] == w.data for w in written[-1:])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_restart_after_kill_under_load(make_capture: MakeCapture, seed: int) -> None:
     """Acknowledged writes are all there, the volumes equal baseline plus journal, numbers go on without gap."""

@@ -17,8 +17,9 @@ ROOMS = ("store", "intervals")
 """Folders in which everything that is written must be durable."""
 FILES = (
     "recovery.expiring", "recovery.sweeping", "recovery.joining", "recovery.merged", "recovery.rewind", "rewinding",
-    "growing", "extending", "healing", "config", "postgres.timelines", "capture.protect", "capture.copying",
-    "capture.fingerprint", "capture.home", "capture.held",
+    "recovery.restore", "recovery.places", "growing", "extending", "healing", "config", "wrapped", "postgres.timelines",
+    "capture.protect", "capture.copying", "capture.fingerprint", "capture.home", "capture.held", "capture.volumes",
+    "capture.journal", "capture.renewing",
 )  # fmt: skip
 """Rooms elsewhere that write to the store, or what a command stands on that changes a set."""
 CALLS = {
@@ -45,7 +46,7 @@ CALLS = {
     "publish_directory": ("fsync", "rename"),
     "write_atomic": ("pwrite", "fsync", "rename"),
     "write_json": ("pwrite", "fsync", "rename"),
-    "write_table": ("write_table", "fsync", "rename"),
+    "write_file": ("pwrite", "fsync", "rename"),
     "pq.write_table": ("write_table",),
     "shutil.copyfile": ("copyfile",),
     ".upsert": ("upsert",),

@@ -50,7 +50,7 @@ SILENT = ("journal.segment.unlink", "journal.recycle.give_up", "journal.tail.unl
 """What fails there is said of the place before it, or over as soon as that place is well again."""
 OURS = (
     "store.frames.", "store.bundle.", "store.image.", "store.image_files.", "store.open_interval.",
-    "store.catalog.Catalog._put", "intervals.stages.Stages._close", "recovery.merged.",
+    "store.catalog.Catalog._put", "store.parquet.", "intervals.stages.Stages.", "recovery.merged.",
 )  # fmt: skip
 """Python points that a service without Postgres comes by."""
 SELDOM = ("store.frames.FrameWriter.resume.ftruncate", "store.image.Image.write_blocks.punch")

@@ -21,6 +21,7 @@ from pgcdp.capture.control import EngineGone
 from pgcdp.errors import PgcdpError
 from pgcdp.fsio import told
 from pgcdp.intervals.stages import Stages
+from pgcdp.postgres.relations import Look
 from pgcdp.records import Volume
 from pgcdp.recovery.merged import merge_due
 from pgcdp.store.layout import Store
@@ -31,6 +32,7 @@ from tests.follower import Follower
 from tests.waiting import pass_time, wait_until
 
 SETTINGS = {"server_version_num": 150000}
+LOOK = Look(7, {5: "shop"}, {(5, 2200): "public"}, {}, [])
 RETRY_SECONDS = 0.2
 
 
@@ -102,6 +104,8 @@ class Service(Follower):
         last = self.ending and not self.error
         if last or self.rng.random() < 0.2:
             self.wanted.set()
+        if self.rng.random() < 0.1:
+            stages.look(LOOK, SETTINGS)
         durable = self.engine.status().durable_write
         published = stages.follow(durable, lambda checkpoint: "test", SETTINGS)
         stages.relieve()

@@ -74,7 +74,13 @@ def test_a_gap_that_goes_on_has_no_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "items",
-    [[END], [BEGIN, END, END], [record(GAP_BEGIN, "changed")], [record(GAP_BEGIN, "lost 5")], [record(3, "changed x")]],
+    [
+        [END],
+        [BEGIN, END, END],
+        [record(GAP_BEGIN, "changed")],
+        [record(GAP_BEGIN, "x 5")],
+        [record(3, "changed x")],
+    ],
 )
 def test_records_that_cannot_be_are_damage(tmp_path: Path, items: list[Item]) -> None:
     with pytest.raises(DamageError):

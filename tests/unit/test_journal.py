@@ -6,13 +6,14 @@ import random
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pgcdp.capture.engine import find_engine
-from pgcdp.capture.journal import Journal
+from pgcdp.capture.journal import Journal, LostWritesError
 from pgcdp.errors import DamageError
 from pgcdp.records import Position
 from tests.journal_writer import BLOCK, DISCARD, MARK, WRITE, ZERO, JournalWriter, Op, encode_batch
@@ -190,6 +191,15 @@ def test_bytes_behind_the_durable_write_are_not_judged(tmp_path: Path) -> None:
     assert [r.first_write for r in journal.batches(len(ops), len(ops) + 1, run.end)] == [len(ops) + 1]
 
 
+def handed_out(journal: Journal, upto: int) -> int:
+    """The last write that comes before damage does."""
+    last = 0
+    with suppress(LostWritesError):
+        for run in journal.batches(0, upto):
+            last = run.last_write
+    return last
+
+
 def test_one_flipped_byte_in_any_batch_is_found(tmp_path: Path) -> None:
     writer, ops = make(tmp_path, batches=40)
     journal = Journal(writer.directory, SET_ID)
@@ -208,6 +218,9 @@ def test_one_flipped_byte_in_any_batch_is_found(tmp_path: Path) -> None:
             assert f"{placed.first} to {len(ops)} are lost" in caught.value.message
             assert caught.value.hint is not None
             assert f"up to write {placed.first - 1} " in caught.value.hint
+            assert handed_out(journal, len(ops)) == placed.first - 1, (
+                "all that lies before it is given, to who will find it nowhere else"
+            )
             if placed.first > 1:
                 assert collect(journal, 0, placed.first - 1) == expected(ops, 0, placed.first - 1)
             if placed is not writer.placed[-1]:

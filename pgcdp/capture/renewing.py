@@ -1,0 +1,76 @@
+"""A journal that cannot be read to its end any more, and how it goes on: behind what the store has.
+
+Its files were removed while the set ran, or their disk has lost them. Where the set was stopped in order the volumes
+are whole all the same. What lies between the store and them is in no file any more; `healing` takes in what they have,
+as a gap. Write numbers go on behind those of the store, where nobody has seen the ones that are lost.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from pgcdp import fsio
+from pgcdp.capture import tracked
+from pgcdp.capture.control import EngineStatus
+from pgcdp.capture.journal import AppliedMark, Journal, write_mark
+from pgcdp.config import Config
+from pgcdp.errors import DamageError
+from pgcdp.records import Position
+
+ASIDE = "lost-"
+"""Directories in the journal with segments that were set aside: nobody reads them."""
+
+
+def unreadable(config: Config) -> str | None:
+    """What is wrong with the journal of a set that is stopped; None when all that capture needs of it can be read."""
+    journal = Journal(config.journal, config.set_id_bytes)
+    try:
+        mark = journal.applied_mark()
+        if mark is not None:
+            journal.last_write(min(mark.applied_write, mark.released_write))
+    except DamageError as damage:
+        return damage.message
+    except OSError as error:
+        return fsio.told(error)
+    return None
+
+
+def mark_again(config: Config, stood: EngineStatus, synced: int) -> None:
+    """Write the applied mark of a set that was stopped in order, where the file was removed while it ran.
+
+    `stood`: what capture said last, with nothing mounted any more; `synced`: the last write that it had on the volumes.
+    """
+    if synced == stood.durable_write and not (config.journal / "applied").exists():
+        mark = AppliedMark(0, True, synced, stood.released_write, synced, int(stood.raw["batch"]), stood.position)
+        write_mark(config.journal, config.set_id_bytes, mark)
+
+
+def begin_anew(config: Config, behind: int) -> Path | None:
+    """Have the journal of a stopped set hold nothing, and go on behind write `behind`, durably.
+
+    Its segments are set aside, for whoever wants to look at them; returns where, None when there were none. Harmless
+    when done again, as long as capture was not started since. The set must have been stopped in order.
+    """
+    journal = Journal(config.journal, config.set_id_bytes)
+    mark = journal.applied_mark()
+    if mark is None or not mark.clean:
+        raise DamageError(f"{config.journal / 'applied'} does not say that the set was stopped in order (offset 0)")
+    aside = config.journal / f"{ASIDE}{behind + 1:020d}"
+    there = journal.segments()
+    newest = max([mark.position.segment, *there])
+    if there:
+        fsio.make_directory(aside)
+        # First the number that comes next, or a kill on the way would have it given out once more.
+        mark = replace(mark, sequence=mark.sequence + 1, position=Position(newest, mark.position.offset))
+        write_mark(config.journal, config.set_id_bytes, mark)
+        for sequence in there:
+            os.rename(journal.path(sequence), aside / journal.path(sequence).name)
+        fsio.sync_directory(aside)
+        fsio.sync_directory(config.journal)
+    # What was tracked speaks of another order of writes; whoever begins anew compares all blocks.
+    (config.journal / tracked.NAME).unlink(missing_ok=True)
+    mark = replace(mark, sequence=mark.sequence + 1, applied_write=behind, released_write=behind, durable_write=behind)
+    write_mark(config.journal, config.set_id_bytes, mark)
+    return aside if aside.is_dir() else None
