@@ -12,6 +12,7 @@ from typing import Any
 from pgcdp import rewinding, transactions
 from pgcdp.config import load_config
 from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.fsio import disk_errors
 from pgcdp.opening import Announce, between, binaries_of, open_source, point_of, remember, scratch_place
 from pgcdp.postgres import session
 from pgcdp.postgres.cluster import Binaries
@@ -26,6 +27,7 @@ from pgcdp.recovery.source import Source
 from pgcdp.verifying import verify
 
 Json = dict[str, Any]
+AGAIN = "mend that, then run the same again"
 
 
 def resolve(set_name: str | None, target: Target, store: Path | None = None, *, before: str | None = None) -> Json:
@@ -60,14 +62,14 @@ def restore(
     configuration: dict[str, str] = {}
     programs: Binaries | None = None
     if to_image is not None:
-        with naming_nearest(source, point):
+        with disk_errors(AGAIN), naming_nearest(source, point):
             place, size = to_image, writing.to_image(source, point, to_image, progress)
     else:
         assert to_directory is not None
         place = to_directory
         with suppress(PreconditionError):  # a store can be restored where there are none, if production is not there
             programs = binaries_of(source, set_name)
-        with naming_nearest(source, point):
+        with disk_errors(AGAIN), naming_nearest(source, point):
             size, spaces, configuration = writing.to_directory(
                 source, point, to_directory, progress, tablespaces, programs
             )

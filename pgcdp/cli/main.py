@@ -5,6 +5,7 @@ Exit codes are those of `pgcdp.errors`; besides, 130 after Ctrl-C and 143 after 
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -97,6 +98,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO)
+"""What a disk that is full, fails or is gone answers."""
+
+
 def run() -> NoReturn:
     """The program `pgcdp`. What it leaves in memory goes with the process: to take it down first takes up to 0.2 s."""
     gc.set_threshold(100_000)  # it makes lists of ten thousands and ends: to look for garbage in them takes as long
@@ -135,7 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        return _fail(_bug(error), as_json)
+        return _fail(_of_a_disk(error) or _bug(error), as_json)
+
+
+def _of_a_disk(error: Exception) -> PgcdpError | None:
+    """What a disk did to a command, wherever that met it, is no bug."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in DISK_ERRORS:
+        return None
+    from pgcdp.fsio import told
+
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return PgcdpError(told(error), "make room there, and run this again" if full else "mend that, and run this again")
 
 
 def _fail(error: PgcdpError, as_json: bool) -> int:
