@@ -34,6 +34,7 @@ from pgcdp.recovery.source import Source
 from pgcdp.sets import SetPaths
 from pgcdp.store.gaps import announce, gap_name
 from pgcdp.store.layout import Store
+from pgcdp.store.open_views import seen_views
 from pgcdp.units import format_size
 
 _log = log.get(__name__)
@@ -108,7 +109,12 @@ def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -
             lost = newest + 1, _marked(config).durable_write
         found = replace(_look(config, source, changed, below, progress), unreadable=unreadable, lost=lost)
         differ = sum(found.volumes.values())
-        if not differ and unreadable is None:
+        if unreadable is not None:
+            _refuse_views(source.store, newest)
+        if not differ and lost is None:
+            if unreadable is not None:
+                agree(found)
+                _renew(config, newest)
             fingerprint.forget(config)
             return None
         agree(found)
@@ -234,10 +240,21 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Ga
     return done
 
 
+def _refuse_views(store: Store, newest: int) -> None:
+    """Numbers behind the store's newest write are given out anew: nobody may look at the writes that had them."""
+    lost = [view.write for view in seen_views(store) if view.write > newest]
+    if lost:
+        raise PreconditionError(
+            f"a clone, or another view, of write {max(lost)} is open, which only the journal had",
+            "pgcdp clones lists it, pgcdp destroy NAME ends it",
+        )
+
+
 def _renew(config: Config, behind: int) -> None:
     """What the journal says that the store has, is durable there first."""
     for file in Store.open(config.store, config.set_id_bytes).path.glob("incoming/*/*"):
-        fsio.sync_file(file)
+        if file.is_file():
+            fsio.sync_file(file)
     aside = renewing.begin_anew(config, behind)
     _log.warning("the journal %s begins anew behind write %d; its old segments: %s", config.journal, behind, aside)
 
