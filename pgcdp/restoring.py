@@ -55,7 +55,8 @@ def restore(
     started = time.monotonic()
     source = open_source(set_name, store)
     point = point_of(source, target, before)
-    resolved = between(source, point)
+    with disk_errors(AGAIN):
+        resolved = between(source, point)
     if announce is not None:
         announce(resolved)
     spaces: list[Restored] = []

@@ -19,10 +19,12 @@ from pgcdp.capture.planning import Backing
 from pgcdp.capture.volumes import mount_at
 from pgcdp.errors import PgcdpError
 from pgcdp.records import Target
+from pgcdp.recovery.source import Source
 from pgcdp.sets import list_sets, set_paths
 from tests.cluster.test_changed_volumes import mounted_plain
 from tests.cluster.test_extending import WHILE_DOWN
 from tests.cluster.test_growing import NOISE, assert_grown
+from tests.cluster.test_lost_journal import LOST
 from tests.cluster.test_outside import new_space
 from tests.crash.test_kill_rewind import START, make, make_targets, rows, step_of
 from tests.faults.points import python_points
@@ -198,6 +200,39 @@ def test_of_protect_and_unprotect(house: House, failing: Faults, every: int) -> 
         came += [point] if once.came else []
     assert came
     keep_result("faults-of-protect", {"came": came})
+
+
+@SOME
+def test_of_healing_a_lost_journal(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
+    """What only the journal had is one gap; before it begins anew, and behind that, nothing else is mounted."""
+    found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED, START, *LOST])
+    found.sql("create table t (n int)")
+    came = []
+    ours = ("healing.", "capture.renewing.", "capture.journal.write_mark.")
+    for number, point in enumerate(each(failing, 2 * every if every > 1 else 1, *ours)):
+        found.wait_following()
+        api.cut(found.name)
+        found.kill_agent()
+        found.sql(f"insert into t values ({number})")
+        api.down(found.name)
+        for segment in found.config.journal.glob("*.seg"):
+            segment.unlink()
+        gaps = len(Source(found.source().store).gaps())
+        failing.set(point, "eio")
+        once = Round(failing, point)
+        hint = once.run(lambda: api.up(found.name, heal=lambda told: None))
+        failing.clear(point)
+        if hint is not None:
+            assert f"pgcdp up {found.name}" in hint, point
+            assert mount_at(found.config.volumes[0].mountpoint) is None
+            api.up(found.name, heal=None if healing.pending(found.config.paths) else lambda told: None)
+        assert found.sql("select max(n) from t") == [(number,)], point
+        found.wait_following()
+        assert [gap.reason for gap in found.source().gaps()[gaps:]] == ["lost"], point
+        came += [point] if once.came else []
+    assert_whole(found)
+    assert came
+    keep_result("faults-of-healing-a-lost-journal", {"came": came})
 
 
 def changed_while_down(found: ProtectedSet) -> None:

@@ -220,6 +220,8 @@ def _table(real: Any, call: str) -> Callable[..., Any]:
 
 def _parquet(real: Any) -> Callable[..., Any]:
     def write_table(*arguments: Any, **named: Any) -> Any:
+        if not isinstance(arguments[1], str | os.PathLike):  # in memory, to be encrypted
+            return real(*arguments, **named)
         kind = _ask("write_table")
         done = real(*arguments, **named)
         if kind:

@@ -16,6 +16,7 @@ import pytest
 
 from pgcdp import wrapped
 from pgcdp.errors import DamageError, PgcdpError
+from pgcdp.keys import KeySource
 from pgcdp.machine import Place
 from pgcdp.postgres.relations import Look, Relation
 from pgcdp.records import BLOCK, Boundary, Gap, Rewind, Volume
@@ -240,14 +241,13 @@ def make(place: Path, file: File) -> Store:
     return store
 
 
-@pytest.mark.parametrize("what", FILES)
-def test_a_small_file_has_what_it_had_or_was_to_have(tmp_path: Path, failing: Faults, what: str) -> None:
-    file = FILES[what]
+def fail_at_each(tmp_path: Path, failing: Faults, file: File) -> list[str]:
+    """Each place, each way, and each time that it is come by; the points that failed."""
     whole = make(tmp_path / "whole", file)
     before = file.read(whole)
     file.change(whole)
     wanted = file.read(whole)
-    came = []
+    came: list[str] = []
     for point in sorted(name for name in python_points() if name.startswith(file.points)):
         for kind in KINDS.get(point.rpartition(".")[2], ("enospc", "eio")):
             for skip in count():  # a place may be come by for each of several files, and for their directory
@@ -264,4 +264,15 @@ def test_a_small_file_has_what_it_had_or_was_to_have(tmp_path: Path, failing: Fa
                 assert names(store) == names(whole), (point, kind, skip)
                 if not fired:
                     break
-    assert came, "it becomes durable nowhere"
+    return came
+
+
+@pytest.mark.parametrize("what", ["transactions", "names", "store.json"])
+def test_a_small_file_of_an_encrypted_store(tmp_path: Path, failing: Faults, key: KeySource, what: str) -> None:
+    came = fail_at_each(tmp_path, failing, FILES[what])
+    assert any(point.endswith(".pwrite") for point in came)
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_small_file_has_what_it_had_or_was_to_have(tmp_path: Path, failing: Faults, what: str) -> None:
+    assert fail_at_each(tmp_path, failing, FILES[what]), "it becomes durable nowhere"
