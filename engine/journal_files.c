@@ -254,8 +254,11 @@ static int open_files(struct jr *jr, const uint8_t *set_id, struct err *e)
         rc = open_segment(jr, i, set_id, e);
     if (!rc)
         rc = read_mark(jr, set_id, e);
-    /* Segments that nothing needs any more may all be gone: the mark knows where the numbers stand. */
-    if (!rc && !jr->count && jr->mark.durable_write > min_u64(jr->mark.applied_write, jr->mark.released_write))
+    /* Segments that nothing needs any more may all be gone: the mark knows where the numbers stand. Not after a crash: one
+     * that came behind the mark would have been answered. */
+    bool needed = jr->mark.durable_write > min_u64(jr->mark.applied_write, jr->mark.released_write);
+    bool clean = (jr->mark.flags & FMT_APPLIED_CLEAN) != 0;
+    if (!rc && !jr->count && jr->mark.durable_write && (needed || !clean))
         rc = err_set(e, JR_DAMAGE, "journal %s has no segments, though %" PRIu64 " writes were in it", jr->dir,
                      jr->mark.durable_write);
     return rc;

@@ -181,6 +181,15 @@ static bool prepare_one(struct jw *jw)
     return rc == 0;
 }
 
+int jw_prepare_first(struct jw *jw, struct err *e)
+{
+    if (prepare_one(jw))
+        return 0;
+    HOLD_LOCK(&jw->lock);
+    return err_set(e, -EIO, "the journal has no segment, and none can be made%s%s", jw->errors[JW_SEGMENT][0] ? ": " : "",
+                   jw->errors[JW_SEGMENT]);
+}
+
 void *jw_preparer_main(void *arg)
 {
     struct jw *jw = arg;

@@ -240,6 +240,9 @@ int jw_open(struct jw **out, const struct jw_options *o, struct err *e)
         rc = err_sys(e, -errno, "cannot open the journal %s", o->directory);
     if (rc == 0)
         rc = jw_take_over(jw, o, e);
+    /* A journal without segments is whole only as long as the mark says that it was stopped in order. */
+    if (rc == 0 && jw->live_count == 0 && jw->durable_write)
+        rc = jw_prepare_first(jw, e);
     if (rc == 0)
         rc = open_mark(jw, o, e);
     if (rc == 0 && (rc = -pthread_create(&jw->preparer, NULL, jw_preparer_main, jw)) != 0)

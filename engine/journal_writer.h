@@ -85,6 +85,9 @@ int jw_take_over(struct jw *jw, const struct jw_options *o, struct err *e);
 /* The thread that keeps a segment ready. */
 void *jw_preparer_main(void *jw);
 
+/* Makes the first segment of a journal that has none, before anything else is done with it. */
+int jw_prepare_first(struct jw *jw, struct err *e);
+
 /* Renames live segments that nothing needs to free- names, oldest first. Called without the lock. */
 void jw_recycle(struct jw *jw);
 

@@ -38,6 +38,7 @@ from pgcdp.store.open_views import seen_views
 from pgcdp.units import format_size
 
 _log = log.get(__name__)
+LOST = "lost"
 SPARE_BYTES = 64 << 20
 TRACKING_SECONDS = 600.0
 """How long it is waited for that the set has healed of what was tracked."""
@@ -92,38 +93,34 @@ def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -
         attach.refuse_pending(config.paths)
         changed = _refuse_unready(config)
         unreadable = renewing.unreadable(config)
+        durable = _marked(config).durable_write
         if _nothing_restorable(config):
             agree(Differences({}, changed, unreadable))
-            if unreadable is not None:
-                renewing.begin_anew(config, _marked(config).durable_write)
             (config.store / "image/state.json").unlink(missing_ok=True)
             if config.store.is_dir():
                 fsio.sync_directory(config.store / "image")
+            if unreadable is not None:
+                renewing.begin_anew(config, durable)
             fingerprint.forget(config)
             return None
-        source = (
-            source_of(config, None) if unreadable is None else Source(Store.open(config.store, config.set_id_bytes))
-        )
-        newest, lost = source.newest(), None
-        if unreadable is not None and newest < _marked(config).durable_write:
-            lost = newest + 1, _marked(config).durable_write
+        source = source_of(config, None) if unreadable is None else _stored(config)
+        anew = None if unreadable is None else _anew(config, source, durable)
+        lost = None if anew is None or anew.behind == durable else (source.newest() + 1, durable)
         found = replace(_look(config, source, changed, below, progress), unreadable=unreadable, lost=lost)
         differ = sum(found.volumes.values())
-        if unreadable is not None:
-            _refuse_views(source.store, newest)
-        if not differ and lost is None:
-            if unreadable is not None:
+        if not differ and lost is None and (anew is None or anew.reason == LOST):
+            if anew is not None:
                 agree(found)
-                _renew(config, newest)
+                _renew(config, durable)
             fingerprint.forget(config)
             return None
         agree(found)
         _refuse_full(config, differ)
-        since = fingerprint.detached_ns(config) if unreadable is None else None
+        since = fingerprint.detached_ns(config)
         if since is None:
             since = source.place(Target("newest")).time_ns
         config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)  # taken over just now, it is not there yet
-        doing = Pending(since) if unreadable is None else Pending(since, "lost", newest)
+        doing = anew or Pending(since)
         doing.save(config.paths)
         return _finish(config, doing, below, progress)
 
@@ -137,6 +134,9 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Gap | None
         if doing is None:
             return None
         progress(Progress("finishing the healing of the volumes"))
+        if doing.behind is None and _marked(config).clean and renewing.unreadable(config) is not None:
+            doing = _anew(config, _stored(config), _marked(config).durable_write)
+            doing.save(config.paths)
         return _finish(config, doing, below, progress)
 
 
@@ -240,6 +240,37 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Ga
     return done
 
 
+def _stored(config: Config) -> Source:
+    """What the store has, without the journal."""
+    return Source(Store.open(config.store, config.set_id_bytes))
+
+
+def _anew(config: Config, source: Source, durable: int) -> Pending:
+    """How the set goes on without what the journal had behind the store's newest write; `durable` was its last one.
+
+    A gap that the store has begun ends then. Raises PreconditionError where it cannot go on.
+    """
+    newest = source.newest()
+    _refuse_views(source.store, newest)
+    rewinds, gaps = source.rewinds(), source.gaps()
+    restore = f"what the store has can be restored: pgcdp restore --store {config.store} --to-directory DIR"
+    if newest > durable:
+        raise PreconditionError(
+            f"the journal {config.journal} ended with write {durable}, and the store has write {newest}: it is an "
+            "older copy",
+            f"bring its files back as they were last; {restore}",
+        )
+    if rewinds and rewinds[-1].end is None:
+        raise PreconditionError(
+            f"the journal {config.journal} had the end of the rewind in place that begins with write "
+            f"{rewinds[-1].begin}: behind that, nothing could be restored any more",
+            f"bring its files back; {restore} --target-write {rewinds[-1].begin - 1}",
+        )
+    if gaps and gaps[-1].end is None:
+        return Pending(gaps[-1].since_ns, gaps[-1].reason, newest)
+    return Pending(source.place(Target("newest")).time_ns, LOST, newest)
+
+
 def _refuse_views(store: Store, newest: int) -> None:
     """Numbers behind the store's newest write are given out anew: nobody may look at the writes that had them."""
     lost = [view.write for view in seen_views(store) if view.write > newest]
@@ -252,9 +283,12 @@ def _refuse_views(store: Store, newest: int) -> None:
 
 def _renew(config: Config, behind: int) -> None:
     """What the journal says that the store has, is durable there first."""
-    for file in Store.open(config.store, config.set_id_bytes).path.glob("incoming/*/*"):
+    store = Store.open(config.store, config.set_id_bytes)
+    for file in store.path.glob("incoming/*/*"):
         if file.is_file():
             fsio.sync_file(file)
+    if any(since > behind + 1 for since in store.since.values()):
+        store.since_at_most(behind + 1)
     aside = renewing.begin_anew(config, behind)
     _log.warning("the journal %s begins anew behind write %d; its old segments: %s", config.journal, behind, aside)
 

@@ -207,11 +207,13 @@ def _start_capture(config: Config) -> EngineClient:
     fingerprint.refuse_changed(config)
     try:
         return held.start(config)
-    except DamageError as damage:
-        if not _stopped_in_order(config):
+    except PgcdpError as error:
+        paths = config.paths
+        pending = any(each.exists() for each in (paths.extend_state, paths.heal_state, paths.rewind_state))
+        if pending or not _stopped_in_order(config) or renewing.unreadable(config) is None:
             raise
         more = f"the volumes are whole: pgcdp up {config.name} --heal goes on with them, and shows what is lost first"
-        raise DamageError(damage.message, f"{damage.hint}; {more}" if damage.hint else more) from None
+        raise type(error)(error.message, f"{error.hint}; {more}" if error.hint else more) from None
 
 
 def detach(config: Config, progress: Report = silent) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from pgcdp import fsio
 from pgcdp.capture import tracked
 from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.journal import AppliedMark, Journal, write_mark
+from pgcdp.capture.segment import Segment
 from pgcdp.config import Config
 from pgcdp.errors import DamageError
 from pgcdp.records import Position
@@ -24,17 +26,34 @@ ASIDE = "lost-"
 
 
 def unreadable(config: Config) -> str | None:
-    """What is wrong with the journal of a set that is stopped; None when all that capture needs of it can be read."""
+    """What is wrong with the journal of a set that is stopped; None when capture can start on it, and all be stored."""
     journal = Journal(config.journal, config.set_id_bytes)
     try:
         mark = journal.applied_mark()
-        if mark is not None:
-            journal.last_write(min(mark.applied_write, mark.released_write))
+        segments = journal.segments()
+        if mark is None or (not segments and mark.durable_write <= min(mark.applied_write, mark.released_write)):
+            return None
+        for sequence, following in pairwise(segments):
+            if following != sequence + 1:
+                return f"{journal.path(sequence + 1)} is missing"
+        for sequence in segments:
+            if problem := _wrong_size(journal, sequence):
+                return problem
+        # Its last batch counts in any case: the writer goes on behind it.
+        journal.last_write(min(mark.applied_write, mark.released_write, max(0, mark.durable_write - 1)))
     except DamageError as damage:
         return damage.message
     except OSError as error:
         return fsio.told(error)
     return None
+
+
+def _wrong_size(journal: Journal, sequence: int) -> str | None:
+    """Raises DamageError when its header is not what was written."""
+    segment = Segment(journal.path(sequence), sequence, journal.set_id, journal.peeking)
+    size = os.fstat(segment.fd).st_size
+    segment.close()
+    return None if size == segment.size else f"{segment.path} ends at offset {size}, not at {segment.size}"
 
 
 def mark_again(config: Config, stood: EngineStatus, synced: int) -> None:

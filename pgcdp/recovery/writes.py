@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,6 @@ from pgcdp.store.layout import Store
 from pgcdp.store.open_interval import read_open_index, read_open_last
 from pgcdp.store.published import Published
 from pgcdp.store.survey import survey
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pgcdp.capture.journal import LostWritesError
 from pgcdp.capture.outside import rows_of
+from pgcdp.config import Config
 from pgcdp.errors import PgcdpError
 from pgcdp.fsio import told
 from pgcdp.intervals.stages import Stages
@@ -61,13 +62,16 @@ def stored_json(newest: Boundary | None) -> dict[str, Any]:
     return {"boundary": newest.number, "stored_write": newest.write, "stored_time_ns": newest.time_ns}
 
 
-def problem(set_name: str, error: PgcdpError | OSError) -> tuple[str, str | None]:
+def problem(config: Config, error: PgcdpError | OSError) -> tuple[str, str | None]:
     """What keeps the agent from its work, and what mends it."""
+    without = (
+        f"bring the file back, or go on without it: pgcdp down {config.name}, then pgcdp up {config.name} --heal, "
+        "which takes in what the volumes have, as a gap"
+    )
     if isinstance(error, LostWritesError):
-        return error.message, (
-            f"{error.hint}; bring the file back, or go on without it: pgcdp down {set_name}, then pgcdp up {set_name} "
-            "--heal, which takes in what the volumes have, as a gap"
-        )
+        return error.message, f"{error.hint}; {without}"
+    if isinstance(error, OSError) and error.errno == errno.EIO and str(error.filename).startswith(f"{config.journal}/"):
+        return told(error), f"see whether its disk works: when it is well again, it goes on by itself; else {without}"
     if isinstance(error, PgcdpError):
         return error.message, error.hint
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -154,6 +154,13 @@ class Store:
         store._write()
         return store
 
+    def since_at_most(self, write: int) -> Store:
+        """The same store, in which no volume came later than with that write, durably: later numbers are given anew."""
+        since = {name: min(each, write) for name, each in self.since.items()}
+        store = replace(self, extra={**self.extra, "since": since})
+        store._write()
+        return store
+
     @property
     def in_use(self) -> tuple[Volume, ...]:
         """The volumes of the set: all but the last one where that was put back, or is on its way (`extending`)."""
