@@ -96,8 +96,13 @@ def to_directory(
             (found / "pg_tblspc" / str(each.oid)).symlink_to(each.place)
         remove(beside)
         size = _copy(trees, beside, (status.st_uid, status.st_gid), progress)
-    configuration = _put_configuration(place, source.settings(point), (status.st_uid, status.st_gid))
-    _put_control(place, content, control_status)
+        try:
+            configuration = _put_configuration(place, source.settings(point), (status.st_uid, status.st_gid))
+            _put_control(place, content, control_status)
+        except BaseException:
+            for made in (*trees.values(), beside):
+                remove(made)
+            raise
     remove(work)
     sync_directory(place.parent)
     return size + len(content), restored, configuration

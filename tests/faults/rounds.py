@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,23 +125,26 @@ class Truth:
 
     # --- rounds
 
-    def rounds(self, count: int, points: list[str]) -> list[dict[str, Any]]:
-        """So many faults that came; one row for each. Each point is tried once before one is tried again."""
+    def rounds(self, count: int, points: list[str], first: Collection[str] = ()) -> list[dict[str, Any]]:
+        """So many faults that came; one row for each. Each point is tried once before one is tried again, `first` those
+        that have not come elsewhere, which are waited for longer."""
         rows: list[dict[str, Any]] = []
-        order = self.rng.sample(points, len(points))
+        order = sorted(self.rng.sample(points, len(points)), key=lambda point: point not in first)
         tried = 0
         while len(rows) < count:
             assert tried < 4 * count + 20, f"most faults never came: {rows}"
             point = order[tried] if tried < len(order) else self.rng.choice(points)
             tried += 1
-            row = self.round(point, self.rng.choice(kinds_of(point)))
+            patience = SURELY_SECONDS / 2 if point in first and tried <= len(order) else REACHED_SECONDS
+            row = self.round(point, self.rng.choice(kinds_of(point)), patience=patience)
             if row["fired"]:
                 rows.append(row)
         return rows
 
-    def round(self, point: str, kind: str, times: int | None = None) -> dict[str, Any]:
+    def round(
+        self, point: str, kind: str, times: int | None = None, patience: float = SURELY_SECONDS
+    ) -> dict[str, Any]:
         """One fault. The row says whether it came, what was said, how long it took until all was well."""
-        patience = REACHED_SECONDS if times is None else SURELY_SECONDS
         skip = self.rng.choice([0, 0, 1, 7]) if times is None else 0
         times = self.rng.choice([1, 1, 3, 0]) if times is None else times
         times = 0 if point in DISKS else 1 if point in SILENT else times
