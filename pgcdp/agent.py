@@ -25,7 +25,7 @@ from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
 from pgcdp.capture.clocks import CLOCK, ClockWatch
 from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
-from pgcdp.capture.journal import BatchRun, Journal, LostWritesError
+from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
@@ -45,7 +45,7 @@ from pgcdp.serving.questions import Questions
 from pgcdp.serving.rates import Rates
 from pgcdp.serving.store import open_store, without_put_back
 from pgcdp.serving.surroundings import Surroundings
-from pgcdp.serving.telling import describe, problem, stored_json
+from pgcdp.serving.telling import describe, of_the_journal, problem, stored_json
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.lease import Lease
 from pgcdp.store.mirroring import Mirror
@@ -168,8 +168,8 @@ class Agent:
             self._note(error.message)
             await self._in_worker(self._give_up_stages)
         except (PgcdpError, OSError) as error:
-            if isinstance(error, LostWritesError | OSError):
-                await self._in_worker(self._leave_room)  # what was taken before is nowhere else
+            if of_the_journal(self.config, error):  # what was taken before it may be nowhere else
+                await self._in_worker(self._leave_room)
             self._note(*problem(self.config, error))
             await self._in_worker(self._give_up_stages)
             pause = RETRY_SECONDS

@@ -62,6 +62,16 @@ def stored_json(newest: Boundary | None) -> dict[str, Any]:
     return {"boundary": newest.number, "stored_write": newest.write, "stored_time_ns": newest.time_ns}
 
 
+def of_the_journal(config: Config, error: PgcdpError | OSError) -> bool:
+    """Whether it was met in reading the journal, with nothing wrong with the store.
+
+    After any other one nothing may be synced once more: a disk tells of a write that it has lost only once.
+    """
+    if isinstance(error, OSError):
+        return str(error.filename).startswith(f"{config.journal}/")
+    return isinstance(error, LostWritesError)
+
+
 def problem(config: Config, error: PgcdpError | OSError) -> tuple[str, str | None]:
     """What keeps the agent from its work, and what mends it."""
     without = (
@@ -70,7 +80,7 @@ def problem(config: Config, error: PgcdpError | OSError) -> tuple[str, str | Non
     )
     if isinstance(error, LostWritesError):
         return error.message, f"{error.hint}; {without}"
-    if isinstance(error, OSError) and error.errno == errno.EIO and str(error.filename).startswith(f"{config.journal}/"):
+    if isinstance(error, OSError) and error.errno == errno.EIO and of_the_journal(config, error):
         return told(error), f"see whether its disk works: when it is well again, it goes on by itself; else {without}"
     if isinstance(error, PgcdpError):
         return error.message, error.hint
