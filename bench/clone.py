@@ -270,12 +270,13 @@ def others(side: Protected, asked: argparse.Namespace) -> dict[str, Any]:
     """What is measured of one database alone."""
     found: dict[str, Any] = {}
     with working(side):
+        # First: pgbackrest takes minutes under load, which would all lie in one interval between the far point and now.
+        if not asked.boundary_only:
+            found.update(clones(side, asked.rounds, asked.back))
         if not asked.no_pgbackrest:
             with PgBackRest(side) as peer:
                 peer.back_up()
                 found["pgbackrest"] = beside(side, peer, asked.rounds)
-        if not asked.boundary_only:
-            found.update(clones(side, asked.rounds, asked.back))
     return found
 
 
