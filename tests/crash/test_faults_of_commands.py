@@ -202,6 +202,19 @@ def test_of_protect_and_unprotect(house: House, failing: Faults, every: int) -> 
     keep_result("faults-of-protect", {"came": came})
 
 
+def heal(found: ProtectedSet, failing: Faults, point: str) -> list[str]:
+    """`up --heal` with a place that fails once, and what the error names then; the point, if it was come by."""
+    failing.set(point, "eio")
+    once = Round(failing, point)
+    hint = once.run(lambda: api.up(found.name, heal=lambda told: None))
+    failing.clear(point)
+    if hint is not None:
+        assert f"pgcdp up {found.name}" in hint, point
+        assert mount_at(found.config.volumes[0].mountpoint) is None, "nothing is mounted before it has ended"
+        api.up(found.name, heal=None if healing.pending(found.config.paths) else lambda told: None)
+    return [point] if once.came else []
+
+
 @SOME
 def test_of_healing_a_lost_journal(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, every: int) -> None:
     """What only the journal had is one gap; before it begins anew, and behind that, nothing else is mounted."""
@@ -218,18 +231,10 @@ def test_of_healing_a_lost_journal(make_set: MakeSet, binaries_of: BindirOf, fai
         for segment in found.config.journal.glob("*.seg"):
             segment.unlink()
         gaps = len(Source(found.source().store).gaps())
-        failing.set(point, "eio")
-        once = Round(failing, point)
-        hint = once.run(lambda: api.up(found.name, heal=lambda told: None))
-        failing.clear(point)
-        if hint is not None:
-            assert f"pgcdp up {found.name}" in hint, point
-            assert mount_at(found.config.volumes[0].mountpoint) is None
-            api.up(found.name, heal=None if healing.pending(found.config.paths) else lambda told: None)
+        came += heal(found, failing, point)
         assert found.sql("select max(n) from t") == [(number,)], point
         found.wait_following()
         assert [gap.reason for gap in found.source().gaps()[gaps:]] == ["lost"], point
-        came += [point] if once.came else []
     assert_whole(found)
     assert came
     keep_result("faults-of-healing-a-lost-journal", {"came": came})
@@ -254,17 +259,10 @@ def test_of_healing(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, e
         api.down(found.name)
         changed_while_down(found)
         gaps = len(found.source().gaps())
-        failing.set(point, "eio")
-        once = Round(failing, point)
-        hint = once.run(lambda: api.up(found.name, heal=lambda told: None))
-        failing.clear(point)
-        if hint is not None:
-            assert f"pgcdp up {found.name}" in hint, point
-            api.up(found.name, heal=None if healing.pending(found.config.paths) else lambda told: None)
+        came += heal(found, failing, point)
         assert found.sql("select count(*) from t") == [(10000,)], point
         found.wait_following()
         assert len(found.source().gaps()) == gaps + 1, point
-        came += [point] if once.came else []
     assert_whole(found)
     assert came
     keep_result("faults-of-healing", {"came": came})
