@@ -23,11 +23,12 @@ from typing import Any
 
 from pgcdp import log
 from pgcdp.background import give_way, keep_freed_memory
+from pgcdp.capture import renewing
 from pgcdp.capture.clocks import CLOCK, ClockWatch
 from pgcdp.capture.control import EngineClient, EngineGone, EngineStatus
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.config import Config, load_config
-from pgcdp.errors import DamageError, PgcdpError, PreconditionError
+from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.machine import Place
@@ -290,7 +291,9 @@ class Agent:
             synced=status.synced_write,
             released=status.released_write,
         )
-        _refuse_older_journal(self.stages, config, status.durable_write)
+        if self.stages.opened is not None:
+            hint = f"pgcdp down {config.name}, and bring the journal's files back as they were last"
+            renewing.refuse_older(config, status.durable_write, self.stages.opened.last_write, hint)
         self.catalog = Mirror(self.stages.store, make=True)
         self.catalog.catch_up()
         clear_old_catalog(self.stages.store)
@@ -445,17 +448,6 @@ class Agent:
             await self.changed.wait_for(lambda: self.error is not None or happened())
         if not happened():
             raise PgcdpError(f"no boundary was stored: {self.error}", f"look at {self.config.paths.agent_log}")
-
-
-def _refuse_older_journal(stages: Stages, config: Config, durable: int) -> None:
-    """Writes have one number each: what comes now would be taken for what the store has under that number."""
-    held = stages.opened.last_write if stages.opened is not None else 0
-    if held > durable:
-        raise DamageError(
-            f"the journal {config.journal} ends with write {durable}, and the store has write {held}: it is an older "
-            "copy",
-            f"pgcdp down {config.name}, and bring the journal's files back as they were last",
-        )
 
 
 def main(set_name: str) -> int:

@@ -105,7 +105,8 @@ def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -
             return None
         source = source_of(config, None) if unreadable is None else _stored(config)
         anew = None if unreadable is None else _anew(config, source, durable)
-        lost = None if anew is None or anew.behind == durable else (source.newest() + 1, durable)
+        behind = durable if anew is None or anew.behind is None else anew.behind
+        lost = (behind + 1, durable) if behind < durable else None
         found = replace(_look(config, source, changed, below, progress), unreadable=unreadable, lost=lost)
         differ = sum(found.volumes.values())
         if not differ and lost is None and (anew is None or anew.reason == LOST):
@@ -134,8 +135,9 @@ def resume(config: Config, below: Path, progress: Report = silent) -> Gap | None
         if doing is None:
             return None
         progress(Progress("finishing the healing of the volumes"))
-        if doing.behind is None and _marked(config).clean and renewing.unreadable(config) is not None:
-            doing = _anew(config, _stored(config), _marked(config).durable_write)
+        mark = _marked(config)
+        if doing.behind is None and mark.clean and renewing.unreadable(config) is not None:
+            doing = _anew(config, _stored(config), mark.durable_write)
             doing.save(config.paths)
         return _finish(config, doing, below, progress)
 
@@ -167,8 +169,7 @@ def _marked(config: Config) -> AppliedMark:
         raise PreconditionError(
             f"{config.journal / 'applied'} is missing: whether the volumes of {config.name} have all that was answered "
             "is not known",
-            "bring the journal's files back; without them, what the store has can be restored: pgcdp restore --store "
-            f"{config.store} --to-directory DIR",
+            f"bring the journal's files back; without them, {_restorable(config)}",
         )
     return mark
 
@@ -240,6 +241,10 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Ga
     return done
 
 
+def _restorable(config: Config) -> str:
+    return f"what the store has can be restored: pgcdp restore --store {config.store} --to-directory DIR"
+
+
 def _stored(config: Config) -> Source:
     """What the store has, without the journal."""
     return Source(Store.open(config.store, config.set_id_bytes))
@@ -253,13 +258,8 @@ def _anew(config: Config, source: Source, durable: int) -> Pending:
     newest = source.newest()
     _refuse_views(source.store, newest)
     rewinds, gaps = source.rewinds(), source.gaps()
-    restore = f"what the store has can be restored: pgcdp restore --store {config.store} --to-directory DIR"
-    if newest > durable:
-        raise PreconditionError(
-            f"the journal {config.journal} ended with write {durable}, and the store has write {newest}: it is an "
-            "older copy",
-            f"bring its files back as they were last; {restore}",
-        )
+    restore = _restorable(config)
+    renewing.refuse_older(config, durable, newest, f"bring its files back as they were last; {restore}")
     if rewinds and rewinds[-1].end is None:
         raise PreconditionError(
             f"the journal {config.journal} had the end of the rewind in place that begins with write "

@@ -18,7 +18,7 @@ from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.journal import AppliedMark, Journal, write_mark
 from pgcdp.capture.segment import Segment
 from pgcdp.config import Config
-from pgcdp.errors import DamageError
+from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.records import Position
 
 ASIDE = "lost-"
@@ -64,6 +64,16 @@ def mark_again(config: Config, stood: EngineStatus, synced: int) -> None:
     if synced == stood.durable_write and not (config.journal / "applied").exists():
         mark = AppliedMark(0, True, synced, stood.released_write, synced, int(stood.raw["batch"]), stood.position)
         write_mark(config.journal, config.set_id_bytes, mark)
+
+
+def refuse_older(config: Config, ended: int, held: int, hint: str) -> None:
+    """Raises PreconditionError when the journal ends before the store: new writes would pass for those it has."""
+    if held > ended:
+        raise PreconditionError(
+            f"the journal {config.journal} ended with write {ended}, and the store has write {held}: it is an older "
+            "copy",
+            hint,
+        )
 
 
 def begin_anew(config: Config, behind: int) -> Path | None:
