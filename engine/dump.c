@@ -18,6 +18,7 @@ struct dump_options {
     const char *journal;
     uint64_t from;
     uint64_t to;
+    uint64_t rate;
     bool json;
 };
 
@@ -27,17 +28,17 @@ static int usage(const char *message, const char *argument)
 {
     struct err e;
     err_set(&e, ERR_USAGE, message, argument);
-    err_hint(&e, "pgcdp-engine dump --journal DIR [--from N] [--to N] [--json], or pgcdp-engine check --journal DIR");
+    err_hint(&e, "pgcdp-engine dump --journal DIR [--from N] [--to N] [--json], or pgcdp-engine check --journal DIR [--rate BYTES]");
     return command_failed(&e, ERR_USAGE);
 }
 
-/* 0, or the exit code. `whole` allows --from, --to and --json. */
+/* 0, or the exit code. `whole` allows --from, --to and --json, else --rate is. */
 static int parse(int argc, char **argv, bool whole, struct dump_options *out)
 {
     static const struct option options[] = {
         {"journal", required_argument, NULL, 'd'}, {"from", required_argument, NULL, 'f'},
         {"to", required_argument, NULL, 't'},      {"json", no_argument, NULL, 'j'},
-        {NULL, 0, NULL, 0},
+        {"rate", required_argument, NULL, 'r'},    {NULL, 0, NULL, 0},
     };
     *out = (struct dump_options){.to = UINT64_MAX};
     optind = 1;
@@ -50,6 +51,9 @@ static int parse(int argc, char **argv, bool whole, struct dump_options *out)
         else if ((c == 'f' || c == 't') && whole) {
             if (!command_number(optarg, c == 'f' ? &out->from : &out->to))
                 return usage("\"%s\" is not a write number", optarg);
+        } else if (c == 'r' && !whole) {
+            if (!command_number(optarg, &out->rate))
+                return usage("\"%s\" is not a number of bytes a second", optarg);
         } else
             return usage("unknown option, or option without its value: %s", argv[optind - 1]);
     }
@@ -232,6 +236,33 @@ static void count_batch(struct tally *t, const struct jr_batch *b)
         t->bytes += b->record[i].data_length;
 }
 
+/* Reads no more than `rate` bytes a second (0: as fast as it goes), as long as that is less than there was when it began: what is
+ * written meanwhile, perhaps faster than that, is followed to its end. */
+struct pace {
+    uint64_t rate, left, due_ns;
+};
+
+static struct pace pace_of(const struct jr *jr, uint64_t rate)
+{
+    struct pace p = {.rate = rate};
+    size_t count;
+    const struct jr_segment *s = jr_segments(jr, &count);
+    for (size_t i = 0; i < count; i++)
+        p.left += s[i].size;
+    return p;
+}
+
+static void keep_pace(struct pace *p, uint64_t bytes)
+{
+    if (!p->rate || bytes > p->left)
+        return;
+    p->left -= bytes;
+    p->due_ns = max_u64(p->due_ns, clock_ns(CLOCK_MONOTONIC)) + (uint64_t)((double)bytes / (double)p->rate * 1e9);
+    struct timespec due = {.tv_sec = (time_t)(p->due_ns / 1000000000u), .tv_nsec = (long)(p->due_ns % 1000000000u)};
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL) == EINTR)
+        ;
+}
+
 int cmd_check(int argc, char **argv)
 {
     struct dump_options o;
@@ -242,12 +273,15 @@ int cmd_check(int argc, char **argv)
         return rc;
     struct tally tally = {0};
     struct jr_batch batch;
+    struct pace pace = pace_of(jr, o.rate);
     uint64_t seen = 0;
     int exit_code = 0;
     while ((rc = next_batch(&jr, o.journal, &seen, &batch, &e)) != 0) {
         uint64_t missing_to;
         if (rc == 1) {
+            uint64_t before = tally.bytes;
             count_batch(&tally, &batch);
+            keep_pace(&pace, tally.bytes - before);
             continue;
         }
         exit_code = command_failed(&e, rc);

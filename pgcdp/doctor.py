@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pgcdp import keeping, keys, rewinding, scrubbing, service
-from pgcdp.capture import clocks, disks, holder, kernel, modes, tracking, volumes
+from pgcdp.capture import backings, clocks, disks, holder, kernel, modes, tracking, volumes
 from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.engine import run_engine
 from pgcdp.capture.outside import all_mounted, find_outside, takes_in
@@ -51,9 +51,11 @@ def examine(
     Raises nothing: what is wrong is in the list.
     """
     opened = Opened(config.store, config.set_id_bytes)
+    rate = config.scrub_rate if rate is None else rate
     steps: list[Step] = [
         ("rewind", lambda: _rewind(config)),
         ("capture", lambda: _capture(config, engine)),
+        ("volumes", lambda: _volumes(config, engine)),
         ("holder", lambda: _holder(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config, engine)),
@@ -65,8 +67,8 @@ def examine(
         ("proofs", lambda: _proofs(config, opened)),
         ("machine", lambda: _machine(config)),
         ("clock", lambda: _clock(config, opened)),
-        ("journal", lambda: _journal(config, engine, full)),
-        ("store", lambda: _store(opened, config, full, config.scrub_rate if rate is None else rate, progress)),
+        ("journal", lambda: _journal(config, full, rate)),
+        ("store", lambda: _store(opened, config, full, rate, progress)),
     ]
     if engine is None and keeping.state_of(config, engine) == "stalled":
         steps = [step for step in steps if step[0] not in ON_VOLUMES]
@@ -105,6 +107,17 @@ def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
         yield failed("capture", "; ".join(engine.errors), hint)
     else:
         yield passed("capture", f"write {engine.durable_write} is durable")
+
+
+def _volumes(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
+    """Whether the backings are where they belong: what capture has open is lost with it when its name is gone."""
+    pid = None if engine is None else holder.pid_at(config.paths.control)
+    wrong = list(backings.problems(config, pid))
+    for volume, what in wrong:
+        hint = backings.way_on(config, volume)
+        yield failed("volumes", what, hint if pid is None else f"it goes on as long as capture runs. Then: {hint}")
+    if not wrong:
+        yield passed("volumes", ", ".join(f"{each.name} on {each.backing}" for each in config.volumes))
 
 
 def _sync_failed(engine: EngineStatus) -> bool:
@@ -289,10 +302,10 @@ def _proofs(config: Config, opened: Opened) -> Iterator[Finding]:
         yield passed("proofs", f"each boundary is proven as it is cut, the last one {told['boundary']}")
 
 
-def _journal(config: Config, engine: EngineStatus | None, full: bool) -> Iterator[Finding]:
+def _journal(config: Config, full: bool, rate: int) -> Iterator[Finding]:
     if not full:
         return
-    run_engine(["check", "--journal", os.fspath(config.journal)])
+    run_engine(["check", "--journal", os.fspath(config.journal), "--rate", str(rate)])
     yield passed("journal", "every batch is as it was written")
 
 

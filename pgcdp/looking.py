@@ -142,6 +142,8 @@ def _interrupted(config: Config) -> str | None:
             "taking in what was changed on the volumes has not ended: unless its command still runs, "
             f"pgcdp up {config.name} finishes it"
         )
+    if config.paths.remake_state.exists():
+        return f"writing volumes anew has not ended: unless its command still runs, pgcdp up {config.name} finishes it"
     left = rewinding.pending(config.paths)
     if left is None:
         return None

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pgcdp import extending, healing, keeping, owning, rewinding, service
+from pgcdp import extending, healing, keeping, owning, remaking, rewinding, service
 from pgcdp.capture import attach
 from pgcdp.capture import protect as protection
 from pgcdp.capture.checks import ProtectRequest
@@ -133,6 +133,8 @@ def up(
     progress: Report = silent,
     *,
     heal: healing.Agree | None = None,
+    remake: Sequence[str] = (),
+    agree: remaking.Agree | None = None,
     take_over: bool = False,
     upgrade: bool = False,
 ) -> Json:
@@ -141,12 +143,17 @@ def up(
     With `take_over` a journal and store that belong to another machine or state root are this one's from now on.
     With `heal` every block is compared before that, and what differs is taken in as a gap ("gap" in what is returned,
     None when nothing differed): it is told what was found, and raises to stop it.
+    The volumes of `remake`, whose backings are lost, are written anew first; `agree` is told what that takes.
     """
     if upgrade and engine_status(load_config(set_name)) is not None:
         keeping.upgrade(load_config(set_name), progress)
     config = load_config(set_name)
     owning.check(config, take_over, progress)
     below = scratch_of(config.set_id_bytes)
+    done = remaking.resume(config, progress)
+    lost = [name for name in remake if name not in done]
+    if lost:
+        remaking.remake(config, lost, agree or (lambda found: None), progress)
     gap = healing.resume(config, below, progress)
     extending.resume(config, progress)
     config = load_config(set_name)

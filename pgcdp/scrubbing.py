@@ -46,10 +46,9 @@ def check(store: Store, full: bool, rate: int, progress: Report, *, remember: bo
 
     `rate`: bytes a second, 0 for as fast as it goes; `remember`: the outcome is kept in the store's history.
     """
+    pace = Pace(rate)
     if full:
-        done = scrub(
-            store, "check", Pace(rate), lambda read, total: progress(Progress("reading the store", read, total))
-        )
+        done = scrub(store, "check", pace, lambda read, total: progress(Progress("reading the store", read, total)))
         if remember:
             remember_pass(store, done)
         damages, told = list(done.record.damages), _told(done)
@@ -62,7 +61,7 @@ def check(store: Store, full: bool, rate: int, progress: Report, *, remember: bo
         yield Said("store", True, told)
     elif full:
         yield Said("scrub", True, told)
-    yield _merged(store, full)
+    yield _merged(store, full, pace)
     if full:
         yield from _catalog(store)
 
@@ -83,8 +82,8 @@ def _told(done: Pass) -> str:
     return f"{told}, gone on {where} where a check was killed: its oldest part was read {age} ago"
 
 
-def _merged(store: Store, full: bool) -> Said:
-    count, size, wrong = merged.check(store, full)
+def _merged(store: Store, full: bool, pace: Pace) -> Said:
+    count, size, wrong = merged.check(store, full, pace)
     if not wrong:
         return Said("merged increments", True, f"{count} files, {format_size(size)} read")
     said = "; ".join(damage.message for damage in wrong)  # expendable: no point is lost by it

@@ -97,6 +97,11 @@ class SetPaths:
         return self.state / "heal.json"
 
     @property
+    def remake_state(self) -> Path:
+        """Which volumes are being written anew; nothing is captured or mounted as long as it is there."""
+        return self.state / "remake.json"
+
+    @property
     def extend_state(self) -> Path:
         """The volume that the set is being given, and at which step that is."""
         return self.state / "extend.json"

@@ -57,6 +57,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.transactions": 7,
     "pgcdp.salvaging": 7,
     "pgcdp.rewinding": 7,
+    "pgcdp.remaking": 7,
     "pgcdp.owning": 7,
     "pgcdp.extending": 7,
     "pgcdp.growing": 7,

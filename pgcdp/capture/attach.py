@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgcdp import fsio, log, proc
-from pgcdp.capture import fingerprint, held, home, renewing, sharing, volumes
+from pgcdp.capture import backings, fingerprint, held, home, renewing, same_journal, sharing, volumes
 from pgcdp.capture.control import EngineBusy, EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.keeper import Keeper
@@ -118,6 +118,11 @@ def refuse_pending(paths: SetPaths) -> None:
             f'taking in what was changed on the volumes of "{paths.name}" was interrupted',
             f"pgcdp up {paths.name} finishes it; nothing is mounted before",
         )
+    if paths.remake_state.exists():
+        raise PreconditionError(
+            f'writing volumes of "{paths.name}" anew was interrupted: they are not what they are to be',
+            f"pgcdp up {paths.name} finishes it; nothing is captured or mounted before",
+        )
     if paths.rewind_state.exists():
         raise PreconditionError(
             f'a rewind in place of "{paths.name}" was interrupted: its volumes may be neither what they were nor what '
@@ -132,23 +137,21 @@ def refuse_pending(paths: SetPaths) -> None:
         )
 
 
-def attach(
-    config: Config, progress: Report = silent, create: bool = False, captured: Callable[[], None] = nothing
-) -> EngineClient:
-    """`up` without Postgres. `create` begins a new journal."""
+def attach(config: Config, progress: Report = silent, captured: Callable[[], None] = nothing) -> EngineClient:
+    """`up` without Postgres."""
     client = EngineClient(config.paths.control)
     _take_over(config, progress)
     if client.alive():
         captured()
-    if not create and is_attached(config):
+    if is_attached(config):
         return client
     for volume in config.volumes:
         _refuse_foreign(config, volume)
     if not client.alive():
         if _anything_left(config):
             clean_leftovers(config, progress)
-        progress(Progress("starting capture" if create else "starting capture, replaying the journal"))
-        client = held.start(config, True) if create else _start_capture(config)
+        progress(Progress("starting capture, replaying the journal"))
+        client = _start_capture(config)
         captured()
     elif any(_our_mount(config, volume) and not _healthy(config, volume) for volume in config.volumes):
         end_postgres(config, progress)
@@ -204,16 +207,34 @@ def _start_capture(config: Config) -> EngineClient:
     """Every start on volumes that have been in use: not on one that somebody else wrote to meanwhile (truth 9)."""
     home.refuse_elsewhere(config)
     sharing.refuse_shared(config)
+    same_journal.refuse_other(config)
     fingerprint.refuse_changed(config)
+    client = _started(config)
+    same_journal.note(config)
+    return client
+
+
+def _started(config: Config) -> EngineClient:
+    """Capture, where it can start. Else what it died of is raised, with how the set goes on without what is lost."""
     try:
         return held.start(config)
     except PgcdpError as error:
-        paths = config.paths
-        pending = any(each.exists() for each in (paths.extend_state, paths.heal_state, paths.rewind_state))
-        if pending or not _stopped_in_order(config) or renewing.unreadable(config) is None:
+        more = _way_on(config)
+        if more is None:
             raise
-        more = f"the volumes are whole: pgcdp up {config.name} --heal goes on with them, and shows what is lost first"
         raise type(error)(error.message, f"{error.hint}; {more}" if error.hint else more) from None
+
+
+def _way_on(config: Config) -> str | None:
+    """What is typed when a volume, or the journal, is lost; None when neither is, or something waits to be finished."""
+    paths = config.paths
+    if any(each.exists() for each in (paths.extend_state, paths.heal_state, paths.rewind_state)):
+        return None
+    for volume, _ in backings.problems(config, None):
+        return backings.way_on(config, volume)
+    if _stopped_in_order(config) and renewing.unreadable(config) is not None:
+        return f"the volumes are whole: pgcdp up {config.name} --heal goes on with them, and shows what is lost first"
+    return None
 
 
 def detach(config: Config, progress: Report = silent) -> None:
@@ -230,6 +251,7 @@ def detach(config: Config, progress: Report = silent) -> None:
     _retry(lambda: held.stop(config.paths), EngineBusy)
     if synced is not None and stood is not None:
         renewing.mark_again(config, stood, synced)
+    same_journal.note(config)
 
 
 def is_attached(config: Config) -> bool:
@@ -372,7 +394,7 @@ def _take_over(config: Config, progress: Report) -> None:
     """
     if held.takes_over(config.paths):
         progress(Progress("taking over from a capture process that died"))
-        held.start(config)
+        _started(config)
 
 
 def _goes_on(config: Config, progress: Report) -> bool:

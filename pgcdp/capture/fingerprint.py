@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pgcdp import fsio, log
-from pgcdp.capture import volumes
+from pgcdp.capture import backings, volumes
 from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.capture.filemap import file_extents
 from pgcdp.capture.journal import Journal
@@ -193,15 +193,19 @@ def refuse_changed(config: Config) -> None:
         if was is None:  # it came later
             continue
         found: list[str] = []
+        hint = _hint(config)
         with suppress(OSError), reading(volume.backing) as read:
-            found += differences(was, read_superblock(read))
+            now = read_superblock(read)
+            found += differences(was, now)
+            if (was.fs, was.uuid) != (now.fs, now.uuid):
+                hint = f"a disk in the place of one that is lost: {backings.remakes(config, volume)}; {hint}"
             found += _control_differences(config, before.control, volume, read)
         if found:
             raise ChangedError(
                 f"volume {volume.name} of {config.name} on {volume.backing} was changed after it was detached at "
                 f"{format_time(before.time_ns)}: {'; '.join(found)}. Nothing captured that, and every later restore "
                 "would be false",
-                _hint(config),
+                hint,
             )
 
 

@@ -184,6 +184,11 @@ class Journal:
 
     def applied_mark(self) -> AppliedMark | None:
         """The newest valid slot of the applied mark; None if there is no mark file. DamageError if no slot is valid."""
+        marks = self.applied_marks()
+        return None if marks is None else max(marks, key=lambda mark: mark.sequence)
+
+    def applied_marks(self) -> list[AppliedMark] | None:
+        """Each valid slot of it, one or two; as `applied_mark`."""
         path = self.directory / "applied"
         try:
             raw = path.read_bytes()
@@ -195,7 +200,7 @@ class Journal:
                 f"{path} has no valid slot at offsets 0 and {MARK_BYTES}",
                 "the store's intervals are not touched by this and can still be restored",
             )
-        return max(marks, key=lambda mark: mark.sequence)
+        return marks
 
     def _slot(self, slot: bytes) -> AppliedMark | None:
         if len(slot) < MARK_BYTES:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pgcdp import fsio
-from pgcdp.capture import tracked
+from pgcdp.capture import same_journal, tracked
 from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.journal import AppliedMark, Journal, write_mark
 from pgcdp.capture.segment import Segment
@@ -86,6 +86,7 @@ def begin_anew(config: Config, behind: int) -> Path | None:
     mark = journal.applied_mark()
     if mark is None or not mark.clean:
         raise DamageError(f"{config.journal / 'applied'} does not say that the set was stopped in order (offset 0)")
+    same_journal.forget(config.paths)  # a kill on the way leaves none that is asked for
     aside = config.journal / f"{ASIDE}{behind + 1:020d}"
     there = journal.segments()
     newest = max([mark.position.segment, *there])
@@ -102,4 +103,5 @@ def begin_anew(config: Config, behind: int) -> Path | None:
     (config.journal / tracked.NAME).unlink(missing_ok=True)
     mark = replace(mark, sequence=mark.sequence + 1, applied_write=behind, released_write=behind, durable_write=behind)
     write_mark(config.journal, config.set_id_bytes, mark)
+    same_journal.renew(config)
     return aside if aside.is_dir() else None

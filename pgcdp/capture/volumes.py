@@ -54,8 +54,8 @@ class Mount:
 # --- backings
 
 
-def make_image(path: Path, size: int) -> None:
-    """A fully allocated, durable image file of `size` bytes, 0600.
+def make_image(path: Path, size: int, room: str = "free space there, or choose a smaller --size") -> None:
+    """A fully allocated, durable image file of `size` bytes, 0600. `room`: the hint when there is none for it.
 
     Raises PreconditionError when it exists or has no room.
     """
@@ -69,10 +69,7 @@ def make_image(path: Path, size: int) -> None:
         os.fsync(image)
     except OSError as error:
         path.unlink()
-        raise PreconditionError(
-            f"cannot allocate {format_size(size)} for {path}: {error.strerror}",
-            "free space there, or choose a smaller --size",
-        ) from None
+        raise PreconditionError(f"cannot allocate {format_size(size)} for {path}: {error.strerror}", room) from None
     finally:
         os.close(image)
     fsio.sync_directory(path.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +13,14 @@ from pgcdp.units import format_size
 
 if TYPE_CHECKING:
     from pgcdp.healing import Differences
+    from pgcdp.remaking import Lost
 
 
-@click.command(epilog=options.examples("pgcdp up main", "pgcdp up main --heal", "pgcdp up main --upgrade"))
+@click.command(
+    epilog=options.examples(
+        "pgcdp up main", "pgcdp up main --heal", "pgcdp up main --remake data", "pgcdp up main --upgrade"
+    )
+)
 @options.set_argument()
 @click.option(
     "--heal", is_flag=True, help="Take in what was changed on the volumes while they were detached, as a gap."
@@ -30,9 +35,18 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Swap what captures for the installed version while Postgres runs on; its writes wait for a moment.",
 )
+@click.option(
+    "--remake",
+    "lost",
+    multiple=True,
+    metavar="VOLUME",
+    help="Write a volume whose disk is lost anew, at the same place, from store and journal.",
+)
 @options.yes_option
 @options.output_option
-def command(set_name: str | None, heal: bool, take_over: bool, upgrade: bool, yes: bool, output: str) -> None:
+def command(
+    set_name: str | None, heal: bool, take_over: bool, upgrade: bool, lost: tuple[str, ...], yes: bool, output: str
+) -> None:
     """Attach and mount the volumes, start Postgres.
 
     The service that cuts intervals starts too. After a crash of any part, what is left is cleared away first, and
@@ -43,6 +57,11 @@ def command(set_name: str | None, heal: bool, take_over: bool, upgrade: bool, ye
     gap, in which no recovery point lies. All points before and behind it stay right. The same with a journal that
     cannot be read any more: it begins anew behind what the store has. What was only in it, the volumes have, if the
     set was stopped with pgcdp down; its old segments are set aside in it, and yours to remove.
+
+    A volume whose disk died, or whose image file was removed, is refused too. Put another disk at its place (mount it
+    where the image file was, or attach it under the same device path), then name it with --remake: it is written out as
+    it is at the newest write, which store and journal have. Nothing is lost. Where the set still runs, it is ended
+    first, as by a crash.
 
     A set whose journal or store belongs to another machine, or to another state root, is refused: this may be a copy of
     it. --take-over moves it here, unless the other one is seen to live: for 25 s it is watched whether the store is
@@ -65,8 +84,23 @@ def command(set_name: str | None, heal: bool, take_over: bool, upgrade: bool, ye
             return
         options.confirm(f"what differs on the volumes of {name} will be taken in as a gap", yes, output)
 
+    def agree_to_write(found: Sequence[Lost]) -> None:
+        for each in found if output == "text" else ():
+            size, place = format_size(each.volume.bytes), each.volume.backing
+            holds = f", which holds {', '.join(each.holds)}" if each.holds else ""
+            screen.note(f"volume {each.volume.name}: {size} will be written to {place}{holds}")
+        options.confirm(f"volumes of {name} will be written anew, from store and journal", yes, output)
+
     with screen.progress(output) as progress:
-        value = api.up(name, progress, heal=agree if heal else None, take_over=take_over, upgrade=upgrade)
+        value = api.up(
+            name,
+            progress,
+            heal=agree if heal else None,
+            remake=lost,
+            agree=agree_to_write,
+            take_over=take_over,
+            upgrade=upgrade,
+        )
     screen.result(value, output, _render)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,24 +32,18 @@ class BlockTarget(Protocol):
 
 
 class FileTarget:
-    """Plain files or devices, one open descriptor a volume in order of volume number. The caller syncs and closes.
+    """Plain files or devices, one open descriptor a volume in order of volume number. The caller syncs and closes."""
 
-    What is for the volumes `left_out`, by number, goes nowhere.
-    """
-
-    def __init__(self, fds: list[int], left_out: Collection[int] = ()) -> None:
+    def __init__(self, fds: list[int]) -> None:
         self._fds = fds
-        self._left_out = left_out
 
     def write_blocks(self, volume: int, block: int, data: bytes) -> None:
         """Write whole blocks."""
-        if volume not in self._left_out:
-            write_all(self._fds[volume], data, block * BLOCK)
+        write_all(self._fds[volume], data, block * BLOCK)
 
     def zero_blocks(self, volume: int, block: int, count: int) -> None:
         """Make blocks read back as zeros, by a hole where that can be."""
-        if volume not in self._left_out:
-            punch_hole(self._fds[volume], block * BLOCK, count * BLOCK)
+        punch_hole(self._fds[volume], block * BLOCK, count * BLOCK)
 
 
 def apply_backward(target: BlockTarget, bundle: Bundle, lost: Lost | None = None) -> None:

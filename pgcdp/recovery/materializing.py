@@ -7,7 +7,7 @@ is damage, and nothing was restored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
 from pgcdp.errors import DamageError
@@ -15,7 +15,7 @@ from pgcdp.intervals.applying import BlockTarget, apply_backward, apply_forward,
 from pgcdp.intervals.extents import spans
 from pgcdp.postgres.wal import blank_wal
 from pgcdp.progress import Progress, Report, silent
-from pgcdp.records import BLOCK, RecoveryPoint
+from pgcdp.records import BLOCK, RecoveryPoint, Volume
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.writes import from_write
 from pgcdp.store.bundle import Bundle
@@ -25,27 +25,31 @@ from pgcdp.store.image import Image
 class Lacking:
     """A target that knows which of its blocks nobody could read so far.
 
-    `lost` are runs (volume, first block, block behind, damage).
+    `lost` are runs (volume, first block, block behind, damage). What is of volumes `left_out`, by number, goes nowhere.
     """
 
-    def __init__(self, target: BlockTarget) -> None:
+    def __init__(self, target: BlockTarget, left_out: Collection[int] = ()) -> None:
         self._target = target
+        self._left_out = left_out
         self.lost: list[tuple[int, int, int, DamageError]] = []
 
     def lose(self, volume: int, block: int, count: int, damage: DamageError) -> None:
         """The content of some blocks cannot be read."""
-        self._cover(volume, block, count)
-        self.lost.append((volume, block, block + count, damage))
+        if volume not in self._left_out:
+            self._cover(volume, block, count)
+            self.lost.append((volume, block, block + count, damage))
 
     def write_blocks(self, volume: int, block: int, data: bytes) -> None:
         """As `BlockTarget`."""
-        self._target.write_blocks(volume, block, data)
-        self._cover(volume, block, len(data) // BLOCK)
+        if volume not in self._left_out:
+            self._target.write_blocks(volume, block, data)
+            self._cover(volume, block, len(data) // BLOCK)
 
     def zero_blocks(self, volume: int, block: int, count: int) -> None:
         """As `BlockTarget`."""
-        self._target.zero_blocks(volume, block, count)
-        self._cover(volume, block, count)
+        if volume not in self._left_out:
+            self._target.zero_blocks(volume, block, count)
+            self._cover(volume, block, count)
 
     def _cover(self, volume: int, block: int, count: int) -> None:
         if not self.lost:
@@ -68,17 +72,25 @@ class Lacking:
             raise damage
 
 
-def materialize(source: Source, point: RecoveryPoint, target: BlockTarget, progress: Report = silent) -> None:
+def materialize(
+    source: Source,
+    point: RecoveryPoint,
+    target: BlockTarget,
+    progress: Report = silent,
+    left_out: Collection[int] = (),
+) -> None:
     """Write the state at `point` to `target`, whose blocks are zeros. Call it while the source is `held`.
 
-    Every byte is checked on its way. Raises DamageError naming file and offset of something that the point needs.
+    Volumes `left_out`, by number, are passed over. Every byte is checked on its way. Raises DamageError naming file and
+    offset of something that the point needs.
     """
     source.image_state()
-    lacking = Lacking(target)
+    lacking = Lacking(target, left_out)
     image = Image.open(source.store, cut_short=True)
     try:
         before = point.write if point.blank_write is None else point.blank_write - 1
-        done = _copy_image(source, image, before, lacking, progress)
+        wanted = [each for each in source.store.volumes if each.number not in left_out]
+        done = _copy_image(source, image, wanted, before, lacking, progress)
     finally:
         image.close()
     while done < point.write:
@@ -93,13 +105,15 @@ def materialize(source: Source, point: RecoveryPoint, target: BlockTarget, progr
     lacking.refuse_lost()
 
 
-def _copy_image(source: Source, image: Image, upto: int, target: Lacking, progress: Report) -> int:
-    """The image, rolled back to the last boundary at or before `upto`; returns the write it is at."""
-    state, store = image.state, source.store
+def _copy_image(
+    source: Source, image: Image, wanted: Sequence[Volume], upto: int, target: Lacking, progress: Report
+) -> int:
+    """The image of these volumes, rolled back to the last boundary at or before `upto`; returns the write it is at."""
+    state = image.state
     moving = source.opened(state.to) if state.to is not None else None
-    total = sum(volume.bytes for volume in store.volumes)
+    total = sum(volume.bytes for volume in wanted)
     copied = 0
-    for volume in store.volumes:
+    for volume in wanted:
         for first, count in _judged(moving, volume.number, volume.bytes // BLOCK):
             for block, size, data in image.contents(volume.number, first, count, target.lose):
                 if data is not None:

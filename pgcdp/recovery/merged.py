@@ -115,17 +115,21 @@ def _read(store: Store, span: Span) -> Extents:
     return np.frombuffer(content, dtype=MAP_EXTENT, offset=_FIRST.itemsize)
 
 
-def check(store: Store, full: bool) -> tuple[int, int, list[DamageError]]:
+def check(
+    store: Store, full: bool, pace: Callable[[int], None] = lambda size: None
+) -> tuple[int, int, list[DamageError]]:
     """How many merged increments there are, the bytes that were read of them, and what is wrong with them.
 
-    Without `full` only that their frames are where they should be.
+    Without `full` only that their frames are where they should be. `pace` is told of the bytes of each frame.
     """
     count, size, damages = 0, 0, []
     for span in sorted(known(store)):
         path = store.merged / span.file_name
         try:
             with FrameReader.open(path, CONTENT, store.set_id, span.last) as reader:
-                size += sum(len(raw) for _, raw in reader.frames()) if full else 0
+                for _, raw in reader.frames() if full else ():
+                    size += len(raw)
+                    pace(len(raw))
         except FileNotFoundError:  # a reader found it damaged just now
             continue
         except DamageError as damage:

@@ -42,7 +42,7 @@ def write_images(source: Source, point: RecoveryPoint, files: list[Path], progre
             for fd, volume in zip(fds, wanted, strict=True):
                 os.ftruncate(fd, volume.bytes)
             put_back = {each.number for each in source.store.volumes} - {each.number for each in wanted}
-            materialize(source, point, FileTarget(fds, put_back), progress)
+            materialize(source, point, FileTarget(fds), progress, put_back)
         for fd in fds:
             os.fsync(fd)
     return sum(volume.bytes for volume in source.store.in_use)

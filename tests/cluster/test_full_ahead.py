@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from pgcdp import api, service
 from tests.beside import repeated
+from tests.failing_disks import SmallDisk
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import MakeSet
+from tests.results import keep_result
+from tests.scratch import scratch_directory
 from tests.waiting import wait_until
 
 LOAD_SECONDS = 75.0
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[int], SmallDisk]]:
+    """small_disk(size): ask for it before `make_set`, whose store lies on it."""
+    root = scratch_directory("full")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, root)
+
+        def make(size: int) -> SmallDisk:
+            disk = SmallDisk(root, "store", size)
+            stack.callback(disk.end)
+            return disk
+
+        yield make
 
 
 @pytest.mark.soak  # what it tells apart is told only by a machine that has nothing else to do
@@ -62,6 +83,51 @@ def test_the_journal_is_full_when_it_was_said(make_set: MakeSet, binaries_of: Bi
         service.start(found.config)
         wait_until(lambda: found.engine.status().state == "capturing", timeout=60, what="room again")
     assert told["journal"]["seconds"] / 4 < took < told["journal"]["seconds"] * 4, (told["journal"], took)
+
+
+@pytest.mark.soak  # minutes of steady load
+@pytest.mark.timeout(1800)
+def test_store_and_volume_fill_as_it_was_said(
+    make_set: MakeSet, binaries_of: BindirOf, small_disk: Callable[[int], SmallDisk]
+) -> None:
+    """Of the room that there was, four fifths are gone after about four fifths of the time. Within a factor of 2."""
+    found = make_set(
+        binaries_of(17),
+        size=1 << 30,
+        store_at=small_disk(4 << 30).place / "store",
+        settings={"max_wal_size": "64MB", "min_wal_size": "32MB"},
+        allowed=[r"checkpoints are occurring too frequently"],
+    )
+    found.sql("create table load (n int, what text)")
+    random = "(select string_agg(md5(random()::text || n), '') from generate_series(1, 30))"
+
+    def write() -> None:
+        found.sql(f"insert into load select n, {random} from generate_series(1, 500) n")
+
+    def ahead() -> dict[str, dict[str, float]]:
+        told = api.status(found.name)["until_full"]
+        return {"store": told["store"], "volume": told["volumes"][0]}
+
+    with repeated(write, pause=0.25), repeated(lambda: api.cut(found.name), pause=5.0):
+        began = time.monotonic()
+        wait_until(
+            lambda: time.monotonic() - began > LOAD_SECONDS and all(each["seconds"] for each in ahead().values()),
+            timeout=LOAD_SECONDS + 120, what="rates of store and volume",
+        )  # fmt: skip
+        told, since = ahead(), time.monotonic()
+        took: dict[str, float] = {}
+
+        def gone() -> bool:
+            for name, now in ahead().items():
+                if name not in took and now["room"] < told[name]["room"] / 5:
+                    took[name] = time.monotonic() - since
+            return len(took) == len(told)
+
+        longest = max(each["seconds"] for each in told.values())
+        wait_until(gone, timeout=2 * longest + 60, interval=1.0, what="most of the room is gone")
+    keep_result("full-ahead", {"told": told, "four fifths gone after": took})
+    for name, seconds in took.items():
+        assert told[name]["seconds"] * 0.8 / 2 < seconds < told[name]["seconds"] * 0.8 * 2, (name, told[name], seconds)
 
 
 def test_status_says_it_in_words_and_check_warns(make_set: MakeSet, binaries_of: BindirOf) -> None:

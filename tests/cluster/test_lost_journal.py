@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pgcdp import api, service
+from pgcdp.capture import volumes
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.healing import Differences
 from pgcdp.records import Target
@@ -191,3 +192,75 @@ def test_lost_after_a_crash_it_is_not_healed(make_set: MakeSet, binaries_of: Bin
     api.up(found.name)
     assert rows(found) == 101
     assert service.ask(found.config.paths, "status")["error"] is None
+
+
+@pytest.mark.parametrize("known", ["by the state directory", "by the store"])
+def test_an_older_copy_is_not_replayed(make_set: MakeSet, binaries_of: BindirOf, known: str) -> None:
+    """It would write old blocks over newer ones, before anybody could see that the store is ahead of it."""
+    found = a_set(make_set, binaries_of)
+    found.kill_both()
+    older = found.root / "older"
+    shutil.copytree(found.config.journal, older)
+    api.up(found.name)
+    found.sql("insert into kept select generate_series(1000, 1999)")
+    all_taken(found)
+    found.kill_both()
+    before = [each.backing.read_bytes() for each in found.config.volumes]
+    newest, store = found.config.journal.rename(found.root / "newest"), found.store
+    shutil.copytree(older, found.config.journal)
+    if known == "by the store":
+        (found.config.paths.state / "journal.json").unlink()
+    else:
+        store = found.store.rename(found.root / "away")
+    match = (
+        "ended with write .* it is an older copy" if known == "by the store" else "it is an older copy, whose writes"
+    )
+    for heal in (None, lambda shown: None):
+        with pytest.raises(PreconditionError, match=match) as told:
+            api.up(found.name, heal=heal)
+        assert f"pgcdp restore --store {found.store}" in str(told.value.hint)
+    assert [each.backing.read_bytes() for each in found.config.volumes] == before
+    store.rename(found.store)
+    shutil.rmtree(found.config.journal)
+    newest.rename(found.config.journal)
+    api.up(found.name)
+    assert rows(found) == 1101
+    found.wait_following()
+    api.down(found.name)
+    found.assert_volume_is_newest()
+
+
+def test_a_journal_from_before_it_began_anew_comes_back(
+    journal_disk: Path, make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """Its disk was unmounted under the set; when that is mounted again, its writes have the numbers of newer ones."""
+    found = make_set(
+        binaries_of(15), size=384 << 20, journal=journal_disk / "main", journal_limit=256 << 20, segment_size=16 << 20,
+        allowed=[*KILLED, *LOST],
+    )  # fmt: skip
+    found.sql("create table kept (n int)")
+    api.cut(found.name)
+    found.kill_agent()
+    found.sql("insert into kept select generate_series(1, 20000)")
+    mounted = volumes.mount_at(journal_disk)
+    assert mounted is not None
+    device = Path(mounted.source)
+    volumes.unmount_lazily(journal_disk)
+    found.sql("insert into kept values (20001)")
+    api.down(found.name)
+    shown, _ = healed(found)
+    assert shown.lost is not None
+    found.sql("delete from kept where n > 100")
+    found.wait_following()
+    all_taken(found)
+    api.down(found.name)
+    volumes.mount(device, journal_disk, "ext4")
+    for heal in (None, lambda shown: None):
+        with pytest.raises(PreconditionError, match="it is another one, whose writes would overwrite newer ones"):
+            api.up(found.name, heal=heal)
+    volumes.unmount(journal_disk)
+    api.up(found.name)
+    assert rows(found) == 100
+    api.down(found.name)
+    found.assert_volume_is_newest()
+    shutil.rmtree(journal_disk / "main")

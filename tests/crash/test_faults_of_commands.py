@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pgcdp import api, extending, healing
+from pgcdp import api, extending, healing, remaking
 from pgcdp import config as settings
 from pgcdp.capture import attach, protect
 from pgcdp.capture.planning import Backing
@@ -29,10 +29,11 @@ from tests.cluster.test_outside import new_space
 from tests.crash.test_kill_rewind import START, make, make_targets, rows, step_of
 from tests.faults.points import python_points
 from tests.faults.service import Faults
+from tests.fix_disks import MakeDisk
 from tests.fix_engine import MIB, _plain_program
 from tests.fix_house import House, assert_as_before
 from tests.fix_postgres import BindirOf
-from tests.fix_sets import KILLED, MakeSet, ProtectedSet
+from tests.fix_sets import KILLED, MakeSet, ProtectedSet, first_difference
 from tests.results import keep_result
 
 SOME = pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_of_down_and_up(make_set: MakeSet, binaries_of: BindirOf, failing: Fault
     found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED])
     found.sql("create table t as select generate_series(1, 10000)")
     came = []
-    for point in each(failing, every, "capture.fingerprint.", "capture.held."):
+    for point in each(failing, every, "capture.fingerprint.", "capture.held.", "capture.same_journal."):
         failing.set(point, "eio")
         once = Round(failing, point)
         for verb, command in (("down", api.down), ("up", api.up)):
@@ -221,7 +222,7 @@ def test_of_healing_a_lost_journal(make_set: MakeSet, binaries_of: BindirOf, fai
     found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED, START, *LOST])
     found.sql("create table t (n int)")
     came = []
-    ours = ("healing.", "capture.renewing.", "capture.journal.write_mark.")
+    ours = ("healing.", "capture.renewing.", "capture.journal.write_mark.", "capture.same_journal.")
     for number, point in enumerate(each(failing, 2 * every if every > 1 else 1, *ours)):
         found.wait_following()
         api.cut(found.name)
@@ -266,6 +267,42 @@ def test_of_healing(make_set: MakeSet, binaries_of: BindirOf, failing: Faults, e
     assert_whole(found)
     assert came
     keep_result("faults-of-healing", {"came": came})
+
+
+@SOME
+@pytest.mark.parametrize("kind", ["file", "device"])
+def test_of_remaking_a_volume(
+    make_disk: MakeDisk, make_set: MakeSet, binaries_of: BindirOf, failing: Faults, kind: str, every: int
+) -> None:
+    """Nothing is captured on a volume that is not whole; the same command makes it so."""
+    device = {"wal_volume": make_disk(304 * MIB)} if kind == "device" else {"wal_size": 304 * MIB}
+    found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED], **device)
+    found.sql("create table t as select generate_series(1, 10000)")
+    came = []
+    for point in each(failing, every, "remaking.", "capture.volumes.make_image."):
+        found.wait_following()
+        api.down(found.name)
+        wal = found.config.volumes[1].backing
+        before = found.root / "before"
+        before.write_bytes(wal.read_bytes())
+        if kind == "file":
+            wal.unlink()
+        failing.set(point, "eio")
+        once = Round(failing, point)
+        hint = once.run(lambda: remaking.remake(found.config, ["wal"], lambda lost: None))
+        failing.clear(point)
+        if hint is not None and (kind == "device" or not wal.exists()):
+            assert f"pgcdp up {found.name} --remake" in hint or "run this again" in hint, point
+            if not remaking.resume(found.config):
+                remaking.remake(found.config, ["wal"], lambda lost: None)
+        remaking.resume(found.config)
+        assert first_difference(wal, before) is None, point
+        found.up()
+        assert found.sql("select count(*) from t") == [(10000,)], point
+        came += [point] if once.came else []
+    assert_whole(found)
+    assert came
+    keep_result(f"faults-of-remaking-a-{kind}", {"came": came})
 
 
 @SOME

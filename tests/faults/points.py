@@ -17,9 +17,9 @@ ROOMS = ("store", "intervals")
 """Folders in which everything that is written must be durable."""
 FILES = (
     "recovery.expiring", "recovery.sweeping", "recovery.joining", "recovery.merged", "recovery.rewind", "rewinding",
-    "recovery.restore", "recovery.places", "growing", "extending", "healing", "config", "wrapped", "postgres.timelines",
-    "capture.protect", "capture.copying", "capture.fingerprint", "capture.home", "capture.held", "capture.volumes",
-    "capture.journal", "capture.renewing",
+    "recovery.restore", "recovery.places", "growing", "extending", "healing", "remaking", "config", "wrapped",
+    "postgres.timelines", "capture.protect", "capture.copying", "capture.fingerprint", "capture.home", "capture.held",
+    "capture.volumes", "capture.journal", "capture.renewing", "capture.same_journal",
 )  # fmt: skip
 """Rooms elsewhere that write to the store, or what a command stands on that changes a set."""
 CALLS = {

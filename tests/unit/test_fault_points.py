@@ -21,9 +21,10 @@ TESTED = {
     "unit/test_renewing.py": ("capture.renewing.", "capture.journal."),
     "crash/test_faults_of_index.py": ("intervals.indexing.", "intervals.readout."),
     "crash/test_faults_of_commands.py": (
-        "rewinding.", "recovery.rewind.", "postgres.timelines.", "growing.", "config.", "healing.", "extending.",
-        "capture.copying.", "capture.fingerprint.", "capture.held.", "capture.home.", "capture.protect.",
-        "capture.volumes.", "recovery.restore.", "recovery.places.", "intervals.applying.",
+        "rewinding.", "recovery.rewind.", "postgres.timelines.", "growing.", "config.", "healing.", "remaking.",
+        "extending.", "capture.same_journal.", "capture.copying.", "capture.fingerprint.", "capture.held.",
+        "capture.home.", "capture.protect.", "capture.volumes.", "recovery.restore.",
+        "recovery.places.", "intervals.applying.",
     ),
 }  # fmt: skip
 """By which names of points which test goes to them."""

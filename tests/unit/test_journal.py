@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -366,6 +367,28 @@ def test_a_live_journal_that_is_recycled_under_a_check_is_not_called_damaged(tmp
             given.rename(segment)
     else:
         pytest.fail("it was never stopped in time")
+
+
+@pytest.mark.parametrize("rate", ["4194304", "0"])
+def test_a_check_reads_no_faster_than_it_may(tmp_path: Path, rate: str) -> None:
+    """Production's disk has other work; and what is written meanwhile does not keep it from its end."""
+    writer = JournalWriter(tmp_path / "journal", SET_ID, 2 * READ_BYTES)
+    for number in range(4):
+        writer.append([write_op(number, 128)])
+    began = time.monotonic()
+    done = subprocess.run(
+        [str(find_engine()), "check", "--journal", str(writer.directory), "--rate", rate],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "writes 1 to 4" in done.stdout
+    assert int(rate) == 0 or time.monotonic() - began > 0.9 * 4 * 128 * 4096 / int(rate)
+
+
+def test_a_rate_that_is_none_is_refused(tmp_path: Path) -> None:
+    words = [str(find_engine()), "check", "--journal", str(tmp_path), "--rate", "fast"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert '"fast" is not a number of bytes a second' in done.stderr
 
 
 READ_BYTES = 4 << 20

@@ -52,7 +52,9 @@ def test_check_names_what_is_damaged(tmp_path: Path) -> None:
     store = Scene(tmp_path, 5, [4] * 17, 0, 0).world.store
     merge_due(store)
     assert merged.check(store, full=False) == (1, 0, [])
-    count, size, damages = merged.check(store, full=True)
+    paced: list[int] = []
+    count, size, damages = merged.check(store, full=True, pace=paced.append)
+    assert sum(paced) == size
     assert (count, damages) == (1, [])
     assert size
     (span,) = known(store)

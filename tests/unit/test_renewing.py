@@ -25,7 +25,8 @@ SET_ID = bytes(range(16))
 
 
 def settings(journal: Path) -> Config:
-    return cast(Config, SimpleNamespace(journal=journal, set_id_bytes=SET_ID))
+    paths = SimpleNamespace(state=journal.parent / "state")
+    return cast(Config, SimpleNamespace(journal=journal, set_id_bytes=SET_ID, paths=paths))
 
 
 def stopped(directory: Path, *, clean: bool = True) -> Config:

@@ -1,0 +1,220 @@
+"""Write volumes anew whose backing is lost: `pgcdp up --remake VOLUME`, and what a kill of it has left.
+
+The disk under a volume died, or its image file was removed. Store and journal have every write that was answered: so
+the volume is written out as it is at the newest write, at the place where it was, and the set goes on with it; nothing
+is lost. Which volumes stands in the set's state directory, durably, before the first byte: as long as it stands there
+nothing is captured or mounted, since a block device that was written to half could pass for the volume that it was.
+`up` finishes it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pgcdp import fsio, log
+from pgcdp.capture import attach, same_journal, volumes
+from pgcdp.config import Config, VolumeConfig
+from pgcdp.errors import PreconditionError, UsageError
+from pgcdp.intervals.applying import FileTarget
+from pgcdp.opening import engine_status, source_of
+from pgcdp.progress import Progress, Report, silent
+from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery.materializing import materialize
+from pgcdp.recovery.rewind import check_devices
+from pgcdp.recovery.source import Source
+from pgcdp.sets import SetPaths
+from pgcdp.units import format_size
+
+_log = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A volume to be written anew; `holds`: what a block device at its place has now, by name, which goes."""
+
+    volume: VolumeConfig
+    holds: tuple[str, ...]
+
+
+Agree = Callable[[Sequence[Lost]], None]
+"""Is told what will be written, and raises to stop it."""
+
+
+def pending(paths: SetPaths) -> list[str] | None:
+    """Names of the volumes that are being written, or were when it was killed. Raises DamageError."""
+    try:
+        return list(fsio.read_json(paths.remake_state)["volumes"])
+    except FileNotFoundError:
+        return None
+
+
+def remake(config: Config, names: Sequence[str], agree: Agree, progress: Report = silent) -> None:
+    """Write these volumes anew; the set is down behind it. What still captures is ended, as by a crash.
+
+    Raises UsageError for a volume that there is not, PreconditionError where it is not lost, or where its newest write
+    is in neither store nor journal: with nothing changed.
+    """
+    with _disk_errors(config), attach.hold(config.paths):
+        attach.refuse_pending(config.paths)
+        same_journal.refuse_other(config)
+        wanted = _named(config, names)
+        _newest(config, source_of(config, engine_status(config)))
+        found = [_look(volume) for volume in wanted]
+        agree(found)
+        attach.clean_leftovers(config, progress)
+        _newest(config, source_of(config, None))  # it may have begun to track meanwhile
+        for volume in wanted:
+            if volume.device:
+                volumes.check_device(volume.backing, overwrite=True)
+        config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fsio.write_json(config.paths.remake_state, {"volumes": [volume.name for volume in wanted]})
+        _finish(config, wanted, progress)
+
+
+def resume(config: Config, progress: Report = silent) -> list[str]:
+    """What `up` does first: finish what was begun. Names of the volumes that are whole by that."""
+    if pending(config.paths) is None:
+        return []
+    with _disk_errors(config), attach.hold(config.paths):
+        names = pending(config.paths) or []
+        if names:
+            progress(Progress("finishing the writing of volumes anew"))
+            _finish(config, _named(config, names), progress)
+        return names
+
+
+def _disk_errors(config: Config) -> AbstractContextManager[None]:
+    return fsio.disk_errors(f"mend that, then run pgcdp up {config.name} --remake VOLUME again")
+
+
+def _named(config: Config, names: Sequence[str]) -> list[VolumeConfig]:
+    known = {volume.name: volume for volume in config.volumes}
+    for name in names:
+        if name not in known:
+            raise UsageError(f'{config.name} has no volume "{name}"', f"its volumes: {', '.join(known)}")
+    return [volume for volume in config.volumes if volume.name in names]
+
+
+def _newest(config: Config, source: Source) -> RecoveryPoint:
+    """The newest write. Raises PreconditionError when the volumes had more than that."""
+    newest, point = source.newest(), source.resolve(Target("newest"))
+    if point.write != newest:
+        raise PreconditionError(
+            f"what was changed on the volumes of {config.name} behind write {point.write} was tracked, and is on them "
+            "alone",
+            f"bring the disk back; without it, pgcdp restore {config.name} --to-directory DIR gives that write",
+        )
+    return point
+
+
+def _look(volume: VolumeConfig) -> Lost:
+    """Raises PreconditionError where it cannot be written at its place, or is there."""
+    place = volume.backing
+    if volume.device:
+        try:
+            if not stat.S_ISBLK(place.stat().st_mode):
+                raise PreconditionError(f"{place} is not a block device", "attach the new disk there")
+        except FileNotFoundError:
+            raise PreconditionError(
+                f"{place}, on which volume {volume.name} is to be written, does not exist", "attach the new disk there"
+            ) from None
+        size = volumes.backing_bytes(place)
+        if size < volume.bytes:
+            raise PreconditionError(
+                f"{place} has {format_size(size)}, volume {volume.name} has {format_size(volume.bytes)}",
+                "give it a disk that is as large",
+            )
+        return Lost(volume, tuple(volumes.signatures(place)))
+    if os.path.lexists(place):
+        raise PreconditionError(
+            f"{place} is there: volume {volume.name} is not lost",
+            "if that is not the volume, move it away, and run this again",
+        )
+    if not place.parent.is_dir():
+        raise PreconditionError(
+            f"{place.parent}, where volume {volume.name} is to be written, does not exist",
+            f"mount the new disk, then mkdir -p {place.parent}",
+        )
+    fresh = _fresh(volume)
+    free = fsio.free_space(place.parent) + (fresh.stat().st_blocks * 512 if fresh.exists() else 0)
+    if free < volume.bytes:
+        raise PreconditionError(
+            f"{place.parent} has {format_size(free)} free, volume {volume.name} needs {format_size(volume.bytes)}",
+            "free space there, or mount a larger disk",
+        )
+    return Lost(volume, ())
+
+
+def _fresh(volume: VolumeConfig) -> Path:
+    """Under which name an image file is written."""
+    return volume.backing.with_name(f"{volume.backing.name}.fresh")
+
+
+def _finish(config: Config, wanted: Sequence[VolumeConfig], progress: Report) -> None:
+    """From whatever a kill has left to volumes that are whole. An image file that has its name is.
+
+    When it fails, what was begun still is, where a block device has been written to; else nothing is left of it.
+    """
+    lost = [volume for volume in wanted if volume.device or not volume.backing.exists()]
+    try:
+        _write(config, lost, progress)
+    except BaseException:
+        if not any(volume.device for volume in lost):
+            with suppress(OSError):
+                for volume in lost:
+                    _fresh(volume).unlink(missing_ok=True)
+                fsio.remove_durably(config.paths.remake_state)
+        raise
+    fsio.remove_durably(config.paths.remake_state)
+
+
+def _write(config: Config, lost: Sequence[VolumeConfig], progress: Report) -> None:
+    source = source_of(config, None)
+    check_devices(source, [volume.backing for volume in config.volumes])
+    point = _newest(config, source)
+    with ExitStack() as stack:
+        fds = [-1] * len(config.volumes)
+        for number, volume in enumerate(config.volumes):
+            if volume in lost:
+                fds[number] = stack.enter_context(_emptied(volume, progress))
+        with source.held():
+            others = {each.number for each in source.store.volumes if each.number >= len(fds) or fds[each.number] < 0}
+            materialize(source, point, FileTarget(fds), progress, others)
+        for number, volume in enumerate(config.volumes):
+            if volume in lost:
+                progress(Progress(f"syncing volume {volume.name}"))
+                if not volume.device:  # zeros may have become holes, for which there would be no room later
+                    os.posix_fallocate(fds[number], 0, volume.bytes)
+                os.fsync(fds[number])
+    for volume in lost:
+        if not volume.device:
+            _fresh(volume).rename(volume.backing)
+            fsio.sync_directory(volume.backing.parent)
+        _log.info("volume %s of %s was written anew, as of write %d", volume.name, config.name, point.write)
+
+
+@contextmanager
+def _emptied(volume: VolumeConfig, progress: Report) -> Iterator[int]:
+    """The place of a volume, opened, with zeros in all of it. A block device is held for us alone."""
+    place = volume.backing if volume.device else _fresh(volume)
+    if not volume.device:
+        place.unlink(missing_ok=True)
+        volumes.make_image(place, volume.bytes, "free space there, and run this again")
+    fd = os.open(place, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if volume.device else 0))
+    try:
+        if volume.device:
+            told = partial(_tell, progress, volume)
+            volumes.zero_out(fd, 0, volume.bytes, told)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _tell(progress: Report, volume: VolumeConfig, done: int) -> None:
+    progress(Progress(f"zeroing volume {volume.name}", done, volume.bytes))

@@ -1,0 +1,202 @@
+"""The disk under a volume is lost: that is said, and the volume is written anew, byte for byte as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pgcdp import api, proc, remaking
+from pgcdp.capture import volumes
+from pgcdp.config import Config
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
+from pgcdp.recovery.source import Source
+from pgcdp.remaking import Lost
+from tests.cluster.test_several_volumes import counts, fill
+from tests.fix_disks import MakeDisk
+from tests.fix_engine import MIB
+from tests.fix_postgres import BindirOf
+from tests.fix_sets import KILLED, MakeSet, ProtectedSet, first_difference
+from tests.spread import spread_set
+
+GONE = [*KILLED, r"cannot open the backing .* of volume", r"how the volumes of main are could not be written down"]
+
+
+def a_set(make_set: MakeSet, binaries_of: BindirOf, **options: Any) -> ProtectedSet:
+    """With rows in the store, and others that are only in its journal."""
+    found = make_set(binaries_of(15), size=384 * MIB, allowed=GONE, **options)
+    found.sql("create table kept (n int primary key)")
+    found.sql("insert into kept select generate_series(1, 10000)")
+    api.cut(found.name)
+    found.sql("delete from kept where n % 2 = 0")
+    found.kill_agent()
+    found.sql("insert into kept values (20001)")
+    return found
+
+
+def rows(found: ProtectedSet) -> int:
+    return int(found.sql("select count(*) from kept")[0][0])
+
+
+def taken_away(found: ProtectedSet, *names: str) -> list[tuple[Path, Path]]:
+    """Backings, each with where it is now: what is written anew must be the same."""
+    moved = [(each.backing, found.root / each.name) for each in found.config.volumes if each.name in names]
+    for backing, to in moved:
+        backing.rename(to)
+    return moved
+
+
+def assert_well(found: ProtectedSet, count: int) -> None:
+    """It runs, is captured, and is what store and journal say."""
+    assert rows(found) == count
+    found.wait_following()
+    found.sql("insert into kept values (-1)")
+    api.cut(found.name)
+    found.amcheck()
+    assert [each for each in api.check(found.name)["checks"] if not each["ok"]] == []
+    api.down(found.name)
+    found.assert_volume_is_newest()
+    api.up(found.name)
+    assert rows(found) == count + 1
+
+
+@pytest.mark.parametrize(("fs", "names"), [("ext4", ["data", "wal"]), ("xfs", ["data"])])
+def test_removed_while_the_set_was_down(make_set: MakeSet, binaries_of: BindirOf, fs: str, names: list[str]) -> None:
+    """Its last writes are only in the journal; what came back is every byte of what was there."""
+    found = a_set(make_set, binaries_of, fs=fs, wal_size=320 * MIB)
+    api.down(found.name)
+    moved = taken_away(found, *names)
+    with pytest.raises(PgcdpError, match=f"cannot open the backing {moved[0][0]}") as told:
+        api.up(found.name)
+    assert f"pgcdp up {found.name} --remake data" in str(told.value.hint)
+    assert [each["detail"] for each in api.check(found.name)["checks"] if each["name"] == "volumes"] == [
+        f"{backing} of volume {backing.stem}: no such file or directory" for backing, _ in moved
+    ]
+    shown: list[Lost] = []
+    remaking.remake(found.config, names, shown.extend)
+    assert [each.volume.name for each in shown] == names
+    for backing, before in moved:
+        assert first_difference(backing, before) is None
+        assert backing.stat().st_mode & 0o777 == 0o600
+        assert backing.stat().st_blocks * 512 >= backing.stat().st_size, "it has all its room, also for what is zeros"
+    api.up(found.name)
+    assert_well(found, 5001)
+
+
+def test_removed_under_a_set_that_runs(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Capture goes on with what it has open; that, and what Postgres did until the end, is in the new one."""
+    found = a_set(make_set, binaries_of)
+    api.up(found.name)
+    (volume,) = found.config.volumes
+    volume.backing.unlink()
+    found.sql("insert into kept values (20002)")
+    (check,) = [each for each in api.check(found.name)["checks"] if each["name"] == "volumes"]
+    assert not check["ok"]
+    assert f"pgcdp up {found.name} --remake data" in check["hint"]
+    volume.backing.write_bytes(b"another")
+    (check,) = [each for each in api.check(found.name)["checks"] if each["name"] == "volumes"]
+    assert "is not the file that capture of volume data has open" in check["detail"]
+    with pytest.raises(PreconditionError, match="is there: volume data is not lost"):
+        api.up(found.name, remake=["data"])
+    volume.backing.unlink()
+    found.allowed += [r"(PANIC|FATAL|ERROR|WARNING|LOG):  .*", r"error"]
+    api.up(found.name, remake=["data"])
+    assert_well(found, 5002)
+
+
+STEPS = ["zeroing volume ts-slow", "copying the image", "syncing volume ts-slow"]
+RUNNER = """
+import os, signal, sys
+from pgcdp import api
+
+def report(progress):
+    if progress.step == sys.argv[1] and progress.done == progress.total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+api.up("main", report, remake=["ts-slow"])
+"""
+
+
+def test_killed_on_a_new_disk(make_disk: MakeDisk, make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """A block device that was written to half is never taken for the volume; `up` goes on until it is whole."""
+    found = spread_set(make_set, make_disk, binaries_of(15), settings={"autovacuum": "off"}, allowed=[*KILLED])
+    fill(found)
+    found.sql("delete from in_slow where n > 100")
+    (volume,) = [each for each in found.config.volumes if each.name == "ts-slow"]
+    for step in STEPS:
+        api.down(found.name)
+        before = found.root / "before"
+        before.write_bytes(volume.backing.read_bytes()[: volume.bytes])
+        with volume.backing.open("r+b") as blank:
+            volumes.zero_out(blank.fileno(), 0, volume.bytes, lambda done: None)
+            os.fsync(blank.fileno())
+        with pytest.raises(PreconditionError, match="no filesystem that pgcdp knows") as told:
+            api.up(found.name)
+        assert f"pgcdp up {found.name} --remake ts-slow" in str(told.value.hint)
+        done = subprocess.run([sys.executable, "-c", RUNNER, step], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        with pytest.raises(PreconditionError, match="anew was interrupted") as told:
+            api.down(found.name)
+        assert f"pgcdp up {found.name} finishes it" in str(told.value.hint)
+        assert "writing volumes anew has not ended" in str(found.status()["error"])
+        remaking.resume(found.config)
+        assert first_difference(volume.backing, before, volume.bytes) is None, step
+        api.up(found.name)
+        with found.connect() as session:
+            assert counts(session) == [1000, 1000, 100, 100]
+        found.wait_following()
+    api.down(found.name)
+    found.assert_volume_is_newest()
+
+
+def test_what_cannot_be_remade_is_refused(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """With nothing changed; and another volume's damage does not keep from it, its own does."""
+    found = a_set(make_set, binaries_of, wal_size=320 * MIB)
+    found.allowed.append(r"data\.img has a damaged block")
+    config = found.config
+
+    def refused(kind: type[PgcdpError], match: str, names: Sequence[str]) -> None:
+        with pytest.raises(kind, match=match):
+            api.up(found.name, remake=names)
+        assert not config.paths.remake_state.exists()
+        assert not list(config.paths.volumes.glob("*.fresh"))
+
+    refused(UsageError, 'has no volume "dat"', ["dat"])
+    refused(PreconditionError, "is there: volume data is not lost", ["data"])
+    assert rows(found) == 5001, "it runs on"
+    api.down(found.name)
+    moved = dict(taken_away(found, "data", "wal"))
+    away = config.paths.volumes.rename(found.root / "away")
+    refused(PreconditionError, "where volume data is to be written, does not exist", ["data"])
+    config.paths.volumes.mkdir()
+    proc.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(config.paths.volumes)])
+    try:
+        refused(PreconditionError, "free, volume wal needs 320.0 MiB", ["wal"])
+    finally:
+        proc.run(["umount", str(config.paths.volumes)])
+    away.rmdir()
+    with (found.store / "image/data.img").open("r+b") as image:  # what is written later hides some of it
+        for at in range(0, 384 * MIB, MIB):
+            image.seek(at)
+            image.write(b"\xff")
+    remaking.remake(config, ["wal"], lambda lost: None)
+    refused(DamageError, r"data\.img", ["data"])
+    for backing, before in moved.items():
+        if backing.exists():
+            assert first_difference(backing, before) is None
+        else:
+            before.rename(backing)
+
+
+def test_what_was_tracked_is_on_the_volumes_alone() -> None:
+    """While the journal cannot grow, the newest write is not what a volume had."""
+    source = cast(Source, SimpleNamespace(newest=lambda: 12, resolve=lambda target: SimpleNamespace(write=10)))
+    with pytest.raises(PreconditionError, match="behind write 10 was tracked, and is on them alone"):
+        remaking._newest(cast(Config, SimpleNamespace(name="main")), source)
