@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pgcdp import fsio, log, service
-from pgcdp.capture import attach, fingerprint, renewing, same_journal, tracking, volumes
+from pgcdp.capture import attach, fingerprint, renewing, same_parts, tracking, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import AppliedMark, Journal
 from pgcdp.config import Config
@@ -149,7 +149,7 @@ def _refuse_unready(config: Config) -> str | None:
             f"the set {config.name} is attached: what is written to its volumes now is captured",
             f"pgcdp down {config.name}, then run this again, if they were changed before",
         )
-    same_journal.refuse_other(config)
+    same_parts.refuse_other_journal(config)
     if not _marked(config).clean:
         raise PreconditionError(
             f"the set {config.name} was not stopped cleanly: its volumes are behind its journal",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgcdp.capture import attach, elsewhere, home, renewing, same_journal
+from pgcdp.capture import attach, elsewhere, home, renewing, same_parts
 from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.config import Config
@@ -34,6 +34,7 @@ def check(config: Config, take_over: bool = False, progress: Report = silent) ->
         lease.refuse_other(store, here)
         _refuse_older_journal(config, store)
         return
+    _refuse_older_journal(config, store)
     with attach.hold(config.paths):
         watch, owner = elsewhere.Watch(config), lease.owner_of(store)
         if owner is None or not owner.place.is_same(here):
@@ -44,7 +45,7 @@ def check(config: Config, take_over: bool = False, progress: Report = silent) ->
 
 def _move(config: Config) -> None:
     home.move(config)
-    same_journal.forget(config.paths)  # what this machine knew of it may be from before it went elsewhere
+    same_parts.forget(config.paths)  # what this machine knew of it may be from before it went elsewhere
 
 
 def _refuse_older_journal(config: Config, store: Store) -> None:

@@ -150,7 +150,7 @@ def up(
     config = load_config(set_name)
     owning.check(config, take_over, progress)
     below = scratch_of(config.set_id_bytes)
-    done = remaking.resume(config, progress)
+    done = remaking.resume(config, remake, progress)
     lost = [name for name in remake if name not in done]
     if lost:
         remaking.remake(config, lost, agree or (lambda found: None), progress)

@@ -4,27 +4,26 @@ The disk under a volume died, or its image file was removed. Store and journal h
 the volume is written out as it is at the newest write, at the place where it was, and the set goes on with it; nothing
 is lost. Which volumes stands in the set's state directory, durably, before the first byte: as long as it stands there
 nothing is captured or mounted, since a block device that was written to half could pass for the volume that it was.
-`up` finishes it.
+`up` finishes it; a block device has to be named again.
 """
 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pgcdp import fsio, log
-from pgcdp.capture import attach, same_journal, volumes
+from pgcdp.capture import attach, same_parts, volumes
 from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.intervals.applying import FileTarget
 from pgcdp.opening import engine_status, source_of
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import RecoveryPoint, Target
+from pgcdp.recovery.gaps import before_open
 from pgcdp.recovery.materializing import materialize
 from pgcdp.recovery.rewind import check_devices
 from pgcdp.recovery.source import Source
@@ -55,38 +54,49 @@ def pending(paths: SetPaths) -> list[str] | None:
 
 
 def remake(config: Config, names: Sequence[str], agree: Agree, progress: Report = silent) -> None:
-    """Write these volumes anew; the set is down behind it. What still captures is ended, as by a crash.
+    """Write these volumes anew, with those that were begun; the set is down behind it. What still captures is ended, as
+    by a crash.
 
     Raises UsageError for a volume that there is not, PreconditionError where it is not lost, or where its newest write
     is in neither store nor journal: with nothing changed.
     """
     with _disk_errors(config), attach.hold(config.paths):
-        attach.refuse_pending(config.paths)
-        same_journal.refuse_other(config)
-        wanted = _named(config, names)
-        _newest(config, source_of(config, engine_status(config)))
-        found = [_look(volume) for volume in wanted]
-        agree(found)
+        begun = pending(config.paths) or []
+        if not begun:
+            attach.refuse_pending(config.paths)
+        same_parts.refuse_other_journal(config)
+        wanted = _named(config, [*begun, *names])
+        source = source_of(config, engine_status(config))
+        _newest(config, source)
+        agree([_look(volume, source) for volume in wanted])
         attach.clean_leftovers(config, progress)
         _newest(config, source_of(config, None))  # it may have begun to track meanwhile
-        for volume in wanted:
-            if volume.device:
-                volumes.check_device(volume.backing, overwrite=True)
         config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         fsio.write_json(config.paths.remake_state, {"volumes": [volume.name for volume in wanted]})
         _finish(config, wanted, progress)
 
 
-def resume(config: Config, progress: Report = silent) -> list[str]:
-    """What `up` does first: finish what was begun. Names of the volumes that are whole by that."""
+def resume(config: Config, names: Collection[str] = (), progress: Report = silent) -> list[str]:
+    """What `up` does first: finish what was begun. Names of the volumes that are whole by that.
+
+    Raises PreconditionError for a block device, unless it is among `names`, which `remake` gets then: another one may
+    have its name by now.
+    """
     if pending(config.paths) is None:
         return []
     with _disk_errors(config), attach.hold(config.paths):
-        names = pending(config.paths) or []
-        if names:
+        begun = _named(config, pending(config.paths) or [])
+        devices = [volume for volume in begun if volume.device]
+        for volume in devices:
+            if volume.name not in names:
+                raise PreconditionError(
+                    f"writing volume {volume.name} of {config.name} anew, to {volume.backing}, was interrupted",
+                    f"pgcdp up {config.name} --remake {volume.name} goes on with it, if that is its disk still",
+                )
+        if begun and not devices:
             progress(Progress("finishing the writing of volumes anew"))
-            _finish(config, _named(config, names), progress)
-        return names
+            _finish(config, begun, progress)
+        return [] if devices else [volume.name for volume in begun]
 
 
 def _disk_errors(config: Config) -> AbstractContextManager[None]:
@@ -103,8 +113,13 @@ def _named(config: Config, names: Sequence[str]) -> list[VolumeConfig]:
 
 def _newest(config: Config, source: Source) -> RecoveryPoint:
     """The newest write. Raises PreconditionError when the volumes had more than that."""
-    newest, point = source.newest(), source.resolve(Target("newest"))
-    if point.write != newest:
+    if source.journal is None or source.journal.applied_mark() is None:
+        raise PreconditionError(
+            f"the journal {config.journal} is missing: what the volumes of {config.name} had last is not known",
+            f"bring its files back; what the store has: pgcdp restore --store {config.store} --to-directory DIR",
+        )
+    point = source.resolve(Target("newest"))
+    if before_open(source.gaps()) is not None:
         raise PreconditionError(
             f"what was changed on the volumes of {config.name} behind write {point.write} was tracked, and is on them "
             "alone",
@@ -113,21 +128,14 @@ def _newest(config: Config, source: Source) -> RecoveryPoint:
     return point
 
 
-def _look(volume: VolumeConfig) -> Lost:
+def _look(volume: VolumeConfig, source: Source) -> Lost:
     """Raises PreconditionError where it cannot be written at its place, or is there."""
-    place = volume.backing
+    place, need = volume.backing, _bytes(volume, source)
     if volume.device:
-        try:
-            if not stat.S_ISBLK(place.stat().st_mode):
-                raise PreconditionError(f"{place} is not a block device", "attach the new disk there")
-        except FileNotFoundError:
+        size = volumes.check_device(place, overwrite=True)
+        if size < need:
             raise PreconditionError(
-                f"{place}, on which volume {volume.name} is to be written, does not exist", "attach the new disk there"
-            ) from None
-        size = volumes.backing_bytes(place)
-        if size < volume.bytes:
-            raise PreconditionError(
-                f"{place} has {format_size(size)}, volume {volume.name} has {format_size(volume.bytes)}",
+                f"{place} has {format_size(size)}, volume {volume.name} has {format_size(need)}",
                 "give it a disk that is as large",
             )
         return Lost(volume, tuple(volumes.signatures(place)))
@@ -143,12 +151,18 @@ def _look(volume: VolumeConfig) -> Lost:
         )
     fresh = _fresh(volume)
     free = fsio.free_space(place.parent) + (fresh.stat().st_blocks * 512 if fresh.exists() else 0)
-    if free < volume.bytes:
+    if free < need:
         raise PreconditionError(
-            f"{place.parent} has {format_size(free)} free, volume {volume.name} needs {format_size(volume.bytes)}",
+            f"{place.parent} has {format_size(free)} free, volume {volume.name} needs {format_size(need)}",
             "free space there, or mount a larger disk",
         )
     return Lost(volume, ())
+
+
+def _bytes(volume: VolumeConfig, source: Source) -> int:
+    """Its size; where a `grow` was killed, the store may know a larger one."""
+    known = [each.bytes for each in source.store.volumes if each.name == volume.name]
+    return max(volume.bytes, *known)
 
 
 def _fresh(volume: VolumeConfig) -> Path:
@@ -177,12 +191,14 @@ def _finish(config: Config, wanted: Sequence[VolumeConfig], progress: Report) ->
 def _write(config: Config, lost: Sequence[VolumeConfig], progress: Report) -> None:
     source = source_of(config, None)
     check_devices(source, [volume.backing for volume in config.volumes])
+    for segment in config.journal.glob("*.seg"):  # no volume may have a write before the journal has it for good
+        fsio.sync_file(segment)
     point = _newest(config, source)
     with ExitStack() as stack:
         fds = [-1] * len(config.volumes)
         for number, volume in enumerate(config.volumes):
             if volume in lost:
-                fds[number] = stack.enter_context(_emptied(volume, progress))
+                fds[number] = stack.enter_context(_emptied(volume, _bytes(volume, source), progress))
         with source.held():
             others = {each.number for each in source.store.volumes if each.number >= len(fds) or fds[each.number] < 0}
             materialize(source, point, FileTarget(fds), progress, others)
@@ -190,7 +206,7 @@ def _write(config: Config, lost: Sequence[VolumeConfig], progress: Report) -> No
             if volume in lost:
                 progress(Progress(f"syncing volume {volume.name}"))
                 if not volume.device:  # zeros may have become holes, for which there would be no room later
-                    os.posix_fallocate(fds[number], 0, volume.bytes)
+                    os.posix_fallocate(fds[number], 0, _bytes(volume, source))
                 os.fsync(fds[number])
     for volume in lost:
         if not volume.device:
@@ -200,21 +216,17 @@ def _write(config: Config, lost: Sequence[VolumeConfig], progress: Report) -> No
 
 
 @contextmanager
-def _emptied(volume: VolumeConfig, progress: Report) -> Iterator[int]:
+def _emptied(volume: VolumeConfig, size: int, progress: Report) -> Iterator[int]:
     """The place of a volume, opened, with zeros in all of it. A block device is held for us alone."""
     place = volume.backing if volume.device else _fresh(volume)
     if not volume.device:
         place.unlink(missing_ok=True)
-        volumes.make_image(place, volume.bytes, "free space there, and run this again")
+        volumes.make_image(place, size, "free space there, and run this again")
     fd = os.open(place, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if volume.device else 0))
     try:
         if volume.device:
-            told = partial(_tell, progress, volume)
-            volumes.zero_out(fd, 0, volume.bytes, told)
+            step = f"zeroing volume {volume.name}"
+            volumes.zero_out(fd, 0, size, lambda done: progress(Progress(step, done, size)))
         yield fd
     finally:
         os.close(fd)
-
-
-def _tell(progress: Report, volume: VolumeConfig, done: int) -> None:
-    progress(Progress(f"zeroing volume {volume.name}", done, volume.bytes))

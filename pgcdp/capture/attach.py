@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgcdp import fsio, log, proc
-from pgcdp.capture import backings, fingerprint, held, home, renewing, same_journal, sharing, volumes
+from pgcdp.capture import backings, fingerprint, held, home, renewing, same_parts, sharing, volumes
 from pgcdp.capture.control import EngineBusy, EngineClient
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.keeper import Keeper
@@ -121,7 +121,7 @@ def refuse_pending(paths: SetPaths) -> None:
     if paths.remake_state.exists():
         raise PreconditionError(
             f'writing volumes of "{paths.name}" anew was interrupted: they are not what they are to be',
-            f"pgcdp up {paths.name} finishes it; nothing is captured or mounted before",
+            f"pgcdp up {paths.name} finishes it, or says how; nothing is captured or mounted before",
         )
     if paths.rewind_state.exists():
         raise PreconditionError(
@@ -207,10 +207,9 @@ def _start_capture(config: Config) -> EngineClient:
     """Every start on volumes that have been in use: not on one that somebody else wrote to meanwhile (truth 9)."""
     home.refuse_elsewhere(config)
     sharing.refuse_shared(config)
-    same_journal.refuse_other(config)
     fingerprint.refuse_changed(config)
     client = _started(config)
-    same_journal.note(config)
+    same_parts.note(config)
     return client
 
 
@@ -226,12 +225,15 @@ def _started(config: Config) -> EngineClient:
 
 
 def _way_on(config: Config) -> str | None:
-    """What is typed when a volume, or the journal, is lost; None when neither is, or something waits to be finished."""
+    """What is typed when a volume, or the journal, is lost; None when neither is."""
     paths = config.paths
-    if any(each.exists() for each in (paths.extend_state, paths.heal_state, paths.rewind_state)):
-        return None
+    pending = any(each.exists() for each in (paths.extend_state, paths.heal_state, paths.rewind_state))
     for volume, _ in backings.problems(config, None):
+        if pending:  # what waits to be finished needs it
+            return f"bring its disk back; without it: pgcdp restore {config.name} --to-directory DIR"
         return backings.way_on(config, volume)
+    if pending:
+        return None
     if _stopped_in_order(config) and renewing.unreadable(config) is not None:
         return f"the volumes are whole: pgcdp up {config.name} --heal goes on with them, and shows what is lost first"
     return None
@@ -251,7 +253,7 @@ def detach(config: Config, progress: Report = silent) -> None:
     _retry(lambda: held.stop(config.paths), EngineBusy)
     if synced is not None and stood is not None:
         renewing.mark_again(config, stood, synced)
-    same_journal.note(config)
+    same_parts.note(config)
 
 
 def is_attached(config: Config) -> bool:

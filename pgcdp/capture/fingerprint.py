@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pgcdp import fsio, log
-from pgcdp.capture import backings, volumes
+from pgcdp.capture import backings, same_parts, volumes
 from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.capture.filemap import file_extents
 from pgcdp.capture.journal import Journal
@@ -156,6 +156,7 @@ def forget(config: Config) -> None:
     """The volumes are taken as they are, durably: the next start compares with nothing. Harmless when done twice."""
     (config.journal / FILE).unlink(missing_ok=True)
     fsio.sync_directory(config.journal)
+    same_parts.forget(config.paths)
 
 
 def _read(config: Config) -> Fingerprint | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import fsio, log
-from pgcdp.capture import children, engine, holder, sharing, volumes
+from pgcdp.capture import children, engine, holder, same_parts, sharing, volumes
 from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.capture.journal import FORMAT, formats
 from pgcdp.config import Config
@@ -49,6 +49,8 @@ def start(config: Config, create: bool = False, *, put_back: bool = False) -> En
         client = EngineClient(paths.control)
         if _serves(config, client):
             return client
+        if not create:
+            same_parts.refuse_other(config)
         _note(config, put_back)
         if holder.find(paths) is not None:
             return engine.spawn_capture(config, create, put_back=put_back, holder=holder.socket_of(paths))
@@ -105,6 +107,7 @@ def mend(paths: SetPaths) -> bool:
         config, put_back = noted(paths)
         if _serves(config, client):
             return False
+        same_parts.refuse_other(config)
         engine.spawn_capture(config, put_back=put_back, holder=holder.socket_of(paths))
         return True
 
@@ -119,6 +122,7 @@ def swap(config: Config) -> None:
     with alone(paths):
         client = EngineClient(paths.control)
         refuse_swap(config)
+        same_parts.refuse_other(config)
         running = holder.process_at(paths.control)
         if running is not None:
             try:

@@ -24,7 +24,7 @@ from typing import Any
 
 from pgcdp import config as settings
 from pgcdp import fsio, log, proc
-from pgcdp.capture import attach, checks, held, modes, places, planning, same_journal, volumes
+from pgcdp.capture import attach, checks, held, modes, places, planning, same_parts, volumes
 from pgcdp.capture.checks import ProtectRequest
 from pgcdp.capture.copying import copy_tree, measure
 from pgcdp.config import Config, VolumeConfig
@@ -251,7 +251,7 @@ def _fill_volumes(pending: _Pending, progress: Report) -> _Pending:
     if config.journal.is_dir():
         modes.close_to_others(config.journal)
     held.start(config, create=True)
-    same_journal.note(config)
+    same_parts.note(config)
     return pending
 
 
@@ -424,7 +424,7 @@ def _remove_volumes(config: Config) -> None:
         if not volume.device:
             volume.backing.unlink(missing_ok=True)
     shutil.rmtree(config.journal, ignore_errors=True)
-    same_journal.forget(config.paths)
+    same_parts.forget(config.paths)
 
 
 def _forget(paths: SetPaths) -> None:

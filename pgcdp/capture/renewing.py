@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pgcdp import fsio
-from pgcdp.capture import same_journal, tracked
+from pgcdp.capture import same_parts, tracked
 from pgcdp.capture.control import EngineStatus
 from pgcdp.capture.journal import AppliedMark, Journal, write_mark
 from pgcdp.capture.segment import Segment
@@ -62,8 +62,10 @@ def mark_again(config: Config, stood: EngineStatus, synced: int) -> None:
     `stood`: what capture said last, with nothing mounted any more; `synced`: the last write that it had on the volumes.
     """
     if synced == stood.durable_write and not (config.journal / "applied").exists():
+        same_parts.forget(config.paths)
         mark = AppliedMark(0, True, synced, stood.released_write, synced, int(stood.raw["batch"]), stood.position)
         write_mark(config.journal, config.set_id_bytes, mark)
+        same_parts.renew(config)  # older ones have marks of higher numbers
 
 
 def refuse_older(config: Config, ended: int, held: int, hint: str) -> None:
@@ -86,7 +88,7 @@ def begin_anew(config: Config, behind: int) -> Path | None:
     mark = journal.applied_mark()
     if mark is None or not mark.clean:
         raise DamageError(f"{config.journal / 'applied'} does not say that the set was stopped in order (offset 0)")
-    same_journal.forget(config.paths)  # a kill on the way leaves none that is asked for
+    same_parts.forget(config.paths)  # a kill on the way leaves none that is asked for
     aside = config.journal / f"{ASIDE}{behind + 1:020d}"
     there = journal.segments()
     newest = max([mark.position.segment, *there])
@@ -103,5 +105,5 @@ def begin_anew(config: Config, behind: int) -> Path | None:
     (config.journal / tracked.NAME).unlink(missing_ok=True)
     mark = replace(mark, sequence=mark.sequence + 1, applied_write=behind, released_write=behind, durable_write=behind)
     write_mark(config.journal, config.set_id_bytes, mark)
-    same_journal.renew(config)
+    same_parts.renew(config)
     return aside if aside.is_dir() else None

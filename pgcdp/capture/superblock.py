@@ -91,6 +91,19 @@ def read_superblock(read: Read) -> Superblock:
     return Superblock("", "", checksum(head))
 
 
+def identity(read: Read) -> str:
+    """Kind and UUID of the filesystem, which stay as they are as long as it lives; "" when there is none.
+
+    They lie in one sector each, so that no torn write of a superblock makes them others.
+    """
+    head = read(0, BLOCK)
+    if head[:4] == b"XFSB":
+        return f"xfs {uuid.UUID(bytes=head[32:48])}"
+    if int.from_bytes(head[1024 + 0x38 : 1024 + 0x3A], "little") == _EXT4_MAGIC:
+        return f"ext4 {uuid.UUID(bytes=head[1024 + 0x68 : 1024 + 0x78])}"
+    return ""
+
+
 def checksum(data: bytes) -> str:
     """XXH3-64 as 16 hex digits."""
     return xxhash.xxh3_64_hexdigest(data)

@@ -208,16 +208,18 @@ def test_an_older_copy_is_not_replayed(make_set: MakeSet, binaries_of: BindirOf,
     before = [each.backing.read_bytes() for each in found.config.volumes]
     newest, store = found.config.journal.rename(found.root / "newest"), found.store
     shutil.copytree(older, found.config.journal)
+    ways: list[dict[str, Any]] = [{}, {"heal": lambda shown: None}]
     if known == "by the store":
-        (found.config.paths.state / "journal.json").unlink()
+        (found.config.paths.state / "parts.json").unlink()
+        ways.append({"take_over": True})
     else:
         store = found.store.rename(found.root / "away")
     match = (
         "ended with write .* it is an older copy" if known == "by the store" else "it is an older copy, whose writes"
     )
-    for heal in (None, lambda shown: None):
+    for way in ways:
         with pytest.raises(PreconditionError, match=match) as told:
-            api.up(found.name, heal=heal)
+            api.up(found.name, **way)
         assert f"pgcdp restore --store {found.store}" in str(told.value.hint)
     assert [each.backing.read_bytes() for each in found.config.volumes] == before
     store.rename(found.store)

@@ -8,16 +8,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from pgcdp import api, proc, remaking
+from pgcdp import api, proc, remaking, service
 from pgcdp.capture import volumes
-from pgcdp.config import Config
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
-from pgcdp.recovery.source import Source
 from pgcdp.remaking import Lost
 from tests.cluster.test_several_volumes import counts, fill
 from tests.fix_disks import MakeDisk
@@ -25,6 +22,7 @@ from tests.fix_engine import MIB
 from tests.fix_postgres import BindirOf
 from tests.fix_sets import KILLED, MakeSet, ProtectedSet, first_difference
 from tests.spread import spread_set
+from tests.waiting import wait_until
 
 GONE = [*KILLED, r"cannot open the backing .* of volume", r"how the volumes of main are could not be written down"]
 
@@ -146,7 +144,10 @@ def test_killed_on_a_new_disk(make_disk: MakeDisk, make_set: MakeSet, binaries_o
             api.down(found.name)
         assert f"pgcdp up {found.name} finishes it" in str(told.value.hint)
         assert "writing volumes anew has not ended" in str(found.status()["error"])
-        remaking.resume(found.config)
+        with pytest.raises(PreconditionError, match=f"anew, to {volume.backing}, was interrupted") as told:
+            api.up(found.name)
+        assert f"pgcdp up {found.name} --remake ts-slow goes on" in str(told.value.hint)
+        remaking.remake(found.config, ["ts-slow"], lambda lost: None)
         assert first_difference(volume.backing, before, volume.bytes) is None, step
         api.up(found.name)
         with found.connect() as session:
@@ -195,8 +196,34 @@ def test_what_cannot_be_remade_is_refused(make_set: MakeSet, binaries_of: Bindir
             before.rename(backing)
 
 
-def test_what_was_tracked_is_on_the_volumes_alone() -> None:
-    """While the journal cannot grow, the newest write is not what a volume had."""
-    source = cast(Source, SimpleNamespace(newest=lambda: 12, resolve=lambda target: SimpleNamespace(write=10)))
-    with pytest.raises(PreconditionError, match="behind write 10 was tracked, and is on them alone"):
-        remaking._newest(cast(Config, SimpleNamespace(name="main")), source)
+def test_capture_is_not_started_on_a_blank_disk(make_disk: MakeDisk, make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """A disk that died is replaced under a set that waits for a capture process: nothing reads zeros for data."""
+    found = make_set(binaries_of(15), size=None, volume=make_disk(384 * MIB), allowed=[*KILLED, r"another disk"])
+    found.sql("create table kept as select generate_series(1, 10000) as n")
+    (volume,) = found.config.volumes
+    found.kill_agent()
+    found.kill_capture()
+    with volume.backing.open("r+b") as disk:
+        head = disk.read(MIB)
+        disk.seek(0)
+        disk.write(bytes(MIB))
+        disk.flush()
+        os.fsync(disk.fileno())
+        service.start(found.config)
+        wait_until(
+            lambda: "it is another disk" in (found.status()["held"]["problem"] or ""), timeout=30, what="it is said"
+        )
+        assert found.status()["state"] == "stalled"
+        with pytest.raises(PreconditionError, match="it is another disk") as told:
+            api.up(found.name)
+        assert f"pgcdp up {found.name} --remake data" in str(told.value.hint)
+        disk.seek(0)
+        disk.write(head)
+        disk.flush()
+        os.fsync(disk.fileno())
+    wait_until(found.capturing, timeout=60, what="it goes on by itself")
+    assert rows(found) == 10000
+    found.wait_following()
+    api.cut(found.name)
+    api.down(found.name)
+    found.assert_volume_is_newest()

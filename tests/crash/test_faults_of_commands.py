@@ -147,7 +147,7 @@ def test_of_down_and_up(make_set: MakeSet, binaries_of: BindirOf, failing: Fault
     found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED])
     found.sql("create table t as select generate_series(1, 10000)")
     came = []
-    for point in each(failing, every, "capture.fingerprint.", "capture.held.", "capture.same_journal."):
+    for point in each(failing, every, "capture.fingerprint.", "capture.held.", "capture.same_parts."):
         failing.set(point, "eio")
         once = Round(failing, point)
         for verb, command in (("down", api.down), ("up", api.up)):
@@ -222,7 +222,7 @@ def test_of_healing_a_lost_journal(make_set: MakeSet, binaries_of: BindirOf, fai
     found = make_set(binaries_of(15), size=384 * MIB, allowed=[*KILLED, START, *LOST])
     found.sql("create table t (n int)")
     came = []
-    ours = ("healing.", "capture.renewing.", "capture.journal.write_mark.", "capture.same_journal.")
+    ours = ("healing.", "capture.renewing.", "capture.journal.write_mark.", "capture.same_parts.")
     for number, point in enumerate(each(failing, 2 * every if every > 1 else 1, *ours)):
         found.wait_following()
         api.cut(found.name)

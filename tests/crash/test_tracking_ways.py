@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pgcdp import api, service
+from pgcdp.errors import PreconditionError
 from pgcdp.healing import Differences
 from pgcdp.postgres import cluster
 from tests.cluster.test_changed_volumes import mounted_plain
@@ -60,6 +63,10 @@ def test_a_volume_that_was_changed_while_changes_were_tracked(
     history = found.sql("select count(*) from pgbench_history")
     api.down(found.name)
     (volume,) = found.config.volumes
+    away = volume.backing.rename(found.root / "away")
+    with pytest.raises(PreconditionError, match=f"behind write {before} was tracked, and is on them alone"):
+        api.up(found.name, remake=["data"])
+    away.rename(volume.backing)
     with mounted_plain(found, volume) as place:
         (place / "foreign").write_bytes(b"x" * MIB)
     ballast.unlink()

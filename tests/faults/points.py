@@ -19,7 +19,7 @@ FILES = (
     "recovery.expiring", "recovery.sweeping", "recovery.joining", "recovery.merged", "recovery.rewind", "rewinding",
     "recovery.restore", "recovery.places", "growing", "extending", "healing", "remaking", "config", "wrapped",
     "postgres.timelines", "capture.protect", "capture.copying", "capture.fingerprint", "capture.home", "capture.held",
-    "capture.volumes", "capture.journal", "capture.renewing", "capture.same_journal",
+    "capture.volumes", "capture.journal", "capture.renewing", "capture.same_parts",
 )  # fmt: skip
 """Rooms elsewhere that write to the store, or what a command stands on that changes a set."""
 CALLS = {

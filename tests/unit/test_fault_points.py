@@ -22,7 +22,7 @@ TESTED = {
     "crash/test_faults_of_index.py": ("intervals.indexing.", "intervals.readout."),
     "crash/test_faults_of_commands.py": (
         "rewinding.", "recovery.rewind.", "postgres.timelines.", "growing.", "config.", "healing.", "remaking.",
-        "extending.", "capture.same_journal.", "capture.copying.", "capture.fingerprint.", "capture.held.",
+        "extending.", "capture.same_parts.", "capture.copying.", "capture.fingerprint.", "capture.held.",
         "capture.home.", "capture.protect.", "capture.volumes.", "recovery.restore.",
         "recovery.places.", "intervals.applying.",
     ),

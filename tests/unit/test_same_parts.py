@@ -1,4 +1,4 @@
-"""A set takes no other journal than the one that it was captured with last: an older one would be replayed."""
+"""A set takes no other journal and no other disk than it was captured with last: an older one would be replayed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from pgcdp.capture import renewing, same_journal
+from pgcdp.capture import renewing, same_parts
 from pgcdp.capture.journal import MARK_BYTES, AppliedMark, write_mark
 from pgcdp.config import Config
 from pgcdp.errors import PreconditionError
@@ -28,7 +28,9 @@ class Set:
         paths = SimpleNamespace(state=root / "state")
         self.config = cast(
             Config,
-            SimpleNamespace(name="main", journal=root / "journal", store=root, set_id_bytes=SET_ID, paths=paths),
+            SimpleNamespace(
+                name="main", journal=root / "journal", store=root, set_id_bytes=SET_ID, paths=paths, volumes=()
+            ),
         )
         self.sequence = 0
         for _ in range(3):
@@ -47,7 +49,7 @@ class Set:
 
     def stop(self) -> Path:
         """As after `down`; a copy of the journal as it is then."""
-        same_journal.note(self.config)
+        same_parts.note(self.config)
         copy = self.root / f"copy-{len(list(self.root.iterdir()))}"
         shutil.copytree(self.root / "journal", copy)
         return copy
@@ -64,17 +66,17 @@ def made(tmp_path: Path) -> Set:
 
 def refused(made: Set, match: str) -> None:
     with pytest.raises(PreconditionError, match=match) as told:
-        same_journal.refuse_other(made.config)
-    assert str(made.root / "state/journal.json") in str(told.value.hint)
+        same_parts.refuse_other(made.config)
+    assert str(made.root / "state/parts.json") in str(told.value.hint)
 
 
 def test_the_newest_one_is_taken(made: Set) -> None:
-    same_journal.refuse_other(made.config)  # nothing is known of any yet
+    same_parts.refuse_other(made.config)  # nothing is known of any yet
     newest = made.stop()
     made.bring_back(newest)
-    same_journal.refuse_other(made.config)
+    same_parts.refuse_other(made.config)
     made.work()
-    same_journal.refuse_other(made.config)
+    same_parts.refuse_other(made.config)
 
 
 def test_an_older_copy_is_refused(made: Set) -> None:
@@ -90,7 +92,7 @@ def test_one_from_before_it_began_anew_is_refused(made: Set) -> None:
     older = made.stop()
     renewing.begin_anew(made.config, 1)
     made.stop()
-    same_journal.refuse_other(made.config)
+    same_parts.refuse_other(made.config)
     made.bring_back(older)
     for _ in range(9):
         made.work()
@@ -103,17 +105,17 @@ def test_one_without_identity_is_refused(made: Set) -> None:
     refused(made, "it is another one")
 
 
-@pytest.mark.parametrize("change", [renewing.begin_anew, lambda config, behind: same_journal.forget(config.paths)])
+@pytest.mark.parametrize("change", [renewing.begin_anew, lambda config, behind: same_parts.forget(config.paths)])
 def test_what_is_to_be_taken_is(made: Set, change: Callable[[Config, int], object]) -> None:
     """A journal that just began anew, though nobody came to note it; and whichever there is after a take-over."""
     older = made.stop()
     made.work()
     made.stop()
     change(made.config, 1)
-    same_journal.refuse_other(made.config)
+    same_parts.refuse_other(made.config)
     if change is not renewing.begin_anew:
         made.bring_back(older)
-        same_journal.refuse_other(made.config)
+        same_parts.refuse_other(made.config)
 
 
 def test_a_damaged_slot_makes_no_older_copy(made: Set) -> None:
@@ -123,10 +125,61 @@ def test_a_damaged_slot_makes_no_older_copy(made: Set) -> None:
     raw = bytearray(applied.read_bytes())
     raw[made.sequence % 2 * MARK_BYTES] ^= 1
     applied.write_bytes(raw)
-    same_journal.refuse_other(made.config)
+    same_parts.refuse_other(made.config)
     made.sequence -= 3
     made.work()
     raw = bytearray(applied.read_bytes())
     raw[(made.sequence + 1) % 2 * MARK_BYTES] ^= 1
     applied.write_bytes(raw)
     refused(made, "it is an older copy")
+
+
+def test_where_it_is_not_known_which_journal_it_is_the_engine_tells_what_is_wrong(made: Set) -> None:
+    """A flipped bit in a small file must not keep production down."""
+    made.stop()
+    identity = made.root / "journal/journal.json"
+    identity.write_bytes(identity.read_bytes().replace(b'"id"', b'"ie"'))
+    same_parts.refuse_other(made.config)
+
+
+def test_what_cannot_be_noted_keeps_nobody_from_capture(made: Set, caplog: pytest.LogCaptureFixture) -> None:
+    """The disk of the state directory may be full just then; what was noted before holds good."""
+    made.stop()
+    (made.root / "state").rename(made.root / "away")
+    (made.root / "state").write_bytes(b"not a directory")
+    made.work()
+    same_parts.note(made.config)
+    assert "could not be noted" in caplog.text
+    (made.root / "state").unlink()
+    (made.root / "away").rename(made.root / "state")
+    same_parts.refuse_other(made.config)
+
+
+def disk(place: Path, fs: str, number: int) -> Path:
+    """The beginning of a filesystem."""
+    raw, uuid = bytearray(64 << 10), bytes([number]) * 16
+    if fs == "ext4":
+        raw[1024 + 0x38 : 1024 + 0x3A], raw[1024 + 0x68 : 1024 + 0x78] = b"\x53\xef", uuid
+    elif fs == "xfs":
+        raw[:4], raw[32:48] = b"XFSB", uuid
+    place.write_bytes(raw)
+    return place
+
+
+@pytest.mark.parametrize("was", ["ext4", "xfs"])
+def test_another_disk_in_the_place_of_a_volume_is_refused(made: Set, was: str) -> None:
+    backing = disk(made.root / "backing", was, 1)
+    volume = SimpleNamespace(name="data", backing=backing)
+    made.config = cast(Config, SimpleNamespace(**{**vars(made.config), "volumes": (volume,)}))
+    made.stop()
+    same_parts.refuse_other(made.config)
+    for fs, number, told in (("", 0, "no filesystem"), (was, 2, f"{was} 02020202")):
+        disk(backing, fs, number)
+        refused(made, f"holds {told}.*volume data of main had {was} 01010101.* it is another disk")
+        same_parts.refuse_other_journal(made.config)
+    backing.unlink()
+    same_parts.refuse_other(made.config)  # the engine tells of it
+    disk(backing, "", 0)
+    same_parts.note(made.config)  # one that was taken as it is
+    disk(backing, was, 1)
+    same_parts.refuse_other(made.config)
