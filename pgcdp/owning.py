@@ -58,8 +58,12 @@ def _refuse_older_journal(config: Config, store: Store) -> None:
     except (PgcdpError, OSError):  # that is told later; without its key a store may not be readable
         return
     if ended is not None:
-        hint = f"bring its files back as they were last; without them, pgcdp restore --store {config.store}"
-        renewing.refuse_older(config, ended, held, f"{hint} --to-directory DIR")
+        hint = (
+            f"bring its files back as they were last; what the store has: pgcdp restore --store {config.store} "
+            f"--to-directory DIR. If the volumes were set back with it: pgcdp unprotect {config.name}, then protect "
+            "with another --store"
+        )
+        renewing.refuse_older(config, ended, held, hint)
 
 
 def _end_of_journal(config: Config, enough: int) -> int | None:

@@ -232,6 +232,29 @@ def test_an_older_copy_is_not_replayed(make_set: MakeSet, binaries_of: BindirOf,
     found.assert_volume_is_newest()
 
 
+def test_a_machine_that_was_set_back(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """With its volumes, journal and state of one moment, and a store that went on: it is said how it runs again."""
+    found = a_set(make_set, binaries_of)
+    found.allowed.append("it is an older copy")
+    api.down(found.name)
+    snapshot = found.root / "snapshot"
+    shutil.copytree(found.config.paths.state, snapshot)
+    api.up(found.name)
+    found.sql("delete from kept")
+    api.cut(found.name)
+    api.down(found.name)
+    shutil.rmtree(found.config.paths.state)
+    shutil.copytree(snapshot, found.config.paths.state)
+    with pytest.raises(PreconditionError, match=r"ended with write .* it is an older copy") as told:
+        api.up(found.name)
+    assert f"pgcdp unprotect {found.name}, then protect with another --store" in str(told.value.hint)
+    api.unprotect(found.name)
+    again = found.root / "another store"
+    api.protect(found.name, found.pgdata, again, size=384 << 20, yes=True, bindir=found.binaries.directory)
+    assert rows(found) == 101
+    api.restore(None, Target("newest"), store=found.store, to_directory=found.root / "restored")
+
+
 def test_a_journal_from_before_it_began_anew_comes_back(
     journal_disk: Path, make_set: MakeSet, binaries_of: BindirOf
 ) -> None:
