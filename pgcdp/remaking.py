@@ -65,7 +65,8 @@ def remake(config: Config, names: Sequence[str], agree: Agree, progress: Report 
         if not begun:
             attach.refuse_pending(config.paths)
         same_parts.refuse_other_journal(config)
-        wanted = _named(config, [*begun, *names])
+        done = [each.name for each in _named(config, begun) if not each.device and each.backing.exists()]
+        wanted = _named(config, [name for name in (*begun, *names) if name not in done])
         source = source_of(config, engine_status(config))
         _newest(config, source)
         agree([_look(volume, source) for volume in wanted])

@@ -89,7 +89,9 @@ def command(
             size, place = format_size(each.volume.bytes), each.volume.backing
             holds = f", which holds {', '.join(each.holds)}" if each.holds else ""
             screen.note(f"volume {each.volume.name}: {size} will be written to {place}{holds}")
-        options.confirm(f"volumes of {name} will be written anew, from store and journal", yes, output)
+        options.confirm(
+            f"volumes of {name} will be written anew, from store and journal; what runs is ended", yes, output
+        )
 
     with screen.progress(output) as progress:
         value = api.up(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pgcdp import api, proc, remaking, service
+from pgcdp import api, fsio, proc, remaking, service
 from pgcdp.capture import volumes
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
 from pgcdp.remaking import Lost
@@ -153,6 +153,9 @@ def test_killed_on_a_new_disk(make_disk: MakeDisk, make_set: MakeSet, binaries_o
         with found.connect() as session:
             assert counts(session) == [1000, 1000, 100, 100]
         found.wait_following()
+    api.down(found.name)
+    fsio.write_json(found.config.paths.remake_state, {"volumes": ["data", "ts-slow"]})  # killed behind data's new name
+    api.up(found.name, remake=["ts-slow"])
     api.down(found.name)
     found.assert_volume_is_newest()
 
