@@ -71,7 +71,7 @@ def grow(config: Config, size: int | None, name: str | None = None, progress: Re
         held.note(replace(config, volumes=rows))
         _grow_device(config, volume, wanted)
         progress(Progress("growing the filesystem"))
-        _grow_filesystem(config, volume)
+        grow_filesystem(config, volume)
         return Grown(volume.name, known, wanted, before, _filesystem_bytes(volume))
 
 
@@ -199,7 +199,8 @@ def _known_size(file: Path) -> int:
         os.close(fd)
 
 
-def _grow_filesystem(config: Config, volume: VolumeConfig) -> None:
+def grow_filesystem(config: Config, volume: VolumeConfig) -> None:
+    """Give a mounted filesystem all of its volume, online. Harmless when it has it."""
     if volume.fs == "xfs":
         proc.run(["xfs_growfs", "-d", os.fspath(volume.mountpoint)])
     else:

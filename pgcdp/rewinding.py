@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pgcdp import fsio, log, proc, service
+from pgcdp import fsio, log, proc, room_at_point, service
 from pgcdp.capture import attach
 from pgcdp.capture.control import EngineClient, EngineStatus
 from pgcdp.capture.outside import find_outside, takes_in
@@ -163,9 +163,10 @@ def _refuse_outside(config: Config, source: Source, point: RecoveryPoint, pgdata
     own = elsewhere(source, point, pgdata)
     for space in cluster.tablespace_links(pgdata).values():
         _refuse_later(source, point, later.get(os.path.normpath(space)))
-    links = own_places(pgdata, own)
     wal = pgdata / "pg_wal"
-    for space in created(pgdata, links.get(wal, wal), binaries_of(source, config.name)).values():
+    wal = own_places(pgdata, own).get(wal, wal)
+    room_at_point.refuse_full(config, source, point, pgdata, wal)
+    for space in created(pgdata, wal, binaries_of(source, config.name)).values():
         place = Path(os.path.normpath(space))
         _refuse_later(source, point, later.get(os.fspath(place)))
         if not any(place.is_relative_to(each) for each in own):
@@ -300,6 +301,7 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
     attach.attach(config, progress, captured=lambda: service.start(config))
     service.start(config)
     if doing.step == "start":
+        room_at_point.give(config, progress)
         _open_timeline(config, doing, progress)
         doing = replace(doing, step="run")
         doing.save(config.paths)

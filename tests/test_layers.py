@@ -58,6 +58,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.salvaging": 7,
     "pgcdp.rewinding": 7,
     "pgcdp.remaking": 7,
+    "pgcdp.room_at_point": 7,
     "pgcdp.owning": 7,
     "pgcdp.extending": 7,
     "pgcdp.growing": 7,

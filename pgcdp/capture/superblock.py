@@ -104,6 +104,20 @@ def identity(read: Read) -> str:
     return ""
 
 
+def filesystem_bytes(read: Read) -> int:
+    """How large the filesystem is, with all that is its own; 0 when there is none."""
+    head = read(0, BLOCK)
+    if head[:4] == b"XFSB":
+        return int.from_bytes(head[4:8], "big") * int.from_bytes(head[8:16], "big")
+    sb = head[1024:2048]
+    if int.from_bytes(sb[0x38:0x3A], "little") != _EXT4_MAGIC:
+        return 0
+    blocks = int.from_bytes(sb[4:8], "little")
+    if int.from_bytes(sb[0x60:0x64], "little") & 0x80:  # 64bit
+        blocks |= int.from_bytes(sb[0x150:0x154], "little") << 32
+    return blocks * (1024 << int.from_bytes(sb[0x18:0x1C], "little"))
+
+
 def checksum(data: bytes) -> str:
     """XXH3-64 as 16 hex digits."""
     return xxhash.xxh3_64_hexdigest(data)

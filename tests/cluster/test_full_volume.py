@@ -9,7 +9,8 @@ import psycopg
 import pytest
 
 from pgcdp import api
-from pgcdp.errors import PgcdpError
+from pgcdp.capture import volumes
+from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.fsio import free_space
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
@@ -79,6 +80,31 @@ def test_a_larger_one_ends_it(make_set: MakeSet, binaries_of: BindirOf) -> None:
     if cluster.find_postmaster(found.pgdata) is None:
         found.up()
     wait_until(lambda: _answers(found), what="Postgres answers")
+    assert rows <= found.sql("select count(*) from ledger")[0][0] <= rows + 2000
+    found.sql("insert into ledger select n, repeat('y', 500) from generate_series(1, 2000) n")
+    found.wait_following()
+    assert api.verify(found.name, Target("boundary", api.cut(found.name)["number"]))["ok"]
+
+
+def test_a_rewind_to_where_it_was_full(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """Refused while there is no room, with production as it was; a volume that has grown since gives it."""
+    settings = {"max_wal_size": "64MB", "min_wal_size": "32MB", "autovacuum": "off"}
+    found = make_set(binaries_of(15), fs="xfs", size=512 * MIB, settings=settings, allowed=FULL)
+    rows = fill(found)
+    volumes.sync_filesystem(found.pgdata)
+    full = found.durable()
+    for name in ("something else", "the rest"):
+        (found.pgdata / name).unlink()
+    found.up()
+    wait_until(lambda: _answers(found), what="Postgres answers")
+    found.sql("truncate ledger")
+    target = Target("write", full)
+    with pytest.raises(PreconditionError, match=rf"was full at write {full}, with .* needs 48.0 MiB") as told:
+        api.rewind(found.name, target, agree=lambda resolved: None)
+    assert f"pgcdp grow {found.name} SIZE --volume data" in str(told.value.hint)
+    assert found.sql("select count(*) from ledger") == [(0,)]
+    api.grow(found.name, 592 * MIB)
+    api.rewind(found.name, target, agree=lambda resolved: None, prove=False)
     assert rows <= found.sql("select count(*) from ledger")[0][0] <= rows + 2000
     found.sql("insert into ledger select n, repeat('y', 500) from generate_series(1, 2000) n")
     found.wait_following()
