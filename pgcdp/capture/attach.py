@@ -159,7 +159,7 @@ def attach(config: Config, progress: Report = silent, captured: Callable[[], Non
         _detach_all(config)
     for volume, device in zip(config.volumes, attach_devices(config, progress), strict=True):
         if volumes.mount_at(volume.mountpoint) is None:
-            volumes.mount(device, volume.mountpoint, volume.fs)
+            _mount(config, volume, device)
     return client
 
 
@@ -454,6 +454,16 @@ def _journal_is_clean(config: Config) -> bool:
     """Whether the volumes hold all that the journal does."""
     mark = Journal(config.journal, config.set_id_bytes).applied_mark()
     return mark is None or mark.clean
+
+
+def _mount(config: Config, volume: VolumeConfig, device: Path) -> None:
+    """Harmless when somebody does the same: mount(8) of a killed command lives on, and may be in the midst of it."""
+    try:
+        volumes.mount(device, volume.mountpoint, volume.fs)
+    except proc.ProcessFailed:
+        mount = _our_mount(config, volume)
+        if mount is None or mount.source != os.fspath(device):
+            raise
 
 
 def _anything_left(config: Config) -> bool:

@@ -28,6 +28,7 @@ ALLOWED = [
     r"FATAL:  (the database system is in recovery mode|terminating connection)",
     r"WARNING:  terminating connection because of crash of another server process",
     r"FATAL:  could not open directory",
+    r"FATAL:  could not create file .*: File exists",  # recovery creates what it opens first, and names that error
     r"checkpoints are occurring too frequently",
     r"connection to client lost",
     r"the agent did not answer",

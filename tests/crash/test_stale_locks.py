@@ -1,4 +1,4 @@
-"""A lock that a crash has left of a postmaster which init has not collected yet keeps nobody from starting."""
+"""What a crash or a kill has left for a moment keeps nobody from starting: a lock of a postmaster, a mount."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from pgcdp import api, proc
+from pgcdp.capture import volumes
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet
 from tests.waiting import wait_until
@@ -36,3 +39,25 @@ def test_a_socket_lock_whose_postmaster_pid_was_lost_does_not_keep_postgres_down
         os.chown(lock, user.uid, user.gid)
         found.up()
         assert found.sql("select 1") == [(1,)]
+
+
+@pytest.mark.parametrize("fs", ["ext4", "xfs"])
+def test_a_mount_that_a_killed_command_had_begun_ends_in_between(
+    make_set: MakeSet, binaries_of: BindirOf, fs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has the second one wait for the first, and then says that it is mounted already."""
+    found = make_set(binaries_of(15), fs=fs, size=384 << 20)
+    api.down(found.name)
+    own = volumes.mount
+
+    def twice(device: Path, mountpoint: Path, fs: str) -> None:
+        own(device, mountpoint, fs)
+        own(device, mountpoint, fs)
+
+    monkeypatch.setattr(volumes, "mount", twice)
+    found.up()
+    assert len([each for each in volumes.mounts() if each.mountpoint == found.pgdata]) == 1
+    assert found.sql("select 1") == [(1,)]
+    monkeypatch.undo()
+    api.down(found.name)
+    found.assert_volume_is_newest()
