@@ -6,13 +6,14 @@ Nothing is mounted before it has ended; then image and volume are equal, and poi
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from pgcdp import api, healing
 from pgcdp.capture import attach, volumes
-from pgcdp.errors import PreconditionError
+from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.postgres import cluster
 from pgcdp.records import Target
 from tests.cluster.test_changed_volumes import mounted_plain
@@ -38,8 +39,13 @@ def kill_round(found: ProtectedSet, chooser: random.Random, number: int) -> dict
         [("command",), ("command", "agent"), ("command", "agent", "engine"), ("engine", "command")]
     )
     command = start_command(found, "up", found.name, "--heal", "--yes")
-    later = chooser.random() * chooser.choice([0.05, 0.5, 2.0])
-    kill_when(found, command, victims, lambda: healing.pending(found.config.paths) is not None, "healing begins", later)
+    if chooser.random() < 0.5:
+        later = chooser.random() * chooser.choice([0.05, 0.5, 2.0])
+        moment, reached = "healing begins", lambda: healing.pending(found.config.paths) is not None
+    else:
+        later = chooser.random() * 0.1
+        moment, reached = "the gap begins", lambda: newest(found) > last
+    kill_when(found, command, victims, reached, moment, later)
     left = healing.pending(found.config.paths) is not None
     begun = False
     if left:
@@ -67,6 +73,13 @@ def kill_round(found: ProtectedSet, chooser: random.Random, number: int) -> dict
     found.up()
     found.wait_following()
     return {"killed": list(victims), "left": left, "begun": begun}
+
+
+def newest(found: ProtectedSet) -> int:
+    """The newest write that capture has; 0 while none runs."""
+    with suppress(PgcdpError):
+        return found.engine.status().durable_write
+    return 0
 
 
 def rounds(make_set: MakeSet, binaries_of: BindirOf, fs: str, count: int, seed: int) -> list[dict[str, Any]]:
