@@ -88,18 +88,18 @@ def test_the_journal_is_full_when_it_was_said(make_set: MakeSet, binaries_of: Bi
 @pytest.mark.soak  # minutes of steady load
 @pytest.mark.timeout(1800)
 def test_store_and_volume_fill_as_it_was_said(
-    make_set: MakeSet, binaries_of: BindirOf, small_disk: Callable[[int], SmallDisk]
+    small_disk: Callable[[int], SmallDisk], make_set: MakeSet, binaries_of: BindirOf
 ) -> None:
     """Of the room that there was, four fifths are gone after about four fifths of the time. Within a factor of 2."""
     found = make_set(
         binaries_of(17),
-        size=1 << 30,
-        store_at=small_disk(4 << 30).place / "store",
+        size=768 << 20,
+        store_at=small_disk(3 << 30).place / "store",
         settings={"max_wal_size": "64MB", "min_wal_size": "32MB"},
         allowed=[r"checkpoints are occurring too frequently"],
     )
     found.sql("create table load (n int, what text)")
-    random = "(select string_agg(md5(random()::text || n), '') from generate_series(1, 30))"
+    random = "(select string_agg(md5(random()::text || n || m), '') from generate_series(1, 30) m)"
 
     def write() -> None:
         found.sql(f"insert into load select n, {random} from generate_series(1, 500) n")
