@@ -293,7 +293,7 @@ def test_of_remaking_a_volume(
         failing.clear(point)
         if hint is not None and (kind == "device" or not wal.exists()):
             assert f"pgcdp up {found.name} --remake" in hint or "run this again" in hint, point
-            if not remaking.resume(found.config):
+            if not remaking.resume(found.config, ["wal"]):
                 remaking.remake(found.config, ["wal"], lambda lost: None)
         remaking.resume(found.config)
         assert first_difference(wal, before) is None, point
