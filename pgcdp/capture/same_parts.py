@@ -46,10 +46,12 @@ def refuse_other(config: Config) -> None:
     """Raises PreconditionError when another journal, or another disk under a volume, is at its place."""
     refuse_other_journal(config)
     known = _known(config.paths)
-    for volume in config.volumes if known else ():
-        was = known.volumes.get(volume.name) if known else None
-        now = _filesystem(volume.backing)
-        if was is not None and now is not None and was != now:
+    if known is None:
+        return
+    for volume in config.volumes:
+        was = known.volumes.get(volume.name)
+        now = None if was is None else _filesystem(volume.backing)
+        if now is not None and was != now:
             raise PreconditionError(
                 f"{volume.backing} holds {now or 'no filesystem'}, and volume {volume.name} of {config.name} had "
                 f"{was}: it is another disk",

@@ -84,11 +84,20 @@ def reading(backing: Path) -> Iterator[Read]:
 def read_superblock(read: Read) -> Superblock:
     """What filesystem there is."""
     head = read(0, BLOCK)
-    if head[:4] == b"XFSB":
+    kind, sb = _kind(head)
+    if kind == "xfs":
         return _xfs(read, head)
-    if int.from_bytes(head[1024 + 0x38 : 1024 + 0x3A], "little") == _EXT4_MAGIC:
-        return _ext4(read, head[1024:2048])
+    if kind == "ext4":
+        return _ext4(read, sb)
     return Superblock("", "", checksum(head))
+
+
+def _kind(head: bytes) -> tuple[str, bytes]:
+    """Which filesystem the first block of a device begins, and its superblock; "" for none."""
+    if head[:4] == b"XFSB":
+        return "xfs", head
+    sb = head[1024:2048]
+    return ("ext4" if int.from_bytes(sb[0x38:0x3A], "little") == _EXT4_MAGIC else ""), sb
 
 
 def identity(read: Read) -> str:
@@ -96,21 +105,17 @@ def identity(read: Read) -> str:
 
     They lie in one sector each, so that no torn write of a superblock makes them others.
     """
-    head = read(0, BLOCK)
-    if head[:4] == b"XFSB":
-        return f"xfs {uuid.UUID(bytes=head[32:48])}"
-    if int.from_bytes(head[1024 + 0x38 : 1024 + 0x3A], "little") == _EXT4_MAGIC:
-        return f"ext4 {uuid.UUID(bytes=head[1024 + 0x68 : 1024 + 0x78])}"
-    return ""
+    kind, sb = _kind(read(0, BLOCK))
+    place = {"xfs": 32, "ext4": 0x68}.get(kind)
+    return "" if place is None else f"{kind} {uuid.UUID(bytes=sb[place : place + 16])}"
 
 
 def filesystem_bytes(read: Read) -> int:
     """How large the filesystem is, with all that is its own; 0 when there is none."""
-    head = read(0, BLOCK)
-    if head[:4] == b"XFSB":
-        return int.from_bytes(head[4:8], "big") * int.from_bytes(head[8:16], "big")
-    sb = head[1024:2048]
-    if int.from_bytes(sb[0x38:0x3A], "little") != _EXT4_MAGIC:
+    kind, sb = _kind(read(0, BLOCK))
+    if kind == "xfs":
+        return int.from_bytes(sb[4:8], "big") * int.from_bytes(sb[8:16], "big")
+    if not kind:
         return 0
     blocks = int.from_bytes(sb[4:8], "little")
     if int.from_bytes(sb[0x60:0x64], "little") & 0x80:  # 64bit
