@@ -156,7 +156,7 @@ elif what == "before the device":
     run = growing.proc.run
     growing.proc.run = lambda words, *a, **m: (killed if words[0] == "losetup" else run)(words, *a, **m)
 elif what == "before the filesystem":
-    growing._grow_filesystem = killed
+    growing.grow_filesystem = killed
 api.grow("main", 400 << 20)
 """
 
