@@ -90,6 +90,10 @@ class DamageError(PgcdpError):
     kind = "damage"
 
 
+class HalfWrittenError(DamageError):
+    """Damage that was met while production is down, written back in part; the hint says what brings it back."""
+
+
 class PreconditionError(PgcdpError):
     """Something outside pgcdp must be mended first."""
 

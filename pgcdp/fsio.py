@@ -32,6 +32,8 @@ _WRITE_AND_WAIT = 7
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_PUNCH_HOLE = 2
 _ZEROS = bytes(1 << 20)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What an OSError of a full disk, or of a quota, has."""
 STEADY_BYTES = 8 << 20
 """Bytes written to a file after which `SteadyWrites` has them brought to the disk."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pgcdp import rewinding, transactions
 from pgcdp.config import load_config
-from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import disk_errors
 from pgcdp.opening import Announce, between, binaries_of, open_source, point_of, remember, scratch_place
 from pgcdp.postgres import session
@@ -111,21 +111,36 @@ def rewind(
     agree(resolved)
     with naming_nearest(source, point):
         done, down = rewinding.rewind(config, point, scratch_place(source), progress)
-    progress(Progress("cutting the boundary behind it"))
-    boundary = cut(set_name)
-    proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress) if prove else {"ok": None}
+    undo = None if (target.kind, target.name) == ("name", done.mark) else done.mark
     result: Json = {
         **resolved,
         "set": set_name,
         "to": str(config.pgdata),
         "bytes": done.written,
-        "undo": None if (target.kind, target.name) == ("name", done.mark) else done.mark,
-        "boundary": boundary["number"],
-        "timeline": boundary["timeline"],
-        "verified": proven["ok"],
+        "undo": undo,
+        "boundary": None,
+        "timeline": None,
+        "verified": None,
         "down_seconds": round(down, 3),
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": 0.0,
     }
+    try:
+        progress(Progress("cutting the boundary behind it"))
+        boundary = cut(set_name)
+        result |= {"boundary": boundary["number"], "timeline": boundary["timeline"]}
+        if prove:
+            proven = verify(set_name, Target("boundary", boundary["number"]), progress=progress)
+            result["verified"] = proven["ok"]
+    except PgcdpError as error:
+        with suppress(PgcdpError, OSError):  # the store may be what fails
+            remember(source, "restore", {**result, "interval": result["boundary"], "in_place": True})
+        undone = f"pgcdp restore {set_name} --in-place --target-name {undo} undoes the rewind" if undo else None
+        raise type(error)(
+            f"{set_name} was rewound to write {point.write} and serves, but the boundary behind that was not proven: "
+            f"{error.message}",
+            "; ".join(part for part in (error.hint, undone) if part) or None,
+        ) from error
+    result["seconds"] = round(time.monotonic() - started, 3)
     remember(source, "restore", {**result, "interval": boundary["number"], "in_place": True})
     return result
 

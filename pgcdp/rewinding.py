@@ -24,7 +24,7 @@ from pgcdp.capture import attach
 from pgcdp.capture.control import EngineClient, EngineStatus
 from pgcdp.capture.outside import find_outside, takes_in
 from pgcdp.config import Config
-from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.errors import DamageError, HalfWrittenError, PgcdpError, PreconditionError
 from pgcdp.forecast import journal_disk
 from pgcdp.opening import binaries_of, engine_status, source_of
 from pgcdp.postgres import cluster, timelines
@@ -46,6 +46,8 @@ _log = log.get(__name__)
 
 CUT_SECONDS = 600.0
 """How long the boundary at the shutdown checkpoint may take to be stored."""
+TELL_SECONDS = 2.0
+"""What is waited for longer is told."""
 SPARE_BYTES = 64 << 20
 
 
@@ -96,8 +98,9 @@ def rewind(config: Config, point: RecoveryPoint, below: Path, progress: Report =
         service.start(config)
         attach.start_cluster(config, progress)
         _refuse(config, point, below, progress)
-        progress(Progress("cutting"))  # so that the next boundary is near, and no reader of the image is in its way
+        progress(Progress("cutting"))  # so that the next boundary is near
         service.ask(config.paths, "cut", timeout=None)
+        _await_image(config, progress)
         begun = time.monotonic()
         name = time.strftime("before-rewind-%Y%m%d%H%M%S", time.gmtime())
         doing = Pending("stop", point, name)
@@ -190,6 +193,7 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
     """Raises PreconditionError for what would stop it on its way; nothing is changed before."""
     progress(Progress("checking"))
     control = cluster.read_control(config.pgdata)
+    _refuse_standby(config, control)
     if control.wal_level == 0:
         raise PreconditionError(
             "wal_level is minimal: Postgres could not come up on a new timeline to undo the rewind",
@@ -204,6 +208,13 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         )
     service.await_following(config.paths)  # it may have been started just now, for this
     _refuse_full(config, EngineClient(config.paths.control).next_status(), point, below)
+
+
+def _refuse_standby(config: Config, control: Control) -> None:
+    if control.state in (State.IN_ARCHIVE_RECOVERY, State.SHUT_DOWN_IN_RECOVERY):
+        raise PreconditionError(
+            f"the cluster at {config.pgdata} is a standby", "rewind its primary, or promote it first"
+        )
 
 
 def _refuse_full(config: Config, status: EngineStatus, point: RecoveryPoint, below: Path) -> None:
@@ -232,26 +243,41 @@ def _stop(config: Config, name: str, progress: Report) -> None:
     service.ask(config.paths, "cut_at_shutdown")
     attach.stop_cluster(config, progress)
     control = cluster.read_control(config.pgdata)
-    if control.state != State.SHUT_DOWN:
-        raise PreconditionError(
-            f"the cluster at {config.pgdata} is a standby", "rewind its primary, or promote it first"
-        )
+    _refuse_standby(config, control)
     _wait_boundary(config, control.checkpoint_lsn, progress)
     timelines.keep(config.pgdata / "pg_wal", config.store / TIMELINES, _archives(config))
     attach.unmount(config, progress)
     EngineClient(config.paths.control).mark(name)
 
 
+def _await_image(config: Config, progress: Report) -> None:
+    """Until the image is at the newest boundary: while somebody reads it behind that, none is cut, and Postgres would
+    stay stopped for a boundary at its shutdown that does not come.
+    """
+    begun = time.monotonic()
+    while True:
+        state = service.ask(config.paths, "status")
+        if state["error"]:
+            raise PreconditionError(f"the agent of {config.name} fails: {state['error']}", state.get("hint"))
+        if state.get("behind") is False:
+            return
+        if time.monotonic() - begun > TELL_SECONDS:  # it may just be moving
+            progress(Progress("waiting for what reads the image, such as a restore to files"))
+        time.sleep(0.1)
+
+
 def _wait_boundary(config: Config, checkpoint_lsn: int, progress: Report) -> None:
     progress(Progress("storing the last writes"))
     deadline = time.monotonic() + CUT_SECONDS
     store = Store.open(config.store, config.set_id_bytes)
+    durable = EngineClient(config.paths.control).next_status().durable_write
     while True:
         state = service.ask(config.paths, "status")
         number = max(store.interval_numbers(), default=0)
         if number and Bundle.open(store, number).interval.boundary.checkpoint_lsn == checkpoint_lsn:
             return
-        if state["error"] or time.monotonic() > deadline:
+        passed = state.get("behind") and state["taken_write"] >= durable  # the image was read, so none was cut there
+        if state["error"] or passed or time.monotonic() > deadline:
             raise PreconditionError(
                 f"no boundary was cut at the shutdown of Postgres: {state['error'] or 'a reader may hold the image'}",
                 f"see {config.paths.agent_log}; end what reads the store, then run this again",
@@ -294,6 +320,11 @@ def _finish(config: Config, doing: Pending, below: Path, progress: Report) -> Pe
                 raise PgcdpError(
                     f"writing back to {', '.join(map(str, devices))} failed: {error.strerror or error}",
                     f"look at {config.paths.engine_log}; pgcdp up {config.name} goes on with it",
+                ) from error
+            except DamageError as error:
+                raise HalfWrittenError(
+                    f"{error.message}; production is down, written back in part",
+                    f"pgcdp restore {config.name} --in-place --target-name {doing.mark} brings it back as it was",
                 ) from error
         client.rewind_record("end", name)
         doing = replace(doing, step="start", written=written)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pgcdp.capture.volumes import sync_filesystem
 from pgcdp.errors import PgcdpError, PreconditionError
+from pgcdp.fsio import NO_ROOM
 
 CHUNK = 4 << 20
 DIRECTORY_BYTES = 4096
@@ -86,7 +87,7 @@ def copy_tree(source: Path, target: Path, done: Callable[[int], None]) -> None:
                     f"{old} is neither file, directory nor link", "remove it from the data directory"
                 )
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in NO_ROOM:
                 raise PreconditionError(f"no space left for {new}", "choose a larger size") from None
             raise PgcdpError(f"cannot copy {old} to {new}: {error.strerror}") from error
     for place, status in reversed(directories):

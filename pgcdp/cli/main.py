@@ -147,9 +147,9 @@ def _of_a_disk(error: Exception) -> PgcdpError | None:
     """What a disk did to a command, wherever that met it, is no bug."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in DISK_ERRORS:
         return None
-    from pgcdp.fsio import told
+    from pgcdp.fsio import NO_ROOM, told
 
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in NO_ROOM
     return PgcdpError(told(error), "make room there, and run this again" if full else "mend that, and run this again")
 
 

@@ -183,6 +183,12 @@ def private_socket(pgdata: Path, user: User) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def segment_name(timeline: int, lsn: int, segment_bytes: int) -> str:
+    """The file of the WAL segment that has this position, on this timeline."""
+    high, low = divmod(lsn // segment_bytes, (1 << 32) // segment_bytes)
+    return f"{timeline:08X}{high:08X}{low:08X}"
+
+
 def switched(pg_wal: Path, timeline: int, segment_bytes: int, archives: bool, user: User) -> None:
     """After the start that made `timeline`: no part of the old one is left to be archived, the new one's history is.
 
@@ -191,8 +197,7 @@ def switched(pg_wal: Path, timeline: int, segment_bytes: int, archives: bool, us
     """
     history = pg_wal / f"{timeline:08X}.history"
     parent, lsn = _parent(history.read_text(errors="replace"))
-    high, low = divmod(lsn // segment_bytes, (1 << 32) // segment_bytes)
-    name = f"{parent:08X}{high:08X}{low:08X}"
+    name = segment_name(parent, lsn, segment_bytes)
     status = pg_wal / "archive_status"
     for path in (pg_wal / name, status / f"{name}.ready", status / f"{name}.done"):
         path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
-from pgcdp.fsio import FileLock, free_space, make_directory
+from pgcdp.fsio import NO_ROOM, FileLock, free_space, make_directory
 from pgcdp.progress import Progress, Report, silent
 from pgcdp.records import Span
 from pgcdp.recovery.choosing import Choice, would_go
@@ -41,7 +41,6 @@ AT_ONCE = 32
 """So many intervals are thinned to make room, then it is looked how much came back: before, it is an estimate."""
 AGAIN_SECONDS = 6 * 3600.0
 """What could not be read is tried again after so long: a disk may have been mended, a cable put in."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from pgcdp.errors import DamageError, PgcdpError
+from pgcdp.errors import DamageError, HalfWrittenError, PgcdpError
 from pgcdp.records import Boundary, Interval, RecoveryPoint, Target
 from pgcdp.store.damage import Costs, Damage, Range, look, place_in
 from pgcdp.store.image import read_state
@@ -121,8 +121,9 @@ def naming_nearest(source: Listed, point: RecoveryPoint) -> Iterator[None]:
     except DamageError as damage:
         hint = damage.hint
         with suppress(PgcdpError, OSError):
-            hint = hint_of(source, point.write, damage.message)
-        raise DamageError(damage.message, hint) from damage
+            found = hint_of(source, point.write, damage.message)
+            hint = f"{hint}; {found}" if isinstance(damage, HalfWrittenError) else found
+        raise type(damage)(damage.message, hint) from damage
 
 
 def hint_of(source: Listed, write: int, message: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pgcdp import proc
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.postgres import cluster
 from pgcdp.postgres.control import Control
+from pgcdp.postgres.timelines import segment_name
 from pgcdp.units import format_lsn
 
 _CREATE = re.compile(r"desc: CREATE (\d+) \"?(.*?)\"?\s*$")
@@ -120,9 +122,9 @@ def _tablespace_records(wal: Path, control: Control, binaries: cluster.Binaries 
             "PostgreSQL of its version is not found", "install it, or name its directory in PGCDP_PG_BINDIRS"
         )
     program = binaries.path("pg_waldump")
-    words = ["--path=.", "--timeline", str(control.timeline), "--rmgr=Tablespace"]
+    words = ["--path=.", "--rmgr=Tablespace", "--start", format_lsn(control.redo_lsn)]
     environment = {**cluster.environment(), "LC_ALL": "C"}
-    command = [str(program), *words, "--start", format_lsn(control.redo_lsn)]
+    command = [str(program), *words, *_first_and_last(wal, control)]
     # As whose WAL it is: the program is one that he may have chosen. He may be unable to get to it by its path.
     status = wal.stat()
     owner = proc.User(f"with number {status.st_uid}", status.st_uid, status.st_gid, ())
@@ -138,6 +140,18 @@ def _at_the_end(said: str, control: Control) -> bool:
     if missing is not None:
         return _segment(missing[1], control.wal_segment_size) != control.redo_lsn // control.wal_segment_size
     return "error in WAL record at" in said
+
+
+def _first_and_last(wal: Path, control: Control) -> tuple[str, str]:
+    """The segment in which recovery begins, and the last of those behind it without a hole.
+
+    Where none is named, pg_waldump learns their size from the first file that it finds, and one that was made in
+    advance is all zeros; where one is, it reads no other.
+    """
+    size = control.wal_segment_size
+    names = (segment_name(control.timeline, lsn, size) for lsn in count(control.redo_lsn, size))
+    first = next(names)
+    return first, [first, *takewhile(lambda name: (wal / name).exists(), names)][-1]
 
 
 def _segment(name: str, size: int) -> int:

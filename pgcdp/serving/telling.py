@@ -11,7 +11,7 @@ from pgcdp.capture.journal import LostWritesError
 from pgcdp.capture.outside import rows_of
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError
-from pgcdp.fsio import told
+from pgcdp.fsio import NO_ROOM, told
 from pgcdp.intervals.stages import Stages
 from pgcdp.opening import outside_json
 from pgcdp.records import Boundary
@@ -45,6 +45,7 @@ def describe(
         **reply,
         "phase": "following",
         "taken_write": opened.last_write,
+        "behind": bool(stages.behind),
         "look_seconds": round(time.monotonic() - questions.whole_look_at),
         "no_look": questions.no_look,
         "waiting": waiting,
@@ -84,6 +85,6 @@ def problem(config: Config, error: PgcdpError | OSError) -> tuple[str, str | Non
         return told(error), f"see whether its disk works: when it is well again, it goes on by itself; else {without}"
     if isinstance(error, PgcdpError):
         return error.message, error.hint
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_ROOM:
         return told(error), "make room there: it goes on by itself"
     return told(error), "see whether its disk works and is mounted: when it is well again, it goes on by itself"

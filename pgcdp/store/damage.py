@@ -23,6 +23,7 @@ from pgcdp.records import BLOCK, Boundary
 from pgcdp.store.bundle import CONTENTS, NEEDED, Bundle
 from pgcdp.store.frames import FrameReader
 from pgcdp.store.image import ImageState, read_state
+from pgcdp.store.image_files import Sealed, Summed
 from pgcdp.store.layout import Store
 from pgcdp.store.published import Published
 
@@ -132,7 +133,7 @@ class Costs:
         volume = next((each.number for each in self.store.volumes if each.name == stem), None)
         if volume is None:
             return self.base.write, None
-        return self.of_blocks(volume, offset // (BLOCK if suffix == "img" else 8), 1)
+        return self.of_blocks(volume, offset // (BLOCK if suffix == "img" else entry_bytes(self.store)), 1)
 
     def of_blocks(self, volume: int, first: int, count: int) -> Range:
         """Of blocks of the image: what has each of them in a backward increment can be restored.
@@ -154,6 +155,11 @@ class Costs:
             if not left.any():
                 return self.listed[number].interval.to_write, None
         return self.base.write, None
+
+
+def entry_bytes(store: Store) -> int:
+    """What NAME.sums has for a block."""
+    return Sealed.unit if store.encrypted else Summed.unit
 
 
 def look(store: Store, base: Boundary, listed: Mapping[int, Published]) -> list[Damage]:
@@ -181,7 +187,7 @@ def look(store: Store, base: Boundary, listed: Mapping[int, Published]) -> list[
                 except DamageError as damage:
                     note(damage.message, bundle.path / name)
     for volume in store.volumes:
-        for suffix, size in (("img", volume.bytes), ("sums", volume.bytes // BLOCK * 8)):
+        for suffix, size in (("img", volume.bytes), ("sums", volume.bytes // BLOCK * entry_bytes(store))):
             file = store.image / f"{volume.name}.{suffix}"
             length = file.stat().st_size if file.exists() else -1
             if length < size:

@@ -25,6 +25,7 @@ from pgcdp.keys import KeySource
 from pgcdp.postgres import timelines
 from pgcdp.records import RecoveryPoint, Span
 from pgcdp.recovery.joining import join
+from pgcdp.recovery.left import damages_of
 from pgcdp.recovery.merged import merge
 from pgcdp.recovery.source import Source
 from pgcdp.store import parquet
@@ -384,3 +385,14 @@ def test_threads_of_arrow_hold_no_object_of_python(
     ((source, during),) = seen
     assert isinstance(source, pa.BufferReader), "an encrypted table is read from memory"
     assert (during, sys.getrefcount(content)) == (held, held)
+
+
+@pytest.mark.parametrize("entries", [1, 40])
+def test_a_copy_without_the_end_of_its_sums_is_not_told_as_whole(tmp_path: Path, key: KeySource, entries: int) -> None:
+    """An entry has 32 bytes here: counted as of a plain store, three quarters of them could be missing."""
+    store = make_store(tmp_path)
+    assert damages_of(Source(store)) == []
+    sums = store.image / "data.sums"
+    os.truncate(sums, sums.stat().st_size - 32 * entries)
+    (damage,) = damages_of(Source(store))
+    assert (damage.file, damage.offset) == (sums, sums.stat().st_size)
