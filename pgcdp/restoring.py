@@ -122,7 +122,7 @@ def rewind(
         "timeline": None,
         "verified": None,
         "down_seconds": round(down, 3),
-        "seconds": 0.0,
+        "seconds": round(time.monotonic() - started, 3),
     }
     try:
         progress(Progress("cutting the boundary behind it"))
@@ -135,11 +135,13 @@ def rewind(
         with suppress(PgcdpError, OSError):  # the store may be what fails
             remember(source, "restore", {**result, "interval": result["boundary"], "in_place": True})
         undone = f"pgcdp restore {set_name} --in-place --target-name {undo} undoes the rewind" if undo else None
-        raise type(error)(
+        error.message = (
             f"{set_name} was rewound to write {point.write} and serves, but the boundary behind that was not proven: "
-            f"{error.message}",
-            "; ".join(part for part in (error.hint, undone) if part) or None,
-        ) from error
+            f"{error.message}"
+        )
+        error.args = (error.message,)
+        error.hint = "; ".join(part for part in (error.hint, undone) if part) or None
+        raise
     result["seconds"] = round(time.monotonic() - started, 3)
     remember(source, "restore", {**result, "interval": boundary["number"], "in_place": True})
     return result

@@ -193,7 +193,10 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
     """Raises PreconditionError for what would stop it on its way; nothing is changed before."""
     progress(Progress("checking"))
     control = cluster.read_control(config.pgdata)
-    _refuse_standby(config, control)
+    if control.state == State.IN_ARCHIVE_RECOVERY:
+        raise PreconditionError(
+            f"the cluster at {config.pgdata} is a standby", "rewind its primary, or promote it first"
+        )
     if control.wal_level == 0:
         raise PreconditionError(
             "wal_level is minimal: Postgres could not come up on a new timeline to undo the rewind",
@@ -208,13 +211,6 @@ def _refuse(config: Config, point: RecoveryPoint, below: Path, progress: Report)
         )
     service.await_following(config.paths)  # it may have been started just now, for this
     _refuse_full(config, EngineClient(config.paths.control).next_status(), point, below)
-
-
-def _refuse_standby(config: Config, control: Control) -> None:
-    if control.state in (State.IN_ARCHIVE_RECOVERY, State.SHUT_DOWN_IN_RECOVERY):
-        raise PreconditionError(
-            f"the cluster at {config.pgdata} is a standby", "rewind its primary, or promote it first"
-        )
 
 
 def _refuse_full(config: Config, status: EngineStatus, point: RecoveryPoint, below: Path) -> None:
@@ -243,7 +239,8 @@ def _stop(config: Config, name: str, progress: Report) -> None:
     service.ask(config.paths, "cut_at_shutdown")
     attach.stop_cluster(config, progress)
     control = cluster.read_control(config.pgdata)
-    _refuse_standby(config, control)
+    if control.state != State.SHUT_DOWN:
+        raise PreconditionError(f"Postgres at {config.pgdata} did not shut down in order", "see its log")
     _wait_boundary(config, control.checkpoint_lsn, progress)
     timelines.keep(config.pgdata / "pg_wal", config.store / TIMELINES, _archives(config))
     attach.unmount(config, progress)
@@ -259,7 +256,7 @@ def _await_image(config: Config, progress: Report) -> None:
         state = service.ask(config.paths, "status")
         if state["error"]:
             raise PreconditionError(f"the agent of {config.name} fails: {state['error']}", state.get("hint"))
-        if state.get("behind") is False:
+        if state["phase"] == "following" and not state.get("behind"):
             return
         if time.monotonic() - begun > TELL_SECONDS:  # it may just be moving
             progress(Progress("waiting for what reads the image, such as a restore to files"))
