@@ -32,3 +32,23 @@ def test_a_tablespace_behind_the_first_segment_is_found_beside_segments_of_zeros
             file.truncate(16 << 20)
         os.chown(segment, live.user.uid, live.user.gid)
     assert list(created(live.pgdata, wal, pg_binaries).values()) == [Path(space)]
+
+
+@pytest.mark.every_variant
+def test_wal_that_ends_with_a_whole_segment_is_read_to_its_end(
+    make_cluster: MakeCluster, pg_binaries: Binaries
+) -> None:
+    """No record behind it is looked for in a segment that does not exist."""
+    live = make_cluster(pg_binaries)
+    space = live.root / "space"
+    space.mkdir()
+    os.chown(space, live.user.uid, live.user.gid)
+    live.sql("checkpoint")
+    live.sql(f"create tablespace away location '{space}'")
+    last = str(live.sql("select pg_walfile_name(pg_switch_wal())")[0][0])
+    live.kill()
+    wal = live.pgdata / "pg_wal"
+    for file in wal.glob("0*"):
+        if file.name > last:
+            file.unlink()
+    assert list(created(live.pgdata, wal, pg_binaries).values()) == [Path(space)]
