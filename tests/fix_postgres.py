@@ -111,6 +111,13 @@ class Live:
         os.chown(self.sockets, self.user.uid, self.user.gid)
         new_data_directory(self.binaries, self.pgdata, *options)
 
+    def own_directory(self, name: str) -> Path:
+        """A new directory beside the data directory that its owner may write to, such as for a tablespace."""
+        place = self.root / name
+        place.mkdir()
+        os.chown(place, self.user.uid, self.user.gid)
+        return place
+
     def configure(self, **settings: str) -> None:
         """Append settings to postgresql.conf."""
         configure(self.pgdata, settings)

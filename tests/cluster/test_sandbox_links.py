@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -83,9 +82,7 @@ def test_production_cannot_be_reached_by_its_socket(
 def test_tablespace_made_inside_the_replay(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
     """Replaying CREATE TABLESPACE names production's directory again: it must not be touched."""
     live = make_cluster(pg_binaries)
-    space = live.root / "space"
-    space.mkdir()
-    os.chown(space, live.user.uid, live.user.gid)
+    space = live.own_directory("space")
     live.sql("checkpoint")
     base = live.crash_copy(place / "copy")
     live.sql(f"create tablespace elsewhere location '{space}'")
@@ -105,9 +102,7 @@ def test_tablespace_made_inside_the_replay(pg_binaries: Binaries, make_cluster: 
 
 def test_links_lead_to_its_own_places(pg_binaries: Binaries, make_cluster: MakeCluster, place: Path) -> None:
     live = make_cluster(pg_binaries, start=False)
-    space, wal = live.root / "space", live.root / "wal"
-    space.mkdir()
-    os.chown(space, live.user.uid, live.user.gid)
+    space, wal = live.own_directory("space"), live.root / "wal"
     shutil.move(live.pgdata / "pg_wal", wal)
     (live.pgdata / "pg_wal").symlink_to(wal)
     live.start()

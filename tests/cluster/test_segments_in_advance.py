@@ -18,9 +18,7 @@ def test_a_tablespace_behind_the_first_segment_is_found_beside_segments_of_zeros
 ) -> None:
     """pg_waldump asks any file for the size of segments: a restore was refused wherever that was one of zeros."""
     live = make_cluster(pg_binaries)
-    space = live.root / "space"
-    space.mkdir()
-    os.chown(space, live.user.uid, live.user.gid)
+    space = live.own_directory("space")
     live.sql("checkpoint")
     live.sql("select pg_switch_wal()")
     live.sql(f"create tablespace away location '{space}'")
@@ -40,9 +38,7 @@ def test_wal_that_ends_with_a_whole_segment_is_read_to_its_end(
 ) -> None:
     """No record behind it is looked for in a segment that does not exist."""
     live = make_cluster(pg_binaries)
-    space = live.root / "space"
-    space.mkdir()
-    os.chown(space, live.user.uid, live.user.gid)
+    space = live.own_directory("space")
     live.sql("checkpoint")
     live.sql(f"create tablespace away location '{space}'")
     last = str(live.sql("select pg_walfile_name(pg_switch_wal())")[0][0])
