@@ -116,8 +116,9 @@ class Workload:
     """`writers` threads on the volumes at `paths` (files of the engine or loop devices over them).
 
     Writer w may write anywhere in the first half of each volume, and in its own stripe of the second half; what it
-    wrote in its stripe it reads back at once. `mark` sends a mark, None leaves marks out. `pause`: seconds between two
-    operations of a writer.
+    wrote in its stripe it reads back at once, unless `reads_back` is false: where a disk loses what it had, a read that
+    is under way may tell so. `mark` sends a mark, None leaves marks out. `pause`: seconds between two operations of a
+    writer.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Workload:
         max_blocks: int = 64,
         first_writer: int = 0,
         pause: float = 0.0,
+        reads_back: bool = True,
     ) -> None:
         self.paths = list(paths)
         self.seed = seed
@@ -137,6 +139,7 @@ class Workload:
         self.mark = mark
         self.max_blocks = max_blocks
         self.pause = pause
+        self.reads_back = reads_back
         self.device = self.paths[0].is_block_device()
         self.sizes = [self._size(path) for path in self.paths]
         self.log: list[list[Op]] = [[] for _ in self.writers]
@@ -234,7 +237,7 @@ class Workload:
             data = bytes(op.length)
         op.answered = op.ended = now()
         self._answered[index] += 1
-        if own and files[op.volume].read(op.offset, op.length) != data:
+        if own and self.reads_back and files[op.volume].read(op.offset, op.length) != data:
             self.wrong.append(f"writer {op.writer} read at {op.offset} of volume {op.volume} what it did not write")
 
     def _mark(self, name: str) -> bool:

@@ -92,7 +92,7 @@ def test_what_a_failed_sync_of_a_volume_lost_is_written_again(make_capture: Make
     capture = make_capture({"data": 8 * MIB})
     capture.allowed += [r"volume data: sync failed", r"error:"]
     capture.start()
-    work = Workload([capture.device("data")], seed=4, max_blocks=16)
+    work = Workload([capture.device("data")], seed=4, max_blocks=16, reads_back=False)
     faults.set("volume.sync", "lost")
     work.start()
     wait_until(lambda: capture.status()["errors"], what="the failed sync")
