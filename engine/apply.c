@@ -6,7 +6,7 @@
  * and their space in the ring is free.
  *
  * The applied mark follows from time to time: volumes synced, then the mark (journal_write.c). A sync that failed is never
- * tried again as if nothing had happened: what lies behind the mark stays in the journal until a restart replays it.
+ * tried again as if nothing had happened: what it may have lost is written again from the journal before anything else (rewrite.c).
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -15,6 +15,7 @@
 #include "cleanup.h"
 #include "io.h"
 #include "log.h"
+#include "reads.h"
 #include "runs.h"
 #include "util.h"
 #include "volume_set.h"
@@ -186,13 +187,65 @@ int vs_apply_unjournalled(struct volume_set *vs, struct block *room)
     return 0;
 }
 
-/* Volumes synced, then the mark. */
+/* From now on no read is answered from the volumes, if they may have lost anything: where nothing was written since the last sync, none
+ * can be lost. */
+static void note_loss(struct volume_set *vs, unsigned volume, int rc, uint64_t applied)
+{
+    {
+        HOLD_LOCK(&vs->lock);
+        if (!vs->volume_failed && vs->synced_write < applied) {
+            vs->volume_failed = true;
+            __atomic_add_fetch(&vs->losses, 1, __ATOMIC_SEQ_CST);
+            pthread_cond_broadcast(&vs->progress);
+        }
+    }
+    vs_note_error(vs, VS_SYNC, "volume %s: sync failed: %s; %s", vs->volumes[volume].name, strerror(-rc),
+                  vs->volume_failed ? "what it may have lost is written again from the journal, reads of it wait"
+                                    : "nothing was written since the last one; it is tried again");
+}
+
+static int sync_volumes(struct volume_set *vs, uint64_t applied)
+{
+#ifdef WITHOUT_SYNC /* a test build only: the power cuts of the tests must notice */
+    return 0;
+#endif
+    int failed = 0;
+    for (unsigned i = 0; i < vs->count; i++) {
+        int rc = io_fdatasync("volume.sync", vs->volumes[i].fd);
+        if (rc)
+            note_loss(vs, i, rc, applied);
+        failed = failed ? failed : rc;
+    }
+    return failed;
+}
+
+/* What a sync lost is on the volumes again, or is not yet. */
+static int write_again(struct volume_set *vs, uint64_t applied)
+{
+    struct err e = {.message = ""};
+    int rc = vs_rewrite(vs, applied, &e);
+    if (rc)
+        vs_note_error(vs, VS_SYNC, "a volume's sync failed, and what it may have lost cannot be written again: %s; it is tried again, and "
+                                   "reads of it wait", e.message);
+    {
+        HOLD_LOCK(&vs->lock);
+        vs->rewrite_failed = rc != 0;
+        vs->volume_failed = rc != 0;
+        pthread_cond_broadcast(&vs->progress);
+    }
+    if (rc == 0)
+        reads_again(vs->reads);
+    return rc;
+}
+
+/* Volumes synced, or written again, then the mark. */
 static void sync_and_mark(struct volume_set *vs)
 {
     struct err e = {.message = ""};
     uint64_t applied = vs->applied_write; /* only this thread changes it */
     uint32_t flags;
     bool tracking;
+    int rc = 0;
     {
         HOLD_LOCK(&vs->lock);
         flags = vs_mark_flags(vs, false);
@@ -200,33 +253,25 @@ static void sync_and_mark(struct volume_set *vs)
         tracking = vs->mode == VS_TRACKING;
         vs->syncing = !tracking;
     }
-    for (unsigned i = 0; i < vs->count && !vs->volume_failed && !tracking; i++) {
-#ifdef WITHOUT_SYNC /* a test build only: the power cuts of the tests must notice */
-        break;
-#endif
-        int rc = io_fdatasync("volume.sync", vs->volumes[i].fd);
-        if (rc) {
-            vs->volume_failed = true;
-            vs_note_error(vs, VS_SYNC,
-                          "volume %s: sync failed: %s; the journal keeps everything since write %lu, pgcdp up --upgrade "
-                          "writes it again",
-                          vs->volumes[i].name, strerror(-rc), vs->synced_write);
-        }
-    }
-    bool marked = !vs->volume_failed && jw_set_applied(vs->jw, applied, flags, &e) == 0;
+    if (!tracking)
+        rc = vs->volume_failed ? write_again(vs, applied) : sync_volumes(vs, applied);
+    bool marked = rc == 0 && !vs->volume_failed && jw_set_applied(vs->jw, applied, flags, &e) == 0;
     if (e.message[0])
         vs_note_error(vs, VS_MARK, "%s", e.message);
     HOLD_LOCK(&vs->lock);
     vs->syncing = false;
+    if (rc == 0 && !tracking)
+        vs->errors[VS_SYNC][0] = '\0';
     vs->last_sync_ns = clock_ns(CLOCK_MONOTONIC);
-    vs->mark_failed = !marked;
+    vs->mark_failed = !marked && !vs->volume_failed;
     if (marked) {
         vs->errors[VS_MARK][0] = '\0';
         vs->synced_write = applied;
         vs->unsynced_bytes = 0;
         if (vs->sync_wanted <= applied)
             vs->sync_wanted = 0;
-    } else {
+    } else if (!vs->volume_failed || vs->rewrite_failed) { /* the first try to write again is at once */
+        pthread_cond_broadcast(&vs->progress);
         wait_ns(vs, RETRY_NS);
     }
     pthread_cond_broadcast(&vs->progress);
@@ -238,7 +283,7 @@ static bool sync_due(struct volume_set *vs)
     jw_get_status(vs->jw, &js);
     HOLD_LOCK(&vs->lock);
     if (vs->volume_failed)
-        return false;
+        return true;
     bool behind = vs->synced_write < vs->applied_write;
     bool old = clock_ns(CLOCK_MONOTONIC) - vs->last_sync_ns > SYNC_NS;
     bool wanted = vs->sync_wanted && vs->sync_wanted <= vs->applied_write;
@@ -255,7 +300,7 @@ static bool wait_for_work(struct volume_set *vs)
         if (age > (uint64_t)LAG_NS || full || vs->parked_first || vs->sync_wanted || vs->stop_applier || !extmap_zero_room(vs->map))
             return true;
     }
-    if (vs->stop_applier || (vs->sync_wanted && vs->sync_wanted <= vs->applied_write && !vs->volume_failed))
+    if (vs->stop_applier || (vs->sync_wanted && vs->sync_wanted <= vs->applied_write))
         return false;
     wait_ns(vs, LAG_NS);
     return false;
@@ -269,7 +314,7 @@ void *applier_main(void *arg)
         abort();
     for (;;) {
         pthread_mutex_lock(&vs->lock);
-        bool work = wait_for_work(vs);
+        bool work = !vs->volume_failed && wait_for_work(vs);
         if (work)
             choose_window(vs, &w);
         bool stop = !work && vs->stop_applier;

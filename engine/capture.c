@@ -169,7 +169,7 @@ static int bring_up(struct capture *c, struct err *e)
     if (rc == 0) /* killed between writing a batch and its sync: no volume may have it before the journal does */
         rc = jr_sync(jr, e);
     if (rc == 0)
-        rc = replay(jr, &to, applied, &replayed, e);
+        rc = replay(jr, &to, applied, REPLAY_ALL, &replayed, e);
     if (rc == 0)
         jr_end(jr, &end);
     size_t count = 0;
@@ -205,7 +205,11 @@ static int bring_up(struct capture *c, struct err *e)
     if (rc == 0) {
         struct tracked *tracked = c->tracked;
         c->tracked = NULL; /* the set's from now on, also when it fails */
-        struct vs_found start = {.last_write = end.last_write, .inside = replayed.inside, .tracked = tracked};
+        struct vs_found start = {.last_write = end.last_write,
+                                 .inside = replayed.inside,
+                                 .tracked = tracked,
+                                 .journal = c->journal,
+                                 .set_id = c->set_id};
         rc = vs_start(&c->set, c->volumes, c->volume_count, c->jw, &start, c->track, e);
     }
     return rc;

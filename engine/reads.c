@@ -11,6 +11,9 @@
  * mappings (not for a place in the device's queue when that is full); what would have to wait is sent again by the
  * completer. Where a backing does not know the flag (some device mapper targets, network filesystems), it goes without.
  *
+ * Behind a failed sync a volume may lack what it had (rewrite.c). What has not come from it then is not answered with it: it waits in its
+ * slot until the volume has everything again, and is looked up and read anew.
+ *
  * Memory is fixed: a read takes a slot with its buffer, small or large. When there is none, it is queued without data and
  * looked up again when its turn comes, which is later and so no worse.
  */
@@ -52,6 +55,7 @@ struct slot {
     enum size_class class;
     struct request request;
     size_t found;
+    uint64_t losses; /* of the volume set, when it was looked up */
     uint8_t *buffer, *overlay; /* the overlay takes blocks that are newer than the volume */
     uint8_t hits[BACKEND_MAX_REQUEST / 4096];
 };
@@ -75,8 +79,9 @@ struct reads {
 
     /* Under the volume set's lock. */
     struct slot *free[CLASSES];
+    struct slot *waiting; /* until the volumes have again what a failed sync may have lost */
     struct queued *first[CLASSES], **last[CLASSES];
-    unsigned under_way;
+    unsigned under_way; /* slots that are neither free nor wait */
 };
 
 static const size_t MEMORY = SMALL_SLOTS * 2 * SMALL_BYTES + LARGE_SLOTS * 2 * BACKEND_MAX_REQUEST;
@@ -162,6 +167,21 @@ static int to_kernel_at_once(struct reads *r, struct slot *s)
     return to_kernel(r, s, 0);
 }
 
+/* What is newer than the volume, and how much the volume may have lost until now. False when the volume cannot be read now: the slot
+ * waits, and is whoever calls reads_again's. Called with the lock. */
+static bool look_up(struct reads *r, struct slot *s)
+{
+    if (r->vs->volume_failed) {
+        s->next = r->waiting;
+        r->waiting = s;
+        r->under_way--;
+        return false;
+    }
+    s->losses = r->vs->losses;
+    s->found = copy_hits(r->vs, &s->request, s->overlay, s->hits);
+    return true;
+}
+
 /* Gives the slot to the next that waits for one, true, or back. Called with the lock. */
 static bool next_request(struct reads *r, struct slot *s)
 {
@@ -176,23 +196,42 @@ static bool next_request(struct reads *r, struct slot *s)
     if (!queued->next)
         r->last[s->class] = &r->first[s->class];
     s->request = queued->request;
-    s->found = copy_hits(r->vs, &s->request, s->overlay, s->hits);
     free(queued);
-    return true;
+    return look_up(r, s);
+}
+
+/* What came was read before the volume lost something, or before it had that again: it must not be answered with. */
+static bool came_too_late(const struct reads *r, const struct slot *s)
+{
+    return __atomic_load_n(&r->vs->losses, __ATOMIC_SEQ_CST) != s->losses;
+}
+
+/* Brings a slot that was looked up to its end: true when it is answered, false when that comes later. */
+static bool serve(struct reads *r, struct slot *s)
+{
+    for (;;) {
+        bool whole = s->found == s->request.length / BLOCK;
+        if (!whole && to_kernel(r, s, 0) == 0)
+            return false;
+        int rc = whole ? 0 : read_now(r, s);
+        if (whole || !came_too_late(r, s)) {
+            answer(r, s, rc);
+            return true;
+        }
+        HOLD_LOCK(&r->vs->lock);
+        if (!look_up(r, s))
+            return false;
+    }
 }
 
 /* The slot's read is answered: goes on with those that waited for it. */
 static void reuse(struct reads *r, struct slot *s)
 {
-    for (;;) {
-        pthread_mutex_lock(&r->vs->lock);
-        bool more = next_request(r, s);
-        pthread_mutex_unlock(&r->vs->lock);
-        bool whole = more && s->found == s->request.length / BLOCK;
-        if (!more || (!whole && to_kernel(r, s, 0) == 0))
-            return;
-        answer(r, s, whole ? 0 : read_now(r, s));
-    }
+    bool more;
+    do {
+        HOLD_LOCK(&r->vs->lock);
+        more = next_request(r, s);
+    } while (more && serve(r, s));
 }
 
 static void completed(struct reads *r, struct slot *s, long result)
@@ -202,11 +241,38 @@ static void completed(struct reads *r, struct slot *s, long result)
     if ((result == -EAGAIN || result == -EOPNOTSUPP) && to_kernel(r, s, 0) == 0)
         return;
     bool odd = result >= 0 || result == -EAGAIN || result == -EOPNOTSUPP;
-    if (result == (long)s->request.length)
-        answer(r, s, 0);
-    else
-        answer(r, s, odd ? read_now(r, s) : (int)result); /* a short read, or the kernel takes none: whatever it costs */
+    int rc = result == (long)s->request.length ? 0 : odd ? read_now(r, s) : (int)result; /* a short read, or the kernel takes none */
+    if (came_too_late(r, s)) {
+        pthread_mutex_lock(&r->vs->lock);
+        bool found = look_up(r, s);
+        pthread_mutex_unlock(&r->vs->lock);
+        if (!found || !serve(r, s))
+            return;
+    } else {
+        answer(r, s, rc);
+    }
     reuse(r, s);
+}
+
+void reads_again(struct reads *r)
+{
+    if (!r)
+        return;
+    for (;;) {
+        struct slot *s;
+        {
+            HOLD_LOCK(&r->vs->lock);
+            s = r->waiting;
+            if (!s)
+                return;
+            r->waiting = s->next;
+            r->under_way++;
+            if (!look_up(r, s))
+                return;
+        }
+        if (serve(r, s))
+            reuse(r, s);
+    }
 }
 
 static bool idle(struct reads *r)
@@ -249,7 +315,7 @@ void reads_take(struct reads *r, unsigned volume, uint64_t offset, size_t length
     vs->reads_taken++;
     vs->bytes_read += length;
     size_t found = copy_hits(vs, &q, r->hit_buffer, hits);
-    bool whole = found == length / BLOCK;
+    bool whole = found == length / BLOCK, waits = false;
     struct slot *s = whole ? NULL : r->free[class];
     struct queued *queued = whole || s ? NULL : malloc(sizeof *queued);
     if (s) {
@@ -257,11 +323,15 @@ void reads_take(struct reads *r, unsigned volume, uint64_t offset, size_t length
         r->under_way++;
         s->request = q;
         s->found = found;
+        s->losses = vs->losses;
+        waits = vs->volume_failed && !look_up(r, s);
     } else if (queued) {
         *queued = (struct queued){.request = q};
         queue(r, class, queued);
     }
     pthread_mutex_unlock(&vs->lock);
+    if (waits)
+        return;
     if (s) {
         if (found) {
             copy_blocks(s->overlay, r->hit_buffer, hits, length / BLOCK);
@@ -277,6 +347,12 @@ void reads_take(struct reads *r, unsigned volume, uint64_t offset, size_t length
 /* Whatever there is of it; no thread uses it any more. */
 static void release(struct reads *r)
 {
+    for (int i = 0; i < CLASSES; i++)
+        while (r->first[i]) { /* a volume lacks something still: whoever serves it next is asked again */
+            struct queued *queued = r->first[i];
+            r->first[i] = queued->next;
+            free(queued);
+        }
     if (r->aio)
         io_destroy(r->aio);
     if (r->stop_fd >= 0)

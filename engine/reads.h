@@ -14,7 +14,10 @@ int reads_start(struct reads **out, struct volume_set *vs);
 /* The backend's read (backend.h), called by the reader alone. */
 void reads_take(struct reads *r, unsigned volume, uint64_t offset, size_t length, void *cookie);
 
-/* No more calls come: answers what is under way, ends the thread. NULL is nothing. */
+/* A volume whose sync failed has again what it had: what waits for it is read. By the applier. */
+void reads_again(struct reads *r);
+
+/* No more calls come, nor is a volume written again: answers what is under way, ends the thread. NULL is nothing. */
 void reads_stop(struct reads *r);
 
 #endif

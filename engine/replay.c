@@ -66,14 +66,15 @@ static int replay_record(const struct replay_volumes *to, struct window *w, cons
     return r->kind == FMT_WRITE ? replay_write(to, w, r, data, e) : replay_zero(to, w, r, e);
 }
 
-static int replay_batches(struct jr *jr, const struct replay_volumes *to, struct window *w, uint64_t applied,
+static int replay_batches(struct jr *jr, const struct replay_volumes *to, struct window *w, uint64_t applied, uint64_t last,
                           struct replayed *out, struct err *e)
 {
     struct jr_batch b;
-    int rc;
-    while ((rc = jr_next(jr, &b, e)) == 1) {
+    int rc = 0;
+    /* Never past `last`: where the journal is written meanwhile, a batch behind it may be half there. */
+    for (uint64_t next = applied + 1; next <= last && (rc = jr_next(jr, &b, e)) == 1; next = b.first_write + b.records) {
         const uint8_t *data = b.data;
-        for (uint32_t i = 0; i < b.records; i++) {
+        for (uint32_t i = 0; i < b.records && b.record[i].number <= last; i++) {
             if (b.record[i].number > applied) {
                 rc = replay_record(to, w, &b.record[i], data, e);
                 if (rc)
@@ -84,15 +85,15 @@ static int replay_batches(struct jr *jr, const struct replay_volumes *to, struct
             data += round_block(b.record[i].data_length);
         }
     }
-    return rc;
+    return rc < 0 ? rc : 0;
 }
 
-int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, struct replayed *out, struct err *e)
+int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, uint64_t last, struct replayed *out, struct err *e)
 {
     struct window w = {.data = io_alloc(WINDOW_BYTES), .blocks = calloc(WINDOW_BLOCKS, sizeof *w.blocks)};
     int rc = w.data && w.blocks ? 0 : err_sys(e, -ENOMEM, "replay");
     if (rc == 0)
-        rc = replay_batches(jr, to, &w, applied, out, e);
+        rc = replay_batches(jr, to, &w, applied, last, out, e);
     if (rc == 0)
         rc = flush(to, &w, e);
     for (unsigned i = 0; rc == 0 && i < to->count; i++)

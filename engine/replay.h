@@ -1,8 +1,10 @@
-/* Brings the volumes to the end of the journal, before anything else is done with them. */
+/* Brings writes from the journal to the volumes: at a start all behind the applied mark, and behind a failed sync what that may have
+ * lost (rewrite.c). */
 #ifndef PGCDP_REPLAY_H
 #define PGCDP_REPLAY_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 #include "backing.h"
 #include "err.h"
@@ -19,8 +21,10 @@ struct replayed {
     bool inside;     /* as FMT_APPLIED_INSIDE: at first as the mark has it, then behind all of them */
 };
 
-/* Everything of the journal behind write `applied`, from where `jr` stands; then the volumes are synced.
+#define REPLAY_ALL UINT64_MAX
+
+/* The journal's writes behind `applied` up to `last` or to its end, from where `jr` stands; then the volumes are synced.
  * ERR_PRECONDITION for a write that lies outside of the volumes. */
-int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, struct replayed *out, struct err *e);
+int replay(struct jr *jr, const struct replay_volumes *to, uint64_t applied, uint64_t last, struct replayed *out, struct err *e);
 
 #endif

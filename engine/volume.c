@@ -11,7 +11,8 @@
  * When a write does not fit (ring full, journal stalled), it is parked, and all later ones behind it, so that the reader
  * goes on and reads are still answered; when the parking space is full, the reader waits.
  *
- * What becomes of writes when the journal cannot grow: tracking.c. Reads are answered in reads.c.
+ * What becomes of writes when the journal cannot grow: tracking.c; of what a volume's failed sync lost: rewrite.c. Reads are
+ * answered in reads.c.
  */
 #include "volume.h"
 
@@ -315,7 +316,7 @@ static void *committer_main(void *arg)
  * told at once. */
 static bool writes_wait(const struct volume_set *vs)
 {
-    return vs->stalled || (vs->apply_failed && vs->parked_first);
+    return vs->stalled || ((vs->apply_failed || vs->rewrite_failed) && vs->parked_first);
 }
 
 static int why_not_to_wait(const struct volume_set *vs)
@@ -369,10 +370,11 @@ int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e)
     uint64_t wanted = vs->durable_write;
     vs->sync_wanted = max_u64(vs->sync_wanted, wanted);
     pthread_cond_signal(&vs->to_apply);
-    while (vs->synced_write < wanted && !vs->volume_failed && !vs->apply_failed && !vs->mark_failed && !vs->stop_applier)
+    while ((vs->synced_write < wanted || vs->volume_failed) && !vs->rewrite_failed && !vs->apply_failed && !vs->mark_failed &&
+           !vs->stop_applier)
         pthread_cond_wait(&vs->progress, &vs->lock);
     *applied_write = vs->synced_write;
-    if (vs->synced_write >= wanted)
+    if (vs->synced_write >= wanted && !vs->volume_failed)
         return 0;
     for (int i = 0; i < VS_TROUBLES; i++)
         if (vs->errors[i][0])
@@ -390,7 +392,7 @@ void vs_get_status(struct volume_set *vs, struct volume_status *out)
 {
     HOLD_LOCK(&vs->lock);
     *out = (struct volume_status){
-        .stalled = writes_wait(vs),
+        .stalled = writes_wait(vs) || vs->rewrite_failed, /* reads of the volumes wait as well */
         .last_write = vs_last_write(vs),
         .applied_write = vs->applied_write,
         .unapplied_bytes = vs->data_head - vs->data_tail,
@@ -470,6 +472,8 @@ int vs_start(struct volume_set **out, struct volume *volumes, unsigned count, st
     vs->tracked = found->tracked;
     vs->inside = found->inside;
     vs->track = track;
+    vs->journal = found->journal;
+    vs->set_id = found->set_id;
     vs->volumes = volumes;
     vs->count = count;
     vs->jw = jw;

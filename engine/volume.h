@@ -33,6 +33,8 @@ struct vs_found { /* what a restart found */
     uint64_t last_write;     /* all up to this one is applied and synced */
     bool inside;             /* it lies inside a rewind in place, or a gap that is taken in while Postgres is stopped */
     struct tracked *tracked; /* may be NULL; it is the set's from now on, and one that is not idle is gone on with */
+    const char *journal;     /* its directory, and whose it is: they stay until vs_free */
+    const uint8_t *set_id;
 };
 
 /* Starts committer, applier and completer. Owns the fds from now on. The `volumes` stay where they are until vs_free; they may grow
@@ -51,7 +53,8 @@ int vs_mark(struct volume_set *vs, const char *name, uint8_t flags, uint64_t *wr
  * tracked. */
 int vs_cut(struct volume_set *vs, uint64_t *durable_write);
 
-/* Everything durable at the call is on the volumes and synced when it returns 0. */
+/* Everything durable at the call is on the volumes and synced when it returns 0. Where a sync fails, when it was tried to write again
+ * what that lost. */
 int vs_sync(struct volume_set *vs, uint64_t *applied_write, struct err *e);
 
 /* While changes are tracked: begins to bring them into the journal, behind the begin record of a gap. ERR_PRECONDITION when nothing

@@ -85,8 +85,12 @@ struct volume_set {
     bool end_taken;                  /* the gap's end record is on its way to the journal, */
     bool ended;                      /* ... and is durable there; the bitmap does not say so yet */
     char not_healed[400];            /* why the last wish to heal was not followed, or "" */
-    bool syncing;       /* the applier syncs the volumes */
-    bool volume_failed; /* a sync failed: nothing is marked as applied until a restart */
+    bool syncing;        /* the applier syncs the volumes, or writes them again */
+    bool volume_failed;  /* a sync failed: they may lack what they had, until it is written again (rewrite.c); only the applier changes it */
+    bool rewrite_failed; /* ... which was tried, and is tried again */
+    uint64_t losses;     /* so many times a sync failed where it may have lost something; atomic, changed under the lock */
+    const char *journal;
+    const uint8_t *set_id;
     bool apply_failed;  /* the last window could not be written; tried again */
     bool mark_failed;   /* the last applied mark could not be written; tried again */
     char errors[VS_TROUBLES][256]; /* what does not work now; "" what does */
@@ -118,6 +122,10 @@ void vs_take_parked(struct volume_set *vs);
 void vs_note_error(struct volume_set *vs, enum vs_trouble what, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 void *applier_main(void *vs);
+
+/* Writes to the volumes again, from the journal, what a failed sync may have lost: behind synced_write, up to write `applied`, which all
+ * are. Then syncs them. By the applier alone; 0, or an error of which nothing but time, or the next start, may be the end. */
+int vs_rewrite(struct volume_set *vs, uint64_t applied, struct err *e);
 
 /* The oldest batch that is not committed goes to the volumes, which are synced then. By the committer, when all before it are
  * applied; the applier has nothing to do then. 0 or -errno, and the error is noted: the same may be tried again. */

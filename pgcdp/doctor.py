@@ -37,6 +37,7 @@ ON_VOLUMES = frozenset({"settings", "data outside the set", "role", "places"})
 NOT_OPENED = "what the intervals lack is not known: the store does not open"
 INCOMPLETE_HINT = "pgcdp info tells which points lack what; once all is in the set, later ones are whole"
 LOOK_HINT = "see whether Postgres takes connections, and what locks its catalogs: the agent looks again by itself"
+SYNC_HINT = "the volume's disk fails, look at dmesg; what it may have lost is written again as soon as it takes that"
 EVENTS = 1000
 """So many of the newest events are looked through for jumps of the clock."""
 LOOK_LATE_SECONDS = 300
@@ -59,7 +60,7 @@ def examine(
         ("holder", lambda: _holder(config, engine)),
         ("agent", lambda: _agent(config)),
         ("settings", lambda: _settings(config, engine)),
-        ("data outside the set", lambda: _outside(config, opened)),
+        ("data outside the set", lambda: _outside(config, engine, opened)),
         ("role", lambda: _role(config, engine)),
         ("places", lambda: _places(config)),
         ("space", lambda: space.examine(config, engine, opened)),
@@ -92,8 +93,8 @@ def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
         yield failed("capture", "no engine runs: nothing is captured", f"pgcdp up {config.name}")
     elif engine.state == "stalled":
         hint = "see that the agent runs and that store, journal and volumes have space, or raise journal_limit"
-        if _sync_failed(engine):  # the journal is full of what it may not forget
-            hint = f"pgcdp up {config.name} --upgrade writes the volume again from the journal, while writes wait"
+        if _sync_failed(engine):
+            hint = SYNC_HINT
         yield failed("capture", f"{'; '.join(engine.errors) or 'the journal is full'}: writes wait", hint)
     elif engine.tracked is not None:
         yield failed(
@@ -103,7 +104,7 @@ def _capture(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
     elif engine.errors:
         hint = f"look at {config.paths.engine_log}"
         if _sync_failed(engine):
-            hint = f"pgcdp up {config.name} --upgrade writes it again from the journal, before that is full"
+            hint = SYNC_HINT
         yield failed("capture", "; ".join(engine.errors), hint)
     else:
         yield passed("capture", f"write {engine.durable_write} is durable")
@@ -121,7 +122,7 @@ def _volumes(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
 
 
 def _sync_failed(engine: EngineStatus) -> bool:
-    """Whether only a next capture process goes on from it, which `down`, with writes that wait, could not lead to."""
+    """Whether a volume may lack what it had, until it is written again from the journal."""
     return any("sync failed" in each for each in engine.errors)
 
 
@@ -169,18 +170,22 @@ def _settings(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
     yield from of_remarks(promise.running(session.Dsn.of(config), config.pgdata))
 
 
-def _outside(config: Config, opened: Opened) -> Iterator[Finding]:
-    """What nobody captures now, and which intervals lack what nobody captured then (truth 8)."""
+def _outside(config: Config, engine: EngineStatus | None, opened: Opened) -> Iterator[Finding]:
+    """What nobody captures now, and which intervals lack what nobody captured then (truth 8).
+
+    While writes wait, the walk of a directory may wait with them: xfs then holds its lock.
+    """
     name = "data outside the set"
     mountpoints = [volume.mountpoint for volume in config.volumes]
-    attached = all_mounted(mountpoints)
+    waits = engine is not None and engine.state == "stalled"
+    attached = not waits and all_mounted(mountpoints)
     found = find_outside(config.pgdata, mountpoints) if attached else []
     if found:
         places = ", ".join(f"{each.name} in {each.place}" for each in found)
         yield failed(name, f"not captured: {places}", takes_in(config.name, found))
     store = opened.if_it_opens()
     if not attached:
-        yield passed(name, "not looked for: the volumes are not mounted")
+        yield passed(name, "not looked for: " + ("writes wait" if waits else "the volumes are not mounted"))
     if store is None:
         if attached and not found:
             yield passed(name, f"none now; {NOT_OPENED}")

@@ -43,6 +43,7 @@ ALLOWED = [
     r"journal: segment \d+ is sealed at",
     r"the journal (is full|has space again): writes",
     r"volume data: .*Input/output error",
+    r"(a volume's sync failed|the volumes have again)",
     r"(?i)no space left on device",
     r"(?i)input/output error",
     *KILLED,
@@ -142,29 +143,23 @@ class Truth:
         before = self.load.acknowledged()
         self._stalls("volume data", "Input/output error")
         assert self.load.acknowledged() > before, "what is durable in the journal is answered"
+        assert "dmesg" in self._hint("capture")
         self.faults.clear("volume")
-        self._written_again()
         self._writes_go_on()
         return said
 
     def failed_sync(self) -> str:
-        """It is not known what is on the volume: said until it was written again from the journal."""
+        """What the disk lost is written again from the journal, which fails for a while as well."""
+        self.faults.set("volume.replay.sync", "lost", times=0)
         self.faults.set("volume.sync", "lost")
-        said = self._said("volume data", "sync failed", "pgcdp up --upgrade", agent=False)
+        said = self._said("sync failed", agent=False)
         synced = self.found.engine.status().synced_write
-        self.load.wait_for(200)
-        status = self.found.engine.status()
-        assert status.state == "capturing", "production runs on"
-        assert status.synced_write == synced, "nothing is taken for applied"
-        self._written_again()
+        said = self._stalls("sync failed", "cannot be written again")
+        assert "dmesg" in self._hint("capture")
+        assert self.found.engine.status().synced_write == synced, "nothing is taken for applied"
+        self.faults.clear("volume.replay.sync")
         self._writes_go_on()
         return said
-
-    def _written_again(self) -> None:
-        """By what `check` says: also while writes wait, which could not be had from Postgres's end."""
-        assert "sync failed" in self._failed("capture")
-        assert f"pgcdp up {self.found.name} --upgrade" in self._hint("capture")
-        api.up(self.found.name, upgrade=True)
 
     # --- together
 
@@ -177,8 +172,6 @@ class Truth:
         self._said(str(self.store.place), NO_DISK)
         self.faults.clear_all()
         self.store.come_back()
-        if "sync failed" in (api.status(self.found.name)["error"] or ""):
-            self._written_again()
         self._writes_go_on()
         return said
 

@@ -14,8 +14,7 @@ import pytest
 from tests.faults.rounds import DISKS, points_here, start_points, under_load
 from tests.faults.service import Faults
 from tests.fix_engine import MIB, Capture, Direct, MakeCapture
-from tests.model import read_journal, replay
-from tests.raw_workload import Workload
+from tests.model import read_journal
 from tests.results import keep_result
 from tests.stage_history import VOLUMES
 from tests.waiting import wait_until
@@ -85,36 +84,6 @@ def test_journal_volume_and_store_fail_together(make_capture: MakeCapture, fault
             faults.clear_all()
             truth.goes_on()
         truth.check()
-
-
-def test_what_a_failed_sync_of_a_volume_lost_is_written_again(make_capture: MakeCapture, faults: Faults) -> None:
-    """The volume has what it had before: no sync after it may be taken for good until everything was written again."""
-    capture = make_capture({"data": 8 * MIB})
-    capture.allowed += [r"volume data: sync failed", r"error:"]
-    capture.start()
-    work = Workload([capture.device("data")], seed=4, max_blocks=16, reads_back=False)
-    faults.set("volume.sync", "lost")
-    work.start()
-    wait_until(lambda: capture.status()["errors"], what="the failed sync")
-    assert "pgcdp up" in capture.status()["errors"][0]
-    before = capture.status()["synced_write"]
-    work.wait_answered(work.answered + 500)
-    work.finish()
-    assert "error" in capture.request("sync"), "nothing is said to be on the volume"
-    assert capture.status()["synced_write"] == before
-    wait_until(lambda: "error" not in capture.request("stop"), what="stop")
-    assert capture.process is not None
-    capture.process.wait(timeout=60)
-    capture.process = None
-    capture.unmount()
-    capture.start()
-    assert capture.status()["errors"] == []
-    capture.request("sync")
-    writes = read_journal(capture.journal).writes
-    assert (
-        capture.backing("data").read_bytes()
-        == replay([capture.baseline("data").read_bytes()], writes, writes[-1].number)[0]
-    )
 
 
 def test_a_batch_whose_sync_failed_is_in_another_segment(make_capture: MakeCapture, faults: Faults) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -22,7 +23,9 @@ from tests.faults.service import Faults
 from tests.faults.tracking import points_of_a_new_bitmap
 from tests.fix_engine import BLOCK, MIB, Capture, Direct
 from tests.model import Wrong, read_journal, read_tracked
-from tests.waiting import wait_until
+from tests.waiting import pass_time, wait_until
+
+TRACK_AFTER_SECONDS = 3
 
 
 @pytest.fixture
@@ -92,30 +95,27 @@ def test_a_slow_disk_does_not_look_like_a_clock_that_was_set(capture: Capture, f
     assert capture.stop() == 0
 
 
-def test_a_failed_sync_from_before_is_told_until_a_start(capture: Capture, faults: Faults) -> None:
-    """What is tracked is synced on its own: that goes well, and says nothing of what the failed one may have lost."""
+def test_no_gap_begins_on_a_volume_that_lacks_what_it_had(capture: Capture, faults: Faults) -> None:
+    """What is tracked is in memory and on the volumes alone: nothing could tell it from what a failed sync lost."""
     with Direct(capture.device("data")) as volume:
-        for at in range(0, 12 * MIB, MIB):  # more than a segment
-            volume.write(at, b"1" * MIB)
-    assert "error" not in capture.request("sync")
-    faults.set("volume.sync", "eio")
-    capture.request("release", write=capture.status()["durable_write"])  # for the mark that gives a segment free
-    wait_until(lambda: any("sync failed" in each for each in capture.status()["errors"]), what="the failed sync")
-    track(capture, faults)
-    assert any("pgcdp up --upgrade" in each for each in capture.status()["errors"])
-    heal(capture, faults)
-    wait_until(lambda: state(capture) == "capturing", what="healing")
-    with Direct(capture.device("data")) as volume:
-        volume.write(0, b"3" * BLOCK)
-    told = capture.request("sync")
-    assert "sync failed" in told["error"]["message"]
-    assert "pgcdp up --upgrade" in told["error"]["message"]
-    capture.kill()
-    capture.start()
-    assert capture.status()["errors"] == []
-    assert "error" not in capture.request("sync")
-    with Direct(capture.device("data")) as volume:
-        assert volume.read(0, BLOCK) == b"3" * BLOCK
+        volume.write(0, b"1" * MIB)
+        wait_until(lambda: capture.status()["unapplied_bytes"] == 0, what="it is on the volume")
+        faults.set("volume.replay.sync", "lost", times=0)
+        faults.set("volume.sync", "lost")
+        wait_until(lambda: faults.fired("volume.replay.sync"), what="the failed sync, and a try to write it again")
+        faults.set("journal.batch.sync", "eio", times=0)
+        writing = Thread(target=lambda: volume.write(0, b"2" * BLOCK))
+        writing.start()
+        pass_time(TRACK_AFTER_SECONDS + 2)
+        assert state(capture) == "stalled"
+        faults.clear("volume.replay.sync")
+        writing.join(30)
+        assert not writing.is_alive()
+        assert state(capture) == "tracking"
+        heal(capture, faults)
+        wait_until(lambda: state(capture) == "capturing", what="healing")
+        assert volume.read(0, 2 * BLOCK) == b"2" * BLOCK + b"1" * BLOCK
+    assert capture.stop() == 0
 
 
 @pytest.mark.parametrize("point", [each for each in points_of_a_new_bitmap() if "directory" not in each])

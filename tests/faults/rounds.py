@@ -296,7 +296,14 @@ class Truth:
 @contextmanager
 def under_load(capture: Capture, faults: Faults, seed: int) -> Iterator[Truth]:
     """A raw set whose baseline is complete, with writers on it."""
-    capture.allowed += [r"journal: ", r"the journal (is full|has space)", r"volume \w+: ", r"applied mark", r"error:"]
+    capture.allowed += [
+        r"journal: ",
+        r"the journal (is full|has space)",
+        r"volume \w+: ",
+        r"(a volume's sync failed|the volumes have again)",
+        r"applied mark",
+        r"error:",
+    ]
     capture.start()
     with ServiceProcess(capture, seed) as service:
         wait_until(lambda: service.ask()["taken"] > 0, timeout=60, what="the first boundary")
