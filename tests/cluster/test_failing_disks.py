@@ -154,7 +154,7 @@ class Truth:
         self.faults.set("volume.sync", "lost")
         said = self._said("sync failed", agent=False)
         synced = self.found.engine.status().synced_write
-        said = self._stalls("sync failed", "cannot be written again")
+        said = self._stalls("sync failed", "cannot be written again", answered=True)
         assert "dmesg" in self._hint("capture")
         assert self.found.engine.status().synced_write == synced, "nothing is taken for applied"
         self.faults.clear("volume.replay.sync")
@@ -209,8 +209,9 @@ class Truth:
         assert now["pgcdp_state", "capturing"] == 1
         assert now["pgcdp_lag_seconds", ""] > before["lag_seconds"]
 
-    def _stalls(self, *words: str) -> str:
-        """Writes wait, and `status`, `check` and the metrics say so."""
+    def _stalls(self, *words: str, answered: bool = False) -> str:
+        """Writes wait, and `status`, `check` and the metrics say so. Or, `answered`, what is durable in the journal is still
+        answered, and reads of the volume wait."""
 
         def stalled() -> bool:
             status = api.status(self.found.name)
@@ -230,7 +231,9 @@ class Truth:
         wait_until(lambda: samples(self.port)["pgcdp_state", "stalled"] == 1, timeout=15, what="the metrics say so")
         count = self.load.acknowledged()
         pass_time(1.0)
-        assert self.load.acknowledged() <= count + self.load.clients, "nothing is answered that is not durable"
+        assert answered or self.load.acknowledged() <= count + self.load.clients, (
+            "nothing is answered that is not durable"
+        )
         return said
 
     def _writes_go_on(self) -> None:
