@@ -143,6 +143,39 @@ static void drop_tail(struct jw *jw)
     jw->drop_tail = false;
 }
 
+/* ---- what a failing disk did not remove ---- */
+
+/* It takes room, and nobody uses it. Called without the lock. */
+static void note_leftover(struct jw *jw, int rc, const char *name)
+{
+    HOLD_LOCK(&jw->lock);
+    if (rc && rc != -ENOENT && jw->leftover_count < JW_MOST_LEFTOVERS)
+        memcpy(jw->leftovers[jw->leftover_count++], name, sizeof jw->leftovers[0]);
+}
+
+/* By the preparer, which alone takes them from the list. Called without the lock. */
+static void remove_leftovers(struct jw *jw)
+{
+    for (;;) {
+        char name[32];
+        {
+            HOLD_LOCK(&jw->lock);
+            if (jw->leftover_count == 0)
+                return;
+            memcpy(name, jw->leftovers[jw->leftover_count - 1], sizeof name);
+        }
+        int rc = io_unlink("journal.leftover.unlink", jw->dir, name);
+        if (rc && rc != -ENOENT)
+            return; /* the next try is in a second */
+        HOLD_LOCK(&jw->lock);
+        for (size_t i = 0; i < jw->leftover_count; i++) /* another thread may have noted more */
+            if (strcmp(jw->leftovers[i], name) == 0) {
+                memmove(jw->leftovers[i], jw->leftovers[--jw->leftover_count], sizeof name);
+                break;
+            }
+    }
+}
+
 /* Called without the lock; false when there is nothing to do now. */
 static bool prepare_one(struct jw *jw)
 {
@@ -168,7 +201,8 @@ static bool prepare_one(struct jw *jw)
     int rc = make_ready(jw, from, &s, fresh);
     if (rc) {
         note_error(jw, JW_SEGMENT, rc, fresh ? "cannot make a segment" : "cannot use a segment again");
-        io_unlink("journal.segment.unlink", jw->dir, from); /* the next try is another file: this one may never work again */
+        /* The next try is another file: this one may never work again. */
+        note_leftover(jw, io_unlink("journal.segment.unlink", jw->dir, from), from);
     }
     HOLD_LOCK(&jw->lock);
     jw->in_transit--;
@@ -194,6 +228,7 @@ void *jw_preparer_main(void *arg)
 {
     struct jw *jw = arg;
     for (;;) {
+        remove_leftovers(jw);
         bool worked = prepare_one(jw);
         HOLD_LOCK(&jw->lock);
         if (jw->stop)
@@ -257,7 +292,7 @@ void jw_recycle(struct jw *jw)
         for (size_t i = 0; i < kept; i++) {
             char name[32];
             free_name(name, freed[i]);
-            io_unlink("journal.recycle.give_up", jw->dir, name);
+            note_leftover(jw, io_unlink("journal.recycle.give_up", jw->dir, name), name);
         }
         HOLD_LOCK(&jw->lock);
         jw->in_transit -= kept;

@@ -14,6 +14,8 @@ struct segment {
     int fd;              /* -1 unless batches may go into it */
 };
 
+#define JW_MOST_LEFTOVERS 64u /* more are removed at the next start */
+
 enum jw_trouble { JW_BATCH, JW_SEGMENT, JW_RECYCLE, JW_TROUBLES };
 
 struct jw {
@@ -36,6 +38,8 @@ struct jw {
     size_t free_count;
     size_t in_transit; /* files between live, free and ready: they still take space */
     char errors[JW_TROUBLES][256]; /* what does not work now; "" what does */
+    char leftovers[JW_MOST_LEFTOVERS][32]; /* files of no use that a failing disk did not remove: the preparer tries again */
+    size_t leftover_count;
     bool drop_tail; /* segments behind the last durable batch are of no use: the preparer removes them */
 
     /* Only the committer changes these, under the lock. */

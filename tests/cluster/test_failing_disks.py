@@ -210,8 +210,7 @@ class Truth:
         assert now["pgcdp_lag_seconds", ""] > before["lag_seconds"]
 
     def _stalls(self, *words: str, answered: bool = False) -> str:
-        """Writes wait, and `status`, `check` and the metrics say so. Or, `answered`, what is durable in the journal is still
-        answered, and reads of the volume wait."""
+        """Writes wait, and `status`, `check` and the metrics say so. `answered`: only reads of the volume wait."""
 
         def stalled() -> bool:
             status = api.status(self.found.name)

@@ -42,6 +42,11 @@ def fall_back(capture: Capture, faults: Faults) -> None:
     assert capture.backing("data").read_bytes()[LAST * BLOCK :][:BLOCK] == b"1" * BLOCK, "nothing was lost"
 
 
+def wait_fired(faults: Faults, point: str) -> None:
+    """It has failed."""
+    wait_until(lambda: faults.fired(point), what=point)
+
+
 class Reads:
     """One thread for each block, from the last one on."""
 
@@ -156,7 +161,7 @@ def test_what_failed_syncs_lose_under_load_is_written_again(capture: Capture, fa
         if "replay" in point:
             faults.set("volume.sync", "lost")
         work.wait_answered(work.answered + 300)
-        wait_until(lambda point=point: faults.fired(point), what=point)
+        wait_fired(faults, point)
         wait_until(lambda: capture.status()["errors"] == [], what="it is written again")
         with Direct(capture.device("data")) as volume:
             volume.read(0, MIB)

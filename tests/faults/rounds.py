@@ -33,9 +33,9 @@ SURELY_SECONDS = 60.0
 """How long one that a test names, on a machine that is busy with something else."""
 DISKS = ("journal", "volume", "store")
 AT_A_START = ("journal.open", "journal.replay", "volume.replay", "journal.mark.directory")
-NOT_HERE = ("clone", "journal.recycle.unlink", "tracked", "volume.tracked")
-"""Of other programs; what only another size of segments leads to; what only comes while changes are tracked: for that
-tests/faults/tracking.py."""
+NOT_HERE = ("clone", "journal.recycle.unlink", "journal.leftover", "tracked", "volume.tracked")
+"""Of other programs; what only another size of segments leads to, or only two failures: tests/engine/test_leftovers.py;
+what only comes while changes are tracked: tests/faults/tracking.py."""
 LEADS = {
     "journal.segment.reserve": "journal.segment.header",
     "journal.segment.fill": "journal.segment.header",
