@@ -241,7 +241,7 @@ class Agent:
         assert baseline is not None
         await self._in_worker(self.healing.see, status, stages.store)
         if stages.baseline_end is None:
-            await self._in_worker(stages.baseline_step, status.applied_write)
+            await self._in_worker(stages.baseline_step, status.synced_write)
             status = await self._in_worker(self.engine.status)  # the journal has filled while the copy went on
             if self._pressed(status) or (baseline.complete and self.learning is None):
                 await self._in_worker(stages.relieve)

@@ -116,7 +116,7 @@ class Follower:
 
     def _finish_baseline(self, stages: Stages, rng: random.Random) -> None:
         while stages.baseline is not None:  # as the agent does: a step also when the copy was complete
-            stages.baseline_step(self.engine.status().applied_write, 0.001)
+            stages.baseline_step(self.engine.status().synced_write, 0.001)
             if rng.random() < 0.2:
                 stages.relieve()
             if stages.baseline.complete:

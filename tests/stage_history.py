@@ -115,7 +115,7 @@ class History:
         stages = self.stages
         assert stages.baseline is not None
         while not stages.baseline.complete:
-            stages.baseline_step(self.engine.status().applied_write, 0.002)
+            stages.baseline_step(self.engine.status().synced_write, 0.002)
         stages.baseline_copied(self.engine.status().applied_write, self.checkpoint)
         self.write_checkpoint()
         wait_until(lambda: stages.finish_baseline(self.engine.status().durable_write), what="the first boundary")

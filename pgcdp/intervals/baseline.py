@@ -5,7 +5,8 @@ The copy goes through each volume once. Let p be the place it has reached and q 
     blocks below p: every write up to q is in the image; later ones are applied when the journal is read on
     blocks from p on: not copied yet; a write up to q is on the volume already, so the copy brings it
 
-The second line holds because the journal is only read up to what the engine has applied to the volumes. A block copied
+The second line holds because the journal is only read up to what the engine has synced on the volumes: what is only
+applied may be lost for a while when a sync fails. A block copied
 with content newer than q goes back and forth once more while the journal is read on, and ends right: all writes behind
 q come, in order. So segments up to q can be released as soon as the image is synced and says (p, q), and a journal
 much smaller than the copy's writes is enough. The image is right at every write from the end of the copy on; it becomes
@@ -90,7 +91,7 @@ class Baseline:
                 return
 
     def take(self, run: BatchRun) -> None:
-        """Go through a run of the journal, all of it applied to the volumes by now: it changes what was copied."""
+        """Go through a run of the journal, all of it synced on the volumes by now: it changes what was copied."""
         if not len(run):
             return
         apply_run(self.image, run, [self.copied[volume.name] // BLOCK for volume in self.volumes])

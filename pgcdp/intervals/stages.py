@@ -141,14 +141,14 @@ class Stages:
         if self.store.baseline is not None:  # killed between naming the boundary and reaching it: no write beyond it
             self._reach(self.store.baseline)
 
-    def baseline_step(self, applied: int, seconds: float = 0.5) -> None:
-        """Copy for a while, then go through the journal up to `applied`, the engine's applied write."""
+    def baseline_step(self, synced: int, seconds: float = 0.5) -> None:
+        """Copy for a while, then go through the journal up to `synced`, the engine's synced write."""
         baseline = self._baseline()
         until = time.monotonic() + seconds
         while not baseline.complete and time.monotonic() < until:
             baseline.copy_chunk()
         if self.baseline_end is None:
-            for run in self._some(self.journal.batches(baseline.journal_write, applied, self._start)):
+            for run in self._some(self.journal.batches(baseline.journal_write, synced, self._start)):
                 self.finder.scan(run)
                 baseline.take(run)
                 self._start = run.end
@@ -165,7 +165,7 @@ class Stages:
         """The copy is complete and holds nothing behind `durable`: from there on a checkpoint ends it.
 
         `durable` is the engine's durable write: the copy may have seen writes on their way to the volume, which the
-        applied write does not tell of yet, and an agent killed here may have taken all that was durable.
+        synced write does not tell of yet, and an agent killed here may have taken all that was durable.
         `checkpoint_lsn`: the newest checkpoint that Postgres knows now, in case none was captured yet.
         """
         self.baseline_end = durable

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from pgcdp.records import Volume
+from pgcdp.store.layout import Store
 from tests.faults.service import Faults
 from tests.fix_engine import BLOCK, MIB, Capture, Direct
+from tests.follower import Follower
 from tests.model import read_journal, replay
 from tests.raw_workload import Workload
+from tests.stage_history import VOLUMES
 from tests.waiting import pass_time, wait_until
 
 MANY = 60
@@ -45,6 +49,19 @@ def fall_back(capture: Capture, faults: Faults) -> None:
 def wait_fired(faults: Faults, point: str) -> None:
     """It has failed."""
     wait_until(lambda: faults.fired(point), what=point)
+
+
+def follower_of(capture: Capture) -> Follower:
+    """An agent with a fresh store."""
+    store = capture.root / "store"
+    volumes = [Volume(i, each, size) for i, (each, size) in enumerate(capture.volumes.items())]
+    Store.create(store, "raw", bytes.fromhex(capture.set_id), volumes)
+    spec: dict[str, object] = {
+        "store": str(store), "control": str(capture.socket), "journal": str(capture.journal), "mode": "optimal",
+        "set_id": capture.set_id, "backings": [str(capture.backing(each)) for each in capture.volumes],
+        "control_device": str(capture.device("control")),
+    }  # fmt: skip
+    return Follower(spec)
 
 
 class Reads:
@@ -150,6 +167,33 @@ def test_a_sync_that_fails_with_nothing_to_lose_keeps_no_read_waiting(capture: C
         assert capture.status()["state"] == "capturing"
     wait_until(lambda: capture.status()["errors"] == [], what="the next sync")
     assert not faults.fired("volume.replay.sync")
+
+
+def test_a_baseline_that_copies_what_the_disk_fell_back_to_is_right(
+    faulty_engine: Path, faults: Faults, scratch: Path
+) -> None:
+    capture = Capture(faulty_engine, scratch / "followed", VOLUMES)
+    capture.start()
+    follower = follower_of(capture)
+    fall_back(capture, faults)
+    stages = follower.open()
+    assert stages.baseline is not None
+    status = follower.engine.status()
+    stages.baseline_step(status.synced_write, 0)  # nothing is copied yet: what it goes through here is on the volume
+    while not stages.baseline.complete:
+        stages.baseline_step(status.synced_write)
+    faults.clear("volume.replay.write")
+    wait_until(lambda: capture.status()["errors"] == [], what="it is written again")
+    stages.baseline_step(follower.engine.status().synced_write)
+    stages.baseline_copied(follower.engine.status().durable_write, 0)
+    while stages.baseline is not None:
+        follower.checkpoint()
+        stages.finish_baseline(follower.engine.status().durable_write)
+    assert "error" not in capture.request("sync")
+    stages.close()
+    image = follower.path / "image" / "data.img"
+    assert image.read_bytes() == capture.backing("data").read_bytes()
+    capture.kill()
 
 
 def test_what_failed_syncs_lose_under_load_is_written_again(capture: Capture, faults: Faults) -> None:

@@ -128,7 +128,7 @@ class Service(Follower):
         baseline = stages.baseline
         assert baseline is not None
         if stages.baseline_end is None:
-            stages.baseline_step(self.engine.status().applied_write, 0.01)
+            stages.baseline_step(self.engine.status().synced_write, 0.01)
             stages.relieve()
             if baseline.complete:
                 stages.baseline_copied(self.engine.status().durable_write, 0)
