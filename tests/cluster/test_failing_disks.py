@@ -143,7 +143,6 @@ class Truth:
         before = self.load.acknowledged()
         self._stalls("volume data", "Input/output error")
         assert self.load.acknowledged() > before, "what is durable in the journal is answered"
-        assert "dmesg" in self._hint("capture")
         self.faults.clear("volume")
         self._writes_go_on()
         return said
@@ -198,7 +197,10 @@ class Truth:
     def _capture_goes_on(self) -> None:
         """Without the store: commits are answered, nothing of them is stored, the lag grows."""
         before = api.status(self.found.name)
-        self.load.wait_for(200)
+        try:
+            self.load.wait_for(200)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: {before}, then {api.status(self.found.name)}") from None
         pass_time(1.0)
         after = api.status(self.found.name)
         assert after["state"] == "capturing"
