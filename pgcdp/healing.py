@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pgcdp import fsio, log, service
+from pgcdp import fsio, log, service, twice
 from pgcdp.capture import attach, fingerprint, renewing, same_parts, tracking, volumes
 from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import AppliedMark, Journal
@@ -96,9 +96,8 @@ def heal(config: Config, below: Path, agree: Agree, progress: Report = silent) -
         durable = _marked(config).durable_write
         if _nothing_restorable(config):
             agree(Differences({}, changed, unreadable))
-            (config.store / "image/state.json").unlink(missing_ok=True)
             if config.store.is_dir():
-                fsio.sync_directory(config.store / "image")
+                twice.STATE.remove(config.store / "image")
             if unreadable is not None:
                 renewing.begin_anew(config, durable)
             fingerprint.forget(config)
@@ -177,7 +176,7 @@ def _marked(config: Config) -> AppliedMark:
 
 def _nothing_restorable(config: Config) -> bool:
     """Whether the first backup image is not complete, so that a gap would be in front of everything."""
-    if not (config.store / "store.json").exists() and not _marked(config).released_write:
+    if not twice.STORE.exists(config.store) and not _marked(config).released_write:
         return True
     store = Store.open(config.store, config.set_id_bytes)
     return store.baseline is None and not store.interval_numbers()

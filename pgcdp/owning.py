@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pgcdp import twice
 from pgcdp.capture import attach, elsewhere, home, renewing, same_parts
 from pgcdp.capture.control import EngineClient
 from pgcdp.capture.journal import Journal
@@ -23,7 +24,7 @@ def check(config: Config, take_over: bool = False, progress: Report = silent) ->
     capture goes on without.
     """
     here = Place.here(config.root)
-    if not (config.store / "store.json").exists():
+    if not twice.STORE.exists(config.store):
         if take_over:
             elsewhere.Watch(config).end(progress)
             _move(config)

@@ -28,7 +28,7 @@ OVERHEAD = NONCE_BYTES + TAG_BYTES
 """Bytes that a sealed piece is longer than what it holds."""
 PIECE_BLOCKS = 1 << 14
 """Blocks of the image that have one key: 64 MiB."""
-CLEAR = ("store.json", "owner.json", "encryption.json", "encryption-copy.json")
+CLEAR = ("store.json", "store-copy.json", "owner.json", "encryption.json", "encryption-copy.json")
 """Files at the top of a store that whoever has no key may read: whose it is, and what the key must fit."""
 
 _FILE = struct.Struct("<8sII12sI")

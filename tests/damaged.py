@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgcdp import twice
 from pgcdp.capture.engine import run_engine
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.records import Target
@@ -109,8 +110,8 @@ class Damaged:
         return None if first <= write < last else False
 
     def _needs_of_image(self, hit: Hit, write: int) -> bool | None:
-        if hit.file.name == "state.json":
-            return True
+        if hit.file.name in twice.STATE.names:
+            return False  # the other one is whole
         if hit.how == "missing":
             return None
         volume = {"data": 0, "wal": 1}[hit.file.name.split(".")[0]]
@@ -185,7 +186,7 @@ class Damaged:
                 return self.scene.world.writer.path(self.chooser.choice(segments))
             case "image":
                 names = [f"{volume.name}.{suffix}" for volume in self.store.volumes for suffix in ("img", "sums")]
-                return self.store.image / self.chooser.choice([*names, "state.json"])
+                return self.store.image / self.chooser.choice([*names, *twice.STATE.names])
             case "catalog":
                 return catalog_file(self.store)
         number = self.chooser.randint(1, len(self.ends) - 1)

@@ -31,6 +31,7 @@ PYTHON_FLOORS: dict[str, int] = {
     "pgcdp.machine": 1,
     "pgcdp.sealing": 1,
     "pgcdp.keys": 1,
+    "pgcdp.twice": 1,
     "pgcdp.wrapped": 1,
     "pgcdp.proc": 1,
     "pgcdp.background": 1,

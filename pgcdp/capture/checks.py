@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgcdp import config as settings
-from pgcdp import fsio, keys, proc
+from pgcdp import fsio, keys, proc, twice
 from pgcdp.capture import kernel, places, planning, promises, volumes
 from pgcdp.capture.engine import find_engine
 from pgcdp.capture.planning import Backing
@@ -135,7 +135,7 @@ def check_places(request: ProtectRequest, places: Sequence[Path], journal: Path)
                     f"{what} {place} is inside the {'tablespace' if number else 'data'} directory {each}",
                     f"choose a --{what} elsewhere, best on another disk",
                 )
-        if (place / "store.json").exists():
+        if twice.STORE.exists(place):
             raise PreconditionError(
                 f"{place} is the store of {_owner_of(place)}", f"choose an empty --{what} directory"
             )
@@ -154,7 +154,7 @@ def check_places(request: ProtectRequest, places: Sequence[Path], journal: Path)
 def _owner_of(store: Path) -> str:
     """The set, cluster and machine that a store is of, as far as it tells."""
     try:
-        said = fsio.read_json(store / "store.json")
+        said = twice.STORE.read(store)
         told = f"set {said['set']} ({said['set_id']}), cluster {said['cluster']['system_identifier']}"
         return f"{told}, on {Place.of(fsio.read_json(store / 'owner.json')['place'])}"
     except (DamageError, KeyError, TypeError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pgcdp import twice
 from pgcdp.capture.filemap import FileMap
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.capture.outside import Outside, rows_of
@@ -117,7 +118,9 @@ class Stages:
 
         An image that does not exist yet is begun. Raises DamageError when store or journal lack what they said to have.
         """
-        if (store.image / "state.json").exists():
+        for file in twice.mend(store.path):
+            log.warning("%s was damaged or missing: it is written again from its other copy", file)
+        if twice.STATE.exists(store.image):
             image = Image.open(store, writable=True)
         else:
             _refuse_lost_image(store)

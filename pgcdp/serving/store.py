@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pgcdp import twice
 from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config
 from pgcdp.errors import PreconditionError
@@ -13,7 +14,7 @@ from pgcdp.store.layout import Store
 
 def open_store(config: Config, status: EngineStatus) -> Store:
     """Raises PreconditionError when the store is gone that the journal gave writes to."""
-    if (config.store / "store.json").exists():
+    if twice.STORE.exists(config.store):
         return Store.open(config.store, config.set_id_bytes)
     if status.released_write:
         raise PreconditionError(

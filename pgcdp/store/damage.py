@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pgcdp import twice
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, TargetError
 from pgcdp.records import BLOCK, Boundary
 from pgcdp.store.bundle import CONTENTS, NEEDED, Bundle
@@ -74,8 +75,8 @@ class Costs:
             return None
         everything: Range = (self.base.write, None)
         match parts:
-            case ("image", "state.json"):
-                return everything
+            case ("image", name) if name in twice.STATE.names:
+                return everything if self.state is None else None
             case ("image", name) if name.endswith((".img", ".sums")):
                 return self._of_file(name, offset)
             case ("incoming", *_):

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pgcdp import twice
 from pgcdp.errors import BugError, DamageError, PreconditionError
-from pgcdp.fsio import naming, punch_hole, read_all, read_json, sync_directory, write_all, write_json
+from pgcdp.fsio import naming, punch_hole, read_all, sync_directory, write_all
 from pgcdp.records import BLOCK, Volume
 from pgcdp.store.image_files import VolumeFiles, is_zero
 from pgcdp.store.image_lock import make_lock
@@ -68,7 +69,7 @@ def read_state(store: Store) -> ImageState:
     """Where the image is. DamageError if the file is damaged or lost, PreconditionError if there is no image."""
     path = store.image / "state.json"
     try:
-        content: dict[str, Any] = read_json(path)
+        content: dict[str, Any] = twice.STATE.read(store.image)
     except FileNotFoundError:
         if store.baseline is not None:
             raise DamageError(
@@ -252,7 +253,7 @@ class Image:
 
     def _set(self, state: ImageState) -> None:
         self.sync()
-        write_json(self.store.image / "state.json", state.as_json())
+        twice.STATE.write(self.store.image, state.as_json())
         self.state = state
 
     def set_baseline(self, journal_write: int, copied: dict[str, int]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pgcdp import keys, wrapped
+from pgcdp import keys, twice, wrapped
 from pgcdp.capture.modes import close_to_others
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError
-from pgcdp.fsio import FileLock, is_locked, make_directory, read_json, write_json
+from pgcdp.fsio import FileLock, is_locked, make_directory
 from pgcdp.records import Boundary, Span, Volume
 from pgcdp.store.entries import entries
 
@@ -76,14 +76,14 @@ class Store:
         wrong. `keyless`: for who reads only what is clear in every store; the key is not asked for.
         """
         try:
-            content = read_json(path / "store.json")
+            content = twice.STORE.read(path)
         except (FileNotFoundError, NotADirectoryError):
             raise PreconditionError(f"{path} has no store.json", "name a store with --store") from None
         if content.get("format") != FORMAT:
             raise PreconditionError(
                 f"{path} has format {content.get('format')}, this pgcdp reads {FORMAT}", "use the pgcdp that wrote it"
             )
-        known = {"format", "set", "set_id", "volumes", "baseline", "encrypted"}
+        known = {"format", "set", "set_id", "volumes", "baseline", "encrypted", "revision", twice.MARK}
         baseline = content.get("baseline")
         store = cls(
             path,
@@ -112,8 +112,9 @@ class Store:
             "volumes": [asdict(volume) for volume in self.volumes],
             "baseline": None if self.baseline is None else self.baseline._asdict(),
             **({"encrypted": True} if self.encrypted else {}),
+            "revision": twice.next_revision(self.path),
         }
-        write_json(self.path / "store.json", content)
+        twice.STORE.write(self.path, content)
 
     def with_baseline(self, boundary: Boundary) -> Store:
         """The same store with boundary 0, written durably to store.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pgcdp import keys
+from pgcdp import keys, twice
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.catalog import FILE_NAME, Catalog, catalog_file
@@ -17,7 +17,8 @@ from pgcdp.store.rewinds import keep as keep_rewinds
 
 def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
     """Make `catalog.db` anew; returns it with what could not be read and is therefore not in it. What the store has
-    twice, of rewinds, gaps and its data key, it has twice again.
+    twice, of rewinds, gaps, its data key and what `twice` is for, it has twice again: the image's state, which an agent
+    writes with its next move, only where none runs.
 
     The new catalog is built beside the old one and takes its place by rename. Nobody else may have it open.
     """
@@ -26,6 +27,9 @@ def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
         raise PreconditionError(f"{place.parent} cannot be written", "run pgcdp rebuild as root")
     if store.encrypted:
         keys.mend_copies(store.path)
+    twice.STORE.mend(store.path)
+    if not store.has_agent():
+        twice.STATE.mend(store.image)
     fresh = place.with_name(f"{FILE_NAME}.new")
     for leftover in (fresh, fresh.with_name(fresh.name + "-wal"), fresh.with_name(fresh.name + "-shm")):
         leftover.unlink(missing_ok=True)

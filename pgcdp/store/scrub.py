@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pgcdp import keys, wrapped
+from pgcdp import keys, twice, wrapped
 from pgcdp.errors import DamageError, PgcdpError, TargetError
-from pgcdp.fsio import read_json
 from pgcdp.postgres import timelines
 from pgcdp.records import BLOCK, Gap, Rewind, Span
 from pgcdp.store.base import base_place, check_copies, check_kept, missing_before, read_base
@@ -34,6 +33,7 @@ from pgcdp.store.open_interval import read_open
 from pgcdp.store.rewinds import KEPT as REWINDS
 from pgcdp.store.rewinds import kept as kept_rewinds
 from pgcdp.store.survey import survey
+from pgcdp.twice import Twice
 
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and bytes in all."""
@@ -98,14 +98,12 @@ class Checker:
         """store.json, the oldest boundary, that intervals follow each other, what is open, timelines, history."""
         begun = len(self.report.damages)
         everything = "every boundary and write can still be restored if nothing else is damaged"
-        with _noting(self, self.store.path / "store.json", everything):
-            read_json(self.store.path / "store.json")
+        self._check_small(twice.STORE, self.store.path, everything)
         self._check_data_key()
         self._check_chain()
         self._check_incoming()
-        with _noting(
-            self, self.store.image / "state.json", "nothing is known to be restorable without the image's state"
-        ):
+        self._check_small(twice.STATE, self.store.image, _WITHOUT_STATE)
+        with _noting(self, self.store.image / twice.STATE.name, _WITHOUT_STATE):
             Image.open(self.store).close()
         self._check_timelines()
         self._check_twice(REWINDS, "rewinds", kept_rewinds, _WITHOUT_REWINDS)
@@ -115,6 +113,15 @@ class Checker:
                 read_history(self.store, name)
                 self._read(self.store.history / name)
         return self._found(begun)
+
+    def _check_small(self, file: Twice, place: Path, without: str) -> None:
+        """Both copies of a small file that is there twice, where one of them is whole; else `without` it."""
+        with _noting(self, place / file.name, without):
+            for one, message, other in file.damaged(place):
+                if other is not None:
+                    self._note(one, 0, message, f"everything, as long as {other} is whole: {_WRITTEN_AGAIN}")
+            if file is twice.STORE:
+                file.read(place)
 
     def _check_data_key(self) -> None:
         """Both copies of what an encrypted store is opened with."""
@@ -401,6 +408,8 @@ class Checker:
             self.count(unpaid)
 
 
+_WRITTEN_AGAIN = "the agent writes it again when it starts, and the image's state with each interval, too"
+_WITHOUT_STATE = "nothing is known to be restorable without the image's state"
 _WITHOUT_DATA_KEY = f"everything, as long as a copy of {wrapped.FILES[0]} is elsewhere"
 _WITHOUT_REWINDS = (
     "every boundary and write can still be restored; should an interval with a rewind in it be lost, too, transactions "

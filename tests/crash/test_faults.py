@@ -49,7 +49,7 @@ ONE_OF_EACH_KIND = [
     ("store.frames.FrameWriter.finish.fsync", "lost", 1),
     ("store.bundle.publish.rename", "eio", 1),
     ("store.image_files.VolumeFiles.sync.fsync", "lost", 1),
-    ("store.image.Image._set.rename", "eio", 1),
+    ("twice.Twice.write.rename", "eio", 1),
     ("store.catalog.Catalog._put.upsert", "enospc", 0),
     ("journal", "enospc", 0),
     ("volume", "eio", 0),

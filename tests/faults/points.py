@@ -17,7 +17,7 @@ ROOMS = ("store", "intervals")
 """Folders in which everything that is written must be durable."""
 FILES = (
     "recovery.expiring", "recovery.sweeping", "recovery.joining", "recovery.merged", "recovery.rewind", "rewinding",
-    "recovery.restore", "recovery.places", "growing", "extending", "healing", "remaking", "config", "wrapped",
+    "recovery.restore", "recovery.places", "growing", "extending", "healing", "remaking", "config", "wrapped", "twice",
     "postgres.timelines", "capture.protect", "capture.copying", "capture.fingerprint", "capture.home", "capture.held",
     "capture.volumes", "capture.journal", "capture.renewing", "capture.same_parts",
 )  # fmt: skip

@@ -50,7 +50,7 @@ SILENT = ("journal.segment.unlink", "journal.recycle.give_up", "journal.tail.unl
 """What fails there is said of the place before it, or over as soon as that place is well again."""
 OURS = (
     "store.frames.", "store.bundle.", "store.image.", "store.image_files.", "store.open_interval.",
-    "store.catalog.Catalog._put", "store.parquet.", "intervals.stages.Stages.", "recovery.merged.",
+    "store.catalog.Catalog._put", "store.parquet.", "intervals.stages.Stages.", "recovery.merged.", "twice.",
 )  # fmt: skip
 """Python points that a service without Postgres comes by."""
 SELDOM = (
@@ -59,7 +59,7 @@ SELDOM = (
 )  # fmt: skip
 """Random rounds hardly come by these: tests/unit/test_seldom_faults.py goes there, and to the last one, which only an
 encrypted store has, test_failing_files.py."""
-ONCE_A_SET = ("add_volume", ".grow.", "Image.create", ".cut.", "_layers")
+ONCE_A_SET = ("add_volume", ".grow.", "Image.create", ".cut.", "_layers", "Twice.remove")
 
 
 def points_here() -> list[str]:

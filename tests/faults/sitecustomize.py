@@ -2,8 +2,8 @@
 
 `PGCDP_TEST_FAULTS` names a directory; a file in it fails the point it is named like, or all points of a disk (see there
 for what it says). A point is ROOM.FUNCTION.CALL: the innermost function of pgcdp, `pgcdp.fsio` left out, for which a
-call changes a disk, such as `store.frames.FrameWriter.sync.fdatasync`. Rooms of the store, intervals and recovery
-belong to the disk `store`. `tests/faults/points.py` reads from the sources which there are.
+call changes a disk, such as `store.frames.FrameWriter.sync.fdatasync`. Rooms of the store, intervals and recovery,
+and `twice`, belong to the disk `store`. `tests/faults/points.py` reads from the sources which there are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-DISK_ROOMS = ("store", "intervals", "recovery")
+DISK_ROOMS = ("store", "intervals", "recovery", "twice")
 WRITES = ("pwrite", "write")
 SYNCS = ("fsync", "fdatasync")
 NAMES = ("rename", "replace", "ftruncate", "unlink", "mkdir", "posix_fallocate", "sendfile")

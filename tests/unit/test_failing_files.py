@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pgcdp import wrapped
+from pgcdp import twice, wrapped
 from pgcdp.errors import DamageError, PgcdpError
 from pgcdp.keys import KeySource
 from pgcdp.machine import Place
@@ -36,6 +36,7 @@ from pgcdp.store.scrub_record import Record, read_record, write_record
 from pgcdp.store.transactions import SCHEMA, TRANSACTIONS, read_look, read_transactions, write_look, write_transactions
 from tests.faults.points import python_points
 from tests.faults.service import Faults
+from tests.small_store import flip
 
 SET_ID = bytes(range(16))
 HERE = Place("/", "a" * 32, "uuid-1", "one", "boot-1")
@@ -101,8 +102,9 @@ def catalogued(store: Store) -> set[str]:
 
 
 def make_inside(store: Store) -> None:
-    """As the agent does: one that is there is opened."""
+    """As the agent does: one that is there is opened, and its small files are mended."""
     if inside(store) is not None:
+        twice.mend(store.path / "one")
         return
     Store.create(store.path / "one", "inner", SET_ID, [Volume(0, "data", 8 * BLOCK)])
 
@@ -120,7 +122,7 @@ def index_nothing(store: Store) -> None:
 
 
 def inside(store: Store) -> object:
-    return Store.open(store.path / "one").volumes if (store.path / "one" / "store.json").exists() else None
+    return Store.open(store.path / "one").volumes if twice.STORE.exists(store.path / "one") else None
 
 
 def wrap(store: Store) -> None:
@@ -145,11 +147,23 @@ def mend(store: Store) -> None:
     wrapped.mend(store.path)
 
 
+def lose_its_copy(store: Store) -> None:
+    flip(store.path / twice.STORE.copy, 0)
+
+
+def both(store: Store) -> int:
+    """How many copies of store.json are whole; the store opens with the other."""
+    assert Store.open(store.path) == store
+    return 2 - len(list(twice.STORE.damaged(store.path)))
+
+
 def make_image(store: Store) -> None:
     Image.create(store, 1).close()
 
 
 def grow(store: Store) -> None:
+    """As an agent does that starts again behind each error."""
+    twice.mend(store.path)
     image = Image.open(Store.open(store.path), writable=True)
     image.grow(0, 16 * BLOCK)
     image.close()
@@ -198,10 +212,10 @@ FILES = {
     "owner": File(("store.lease.",), take, owner),
     "scrub": File(("store.scrub_record.", "store.notes.make_notes."), scrub, began),
     "store.json": File(
-        ("store.layout.Store._write.",),
+        ("twice.Twice.write.",),
         lambda store: store.with_baseline(BOUNDARY), lambda store: Store.open(store.path).baseline,
     ),
-    "a store": File(("store.layout.",), make_inside, inside),
+    "a store": File(("store.layout.", "twice.Twice.write."), make_inside, inside),
     "transactions": File(("store.parquet.",), index_nothing, transactions),
     "names": File(
         ("store.parquet.",), lambda store: write_look(store.path, LOOK), lambda store: read_look(store.path) is not None
@@ -215,11 +229,18 @@ FILES = {
         lambda store: (store.path / "catalog.db").write_bytes(b"of before"),
     ),
     "an image": File(
-        ("store.image.Image.create.",), make_image, lambda store: (store.image / "state.json").exists()
+        ("store.image.Image.create.", "twice.Twice.write."), make_image, lambda store: twice.STATE.exists(store.image)
     ),
-    "a larger image": File(("store.image_files.VolumeFiles.grow.", "store.layout."), grow, sizes, make_image),
+    "an image given up": File(
+        ("twice.Twice.remove.",), lambda store: twice.STATE.remove(store.image),
+        lambda store: twice.STATE.exists(store.image), make_image,
+    ),
+    "a small file's lost copy": File(
+        ("twice.Twice.write.",), lambda store: twice.mend(store.path), both, lose_its_copy
+    ),
+    "a larger image": File(("store.image_files.VolumeFiles.grow.", "twice.Twice.write."), grow, sizes, make_image),
     "one more volume": File(
-        ("store.image.add_volume.", "store.image_files.VolumeFiles.grow.", "store.layout."),
+        ("store.image.add_volume.", "store.image_files.VolumeFiles.grow.", "twice.Twice.write."),
         lambda store: add_volume(store, Volume(1, "wal", 8 * BLOCK)), sizes, make_image,
     ),
     "a stream": File(("store.frames.FrameWriter.cut.",), cut_a_stream, length),

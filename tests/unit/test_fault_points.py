@@ -17,6 +17,7 @@ TESTED = {
         "store.catalog.", "store.gaps.keep.", "store.gaps.announce.", "store.history.", "store.layout.", "store.lease.",
         "store.let_go.", "store.notes.", "store.open_views.", "store.parquet.", "store.rebuild.", "store.rewinds.keep.",
         "store.scrub_record.", "wrapped.write.", "wrapped.mend.",
+        "twice.Twice.write.", "twice.Twice.remove.",
     ),
     "unit/test_renewing.py": ("capture.renewing.", "capture.journal."),
     "crash/test_faults_of_index.py": ("intervals.indexing.", "intervals.readout."),

@@ -55,10 +55,10 @@ def test_one_flipped_byte_in_any_file_is_found_and_named(tmp_path: Path) -> None
     catalog.close()
     chooser = random.Random(11)
     files = [path for path in sorted(store.path.rglob("*")) if path.is_file() and path.name != "lock"]
-    assert len(files) == 1 + 1 + 2 + 2 + 3 * 7 + 1
+    assert len(files) == 2 + 2 + 2 + 2 + 3 * 7 + 1
     for path in files:
         size = path.stat().st_size
-        whole = path.name in ("settings.json", "manifest.json", "state.json")
+        whole = path.name in ("settings.json", "manifest.json", "state.json", "state-copy.json")
         for at in [0, size - 1, *(chooser.randrange(size) for _ in range(12))]:
             raw = flip(path, at, 6 if whole else chooser.randrange(8))
             if "incoming" in path.parts:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pgcdp import twice
 from pgcdp.errors import DamageError
 from pgcdp.looking import info
 from pgcdp.records import RecoveryPoint, Target
@@ -19,6 +20,7 @@ from pgcdp.store.catalog import catalog_file
 from pgcdp.store.layout import Store
 from pgcdp.store.notes import notes_of
 from tests.journal_writer import BLOCK, DISCARD, Op
+from tests.small_store import flip
 from tests.unit.test_blockmap import Scene, materialized
 from tests.unit.test_increments import BLOCKS, apply_op, boundary, capture, make_world, run_interval
 
@@ -179,8 +181,12 @@ def test_the_nearest_points_are_named(scene: Scene) -> None:
         "the nearest that can be restored: --target-boundary 1 (2001-09-09T01:46:40.000000Z) before it, "
         "--target-boundary 2 (2001-09-09T01:46:40.000000Z) behind it"
     )
-    state = scene.world.store.image / "state.json"
-    assert "no other point" in hint_of(source, 5, f"{state} has a wrong checksum at offset 0")
+    states = [scene.world.store.image / name for name in twice.STATE.names]
+    said = f"{states[0]} has a wrong checksum at offset 0"
+    assert "no other point" not in hint_of(source, ends[1] - 2, said), "its other copy is whole"
+    for state in states:
+        flip(state, 0)
+    assert "no other point" in hint_of(source, 5, said)
 
 
 def test_runs_of_points_without_what_is_lost() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pgcdp import keys, sealing, wrapped
+from pgcdp import keys, sealing, twice, wrapped
 from pgcdp.checking.opened import Opened
 from pgcdp.errors import DamageError, PreconditionError
 from pgcdp.fsio import read_json, write_json
@@ -245,8 +245,12 @@ def test_a_killed_create_is_done_again_with_another_key(tmp_path: Path, key: Key
         assert sealing.data_key_of(fresh) not in (None, first)
         sealing.forget(fresh)
         assert Store.open(fresh) == again
-        assert sorted(path.name for path in fresh.iterdir() if path.is_file()) == sorted([*wrapped.FILES, "store.json"])
-    (fresh / "store.json").unlink()
+        found = sorted(path.name for path in fresh.iterdir() if path.is_file())
+        assert found == sorted([*wrapped.FILES, *twice.STORE.names])
+    (fresh / twice.STORE.name).unlink()
+    with pytest.raises(PreconditionError, match="is not an empty directory"):  # its copy is a store
+        Store.create(fresh, "s", SET_ID, list(store.volumes))
+    (fresh / twice.STORE.copy).unlink()
     (fresh / "somebody's").touch()
     with pytest.raises(PreconditionError, match="is not an empty directory"):
         Store.create(fresh, "s", SET_ID, list(store.volumes))
