@@ -21,6 +21,7 @@ from pgcdp.recovery import named
 from pgcdp.recovery.left import damages_of
 from pgcdp.recovery.source import Source
 from pgcdp.recovery.target import window
+from pgcdp.store.agreement import AGAIN, disagreement
 from pgcdp.store.catalog import Catalog
 from pgcdp.store.damage import Damage, Range
 from pgcdp.store.kept import kept_marks
@@ -175,7 +176,7 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
     except DamageError:  # behind the last boundary: what lies before it can be listed all the same
         first, last = window(source.published())
     listed = source.listed()
-    damages = damages_of(source)
+    damages = damages_of(source) + ([] if store is None else _of_another_moment(source))
     verified, events = _remembered(source.store, list(listed), catch_up=store is not None)
     known: list[Json] | None = None
     with suppress(DamageError, PreconditionError):  # intervals can be listed all the same
@@ -195,6 +196,15 @@ def info(set_name: str | None, store: Path | None = None) -> Json:
         "damages": [damage_json(each) for each in damages],
         "lost": [_lost_json(first, last) for first, last in _joined(lost)],
     }
+
+
+def _of_another_moment(source: Source) -> list[Damage]:
+    """Of a store alone, which may be a copy that was made while it was written: no point is right then."""
+    with suppress(DamageError, PreconditionError, OSError):  # what is damaged is told of as that
+        found = disagreement(source.store)
+        if found is not None:
+            return [Damage(found.file, found.offset, found.message, AGAIN, (source.base().write, None))]
+    return []
 
 
 def _remembered(store: Store, numbers: Sequence[int], *, catch_up: bool) -> tuple[dict[int, Json], list[Json]]:

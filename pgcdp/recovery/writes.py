@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pgcdp.capture.journal import BatchRun, Journal
 from pgcdp.errors import DamageError, PreconditionError, TargetError
 from pgcdp.records import INDEX, Boundary, Interval, RecoveryPoint, Span
+from pgcdp.store.agreement import refuse_disagreement
 from pgcdp.store.base import base_settings, read_base
 from pgcdp.store.bundle import Bundle, OpenSnapshot, read_open, settings_behind
 from pgcdp.store.catalog import seen_of
@@ -65,6 +66,7 @@ class Writes:
         self.now_ns = now_ns
         self.pgdata = pgdata
         self._trusting = trusting
+        self._agreed = False
         self._listed: tuple[Names, dict[int, Published]] = (), {}
 
     def copy(self) -> Self:
@@ -347,9 +349,13 @@ class Writes:
         """The image does not move inside, nor while somebody inherits the descriptor (-1: nobody moves it anyway).
 
         The store is looked at again: its volumes may have become larger, and what is behind the image lies there.
+        Raises PreconditionError for a store alone whose image is of another moment than its state says.
         """
         with image_held(self.store) as descriptor:
             self.store = Store.open(self.store.path, self.store.set_id)
+            if self.journal is None and not self._agreed:  # a store alone may be a copy
+                refuse_disagreement(self.store)
+                self._agreed = True
             yield descriptor
 
     def image_state(self) -> ImageState:

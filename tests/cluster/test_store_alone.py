@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from pgcdp.fsio import write_atomic
 from pgcdp.postgres import cluster
 from pgcdp.postgres.cluster import Binaries
 from pgcdp.recovery import clone
+from pgcdp.store.image import read_state
+from pgcdp.store.layout import Store
 from tests.fix_disks import MakeDisk
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import MakeSet, ProtectedSet
@@ -107,6 +110,35 @@ def test_a_machine_that_has_only_a_copy(make_set: MakeSet, pg_binaries: Binaries
         assert sorted(path.name for path in (root / "var").iterdir()) == ["cache"]
     api.up(found.name)
     assert found.sql("select count(*) from t") == [(110,)]
+
+
+@pytest.mark.timeout(600)
+def test_a_copy_of_a_store_that_was_written_meanwhile(make_set: MakeSet, pg_binaries: Binaries) -> None:
+    """Its image is of before what it says: neither restored nor proven, and a copy behind `down` is."""
+    found = make_set(pg_binaries)
+    found.sql("create table t as select n as id from generate_series(1, 1000) n")
+    first = api.cut(found.name)["number"]
+    wait_until(lambda: read_state(Store.open(found.store)).boundary >= first, what="an image that has moved")
+    mixed, place = found.root / "mixed", found.root / "restored"
+    shutil.copytree(found.store / "image", mixed / "image")
+    found.sql("delete from t where id > 100")
+    last = api.cut(found.name)["number"]
+    wait_until(lambda: read_state(Store.open(found.store)).boundary >= last, what="an image that has moved")
+    api.down(found.name)
+    whole = found.root / "whole"
+    shutil.copytree(found.store, whole)
+    shutil.copytree(found.store, mixed, ignore=shutil.ignore_patterns("*.img", "*.sums"), dirs_exist_ok=True)
+    told = pgcdp("info", "--store", str(mixed))
+    assert [each["lost"]["to_write"] for each in told["damages"]] == [None]
+    pgcdp("verify", "--store", str(mixed), code=6)
+    pgcdp("clone", "--store", str(mixed), "--name", "mixed", code=6)
+    pgcdp("restore", "--store", str(mixed), "--to-directory", str(place), code=6)
+    assert not place.exists()
+    assert pgcdp("info", "--store", str(whole))["damages"] == []
+    pgcdp("restore", "--store", str(whole), "--to-directory", str(place))
+    with started(found, place) as session:
+        assert session.execute("select count(*) from t").fetchone() == (100,)
+    api.up(found.name)
 
 
 @pytest.mark.timeout(600)
