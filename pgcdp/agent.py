@@ -33,10 +33,12 @@ from pgcdp.fsio import FileLock
 from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.machine import Place
 from pgcdp.records import Boundary
+from pgcdp.recovery.expiring import have_reserve
 from pgcdp.recovery.make_way import MakeWay
 from pgcdp.serving.answers import Answers, Json
 from pgcdp.serving.background import Background
 from pgcdp.serving.cutting import Cutting
+from pgcdp.serving.full import of_the_store
 from pgcdp.serving.healing import Healing, refuse_while_tracking
 from pgcdp.serving.keeping import Keeping
 from pgcdp.serving.metrics import Numbers, registry
@@ -46,11 +48,12 @@ from pgcdp.serving.questions import Questions
 from pgcdp.serving.rates import Rates
 from pgcdp.serving.store import open_store, without_put_back
 from pgcdp.serving.surroundings import Surroundings
-from pgcdp.serving.telling import describe, of_the_journal, problem, stored_json
+from pgcdp.serving.telling import MAKE_ROOM, describe, of_the_journal, problem, stored_json
 from pgcdp.store.bundle import Bundle
 from pgcdp.store.lease import Lease
 from pgcdp.store.mirroring import Mirror
 from pgcdp.store.notes import clear_old_catalog
+from pgcdp.store.reserve import Reserve, is_short
 
 logger = log.get(__name__)
 
@@ -81,6 +84,7 @@ class Agent:
         self.followed = False  # for a whole turn, since the stages were opened
         self.error: str | None = None
         self.hint: str | None = None  # of the error
+        self.no_room = ""  # why none could be made in a store that is full
         self.waiting = ""  # for which views the image waits
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
@@ -159,11 +163,11 @@ class Agent:
         self.wake.set()
 
     async def _turn(self) -> None:
-        pause = TICK_SECONDS
+        pause, full = TICK_SECONDS, False
         self.metrics.keep_open()
         try:
             pause = await self._tick()
-            self.error = None
+            self.error, self.no_room = None, ""
         except EngineGone as error:  # the next engine may be another one: begin anew from what is on disk
             self.status = None
             self._note(error.message)
@@ -171,7 +175,8 @@ class Agent:
         except (PgcdpError, OSError) as error:
             if of_the_journal(self.config, error):  # what was taken before it may be nowhere else
                 await self._in_worker(self._leave_room)
-            self._note(*problem(self.config, error))
+            full = of_the_store(self.config, error)
+            self._note(*(self._store_full(error) if full else problem(self.config, error)))
             await self._in_worker(self._give_up_stages)
             pause = RETRY_SECONDS
         except Exception as error:  # a bug in us: capture must not lose its agent for it
@@ -181,10 +186,31 @@ class Agent:
             pause = RETRY_SECONDS
         async with self.changed:
             self.changed.notify_all()
+        if full and await self._make_room():
+            pause = 0.0
         if pause:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), pause)
             self.wake.clear()
+
+    def _store_full(self, error: PgcdpError | OSError) -> tuple[str, str]:
+        """What waits, and why there is no room."""
+        newest, (message, _) = self._newest(), problem(self.config, error)
+        if newest is not None:
+            message += f"; what was written since boundary {newest.number} waits in the journal"
+        return message, self._room_hint()
+
+    def _room_hint(self) -> str:
+        return f"{self.no_room}; {MAKE_ROOM}" if self.no_room else MAKE_ROOM
+
+    async def _make_room(self) -> bool:
+        """Let go of what the settings say, before the journal's writes fill what the reserve gives free."""
+        made = await self.background.make_room()
+        before, self.no_room = self.no_room, "" if made.bytes else made.why
+        if self.no_room not in ("", before):
+            logger.warning("the store is full: %s", self.no_room)
+        self.hint = self._room_hint()
+        return made.bytes > 0
 
     def _note(self, message: str, hint: str | None = None) -> None:
         if message != self.error:
@@ -205,6 +231,8 @@ class Agent:
             if self.learning is not None:
                 self.learning.cancel()
                 self.learning = None
+            if self.error is None and is_short(self.config.store):
+                await self.background.make_room()
             await self._in_worker(self._open_stages, status)
         stages = self.stages
         assert stages is not None
@@ -276,6 +304,7 @@ class Agent:
         self.waiting = ""
         store = open_store(config, status)
         self.store_lock = Lease.take(store, Place.here(config.root))
+        have_reserve(Reserve(store, self.store_lock.here))
         store = without_put_back(store, config, status)
         self.stages = Stages.open(
             store,

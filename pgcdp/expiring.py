@@ -10,6 +10,7 @@ from typing import Any
 
 from pgcdp.config import Config, load_config
 from pgcdp.errors import PreconditionError
+from pgcdp.machine import Place
 from pgcdp.progress import Report, silent
 from pgcdp.records import Interval
 from pgcdp.recovery.choosing import Choice, holding_of, would_go
@@ -17,7 +18,9 @@ from pgcdp.recovery.expiring import Run, expiring
 from pgcdp.recovery.sweeping import waiting_bytes
 from pgcdp.store.kept import kept_marks
 from pgcdp.store.layout import Store
+from pgcdp.store.lease import refuse_other
 from pgcdp.store.open_views import seen_views
+from pgcdp.store.reserve import Reserve
 from pgcdp.store.retention import Holding, Plan, Policy, thinned_bytes
 from pgcdp.units import format_time
 
@@ -69,11 +72,14 @@ def expire(set_name: str, agree: Callable[[Json], None] = lambda told: None, pro
             "a rewind in place is not finished: it needs its recovery point",
             f"unless its command still runs: pgcdp up {set_name} finishes it",
         )
+    here = Place.here(config.root)
+    refuse_other(store, here)
     with expiring(store):
         before = holding_of(store)
         done = Run(
             store, policy_of(config), level=config.compression_level, progress=progress,
             stop=lambda: is_rewinding(config), by=f"pgcdp expire, {_who()}", shown=choice.stages,
+            reserve=Reserve(store, here),
         ).run()  # fmt: skip
     did = plan_json(before, Plan(done.base, tuple(done.joins), tuple(done.thin)))
     return {

@@ -28,8 +28,8 @@ OVERHEAD = NONCE_BYTES + TAG_BYTES
 """Bytes that a sealed piece is longer than what it holds."""
 PIECE_BLOCKS = 1 << 14
 """Blocks of the image that have one key: 64 MiB."""
-CLEAR = ("store.json", "store-copy.json", "owner.json", "encryption.json", "encryption-copy.json")
-"""Files at the top of a store that whoever has no key may read: whose it is, and what the key must fit."""
+CLEAR = ("store.json", "store-copy.json", "owner.json", "encryption.json", "encryption-copy.json", "reserve")
+"""Files at the top of a store that whoever has no key may read: whose it is, what the key must fit, and nothing."""
 
 _FILE = struct.Struct("<8sII12sI")
 _MAGIC = b"PGCDPSEA"

@@ -71,7 +71,7 @@ def pins_of(store: Store, holding: Holding) -> Pins:
 
 def would_go(
     store: Store, policy: Policy, now_ns: int, free: int | None = None, *,
-    may_make: bool = True, avoid: Collection[Step] = (),
+    may_make: bool = True, may_join: bool = True, avoid: Collection[Step] = (),
 ) -> Choice:  # fmt: skip
     """What goes by a policy. `free`: bytes that are free in the store, or will be (None: look); else as `choose`."""
     holding = holding_of(store)
@@ -81,7 +81,9 @@ def would_go(
         free = free_space(store.path) + waiting_bytes(store)
     pins = pins_of(store, holding)
     missing = max(0, policy.least_free - free) if policy.least_free else 0
-    stages, makes_room = choose(holding, policy, pins, now_ns, missing, may_make=may_make, avoid=avoid)
+    stages, makes_room = choose(
+        holding, policy, pins, now_ns, missing, may_make=may_make, may_join=may_join, avoid=avoid
+    )
     return Choice(holding, pins, stages, makes_room, missing, _kept_for(store, holding, pins))
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,6 +30,7 @@ from pgcdp.store.layout import Store
 from pgcdp.store.let_go import AGENT, say_let_go
 from pgcdp.store.mirroring import Mirror
 from pgcdp.store.open_views import OpenView, open_views, seen_views
+from pgcdp.store.reserve import Reserve
 from pgcdp.store.retention import Plan, Policy, Step
 from pgcdp.store.thinning import Stop, Stopped, never, thin
 
@@ -39,6 +40,8 @@ STEPS = 64
 """After so many steps what was let go of is removed."""
 AT_ONCE = 32
 """So many intervals are thinned to make room, then it is looked how much came back: before, it is an estimate."""
+TOO_LARGE = 8
+"""So many intervals for which there is no room, and no other is tried: a smaller one might find some."""
 AGAIN_SECONDS = 6 * 3600.0
 """What could not be read is tried again after so long: a disk may have been mended, a cable put in."""
 
@@ -99,28 +102,52 @@ class AnotherRuns(PreconditionError):
 
 @contextmanager
 def expiring(store: Store, *, wait: bool = False) -> Iterator[None]:
-    """One run at a time. Raises AnotherRuns, unless it shall wait for that."""
+    """One run at a time. Raises AnotherRuns, unless it shall wait for that; PreconditionError when there is no block
+    left for the lock of a store that never had one."""
     try:
         lock = FileLock(
             store.path / "expire.lock", f"another expire of set {store.set_name}", wait=math.inf if wait else 0
         )
     except PreconditionError as error:
         raise AnotherRuns(error.message, "the agent lets go by itself when the settings say so; try again") from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise _no_block_left(store, "expire.lock", error) from None
     with lock:
         yield
+
+
+def _no_block_left(store: Store, name: str, error: OSError) -> PreconditionError:
+    return PreconditionError(
+        f"{store.path / name} cannot be made: {error.strerror}, and the store has no reserve",
+        f"remove something else on that disk, or enlarge it: 1 MiB may be enough; then pgcdp expire {store.set_name}, "
+        "or the agent by itself, goes on",
+    )
+
+
+def have_reserve(reserve: Reserve) -> None:
+    """Have one where there is room for it, unless a run goes on; what keeps it from being made does not matter now."""
+    with suppress(PgcdpError, OSError), expiring(reserve.store):
+        reserve.make()
+
+
+def _stays(step: Step, why: str) -> str:
+    return f"interval {step[1].last} stays as it is: {why}"
 
 
 class Run:
     """One run over a store, inside of `expiring`. `stop` is asked between steps and pieces of them.
 
     `unreadable`: what earlier runs could not read; it gets what this one finds. `by`: who lets go, for the history.
-    `shown`: only what these plans say goes (None: whatever the policy says).
+    `shown`: only what these plans say goes (None: whatever the policy says). `reserve`: what finds no room gets that of
+    it; at the end it is there again, or for the first time.
     """
 
     def __init__(
         self, store: Store, policy: Policy, *, level: int = 1, stop: Stop = never, progress: Report = silent,
         free: Callable[[Store], int] = lambda store: free_space(store.path), unreadable: Unreadable | None = None,
-        by: str = AGENT, shown: Sequence[Plan] | None = None,
+        by: str = AGENT, shown: Sequence[Plan] | None = None, reserve: Reserve | None = None,
     ) -> None:  # fmt: skip
         self.store = store
         self.policy = policy
@@ -130,6 +157,7 @@ class Run:
         self.free = free
         self.by = by
         self.shown = shown
+        self.reserve = reserve
         self.done = Done()
         self.unreadable = Unreadable() if unreadable is None else unreadable
         self._mirror = Mirror(store)
@@ -139,7 +167,10 @@ class Run:
         self._points = frozenset[int]()  # pinned when the plan was made
         self._said: list[Plan] = []
         self._unsaid: list[Plan] = []
-        self._no_room = False
+        self._no_room: list[str] = []  # what found none since something came back
+        self._too_large = set[Step]()
+        self._may_join = self._may_make = True
+        self._reserve_used = False
         self._ended = False
 
     def run(self, now_ns: int | None = None) -> Done:
@@ -171,7 +202,8 @@ class Run:
     def _choose(self, now: int) -> Choice:
         choice = would_go(
             self.store, self.policy, now, self.free(self.store),
-            may_make=not self._no_room, avoid=self.unreadable.steps() | self._undone,
+            may_make=self._may_make, may_join=self._may_join,
+            avoid=self.unreadable.steps() | self._undone | self._too_large,
         )  # fmt: skip
         self._points = choice.pins.points if choice.pins is not None else frozenset()
         return choice
@@ -188,14 +220,17 @@ class Run:
         self._carry_out(piece)
         self._sweep()
         if self._no_room and self.done.bytes > back:
-            self._no_room = False
+            self._no_room.clear()
+            self._too_large.clear()
+            self._may_join = self._may_make = True
         if makes_room and self.done.bytes == back and self.done.waiting:
             return False  # to go on would only let go of more that an open view holds
         return self._state() != before
 
     def _state(self) -> object:
         """Changes as long as there is a point in going on."""
-        return self.done.steps(), self.done.bytes, self._no_room, len(self._undone | self.unreadable.steps())
+        given_up = len(self._undone | self.unreadable.steps() | self._too_large), self._may_join, self._may_make
+        return self.done.steps(), self.done.bytes, given_up, self._reserve_used
 
     def _say_missing(self, choice: Choice) -> None:
         missing = self.policy.least_free - self.free(self.store)
@@ -212,19 +247,46 @@ class Run:
     @contextmanager
     def _begun(self) -> Iterator[None]:
         try:
-            make_directory(self.store.aside)
-        except OSError as error:
-            raise PreconditionError(
-                f"{self.store.aside} cannot be made: {error.strerror}",
-                "give back some space by hand first",
-            ) from None
-        clear_aside(self.store)
-        try:
+            self._make_aside()
+            clear_aside(self.store)
             yield
             if self.done.steps() != Done().steps():
                 self._say()
+            self.done.failed += self._no_room
         finally:
             self._mirror.close()
+            self._have_reserve()
+
+    def _make_aside(self) -> None:
+        try:
+            make_directory(self.store.aside)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise PreconditionError(
+                    f"{self.store.aside} cannot be made: {error.strerror}", "see whether the store's disk works"
+                ) from None
+            if not self._use_reserve():
+                raise _no_block_left(self.store, self.store.aside.name, error) from None
+            make_directory(self.store.aside)
+
+    def _use_reserve(self) -> bool:
+        """Have the room of the reserve; whether there was any."""
+        if self.reserve is None or not self.reserve.release():
+            return False
+        self._reserve_used = True
+        log.info("retention: the reserve of %s was given free", self.store.path)
+        return True
+
+    def _have_reserve(self) -> None:
+        if self.reserve is None:
+            return
+        try:
+            if self._reserve_used:
+                self.reserve.put_back()
+            else:
+                self.reserve.make()
+        except (OSError, PgcdpError) as error:
+            log.warning("retention: %s cannot be made: %s", self.reserve.path, error)
 
     def _carry_out(self, found: Plan) -> None:
         if found.base is not None:
@@ -242,7 +304,7 @@ class Run:
 
     def _step(self, step: Step, what: str, work: Callable[[Span], None], at: int = 0, count: int = 1) -> None:
         """One step; what is damaged, or finds no room, is left as it is and said."""
-        if self.stop() or self._ended or (self._no_room and step[0] != "base"):
+        if self.stop() or self._ended or not self._may(step):
             return
         self.progress(Progress(what, at, count, "intervals"))
         try:
@@ -269,18 +331,30 @@ class Run:
                 self._failed(step, f"{error.filename or self.store.path}: {error.strerror}")
 
     def _found_no_room(self, step: Step) -> None:
+        """What needs less is tried then: to thin intervals instead of joining them, smaller ones, at last the base."""
         back = self.done.bytes
         clear_aside(self.store)
         self._sweep()
-        if self.done.bytes > back:
+        if self.done.bytes > back or self._use_reserve():
             return  # it is chosen again
-        self._ended = self._no_room
-        self._no_room = True
-        self._failed(step, f"{self.store.path} is full")
+        if step[0] == "base":
+            self._ended = True
+        elif step[0] == "join":
+            self._may_join = False
+        else:
+            self._too_large.add(step)
+            self._may_make = len(self._too_large) < TOO_LARGE
+        self._no_room.append(_stays(step, f"{self.store.path} is full"))
+
+    def _may(self, step: Step) -> bool:
+        """Whether there was room for what is like it."""
+        if step[0] == "base":
+            return True
+        return self._may_make and (self._may_join or step[0] == "thin") and step not in self._too_large
 
     def _failed(self, step: Step, why: str) -> None:
         clear_aside(self.store)
-        self.done.failed.append(f"interval {step[1].last} stays as it is: {why}")
+        self.done.failed.append(_stays(step, why))
         log.warning("%s", self.done.failed[-1])
 
     # --- the steps

@@ -1,4 +1,7 @@
-"""What the agent does beside its loop: increments are merged, old points and clones let go of. Nothing waits for it."""
+"""What the agent does beside its loop: increments are merged, old points and clones let go of.
+
+Nothing waits for it, but at a full disk the agent for room (`full`).
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pgcdp import log
 from pgcdp.config import Config, load_config
+from pgcdp.errors import PgcdpError
 from pgcdp.expiring import is_rewinding, policy_of
+from pgcdp.fsio import told
 from pgcdp.intervals.stages import Stages
+from pgcdp.machine import Place
 from pgcdp.recovery import clone
-from pgcdp.recovery.expiring import AnotherRuns, Run, Unreadable, expiring
+from pgcdp.recovery.expiring import AnotherRuns, Run, Unreadable, expiring, have_reserve
 from pgcdp.recovery.merged import merge_due
+from pgcdp.serving import full
 from pgcdp.serving.scrubber import Scrubber
 from pgcdp.store.layout import Store
+from pgcdp.store.reserve import Reserve
 
 logger = log.get(__name__)
 
@@ -55,6 +63,20 @@ class Background:
             self._expired_at = time.monotonic()
             self._running = loop.run_in_executor(self._thread, self._expire, stages.store)
 
+    async def make_room(self) -> full.Made:
+        """The store's disk is full: what the settings say goes now, with the reserve. Waits for what is under way."""
+        made = await asyncio.get_running_loop().run_in_executor(self._thread, self._make_room)
+        self._expired_at = -EXPIRE_SECONDS  # what else may go follows soon
+        return made
+
+    def _make_room(self) -> full.Made:
+        try:
+            return full.make_room(load_config(self._config.name), self._unreadable, self._stopping)
+        except Exception as error:  # as in `_expire`
+            if isinstance(error, PgcdpError):
+                return full.Made(0, f"{error.message} ({error.hint})" if error.hint else error.message)
+            return full.Made(0, told(error) if isinstance(error, OSError) else f"retention failed: {error!r}")
+
     async def expire_clones(self) -> None:
         """Destroy those whose time is over, without end."""
         while True:
@@ -74,14 +96,15 @@ class Background:
         run: Run | None = None
         try:
             config = load_config(self._config.name)
-            policy = policy_of(config)
+            policy, reserve = policy_of(config), Reserve(store, Place.here(config.root))
             if policy.keeps_all or is_rewinding(config):
                 self.not_expired = ""
+                have_reserve(reserve)
                 return
             with expiring(store):
                 run = Run(
                     store, policy, level=config.compression_level, unreadable=self._unreadable,
-                    stop=lambda: self._stopping() or is_rewinding(config),
+                    stop=lambda: self._stopping() or is_rewinding(config), reserve=reserve,
                 )  # fmt: skip
                 run.run()
         except AnotherRuns:

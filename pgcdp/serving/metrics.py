@@ -23,7 +23,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from pgcdp import __version__, forecast
+from pgcdp import __version__, forecast, keeping
 from pgcdp.capture.control import EngineStatus
 from pgcdp.config import Config
 from pgcdp.errors import PgcdpError
@@ -123,7 +123,7 @@ class SetCollector(Collector):
         """One scrape."""
         name, numbers = self._config.name, self._numbers()
         stored = None if numbers.store is None else self._looks.stored(numbers.store)
-        yield from _of_agent(name, numbers)
+        yield from _of_agent(self._config, numbers)
         if numbers.status is not None:
             yield from _of_engine(name, numbers.status)
         if stored is not None:
@@ -159,11 +159,12 @@ def _counter(set_name: str, name: str, help: str, value: float) -> CounterMetric
     return family
 
 
-def _of_agent(name: str, numbers: Numbers) -> Iterator[Metric]:
+def _of_agent(config: Config, numbers: Numbers) -> Iterator[Metric]:
+    name = config.name
     info = InfoMetricFamily("pgcdp_agent", "The agent that tells this.", labels=["set"])
     info.add_metric([name], {"version": __version__})
     yield info
-    now = numbers.status.state if numbers.status is not None else "stopped"
+    now = keeping.state_of(config, numbers.status)
     state = StateSetMetricFamily("pgcdp_state", "What capture is at; one of these is 1.", labels=["set"])
     state.add_metric([name], {each: each == now for each in STATES})
     yield state

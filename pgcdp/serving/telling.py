@@ -20,6 +20,8 @@ from pgcdp.serving.prover import Prover
 from pgcdp.serving.questions import Questions
 from pgcdp.serving.surroundings import Surroundings
 
+MAKE_ROOM = "make room there: it goes on by itself"
+
 
 def describe(
     stages: Stages | None,
@@ -86,5 +88,5 @@ def problem(config: Config, error: PgcdpError | OSError) -> tuple[str, str | Non
     if isinstance(error, PgcdpError):
         return error.message, error.hint
     if error.errno in NO_ROOM:
-        return told(error), "make room there: it goes on by itself"
+        return told(error), MAKE_ROOM
     return told(error), "see whether its disk works and is mounted: when it is well again, it goes on by itself"

@@ -126,22 +126,25 @@ def times_of(holding: Holding, now_ns: int) -> dict[int, int]:
 
 def choose(
     holding: Holding, policy: Policy, pins: Pins, now_ns: int, missing: int = 0, *,
-    may_make: bool = True, avoid: Collection[Step] = (),
+    may_make: bool = True, may_join: bool = True, avoid: Collection[Step] = (),
 ) -> tuple[list[Plan], bool]:  # fmt: skip
     """All that would go now, in stages: what the policy says, and when that is done, what makes room; and which it is.
 
-    `missing`: bytes that shall come back. Without `may_make` nothing is made that needs room. `avoid`: what could not
-    be done. This is the one place where it is decided: for who looks and for who does it.
+    `missing`: bytes that shall come back. Without `may_make` nothing is made that needs room, without
+    `may_join` nothing is joined. `avoid`: what could not be done. This is the one place where it is decided: for who
+    looks and for who does it.
     """
-    found = plan(holding, policy, pins, now_ns, avoid)
+    found = plan(holding, policy, pins, now_ns, avoid, may_join=may_join)
     if not may_make:
         found = Plan(found.base)
     if found:
         return [found], False
-    return relieve(holding, pins, missing, may_make=may_make, avoid=avoid), True
+    return relieve(holding, pins, missing, may_make=may_make, may_join=may_join, avoid=avoid), True
 
 
-def plan(holding: Holding, policy: Policy, pins: Pins, now_ns: int, avoid: Collection[Step] = ()) -> Plan:
+def plan(
+    holding: Holding, policy: Policy, pins: Pins, now_ns: int, avoid: Collection[Step] = (), *, may_join: bool = True
+) -> Plan:
     """What of a store's holding a policy lets go of. `least_free` is not looked at (`relieve`).
 
     An interval that cannot be thinned is joined with no other; where a join cannot be made, its parts are thinned.
@@ -156,7 +159,7 @@ def plan(holding: Holding, policy: Policy, pins: Pins, now_ns: int, avoid: Colle
     behind = [each for each in touched if each.first > base]
     runs = _runs(behind, stay | _seams(behind, holding.indexed) | _ends(_not_thinned(behind, avoid)))
     runs = [run if _in_one_day(run, times) else _of_like_size(run) for run in runs]
-    joins = _spans(runs, avoid)
+    joins = _spans(runs, avoid) if may_join else []
     left = whole | {number for span in joins for number in range(span.first, span.last + 1)}
     thin = [
         each.number for each in behind
@@ -166,8 +169,9 @@ def plan(holding: Holding, policy: Policy, pins: Pins, now_ns: int, avoid: Colle
 
 
 def relieve(
-    holding: Holding, pins: Pins, missing: int, *, may_make: bool = True, avoid: Collection[Step] = ()
-) -> list[Plan]:
+    holding: Holding, pins: Pins, missing: int, *,
+    may_make: bool = True, may_join: bool = True, avoid: Collection[Step] = (),
+) -> list[Plan]:  # fmt: skip
     """What to let go of so that about `missing` bytes come back, the oldest first; never what is pinned.
 
     In stages: single writes first; then the oldest boundaries; then, when a pin keeps the base, boundaries behind it.
@@ -189,7 +193,7 @@ def relieve(
         base = each.number if ("base", each.span) not in avoid else base
         back += sum(each.stored.values()) - (thinned_bytes(each) if each.number in thin else 0)
     joins = list[Span]()
-    if may_make and back < missing:
+    if may_make and may_join and back < missing:
         behind = [each for each in touched if base < each.first and each.to_write <= min(pins.shown, default=1 << 64)]
         runs = _runs(behind, stay | _seams(behind, holding.indexed) | _ends(_not_thinned(behind, avoid)))
         joins = _by_pieces(runs, missing - back, avoid)

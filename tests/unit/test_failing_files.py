@@ -31,6 +31,7 @@ from pgcdp.store.let_go import say_let_go
 from pgcdp.store.notes import clear_old_catalog, notes_of
 from pgcdp.store.open_views import open_views, registered, seen_views
 from pgcdp.store.rebuild import rebuild
+from pgcdp.store.reserve import Reserve
 from pgcdp.store.retention import Plan
 from pgcdp.store.scrub_record import Record, read_record, write_record
 from pgcdp.store.transactions import SCHEMA, TRANSACTIONS, read_look, read_transactions, write_look, write_transactions
@@ -55,6 +56,10 @@ class File:
     change: Callable[[Store], object]
     read: Callable[[Store], object]
     prepare: Callable[[Store], object] = lambda store: None
+
+
+def reserved(store: Store) -> int:
+    return Reserve(store, HERE).bytes()
 
 
 def take(store: Store) -> None:
@@ -247,6 +252,11 @@ FILES = {
     "a view": File(("store.open_views.",), open_a_view, seen_views),
     "a view that ended": File(("store.open_views.open_views.",), see_to_views, seen_views),
     "data key": File(("wrapped.write.",), wrap, unwraps),
+    "the reserve": File(("store.reserve.",), lambda store: Reserve(store, HERE).make(), reserved),
+    "the reserve given free": File(
+        ("store.reserve.",), lambda store: Reserve(store, HERE).release(), reserved,
+        lambda store: Reserve(store, HERE).make(),
+    ),
     "a copy of the data key": File(("wrapped.mend.",), mend, unwraps, lose_one),
 }  # fmt: skip
 
