@@ -33,7 +33,7 @@ logger = log.get(__name__)
 ENOUGH_BYTES = MOST_BYTES + 2 * SPARE_BYTES
 """When so much is free, what else may go can go beside the agent's work."""
 KEPT = ("writes", "boundaries", "hourly", "daily")
-PERIODS = (30 * 86400.0, 7 * 86400.0, 86400.0, 3600.0)
+PERIODS = (30 * 86400.0, 7 * 86400.0, 86400.0, 3600.0, 0.0)
 """What is tried, to tell what a setting would give."""
 
 
