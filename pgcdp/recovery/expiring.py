@@ -252,7 +252,7 @@ class Run:
             yield
             if self.done.steps() != Done().steps():
                 self._say()
-            self.done.failed += self._no_room
+            self.done.failed += self._no_room[:1]  # once: of the others it is the same
         finally:
             self._mirror.close()
             self._have_reserve()

@@ -117,6 +117,29 @@ def test_capture_that_died_shows_as_stopped(shown: tuple[ProtectedSet, int]) -> 
     wait_until(lambda: samples(port)["pgcdp_state", "capturing"] == 1, timeout=60, what="capture again")
 
 
+def test_writes_that_wait_for_a_capture_process_are_one_state_for_status_and_metrics(
+    shown: tuple[ProtectedSet, int],
+) -> None:
+    """No capture process can start, and the holder keeps the connection: nothing is stopped, and nothing goes on."""
+    found, port = shown
+    if found.status()["held"]["holder"] is None:
+        pytest.skip("no holder here")
+    found.allowed += [r"cannot open the journal's lock"]
+    lock = found.config.journal / "lock"
+    kept = lock.with_name("lock-away")
+    lock.rename(kept)
+    lock.mkdir()  # which no engine can open
+    try:
+        found.kill_capture()
+        wait_until(lambda: samples(port)["pgcdp_state", "stalled"] == 1, timeout=60, what="the metrics say stalled")
+        assert found.status()["state"] == "stalled"
+        assert samples(port)["pgcdp_state", "stopped"] == 0
+    finally:
+        lock.rmdir()
+        kept.rename(lock)
+    wait_until(lambda: samples(port)["pgcdp_state", "capturing"] == 1, timeout=60, what="capture again")
+
+
 def test_an_address_that_is_wrong_is_exit_2_and_one_that_is_taken_does_not_stop_capture(
     make_set: MakeSet, binaries_of: BindirOf, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,6 +168,7 @@ def test_without_reserve_and_block_it_is_said_what_to_do(small_disk: MakeDisk) -
         years.run(Policy(0.0), reserve=reserved(years))
     assert "pgcdp expire" in str(told.value.hint)
     assert files_of(years.store) == before
+    assert is_short(years.store.path), "an agent that starts makes room before it writes"
     disk.empty()
     assert years.run(Policy(0.0), reserve=reserved(years)).thin == [1, 2, 3, 4, 5]
 
