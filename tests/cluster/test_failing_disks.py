@@ -49,6 +49,7 @@ ALLOWED = [
     *KILLED,
     r"(has no store\.json|holds no store)",
     r"closing the store: ",
+    r"the store is full: ",
     r"checkpoints are occurring too frequently",
     r"canceling statement due to user request",  # the agent gives up on a Postgres that waits for the journal
 ]
