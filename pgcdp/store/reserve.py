@@ -15,6 +15,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from pgcdp import twice
 from pgcdp.errors import PgcdpError
 from pgcdp.fsio import NO_ROOM, free_space, naming, sync_directory
 from pgcdp.machine import Place
@@ -38,7 +39,7 @@ SPARE_BYTES = 64 << 20
 
 def is_short(place: Path) -> bool:
     """Whether a store has neither a reserve nor the room for one: whoever gave it free may have been killed."""
-    there = (place / "store.json").exists() and not (place / FILE).exists()
+    there = twice.STORE.exists(place) and not (place / FILE).exists()
     return there and free_space(place) <= SPARE_BYTES
 
 

@@ -142,7 +142,8 @@ class Truth:
         self.faults.set("volume", "eio", times=0)
         said = self._said("volume data", "Input/output error", agent=False)
         before = self.load.acknowledged()
-        self._stalls("volume data", "Input/output error")
+        self._stalls("volume data", "Input/output error", answered=True)
+        wait_until(lambda: not self._answered_in_a_second(), timeout=240, what="memory is full, and writes wait")
         assert self.load.acknowledged() > before, "what is durable in the journal is answered"
         self.faults.clear("volume")
         self._writes_go_on()
@@ -231,12 +232,13 @@ class Truth:
         assert "writes wait" in failed
         assert self._hint("capture")
         wait_until(lambda: samples(self.port)["pgcdp_state", "stalled"] == 1, timeout=15, what="the metrics say so")
-        count = self.load.acknowledged()
-        pass_time(1.0)
-        assert answered or self.load.acknowledged() <= count + self.load.clients, (
-            "nothing is answered that is not durable"
-        )
+        assert answered or self._answered_in_a_second() <= self.load.clients, "nothing is answered that is not durable"
         return said
+
+    def _answered_in_a_second(self) -> int:
+        before = self.load.acknowledged()
+        pass_time(1.0)
+        return self.load.acknowledged() - before
 
     def _writes_go_on(self) -> None:
         """Within the bound, by itself."""
