@@ -75,7 +75,7 @@ class Reserve:
         """Have it, as large as it should be, unless the disk is nearly full; whether it is now."""
         refuse_other(self.store, self._here)
         free = free_space(self.store.path)
-        if free <= SPARE_BYTES:
+        if free <= SPARE_BYTES:  # then how large it should be need not be known
             return False
         have, wanted = self.bytes(), self._wanted()
         if have >= wanted:

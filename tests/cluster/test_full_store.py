@@ -16,7 +16,13 @@ import pytest
 
 from pgcdp import api, service
 from pgcdp.capture.attach import kill_and_wait
+from pgcdp.errors import PreconditionError
+from pgcdp.machine import Place
 from pgcdp.records import Target
+from pgcdp.recovery.expiring import Unreadable
+from pgcdp.serving.full import make_room
+from pgcdp.store.layout import Store
+from pgcdp.store.lease import take_over
 from pgcdp.store.reserve import FILE, LEAST_BYTES
 from tests.cluster.test_expire import set_policy
 from tests.failing_disks import SmallDisk
@@ -160,3 +166,27 @@ def test_an_agent_killed_in_the_reserve_comes_back(full: Full, disk: SmallDisk) 
         service.start(found.config)
         well_after(found, durable)
         assert_all_is_there(found, load, rows)
+
+
+def test_the_full_store_of_another_machine_is_left_alone(full: Full, disk: SmallDisk) -> None:
+    found, _ = full
+    wait_until(lambda: reserve(found).exists(), timeout=90, what="the reserve")
+    service.stop(found.config)
+    store, owner = Store.open(found.store), found.store / "owner.json"
+    ours = owner.read_bytes()
+    take_over(store, Place("/", "b" * 32, "uuid-2", "two", "boot-2"))
+    set_policy(found, keep_writes="0s")
+    disk.fill()
+    before = {path: path.lstat() for path in found.store.rglob("*")}
+    with pytest.raises(PreconditionError, match="belongs to two"):
+        api.expire(found.name)
+    with pytest.raises(PreconditionError, match="belongs to two"):
+        make_room(found.config, Unreadable(), lambda: False)
+    after = {path: path.lstat() for path in found.store.rglob("*")}
+    assert {path: (each.st_ino, each.st_size, each.st_mtime_ns) for path, each in after.items()} == {
+        path: (each.st_ino, each.st_size, each.st_mtime_ns) for path, each in before.items()
+    }
+    disk.empty()
+    owner.write_bytes(ours)
+    service.start(found.config)
+    found.wait_following()
