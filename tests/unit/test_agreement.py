@@ -85,6 +85,23 @@ def test_a_part_of_the_image_that_is_stale_is_found_where_one_of_two_intervals_c
     assert (disagreement(store) is None) == ((store.image / "data.img").read_bytes() == now)
 
 
+def test_one_block_that_is_newer_is_found_by_what_the_next_intervals_found(tmp_path: Path) -> None:
+    """With the newest intervals there, and the state of before them."""
+    store, old, new = at(tmp_path / "mixed", 5), at(tmp_path / "old", 3), at(tmp_path / "new", 5)
+    mix(store, old)
+    for name in STATE.names:
+        fsio.write_json(store.image / name, {"state": "at", "boundary": 3, "write": 30})
+    assert disagreement(store) is None, "an image that lags is whole"
+    before, changed = (store.image / "data.img").read_bytes(), 0
+    for block in range(BLOCKS // 2):
+        mix(store, new, block, block + 1)
+        differs = (store.image / "data.img").read_bytes() != before
+        assert (disagreement(store) is not None) == differs, block
+        changed += differs
+        mix(store, old)
+    assert changed > 5
+
+
 def test_info_of_such_a_copy_says_so_and_that_no_point_is_left(tmp_path: Path) -> None:
     scene = Scene(tmp_path / "scene", 3, [9, 14, 7, 11], 8, 0)
     store = scene.world.store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,18 @@ import pytest
 from pgcdp import fsio, sealing, twice
 from pgcdp.capture.checks import ProtectRequest, check_places
 from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.intervals.stages import Stages, StageSettings
 from pgcdp.keys import KeySource
 from pgcdp.records import BLOCK, Volume
+from pgcdp.recovery.make_way import MakeWay
 from pgcdp.store.image import Image, read_state
 from pgcdp.store.layout import Store
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.scrub import check_store
 from pgcdp.twice import STATE, STORE, Twice
 from tests.small_store import SET_ID, flip, make_store
+from tests.stage_history import KeepAll
+from tests.unit.test_increments import World, boundary, make_world, run_interval
 
 FILES = [(STORE, ""), (STATE, "image")]
 
@@ -292,6 +297,41 @@ def test_a_store_of_before_is_whole_and_gets_its_copies(
         (store.path / below / file.name).unlink()
     assert Store.open(store.path) == store
     assert read_state(store).boundary == 3
+
+
+def taken_up(made: World) -> None:
+    """As an agent does it that starts."""
+    settings = StageSettings(1, (), "optimal", 3)
+    Stages.open(
+        made.store, made.journal, KeepAll(), settings, make_way=MakeWay(1.0), synced=20, released=20
+    ).close()  # fmt: skip
+
+
+@pytest.mark.parametrize("left", ["an old store", "without the first ones", "without the copies"])
+def test_an_agent_that_starts_mends_both_files(tmp_path: Path, left: str) -> None:
+    made = make_world(tmp_path)
+    made.store = made.store.with_baseline(boundary(0, 0))
+    run_interval(made, 1, "optimal", random.Random(7), 20)
+    if left == "an old store":
+        old_store(made.store)
+    else:
+        for file, below in FILES:
+            (made.store.path / below / file.names[left == "without the copies"]).unlink()
+    taken_up(made)
+    for file, below in FILES:
+        one, other = (fsio.read_json(made.store.path / below / name) for name in file.names)
+        assert one == other
+        assert one[twice.MARK]
+    assert read_state(made.store).boundary == 1, "it was taken for no new store"
+
+
+def test_no_image_is_begun_over_a_state_of_which_only_a_damaged_copy_is_left(tmp_path: Path) -> None:
+    """Before the first boundary, when the store alone does not say that there is one."""
+    made = make_world(tmp_path)
+    (made.store.image / STATE.name).unlink()
+    flip(made.store.image / STATE.copy, 5)
+    with pytest.raises(DamageError, match=STATE.copy):
+        taken_up(made)
 
 
 def test_an_encrypted_copy_is_sealed_and_bound_to_its_name(tmp_path: Path, key: KeySource) -> None:
