@@ -31,9 +31,10 @@ def way_on(config: Config, volume: VolumeConfig) -> str:
     return f"bring its disk back; if that is lost, give it room at the same place: {remakes(config, volume)}"
 
 
-def remakes(config: Config, volume: VolumeConfig) -> str:
-    """What writes a volume anew."""
-    return f"pgcdp up {config.name} --remake {volume.name} writes the volume anew from store and journal"
+def remakes(config: Config, *lost: VolumeConfig) -> str:
+    """What writes volumes anew."""
+    named = " ".join(f"--remake {volume.name}" for volume in lost)
+    return f"pgcdp up {config.name} {named} writes the volume anew from store and journal"
 
 
 def _open_files(pid: int) -> set[tuple[int, int]] | None:

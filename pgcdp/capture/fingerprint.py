@@ -183,7 +183,7 @@ def _superblock(row: dict[str, Any]) -> Superblock:
 def refuse_changed(config: Config) -> None:
     """Raises ChangedError when a volume is not what it was when the set was detached. Nothing is attached yet.
 
-    Where the set was not stopped cleanly there is nothing to compare with: the journal is replayed. A backing that
+    Where the set was not stopped cleanly the fingerprint does not count (stale.py compares then). A backing that
     cannot be read is left to the engine to tell of.
     """
     before = known(config)

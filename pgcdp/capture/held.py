@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp import fsio, log
-from pgcdp.capture import children, engine, holder, same_parts, sharing, volumes
+from pgcdp.capture import children, engine, holder, same_parts, sharing, stale, volumes
 from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.capture.journal import FORMAT, formats
 from pgcdp.config import Config
@@ -51,6 +51,7 @@ def start(config: Config, create: bool = False, *, put_back: bool = False) -> En
             return client
         if not create:
             same_parts.refuse_other(config)
+            stale.refuse_stale(config)
         _note(config, put_back)
         if holder.find(paths) is not None:
             return engine.spawn_capture(config, create, put_back=put_back, holder=holder.socket_of(paths))
@@ -108,6 +109,7 @@ def mend(paths: SetPaths) -> bool:
         if _serves(config, client):
             return False
         same_parts.refuse_other(config)
+        stale.refuse_stale(config, hurried=True)
         engine.spawn_capture(config, put_back=put_back, holder=holder.socket_of(paths))
         return True
 

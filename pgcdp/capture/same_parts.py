@@ -6,7 +6,8 @@ place of one that died would be taken for the volume, with all that it lacks. So
 a new one when it begins anew; the set's state directory knows it, how far its applied mark had come, and the filesystem
 of each volume. These are noted at each start and at each stop in order.
 
-What is not found by this: a copy that was made since capture was started last, brought back after a crash.
+What is not found by this: a copy that was made since capture was started last, brought back after a crash; of a volume,
+stale.py finds that.
 """
 
 from __future__ import annotations
@@ -28,18 +29,22 @@ from pgcdp.sets import SetPaths
 log = logging.getLogger(__name__)
 
 FILE = "parts.json"
-"""In the state directory: {"journal", "mark", "volumes"}."""
+"""In the state directory: {"journal", "mark", "volumes", "taken_at"}."""
 IDENTITY = "journal.json"
 """In the journal: {"id"}."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The journal's identity, the least sequence that its applied mark has; {volume: its filesystem}."""
+    """The journal's identity, the least sequence that its applied mark has; {volume: its filesystem}.
+
+    `taken_at`: see the function; None where an older version noted it.
+    """
 
     journal: str
     mark: int
     volumes: dict[str, str]
+    taken_at: int | None = None
 
 
 def refuse_other(config: Config) -> None:
@@ -85,6 +90,21 @@ def refuse_other_journal(config: Config) -> None:
     )
 
 
+def taken_at(config: Config) -> int | None:
+    """The write behind which the volumes hold what the journal says; None when that is not known.
+
+    What was on them when they were taken as they are (`forget`) need not be in it. Raises DamageError, OSError.
+    """
+    known = _known(config.paths)
+    return known.taken_at if known is not None and known.journal == _identity(config) else None
+
+
+def filesystems(paths: SetPaths) -> dict[str, str]:
+    """Those of the volumes of a set, by name, as far as they are known."""
+    known = _known(paths)
+    return {} if known is None else known.volumes
+
+
 def note(config: Config) -> None:
     """Capture runs on what is there, or has just stopped; durably. Where that cannot be noted, less will be found."""
     try:
@@ -93,13 +113,15 @@ def note(config: Config) -> None:
             return
         fsio.sync_file(config.journal / "applied")  # what a power cut takes back must not be what is asked for
         with suppress(DamageError):
-            found = _identity(config)
+            found, known = _identity(config), _known(config.paths)
             if found is None:
-                known = _known(config.paths)
                 found = renew(config, None if known is None else known.journal)
+            same = known is not None and known.journal == found
+            taken = known.taken_at if known is not None and same else None
             volumes = {volume.name: had for volume in config.volumes if (had := _filesystem(volume.backing))}
             config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             parts = {"journal": found, "mark": mark.sequence, "volumes": volumes}
+            parts["taken_at"] = mark.durable_write if taken is None else taken
             fsio.write_json(config.paths.state / FILE, parts)
     except (OSError, DamageError) as error:
         log.warning("which journal %s was captured with could not be noted: %s", config.name, error)
@@ -129,7 +151,9 @@ def _identity(config: Config) -> str | None:
 def _known(paths: SetPaths) -> _Parts | None:
     try:
         content = fsio.read_json(paths.state / FILE)
-        return _Parts(str(content["journal"]), int(content["mark"]), dict(content["volumes"]))
+        taken = content.get("taken_at")
+        taken = None if taken is None else int(taken)
+        return _Parts(str(content["journal"]), int(content["mark"]), dict(content["volumes"]), taken)
     except (OSError, DamageError, KeyError, TypeError, ValueError):
         return None
 

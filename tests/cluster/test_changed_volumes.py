@@ -172,7 +172,7 @@ def test_a_mount_that_wrote_nothing_but_the_filesystems_own_is_refused(
     found.assert_volume_is_newest()
 
 
-def test_after_an_unclean_stop_nothing_is_compared_and_the_journal_replayed(
+def test_after_an_unclean_stop_the_fingerprint_does_not_count_and_the_journal_replayed(
     make_set: MakeSet, binaries_of: BindirOf
 ) -> None:
     found = small(make_set, binaries_of, "ext4", allowed=[*ALLOWED, r"the agent"])

@@ -190,7 +190,7 @@ def without_sync(monkeypatch: pytest.MonkeyPatch, built_for_tests: Path, missing
 
 MISSING = {
     "committer": ("committer", r"^(down|up|volume|commits): "),
-    "applier": ("applier", r"^volume: .*is not what was captured"),
+    "applier": ("applier", r"^(volume: .*is not what was captured|(down|up): .*is not what it was)"),
     "bundle": ("pgcdp.store.frames:fsync", r"^(down|volume|up|agent): .*/intervals/"),
     "image": ("pgcdp.store.image_files:fsync", r"^(agent|image): .*(/image/|is not boundary)"),
 }
