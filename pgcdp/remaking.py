@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgcdp import fsio, log
-from pgcdp.capture import attach, same_parts, volumes
+from pgcdp.capture import attach, disks, same_parts, sharing, volumes
 from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PreconditionError, UsageError
 from pgcdp.intervals.applying import FileTarget
@@ -53,6 +53,14 @@ def pending(paths: SetPaths) -> list[str] | None:
         return None
 
 
+def _places(paths: SetPaths) -> dict[str, str]:
+    """Where the filesystems were mounted that the image files are written to, by volume."""
+    try:
+        return dict(fsio.read_json(paths.remake_state).get("places", {}))
+    except FileNotFoundError:
+        return {}
+
+
 def remake(config: Config, names: Sequence[str], agree: Agree, progress: Report = silent) -> None:
     """Write these volumes anew, with those that were begun; the set is down behind it. What still captures is ended, as
     by a crash.
@@ -69,11 +77,15 @@ def remake(config: Config, names: Sequence[str], agree: Agree, progress: Report 
         wanted = _named(config, [name for name in (*begun, *names) if name not in done])
         source = source_of(config, engine_status(config))
         _newest(config, source)
-        agree([_look(volume, source) for volume in wanted])
+        _refuse_unmounted(config, wanted)
+        agree([_look(config, volume, source) for volume in wanted])
         attach.clean_leftovers(config, progress)
         _newest(config, source_of(config, None))  # it may have begun to track meanwhile
         config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fsio.write_json(config.paths.remake_state, {"volumes": [volume.name for volume in wanted]})
+        mounts = {each.name: disks.mount_of(each.backing.parent) for each in wanted if not each.device}
+        places = {name: os.fspath(mount.mountpoint) for name, mount in mounts.items() if mount is not None}
+        doing = {"volumes": [volume.name for volume in wanted], "places": places | _places(config.paths)}
+        fsio.write_json(config.paths.remake_state, doing)
         _finish(config, wanted, progress)
 
 
@@ -95,6 +107,7 @@ def resume(config: Config, names: Collection[str] = (), progress: Report = silen
                     f"pgcdp up {config.name} --remake {volume.name} goes on with it, if that is its disk still",
                 )
         if begun and not devices:
+            _refuse_unmounted(config, [volume for volume in begun if not volume.backing.exists()])
             progress(Progress("finishing the writing of volumes anew"))
             _finish(config, begun, progress)
         return [] if devices else [volume.name for volume in begun]
@@ -129,10 +142,29 @@ def _newest(config: Config, source: Source) -> RecoveryPoint:
     return point
 
 
-def _look(volume: VolumeConfig, source: Source) -> Lost:
+def _refuse_unmounted(config: Config, begun: Sequence[VolumeConfig]) -> None:
+    """Raises PreconditionError where the filesystem is not mounted that an image file is being written to."""
+    places = _places(config.paths)
+    for volume in begun:
+        was, now = places.get(volume.name), disks.mount_of(volume.backing.parent)
+        if volume.device:
+            continue
+        if was is None or (now is not None and now.mountpoint.is_relative_to(was)):
+            _refuse_no_directory(volume)
+            continue
+        raise PreconditionError(
+            f"volume {volume.name} of {config.name} is being written anew to {volume.backing}, on what was mounted at "
+            f"{was}: nothing is mounted there",
+            f"mount that disk, or another one in its place, then pgcdp up {config.name} goes on",
+        )
+
+
+def _look(config: Config, volume: VolumeConfig, source: Source) -> Lost:
     """Raises PreconditionError where it cannot be written at its place, or is there."""
     place, need = volume.backing, _bytes(volume, source)
     if volume.device:
+        sharing.refuse_taken(config, volume)
+        same_parts.refuse_anothers(config, volume)
         size = volumes.check_device(place, overwrite=True)
         if size < need:
             raise PreconditionError(
@@ -145,11 +177,7 @@ def _look(volume: VolumeConfig, source: Source) -> Lost:
             f"{place} is there: volume {volume.name} is not lost",
             "if that is not the volume, move it away, and run this again",
         )
-    if not place.parent.is_dir():
-        raise PreconditionError(
-            f"{place.parent}, where volume {volume.name} is to be written, does not exist",
-            f"mount the new disk, then mkdir -p {place.parent}",
-        )
+    _refuse_no_directory(volume)
     fresh = _fresh(volume)
     free = fsio.free_space(place.parent) + (fresh.stat().st_blocks * 512 if fresh.exists() else 0)
     if free < need:
@@ -158,6 +186,16 @@ def _look(volume: VolumeConfig, source: Source) -> Lost:
             "free space there, or mount a larger disk",
         )
     return Lost(volume, ())
+
+
+def _refuse_no_directory(volume: VolumeConfig) -> None:
+    """It is never made here: its disk may not be mounted."""
+    place = volume.backing.parent
+    if not place.is_dir():
+        raise PreconditionError(
+            f"{place}, where volume {volume.name} is to be written, does not exist",
+            f"mount the new disk, then mkdir -p {place}",
+        )
 
 
 def _bytes(volume: VolumeConfig, source: Source) -> int:

@@ -130,6 +130,11 @@ def _named(mount: Mount) -> str:
     return f"{mount.fstype} {mount.source}"
 
 
+def mount_of(place: Path) -> Mount | None:
+    """The mount that a file or directory lies on, or would."""
+    return _mount_of(os.path.realpath(place), mounts())
+
+
 def _mount_of(place: str, mounted: list[Mount]) -> Mount | None:
     """The mount that a path leads into: the longest, and of these the topmost."""
     best: Mount | None = None

@@ -22,9 +22,9 @@ from pgcdp import fsio
 from pgcdp.capture import backings
 from pgcdp.capture.journal import Journal
 from pgcdp.capture.superblock import identity, reading
-from pgcdp.config import Config
+from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import DamageError, PreconditionError
-from pgcdp.sets import SetPaths
+from pgcdp.sets import SetPaths, list_sets, set_paths
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +99,18 @@ def taken_at(config: Config) -> int | None:
     return known.taken_at if known is not None and known.journal == _identity(config) else None
 
 
-def filesystems(paths: SetPaths) -> dict[str, str]:
-    """Those of the volumes of a set, by name, as far as they are known."""
-    known = _known(paths)
-    return {} if known is None else known.volumes
+def refuse_anothers(config: Config, volume: VolumeConfig) -> None:
+    """Raises PreconditionError when the disk at a volume's place has what another volume had, of whichever set."""
+    now = _filesystem(volume.backing)
+    for name in list_sets() if now else []:
+        known = _known(set_paths(name))
+        for other, had in ({} if known is None else known.volumes).items():
+            if had == now and (name, other) != (config.name, volume.name):
+                raise PreconditionError(
+                    f"{volume.backing}, where volume {volume.name} of {config.name} is to be written, holds {now}: "
+                    f"that is volume {other} of {name}",
+                    f"give it another disk. If this is a copy that may go: wipefs --all {volume.backing}",
+                )
 
 
 def note(config: Config) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pgcdp import config as settings
 from pgcdp.capture import volumes
-from pgcdp.config import Config
+from pgcdp.config import Config, VolumeConfig
 from pgcdp.errors import PgcdpError, PreconditionError
 from pgcdp.sets import list_sets
 
@@ -92,6 +92,20 @@ def refuse_held(device: Path) -> None:
     """The same for a block device that is to become a volume."""
     with suppress(OSError):
         _refuse(device, "which is to be a volume", None)
+
+
+def refuse_taken(config: Config, volume: VolumeConfig) -> None:
+    """The same for one that is to be written anew; nor may another volume of the set lie there."""
+    with suppress(OSError):
+        what = f"where volume {volume.name} of {config.name} is to be written"
+        _refuse(volume.backing, what, config.paths.control)
+        wanted = bytes_of(volume.backing)
+        for other in config.volumes:
+            if other.name != volume.name and _overlaps(other.backing, wanted):
+                raise PreconditionError(
+                    f"{volume.backing}, {what}, is that of volume {other.name}, which is at {other.backing}",
+                    "give it another disk",
+                )
 
 
 def _refuse(backing: Path, what: str, control: Path | None) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pgcdp import api, fsio, proc, remaking, service
-from pgcdp.capture import volumes
+from pgcdp.capture import same_parts, sharing, volumes
 from pgcdp.errors import DamageError, PgcdpError, PreconditionError, UsageError
 from pgcdp.remaking import Lost
+from pgcdp.sets import set_paths
 from tests.cluster.test_several_volumes import counts, fill
 from tests.fix_disks import MakeDisk
 from tests.fix_engine import MIB
@@ -118,8 +122,14 @@ def report(progress):
     if progress.step == sys.argv[1] and progress.done == progress.total:
         os.kill(os.getpid(), signal.SIGKILL)
 
-api.up("main", report, remake=["ts-slow"])
+api.up("main", report, remake=sys.argv[2:])
 """
+
+
+def killed_at(step: str, name: str) -> None:
+    """`pgcdp up --remake NAME`, killed at the end of a step."""
+    done = subprocess.run([sys.executable, "-c", RUNNER, step, name], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_killed_on_a_new_disk(make_disk: MakeDisk, make_set: MakeSet, binaries_of: BindirOf) -> None:
@@ -138,7 +148,9 @@ def test_killed_on_a_new_disk(make_disk: MakeDisk, make_set: MakeSet, binaries_o
         with pytest.raises(PreconditionError, match="no filesystem that pgcdp knows") as told:
             api.up(found.name)
         assert f"pgcdp up {found.name} --remake ts-slow" in str(told.value.hint)
-        done = subprocess.run([sys.executable, "-c", RUNNER, step], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", RUNNER, step, "ts-slow"], capture_output=True, text=True, check=False
+        )
         assert done.returncode == -signal.SIGKILL, done.stderr
         with pytest.raises(PreconditionError, match="anew was interrupted") as told:
             api.down(found.name)
@@ -158,6 +170,93 @@ def test_killed_on_a_new_disk(make_disk: MakeDisk, make_set: MakeSet, binaries_o
     api.up(found.name, remake=["ts-slow"])
     api.down(found.name)
     found.assert_volume_is_newest()
+
+
+def test_a_disk_of_another_volume_is_not_written_over(
+    make_disk: MakeDisk, make_set: MakeSet, binaries_of: BindirOf
+) -> None:
+    """By whatever path, of this set or of another one, also where it is not at its own place just now."""
+    found = make_set(binaries_of(15), size=384 * MIB, wal_volume=make_disk(304 * MIB), allowed=GONE)
+    api.down(found.name)
+    config = found.config
+    data, wal = config.volumes
+    before = wal.backing.read_bytes()
+
+    def refused(match: str) -> None:
+        with pytest.raises(PreconditionError, match=match):
+            api.up(found.name, remake=["wal"])
+        assert not config.paths.remake_state.exists()
+
+    def write(content: bytes) -> None:
+        with wal.backing.open("r+b") as disk:
+            disk.write(content)
+            os.fsync(disk.fileno())
+
+    with data.backing.open("rb") as image:
+        write(image.read(MIB))
+    refused(f"holds {found.fs} .*: that is volume data of main")
+    write(bytes(MIB))
+    other = config.paths.config_file.with_name("other.toml")
+    other.write_bytes(b"not whole")
+    parts = set_paths("other").state / same_parts.FILE
+    parts.parent.mkdir(mode=0o700)
+    write(before[:MIB])
+    fsio.write_json(parts, {"journal": "x", "mark": 1, "volumes": {"ts": fsio.read_json(
+        config.paths.state / same_parts.FILE)["volumes"]["wal"]}})  # fmt: skip
+    refused("that is volume ts of other")
+    parts.unlink()
+    other.write_bytes(config.paths.config_file.read_bytes())
+    refused('is that of set "other"')
+    other.unlink()
+    at = parts.parent / "wal"
+    at.symlink_to(wal.backing)
+    twice = replace(config, volumes=(replace(data, backing=at), wal))
+    with pytest.raises(PreconditionError, match="is that of volume data, which is at"):
+        sharing.refuse_taken(twice, wal)
+    shutil.rmtree(parts.parent)
+    write(before[:MIB])
+    remaking.remake(config, ["wal"], lambda lost: None)
+    assert wal.backing.read_bytes()[: wal.bytes] == before[: wal.bytes]
+
+
+def test_killed_and_its_disk_is_not_mounted(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """`up` neither fills the disk that the mount point lies on, nor makes a directory there; then it goes on."""
+    found = a_set(make_set, binaries_of, wal_size=320 * MIB)
+    api.down(found.name)
+    place = found.config.paths.volumes
+    disk = place.rename(found.root / "disk")
+    before = (disk / "wal.img").rename(found.root / "wal")
+    place.mkdir(mode=0o700)
+    with mounted(disk, place):
+        killed_at("syncing volume wal", "wal")
+    for gone in (False, True):
+        if gone:
+            place.rmdir()
+        for remake in ([], ["wal"]):
+            with pytest.raises(PreconditionError, match=f"was mounted at {place}: nothing is mounted there"):
+                api.up(found.name, remake=remake)
+            assert not gone or not place.exists()
+            assert gone or list(place.iterdir()) == []
+    place.mkdir(mode=0o700)
+    with mounted(disk, place):
+        assert remaking.resume(found.config) == ["wal"]
+        assert first_difference(place / "wal.img", before) is None
+        api.up(found.name)
+        assert rows(found) == 5001
+        api.down(found.name)
+    place.rmdir()
+    disk.rename(place)
+    api.up(found.name)
+
+
+@contextmanager
+def mounted(disk: Path, place: Path) -> Iterator[None]:
+    """A directory, as a disk is."""
+    proc.run(["mount", "--bind", str(disk), str(place)])
+    try:
+        yield
+    finally:
+        proc.run(["umount", str(place)])
 
 
 def test_what_cannot_be_remade_is_refused(make_set: MakeSet, binaries_of: BindirOf) -> None:
