@@ -183,9 +183,11 @@ def test_a_disk_of_another_volume_is_not_written_over(
     before = wal.backing.read_bytes()
 
     def refused(match: str) -> None:
+        held = wal.backing.read_bytes()
         with pytest.raises(PreconditionError, match=match):
             api.up(found.name, remake=["wal"])
         assert not config.paths.remake_state.exists()
+        assert wal.backing.read_bytes() == held
 
     def write(content: bytes) -> None:
         with wal.backing.open("r+b") as disk:
@@ -206,6 +208,7 @@ def test_a_disk_of_another_volume_is_not_written_over(
     refused("that is volume ts of other")
     parts.unlink()
     other.write_bytes(config.paths.config_file.read_bytes())
+    write(b"x" * MIB)
     refused('is that of set "other"')
     other.unlink()
     at = parts.parent / "wal"
