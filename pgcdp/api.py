@@ -213,13 +213,16 @@ def grow(set_name: str, size: int | None, volume: str | None = None, *, progress
 
 def rebuild(set_name: str, progress: Report = silent) -> Json:
     """The catalog anew from the store. Waits while retention lets go of something, which it tells the catalog of."""
+    from pgcdp.machine import Place
     from pgcdp.recovery.expiring import AnotherRuns, expiring
     from pgcdp.store.layout import Store
+    from pgcdp.store.lease import refuse_other
     from pgcdp.store.rebuild import rebuild as rebuild_catalog
     from pgcdp.store.survey import survey
 
     config = load_config(set_name)
     store = Store.open(config.store, config.set_id_bytes)
+    refuse_other(store, Place.here(config.root))
     with ExitStack() as stack:
         try:
             stack.enter_context(expiring(store))

@@ -37,6 +37,8 @@ BLOCKS = 32768
 """So many are compared, of all volumes together."""
 SECONDS = 2.0
 """How long the journal is read for it, from the segment that the applied mark is in back, and then the volumes."""
+SECONDS_BEHIND = 10.0
+"""How long what lies behind the applied mark may take to be read; where it takes longer nothing is compared."""
 HURRIED_SECONDS = 0.3
 """The same, all in all, where production waits for it: what is not read by then is left."""
 _STEP = 2048
@@ -131,8 +133,9 @@ def _compared(config: Config, begun: float, hurried: bool) -> list[Compared]:
         return []
     written = _Written([volume.bytes // BLOCK for volume in config.volumes])
     written.add_tracked(tracked.marked_blocks(config.journal))
+    patience = HURRIED_SECONDS if hurried else SECONDS_BEHIND
     for run in journal.batches(mark.applied_write, None):
-        if hurried and time.monotonic() > begun + HURRIED_SECONDS:
+        if time.monotonic() > begun + patience:
             raise _Late(f"the journal has much behind write {mark.applied_write}")
         for record in run.records[["kind", "volume", "offset", "length"]].tolist():
             written.add(*record)

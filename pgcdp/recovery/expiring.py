@@ -436,7 +436,12 @@ class Run:
 
     def _sweep(self) -> None:
         self.progress(Progress("removing what was let go of"))
-        self._swept = sweep(self.store, self.stop)
+        try:
+            self._swept = sweep(self.store, self.stop)
+        except OSError as error:  # not even a name
+            if error.errno not in NO_ROOM or not self._use_reserve():
+                raise
+            self._swept = sweep(self.store, self.stop)
         self.done.bytes += self._swept.bytes
         self.done.waiting = self._swept.waiting
         self._mirrored(self._forget)

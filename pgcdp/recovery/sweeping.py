@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pgcdp.capture.control import EngineClient, EngineGone
 from pgcdp.errors import PgcdpError, PreconditionError
-from pgcdp.fsio import make_directory, sync_directory
+from pgcdp.fsio import NO_ROOM, make_directory, sync_directory
 from pgcdp.recovery.mapfile import FramesSource, decode
 from pgcdp.recovery.merged import stale
 from pgcdp.store.bundle import Bundle
@@ -97,15 +97,22 @@ def sweep(store: Store, stop: Stop = never) -> Swept:
             except PgcdpError as error:
                 return Swept(freed, error.message, unknown=True)
             moved = set[Path]()
-            for path in some:
+            for at, path in enumerate(some):
                 if _is_named(path, named):
                     waiting = "an open view reads some of it"
                 else:
                     size = size_of(path)
-                    with suppress(FileNotFoundError):  # merged increments also go by who merges
+                    try:
                         os.rename(path, store.aside / f"gone-{path.parent.name}-{path.name}")
-                        freed += size
-                        moved.add(path.parent)
+                    except FileNotFoundError:  # merged increments also go by who merges
+                        continue
+                    except OSError as error:
+                        if error.errno not in NO_ROOM or not moved:
+                            raise
+                        left = some[at:] + left  # there is room for its name when those before are gone
+                        break
+                    freed += size
+                    moved.add(path.parent)
         for parent in moved:  # first: else a power cut could bring back the name of what is half removed
             sync_directory(parent)
         clear_aside(store)

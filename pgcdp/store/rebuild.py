@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from pgcdp import keys, twice
 from pgcdp.errors import DamageError, PreconditionError
@@ -17,8 +18,7 @@ from pgcdp.store.rewinds import keep as keep_rewinds
 
 def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
     """Make `catalog.db` anew; returns it with what could not be read and is therefore not in it. What the store has
-    twice, of rewinds, gaps, its data key and what `twice` is for, it has twice again: the image's state, which an agent
-    writes with its next move, only where none runs.
+    twice, of rewinds, gaps, its data key and what `twice` is for, it has twice again: the last where no agent runs.
 
     The new catalog is built beside the old one and takes its place by rename. Nobody else may have it open.
     """
@@ -27,9 +27,8 @@ def rebuild(store: Store) -> tuple[Catalog, list[DamageError]]:
         raise PreconditionError(f"{place.parent} cannot be written", "run pgcdp rebuild as root")
     if store.encrypted:
         keys.mend_copies(store.path)
-    twice.STORE.mend(store.path)
-    if not store.has_agent():
-        twice.STATE.mend(store.image)
+    with suppress(PreconditionError), store.lock():  # an agent that runs writes both, and mends them when it starts
+        twice.mend(store.path)
     fresh = place.with_name(f"{FILE_NAME}.new")
     for leftover in (fresh, fresh.with_name(fresh.name + "-wal"), fresh.with_name(fresh.name + "-shm")):
         leftover.unlink(missing_ok=True)

@@ -181,6 +181,8 @@ def test_the_full_store_of_another_machine_is_left_alone(full: Full, disk: Small
     with pytest.raises(PreconditionError, match="belongs to two"):
         api.expire(found.name)
     with pytest.raises(PreconditionError, match="belongs to two"):
+        api.rebuild(found.name)
+    with pytest.raises(PreconditionError, match="belongs to two"):
         make_room(found.config, Unreadable(), lambda: False)
     after = {path: path.lstat() for path in found.store.rglob("*")}
     assert {path: (each.st_ino, each.st_size, each.st_mtime_ns) for path, each in after.items()} == {

@@ -19,6 +19,7 @@ from pgcdp.machine import Place
 from pgcdp.records import Boundary, Interval
 from pgcdp.recovery.choosing import holding_of, pins_of
 from pgcdp.recovery.expiring import expiring, have_reserve
+from pgcdp.recovery.sweeping import waiting_bytes
 from pgcdp.store.lease import Lease
 from pgcdp.store.rebuild import rebuild
 from pgcdp.store.reserve import EDGE_BYTES, LEAST_BYTES, MOST_BYTES, SPARE_BYTES, Reserve, is_short, size_for
@@ -157,6 +158,23 @@ def test_retention_on_a_disk_without_a_block(small_disk: MakeDisk, fs: str, poli
     disk.empty()
     years.assert_only(kept)
     years.assert_sound()
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+def test_not_even_a_name_finds_room_for_what_is_let_go_of(years: Years, failing: Faults, skip: int) -> None:
+    """On xfs a directory needs a block after some names."""
+    reserve = reserved(years)
+    assert reserve.make()
+    kept = remains(years, Policy(0.0))
+    failing.set("recovery.sweeping.sweep.rename", "enospc", skip=skip)
+    with expiring(years.store):
+        done = years.run(Policy(0.0), reserve=reserve)
+    assert failing.fired("recovery.sweeping.sweep.rename")
+    assert not done.failed
+    assert done.bytes
+    assert reserve.bytes() == LEAST_BYTES
+    assert not waiting_bytes(years.store)
+    years.assert_only(kept)
 
 
 def test_without_reserve_and_block_it_is_said_what_to_do(small_disk: MakeDisk) -> None:

@@ -196,6 +196,18 @@ def test_one_damaged_copy_is_named_costs_nothing_and_is_mended(
 
 
 @pytest.mark.parametrize(("file", "below"), FILES, ids=["store", "state"])
+def test_what_an_agent_is_writing_is_not_written_over_by_a_rebuild(tmp_path: Path, file: Twice, below: str) -> None:
+    """It would be what the agent wrote before: an image half moved would pass for one that stands."""
+    store = make_store(tmp_path)
+    DAMAGES["missing"](store.path / below / file.copy)
+    with store.lock():
+        rebuild(store)[0].close()
+        assert not (store.path / below / file.copy).exists()
+    rebuild(store)[0].close()
+    assert check_store(store).ok
+
+
+@pytest.mark.parametrize(("file", "below"), FILES, ids=["store", "state"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_copy_that_cannot_be_read_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Twice, below: str, which: int
