@@ -188,8 +188,16 @@ class PowerTruth:
         seconds = time.monotonic() - self._on_since
         rates = {name: disk["syncs"] / seconds for name, disk in self.machine.status().items() if disk["syncs"] > 2}
         disk = self._rng.choice(list(rates))
-        self.machine.arm(seed, disk, self._rng.randint(1, 1 + int(2 * rates[disk])))
-        return f"sync of {disk}", self.machine.fallen()
+        count, before = self._rng.randint(1, 1 + int(2 * rates[disk])), self.load.acknowledged()
+        self.machine.arm(seed, disk, count)
+        try:
+            return f"sync of {disk}", self.machine.fallen()
+        except TimeoutError as error:
+            commits = self.load.acknowledged() - before
+            raise AssertionError(
+                f"{error}: sync {count} of {disk} ({rates}) has not come, {commits} commits since. "
+                f"{self.machine.status()}, {api.status(self.found.name)}"
+            ) from None
 
     def _newest(self) -> int:
         return max((int(path.name) for path in (self.found.store / "intervals").glob("[0-9]*")), default=0)
