@@ -151,22 +151,21 @@ class PowerTruth:
         self.load = load
         self.witness = Witness(found)
         self.cuts = 0
-        self._on_since = time.monotonic()
         self._rng = random.Random(seed)
 
     def round(self, verify: bool = True) -> dict[str, Any]:
         """One cut, at a random moment or in place of some sync of some disk. What was seen; Lost."""
         before = self.load.acknowledged()
         boundary = self._newest()
+        began, at_first = time.monotonic(), self.machine.status()
         self.load.wait_for(self._rng.randint(20, 200))
-        moment, told = self._cut()
+        moment, told = self._cut(began, at_first)
         self.cuts += 1
         self.machine.off()
         reap()
         self.load.pause()
         acknowledged = self.load.acknowledged() - before
         self.machine.on()
-        self._on_since = time.monotonic()
         with judged("down"):
             api.down(self.found.name)
         with judged("volume", *BROKEN):
@@ -179,14 +178,17 @@ class PowerTruth:
         self._goes_on(boundary, verify)
         return {"moment": moment, "commits": acknowledged, "interval": self._newest(), "disks": told}
 
-    def _cut(self) -> tuple[str, dict[str, dict[str, int]]]:
+    def _cut(self, began: float, at_first: dict[str, dict[str, int]]) -> tuple[str, dict[str, dict[str, int]]]:
         seed = self._rng.getrandbits(32)
         pass_time(0.2 + self._rng.random())
         if self._rng.random() < 0.5:
             return "at once", self.machine.cut(seed)
-        # By the rate of each disk since it is on, so that none is waited for in vain.
-        seconds = time.monotonic() - self._on_since
-        rates = {name: disk["syncs"] / seconds for name, disk in self.machine.status().items() if disk["syncs"] > 2}
+        # By the rate of each disk under this load, so that none is waited for in vain.
+        seconds = time.monotonic() - began
+        syncs = {name: disk["syncs"] - at_first[name]["syncs"] for name, disk in self.machine.status().items()}
+        rates = {name: count / seconds for name, count in syncs.items() if count > 2}
+        if not rates:
+            return "at once", self.machine.cut(seed)
         disk = self._rng.choice(list(rates))
         count, before = self._rng.randint(1, 1 + int(2 * rates[disk])), self.load.acknowledged()
         self.machine.arm(seed, disk, count)
