@@ -109,7 +109,7 @@ def test_a_catalog_that_is_replaced_during_a_run_is_told_of_what_goes(years: Yea
 
 
 def test_rebuild_waits_for_retention(years: Years, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(store=years.store.path, set_id_bytes=years.store.set_id)
+    config = SimpleNamespace(store=years.store.path, set_id_bytes=years.store.set_id, root=years.store.path.parent)
     monkeypatch.setattr(api, "load_config", lambda name: config)
     waits, told = threading.Event(), list[Any]()
     with expiring(years.store):
