@@ -109,7 +109,6 @@ def mend(paths: SetPaths) -> bool:
         if _serves(config, client):
             return False
         same_parts.refuse_other(config)
-        stale.refuse_stale(config, hurried=True)
         engine.spawn_capture(config, put_back=put_back, holder=holder.socket_of(paths))
         return True
 
