@@ -121,6 +121,11 @@ def _volumes(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
         yield passed("volumes", ", ".join(f"{each.name} on {each.backing}" for each in config.volumes))
 
 
+def _wait(engine: EngineStatus | None) -> bool:
+    """Whether writes wait, and with them may whatever reads the volumes or asks Postgres."""
+    return engine is not None and engine.state == "stalled"
+
+
 def _sync_failed(engine: EngineStatus) -> bool:
     """Whether a volume may lack what it had, until it is written again from the journal."""
     return any("sync failed" in each for each in engine.errors)
@@ -164,7 +169,7 @@ def _agent(config: Config) -> Iterator[Finding]:
 
 def _settings(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
     """Settings and states that void the promise. While writes wait, what is asked of Postgres may wait with them."""
-    if engine is not None and engine.state == "stalled":
+    if _wait(engine):
         yield passed("settings", "not looked at: writes wait")
         return
     yield from of_remarks(promise.running(session.Dsn.of(config), config.pgdata))
@@ -177,7 +182,7 @@ def _outside(config: Config, engine: EngineStatus | None, opened: Opened) -> Ite
     """
     name = "data outside the set"
     mountpoints = [volume.mountpoint for volume in config.volumes]
-    waits = engine is not None and engine.state == "stalled"
+    waits = _wait(engine)
     attached = not waits and all_mounted(mountpoints)
     found = find_outside(config.pgdata, mountpoints) if attached else []
     if found:
@@ -209,7 +214,7 @@ def _role(config: Config, engine: EngineStatus | None) -> Iterator[Finding]:
 
     While writes wait, whatever is asked of Postgres may wait with them.
     """
-    if engine is None or engine.state == "stalled":
+    if engine is None or _wait(engine):
         yield passed("role pgcdp", "not looked at: " + ("nothing is captured" if engine is None else "writes wait"))
         return
     dsn = session.Dsn.of(config)

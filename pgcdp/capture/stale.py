@@ -39,8 +39,6 @@ SECONDS = 2.0
 """How long the journal is read for it, from the segment that the applied mark is in back, and then the volumes."""
 SECONDS_BEHIND = 10.0
 """How long what lies behind the applied mark may take to be read; where it takes longer nothing is compared."""
-HURRIED_SECONDS = 0.3
-"""The same, all in all, where production waits for it: what is not read by then is left."""
 _STEP = 2048
 """So many of the newest blocks are read in order of their places, then the next ones."""
 _NEAR, _RUN = 8, 256
@@ -73,17 +71,17 @@ class _Late(Exception):
     """There is no more time."""
 
 
-def refuse_stale(config: Config, *, hurried: bool = False) -> None:
+def refuse_stale(config: Config) -> None:
     """Raises PreconditionError when a volume is not what it was when the set stopped, otherwise than in order.
 
-    Nobody captures. `hurried`: production waits. What cannot be read is left to the engine to tell of, and so is a
+    Nobody captures. What cannot be read is left to the engine to tell of, and so is a
     journal that is damaged.
     """
     if config.paths.extend_state.exists():  # its new volume may have taken the number of one that was put back
         return
     begun = time.monotonic()
     try:
-        found = _compared(config, begun, hurried)
+        found = _compared(config, begun)
     except (DamageError, OSError, _Late) as error:
         _log.info("the volumes of %s are not compared with the journal: %r", config.name, error)
         return
@@ -125,7 +123,7 @@ def _way_on(config: Config, wrong: Sequence[tuple[VolumeConfig, Compared]]) -> s
     return f"if there is none: {first}{backings.remakes(config, *(each for each, _ in wrong))}"
 
 
-def _compared(config: Config, begun: float, hurried: bool) -> list[Compared]:
+def _compared(config: Config, begun: float) -> list[Compared]:
     """Of each volume; of none where there is nothing to compare with. Raises DamageError, OSError, _Late."""
     journal = Journal(config.journal, config.set_id_bytes)
     mark, since = journal.applied_mark(), same_parts.taken_at(config)
@@ -133,16 +131,13 @@ def _compared(config: Config, begun: float, hurried: bool) -> list[Compared]:
         return []
     written = _Written([volume.bytes // BLOCK for volume in config.volumes])
     written.add_tracked(tracked.marked_blocks(config.journal))
-    patience = HURRIED_SECONDS if hurried else SECONDS_BEHIND
     for run in journal.batches(mark.applied_write, None):
-        if time.monotonic() > begun + patience:
+        if time.monotonic() > begun + SECONDS_BEHIND:
             raise _Late(f"the journal has much behind write {mark.applied_write}")
         for record in run.records[["kind", "volume", "offset", "length"]].tolist():
             written.add(*record)
-    until = (begun if hurried else time.monotonic()) + (HURRIED_SECONDS if hurried else SECONDS)
-    wanted = _wanted(journal, (since, mark.applied_write), written, until, hurried)
-    if not hurried:
-        until = time.monotonic() + SECONDS
+    wanted = _wanted(journal, (since, mark.applied_write), written, time.monotonic() + SECONDS)
+    until = time.monotonic() + SECONDS
     found = [Compared() for _ in config.volumes]
     with suppress(_Late):
         for at in range(0, len(wanted), _STEP):
@@ -195,13 +190,11 @@ class _Batch(NamedTuple):
 _ZEROS = xxhash.xxh3_64_intdigest(bytes(BLOCK))
 
 
-def _wanted(
-    journal: Journal, writes: tuple[int, int], written: _Written, until: float, hurried: bool
-) -> list[Expected]:
+def _wanted(journal: Journal, writes: tuple[int, int], written: _Written, until: float) -> list[Expected]:
     """What blocks must hold by the writes behind the first and up to the second of `writes`, the newest first."""
     since, upto = writes
     found: list[Expected] = []
-    for batches in _segments_back(journal, since, upto, until if hurried else None):
+    for batches in _segments_back(journal, since, upto):
         for batch in reversed(batches):
             for each in _of_batch(batch, writes, written):
                 found.append(each)
@@ -212,7 +205,7 @@ def _wanted(
     return found
 
 
-def _segments_back(journal: Journal, since: int, upto: int, until: float | None) -> Iterator[list[_Batch]]:
+def _segments_back(journal: Journal, since: int, upto: int) -> Iterator[list[_Batch]]:
     """The batches up to write `upto`, of a segment at a time, the newest one first.
 
     It ends where some are missing or not what was written: what is older may be overwritten by them. Segments that were
@@ -225,7 +218,7 @@ def _segments_back(journal: Journal, since: int, upto: int, until: float | None)
             batches: list[_Batch] = []
             segment = Segment(journal.path(sequence), sequence, journal.set_id, journal.window)
             try:
-                first, last = _read(segment, upto, batches, until)
+                first, last = _read(segment, upto, batches)
             finally:
                 segment.close()
             if first is None or first > upto:
@@ -236,7 +229,7 @@ def _segments_back(journal: Journal, since: int, upto: int, until: float | None)
             upto = first - 1
 
 
-def _read(segment: Segment, upto: int, batches: list[_Batch], until: float | None) -> tuple[int | None, int]:
+def _read(segment: Segment, upto: int, batches: list[_Batch]) -> tuple[int | None, int]:
     """Batches from a segment's first to the one that has write `upto`; the first write that was found, and the last."""
     place, first, last = SEGMENT_HEADER_BYTES, None, 0
     while last < upto and (head := segment.batch(place)) is not None:
@@ -246,8 +239,6 @@ def _read(segment: Segment, upto: int, batches: list[_Batch], until: float | Non
             break
         if head.first > upto:
             break
-        if until is not None and time.monotonic() > until:
-            raise _Late("a segment is long")
         batches.append(_batch(*segment.parts(place, head)))
         last = head.last
         place += head.length

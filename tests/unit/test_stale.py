@@ -91,7 +91,7 @@ def test_exactly_what_was_written_last_before_the_mark_counts(tmp_path: Path, se
             with pytest.raises(PreconditionError, match=f": 1 of {of} blocks that were compared"):
                 stale.refuse_stale(config)
             os.pwrite(file.fileno(), was, block * BLOCK)
-    stale.refuse_stale(config, hurried=True)
+    stale.refuse_stale(config)
 
 
 def a_set(root: Path) -> Config:
