@@ -111,8 +111,8 @@ static int lock_journal(struct capture *c, struct err *e)
     return 0;
 }
 
-/* Whether the first batch behind `write` begins with the begin record of the gap that `state` speaks of. */
-static int has_begun(struct capture *c, uint64_t write, const struct fmt_tracked *state, bool *begun, struct err *e)
+/* Whether the first batch behind `write` begins with the begin record of a gap that has the time `begin_ns`. */
+static int has_begun(struct capture *c, uint64_t write, uint64_t begin_ns, bool *begun, struct err *e)
 {
     struct jr *jr;
     struct jr_batch b;
@@ -123,7 +123,7 @@ static int has_begun(struct capture *c, uint64_t write, const struct fmt_tracked
     if (rc == 0)
         rc = jr_next(jr, &b, e);
     *begun = rc == 1 && b.first_write == write + 1 && b.record[0].kind == FMT_MARK && b.record[0].flags == FMT_GAP_BEGIN &&
-             b.record[0].wall_ns == state->begin_ns;
+             b.record[0].wall_ns == begin_ns;
     jr_close(jr);
     return rc == 1 ? 0 : rc;
 }
@@ -132,16 +132,16 @@ static int has_begun(struct capture *c, uint64_t write, const struct fmt_tracked
  * made durable there, must not be replayed over them (FORMAT.md 1.8). */
 static int end_where_tracked(struct capture *c, struct jr *jr, uint64_t applied, struct err *e)
 {
-    bool durable, begun = false;
-    const struct fmt_tracked *state = c->tracked ? tracked_state(c->tracked, &durable) : NULL;
-    if (!state || state->state == FMT_TRACKED_IDLE || applied > state->behind)
+    bool begun = false;
+    struct fmt_tracking state = tracked_state(c->tracked);
+    if (state.state == FMT_TRACKED_IDLE || applied > state.behind)
         return 0;
-    if (applied < state->behind) {
-        err_set(e, ERR_DAMAGE, "changes are tracked behind write %lu, but the applied mark stands at %lu", state->behind, applied);
+    if (applied < state.behind) {
+        err_set(e, ERR_DAMAGE, "changes are tracked behind write %lu, but the applied mark stands at %lu", state.behind, applied);
         err_hint(e, "the journal's files applied and tracked are not of the same time; bring them back as they were");
         return ERR_DAMAGE;
     }
-    int rc = state->state == FMT_TRACKED_HEALING ? has_begun(c, applied, state, &begun, e) : 0;
+    int rc = state.state == FMT_TRACKED_HEALING ? has_begun(c, applied, state.begin_ns, &begun, e) : 0;
     if (rc == 0 && !begun)
         jr_end_at(jr, applied);
     return rc;
@@ -155,15 +155,15 @@ static int bring_up(struct capture *c, struct err *e)
     struct jr_end end;
     struct replayed replayed = {.writes = 0};
     struct replay_volumes to = {.volumes = c->volumes, .count = c->volume_count, .put_back = c->put_back};
-    int rc = tracked_open(&c->tracked, c->journal, c->set_id, c->volumes, c->volume_count, c->track, e);
-    if (rc == 0)
-        rc = jr_open(&jr, c->journal, c->set_id, e);
+    int rc = jr_open(&jr, c->journal, c->set_id, e);
     if (rc)
         return rc == -EPERM ? ERR_PRECONDITION : rc;
     jr_end(jr, &end); /* only the mark is known yet */
     uint64_t applied = end.applied_write;
     replayed.inside = end.inside;
-    rc = end_where_tracked(c, jr, applied, e);
+    rc = tracked_open(&c->tracked, c->journal, c->set_id, c->volumes, c->volume_count, c->track, end.marked ? &end.tracking : NULL, e);
+    if (rc == 0)
+        rc = end_where_tracked(c, jr, applied, e);
     if (rc == 0)
         rc = jr_seek(jr, applied + 1, e);
     if (rc == 0) /* killed between writing a batch and its sync: no volume may have it before the journal does */
@@ -196,6 +196,7 @@ static int bring_up(struct capture *c, struct err *e)
         o.mark.applied_write = end.last_write;
         o.mark.released_write = end.released_write;
         o.mark.flags = replayed.inside ? FMT_APPLIED_INSIDE : 0;
+        o.mark.tracking = tracked_state(c->tracked);
         rc = jw_open(&c->jw, &o, e);
     }
     jr_close(jr);

@@ -67,6 +67,16 @@ struct fmt_record { /* FORMAT.md 1.3 */
 };
 static_assert(sizeof(struct fmt_record) == 48, "FORMAT.md 1.3");
 
+enum fmt_tracked_state { FMT_TRACKED_IDLE = 0, FMT_TRACKED_TRACKING = 1, FMT_TRACKED_HEALING = 2 };
+
+struct fmt_tracking { /* FORMAT.md 1.4: what the head of `tracked` says, should that file be lost */
+    uint32_t state;
+    uint32_t reserved;
+    uint64_t since_ns;
+    uint64_t behind;
+    uint64_t begin_ns;
+};
+
 struct fmt_applied { /* FORMAT.md 1.4; each of the two slots begins with it */
     char magic[8];
     uint32_t version;
@@ -80,15 +90,15 @@ struct fmt_applied { /* FORMAT.md 1.4; each of the two slots begins with it */
     uint64_t durable_segment;
     uint64_t durable_offset;
     uint64_t checksum;
+    struct fmt_tracking tracking;
 };
-static_assert(sizeof(struct fmt_applied) == 96, "FORMAT.md 1.4");
+static_assert(sizeof(struct fmt_applied) == 128, "FORMAT.md 1.4");
 static_assert(offsetof(struct fmt_applied, checksum) == 88, "FORMAT.md 1.4");
 
 #define FMT_APPLIED_CLEAN 1u
 #define FMT_APPLIED_INSIDE 2u /* between begin and end of a rewind in place, or of a gap other than FMT_UNTRACKED */
 
 static const char FMT_TRACKED_MAGIC[8] = {'P', 'G', 'C', 'D', 'P', 'T', 'R', 'K'};
-enum fmt_tracked_state { FMT_TRACKED_IDLE = 0, FMT_TRACKED_TRACKING = 1, FMT_TRACKED_HEALING = 2 };
 #define FMT_TRACKED_VOLUMES 256u
 #define FMT_TRACKED_BITS 4000u /* blocks of a sector */
 

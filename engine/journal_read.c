@@ -418,6 +418,7 @@ void jr_end(const struct jr *jr, struct jr_end *out)
         .applied_write = jr->mark.applied_write,
         .released_write = jr->mark.released_write,
         .mark_durable_write = jr->mark.durable_write,
+        .tracking = jr->mark.tracking,
     };
     if (!jr->started && !jr->count) {
         out->last_write = jr->mark.durable_write;

@@ -69,6 +69,7 @@ struct jr_end {
     uint64_t applied_write;
     uint64_t released_write;
     uint64_t mark_durable_write; /* last durable write when the mark was written */
+    struct fmt_tracking tracking;
 };
 
 /*

@@ -161,6 +161,18 @@ int jw_set_applied(struct jw *jw, uint64_t write, uint32_t flags, struct err *e)
     return rc;
 }
 
+int jw_set_tracking(struct jw *jw, const struct fmt_tracking *tracking, struct err *e)
+{
+    pthread_mutex_lock(&jw->mark_lock);
+    {
+        HOLD_LOCK(&jw->lock);
+        jw->mark.tracking = *tracking; /* also when it fails: the next mark is the next try */
+    }
+    int rc = write_mark(jw, e);
+    pthread_mutex_unlock(&jw->mark_lock);
+    return rc;
+}
+
 void jw_release(struct jw *jw, uint64_t write)
 {
     HOLD_LOCK(&jw->lock);

@@ -60,6 +60,9 @@ void jw_wait_space(struct jw *jw);
  * this one on. */
 int jw_set_applied(struct jw *jw, uint64_t write, uint32_t flags, struct err *e);
 
+/* The applied mark says this of the bitmap of changed blocks. Durable when it returns 0; else either may be there. */
+int jw_set_tracking(struct jw *jw, const struct fmt_tracking *tracking, struct err *e);
+
 /* The store holds all writes up to this one. Frees segments; becomes durable with the next applied mark. */
 void jw_release(struct jw *jw, uint64_t write);
 

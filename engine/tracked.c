@@ -22,7 +22,6 @@
 struct tracked {
     int dir, fd;
     struct fmt_tracked head;
-    bool durable;
     bool unnamed; /* it has its name, but the directory's sync failed: after a power cut the old one may be there */
     uint64_t first_page[MAX_VOLUMES + 1]; /* of each volume; the last one is their number */
     uint8_t *marked, *todo;               /* as in the file: a page is 4096 bytes */
@@ -156,7 +155,6 @@ int tracked_flush(struct tracked *t)
 static int write_head(struct tracked *t)
 {
     uint8_t *slot = io_alloc(FMT_HEADER_BYTES);
-    t->durable = false;
     if (!slot)
         return -ENOMEM;
     t->head.sequence++;
@@ -172,25 +170,31 @@ static int write_head(struct tracked *t)
             rc = io_fdatasync("tracked.state.sync", t->fd);
     }
     io_free(slot, FMT_HEADER_BYTES);
-    t->durable = rc == 0;
     return rc;
 }
 
-const struct fmt_tracked *tracked_state(const struct tracked *t, bool *durable)
+struct fmt_tracking tracked_state(const struct tracked *t)
 {
-    *durable = t->durable;
-    return &t->head;
+    if (!t || t->head.state == FMT_TRACKED_IDLE)
+        return (struct fmt_tracking){.state = FMT_TRACKED_IDLE};
+    return (struct fmt_tracking){
+        .state = t->head.state, .since_ns = t->head.since_ns, .behind = t->head.behind, .begin_ns = t->head.begin_ns};
 }
 
-int tracked_set_state(struct tracked *t, enum fmt_tracked_state state, uint64_t since_ns, uint64_t behind, uint64_t begin_ns)
+static void take_state(struct tracked *t, const struct fmt_tracking *from)
+{
+    t->head.state = from->state;
+    t->head.since_ns = from->since_ns;
+    t->head.behind = from->behind;
+    t->head.begin_ns = from->begin_ns;
+}
+
+int tracked_set_state(struct tracked *t, const struct fmt_tracking *to)
 {
     struct fmt_tracked before = t->head;
-    t->head.state = state;
-    t->head.since_ns = since_ns;
-    t->head.behind = behind;
-    t->head.begin_ns = begin_ns;
+    take_state(t, to);
     int rc = write_head(t);
-    if (rc && state == FMT_TRACKED_IDLE) { /* the gap is told of until it is written */
+    if (rc && to->state == FMT_TRACKED_IDLE) { /* the gap is told of until it is written */
         before.sequence = t->head.sequence;
         t->head = before;
     }
@@ -228,6 +232,8 @@ static int write_all(struct tracked *t)
     int rc = chunk ? io_reserve("tracked.new.reserve", t->fd, HEAD_BYTES + pages * BLOCK) : -ENOMEM;
     for (uint64_t i = 0; rc == 0 && i < pages; i += CHUNK_PAGES) {
         uint64_t count = min_u64(CHUNK_PAGES, pages - i);
+        if (t->marked_count) /* else its memory is not touched */
+            memcpy(chunk, t->marked + i * BLOCK, count * BLOCK);
         for (uint64_t k = 0; k < count; k++)
             seal(chunk + k * BLOCK, i + k);
         rc = io_pwrite("tracked.new.write", t->fd, chunk, count * BLOCK, HEAD_BYTES + i * BLOCK);
@@ -238,8 +244,19 @@ static int write_all(struct tracked *t)
     return rc ? rc : io_fsync_file("tracked.new.sync", t->fd);
 }
 
-/* An idle one in the place of any other, durably there with its next state at the latest. */
-static int make(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count, struct err *e)
+/* Nothing of a bitmap that is lost is known: each block counts as changed. */
+static void mark_all(struct tracked *t, const struct fmt_tracking *state)
+{
+    take_state(t, state);
+    for (unsigned v = 0; v < t->head.volumes; v++) {
+        tracked_mark(t, v, 0, t->head.blocks[v]);
+        tracked_add_todo(t, v, 0, t->head.blocks[v]);
+    }
+}
+
+/* One in the place of any other, durably there with its next state at the latest. `lost`: as that was, else it is idle. */
+static int make(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count,
+                const struct fmt_tracking *lost, struct err *e)
 {
     struct tracked *t = new_tracked(dir);
     if (!t)
@@ -248,6 +265,8 @@ static int make(struct tracked **out, int dir, const uint8_t set_id[16], const u
     t->head.version = FORMAT_VERSION;
     memcpy(t->head.set_id, set_id, 16);
     int rc = set_up(t, blocks, count, e);
+    if (rc == 0 && lost)
+        mark_all(t, lost);
     if (rc == 0) {
         t->fd = openat(dir, NEW_NAME, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_DIRECT, 0600);
         rc = t->fd < 0 ? -errno : write_all(t);
@@ -323,6 +342,10 @@ static int load(struct tracked *t, const uint64_t *blocks, struct err *e)
     for (unsigned v = 0; v < t->head.volumes; v++)
         for (uint64_t i = t->first_page[v]; rc == 0 && i < t->first_page[v + 1]; i++) {
             rc = io_pread(t->fd, page, BLOCK, HEAD_BYTES + i * BLOCK);
+            if (rc == -ENODATA) { /* it was cut off: no sector of zeros is one that was written */
+                memset(page, 0, BLOCK);
+                rc = 0;
+            }
             for (uint64_t k = 0; rc == 0 && k < PAGE_SECTORS; k++)
                 take_sector(t, v, i * PAGE_SECTORS + k, page + k * FMT_TRACKED_SECTOR);
         }
@@ -349,13 +372,8 @@ static bool fits(const struct fmt_tracked *h, const uint64_t *blocks, unsigned c
     return fitting;
 }
 
-static int refuse_head(int found, const struct fmt_tracked *h, const uint8_t set_id[16], struct err *e)
+static int refuse_head(const struct fmt_tracked *h, const uint8_t set_id[16], struct err *e)
 {
-    if (found == 0) {
-        err_set(e, ERR_DAMAGE, "the journal's bitmap of changed blocks is damaged: neither slot of tracked is what was written");
-        err_hint(e, "if status never said tracking, remove that file; else pgcdp down, remove it, and pgcdp up --heal compares all");
-        return ERR_DAMAGE;
-    }
     if (h->version != FORMAT_VERSION)
         return err_set(e, ERR_PRECONDITION, "tracked has format version %u, this program knows %u", h->version, FORMAT_VERSION);
     if (memcmp(h->set_id, set_id, 16) != 0)
@@ -367,13 +385,35 @@ static int refuse_head(int found, const struct fmt_tracked *h, const uint8_t set
 static int make_or_warn(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count)
 {
     struct err e = {.message = ""};
-    if (make(out, dir, set_id, blocks, count, &e) != 0)
+    if (make(out, dir, set_id, blocks, count, NULL, &e) != 0)
         log_warn("%s; until the next start writes wait when the journal is full, as with on_full = stall", e.message);
     return 0;
 }
 
+/* The file is not there, or neither of its heads is what was written (`damaged`): the applied mark tells what it said. */
+static int make_anew(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count, bool wanted,
+                     bool damaged, const struct fmt_tracking *marked, struct err *e)
+{
+    const char *how = damaged ? "damaged: neither slot of tracked is what was written" : "missing: the file tracked";
+    if (damaged && !marked) {
+        err_set(e, ERR_DAMAGE, "the journal's bitmap of changed blocks is %s, and there is no applied mark", how);
+        err_hint(e, "bring the files tracked and applied back");
+        return ERR_DAMAGE;
+    }
+    if (marked && marked->state != FMT_TRACKED_IDLE) {
+        int rc = make(out, dir, set_id, blocks, count, marked, e);
+        if (rc == 0)
+            log_error("the journal's bitmap of changed blocks is %s, though changes are tracked: each block counts as changed, and "
+                      "comes into the journal", how);
+        return rc;
+    }
+    if (damaged)
+        log_warn("the journal's bitmap of changed blocks is %s; nothing was tracked", how);
+    return wanted ? make_or_warn(out, dir, set_id, blocks, count) : 0;
+}
+
 int tracked_open(struct tracked **out, const char *directory, const uint8_t set_id[16], const struct volume *volumes,
-                 unsigned count, bool wanted, struct err *e)
+                 unsigned count, bool wanted, const struct fmt_tracking *marked, struct err *e)
 {
     uint64_t blocks[MAX_VOLUMES];
     struct fmt_tracked head = {.volumes = 0};
@@ -386,10 +426,10 @@ int tracked_open(struct tracked **out, const char *directory, const uint8_t set_
     CLEANUP_CLOSE int fd = openat(dir, NAME, O_RDWR | O_CLOEXEC | O_DIRECT);
     if (fd < 0 && errno != ENOENT)
         return err_sys(e, -errno, "cannot open the journal's bitmap of changed blocks");
-    if (fd < 0)
-        return wanted ? make_or_warn(out, dir, set_id, blocks, count) : 0;
-    int rc = read_head(fd, &head, e);
-    if (rc < 0 || (rc = refuse_head(rc, &head, set_id, e)) != 0)
+    int rc = fd < 0 ? 0 : read_head(fd, &head, e);
+    if (rc == 0)
+        return make_anew(out, dir, set_id, blocks, count, wanted, fd >= 0, marked, e);
+    if (rc < 0 || (rc = refuse_head(&head, set_id, e)) != 0)
         return rc;
     bool idle = head.state == FMT_TRACKED_IDLE, same = fits(&head, blocks, count);
     if (idle && !wanted)
@@ -405,7 +445,6 @@ int tracked_open(struct tracked **out, const char *directory, const uint8_t set_
     if (!t)
         return err_sys(e, -ENOMEM, "bitmap of changed blocks");
     t->head = head;
-    t->durable = true;
     t->fd = fd;
     fd = -1;
     rc = set_up(t, head.blocks, head.volumes, e);
@@ -424,7 +463,7 @@ int tracked_grown(struct tracked **out, const struct tracked *t, unsigned volume
     uint64_t blocks[MAX_VOLUMES];
     memcpy(blocks, t->head.blocks, sizeof blocks);
     blocks[volume] = bytes / BLOCK;
-    return make(out, t->dir, t->head.set_id, blocks, t->head.volumes, e);
+    return make(out, t->dir, t->head.set_id, blocks, t->head.volumes, NULL, e);
 }
 
 void tracked_close(struct tracked *t)

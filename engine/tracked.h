@@ -18,20 +18,22 @@
 struct tracked;
 
 /* Opens the bitmap in the journal `directory`. Makes it, for these volumes, when it is `wanted` and is not there, or is of other
- * volumes and idle. `*out` is NULL when there is none and none is wanted, or it is idle and not wanted, or there is no
- * room, which is logged. ERR_PRECONDITION when it is not idle and of other volumes; ERR_DAMAGE when it is not known whether it is idle. */
+ * volumes and idle. Where it is lost, and `marked`, what the applied mark says (NULL: there is none), is not idle, it is made
+ * with that state, and each block counts as changed. `*out` is NULL when there is none and none is wanted, or it is idle and not
+ * wanted, or there is no room, which is logged. ERR_PRECONDITION when it is not idle and of other volumes, or is lost and there
+ * is no room; ERR_DAMAGE when it is not known whether it is idle. */
 int tracked_open(struct tracked **out, const char *directory, const uint8_t set_id[16], const struct volume *volumes,
-                 unsigned count, bool wanted, struct err *e);
+                 unsigned count, bool wanted, const struct fmt_tracking *marked, struct err *e);
 void tracked_close(struct tracked *t);
 
 /* An idle one that has taken the place of `t` in the directory, with so many bytes of a volume. `t` stays as it is. */
 int tracked_grown(struct tracked **out, const struct tracked *t, unsigned volume, uint64_t bytes, struct err *e);
 
-/* What the file says; `durable` false: the last change of the state failed. */
-const struct fmt_tracked *tracked_state(const struct tracked *t, bool *durable);
+/* What the file says, or was to say when the last change of it failed; idle without a bitmap (NULL). */
+struct fmt_tracking tracked_state(const struct tracked *t);
 
 /* Durable when it returns 0. */
-int tracked_set_state(struct tracked *t, enum fmt_tracked_state state, uint64_t since_ns, uint64_t behind, uint64_t begin_ns);
+int tracked_set_state(struct tracked *t, const struct fmt_tracking *to);
 
 void tracked_mark(struct tracked *t, unsigned volume, uint64_t first, uint64_t count);
 void tracked_unmark(struct tracked *t, unsigned volume, uint64_t first, uint64_t count);

@@ -3,7 +3,8 @@
  * When a batch has waited for room in the journal for TRACK_AFTER_NS, this is done, each step durable before the next:
  *
  *   1. what the journal holds is on the volumes and synced; the applied mark says so     (so nothing is ever replayed over what follows)
- *   2. the bitmap says: tracking, behind write W, the journal's last
+ *   2. the bitmap says: tracking, behind write W, the journal's last; and so does, here and below, the applied mark, in front of it:
+ *      should the bitmap be lost, then not this
  *   3. of each batch: its blocks are marked in the bitmap (synced unless all were), then it is written to the volumes, these are
  *      synced, its writes are answered
  *
@@ -37,15 +38,9 @@
 #define RETRY_NS 1000000000u
 #define FLUSH_NS ((uint64_t)5000000000)
 
-static const struct fmt_tracked *state_of(const struct volume_set *vs)
-{
-    bool durable;
-    return tracked_state(vs->tracked, &durable);
-}
-
 size_t tracking_name(const struct volume_set *vs, char out[48])
 {
-    return (size_t)snprintf(out, 48, FMT_UNTRACKED "%" PRIu64, state_of(vs)->since_ns);
+    return (size_t)snprintf(out, 48, FMT_UNTRACKED "%" PRIu64, tracked_state(vs->tracked).since_ns);
 }
 
 static bool changes(const struct fmt_record *r)
@@ -53,12 +48,20 @@ static bool changes(const struct fmt_record *r)
     return r->kind == FMT_WRITE || r->kind == FMT_ZERO || r->kind == FMT_DISCARD;
 }
 
-/* The bitmap's state, durably; what fails is noted. */
+/* What applied mark and bitmap say, durably; else either may be there, and what fails is noted. */
 static int set_state(struct volume_set *vs, enum fmt_tracked_state state, uint64_t since_ns, uint64_t begin_ns)
 {
-    int rc = tracked_set_state(vs->tracked, state, since_ns, vs->durable_write, begin_ns);
+    struct fmt_tracking to = {.state = state,
+                              .since_ns = since_ns,
+                              .behind = state == FMT_TRACKED_IDLE ? 0 : vs->durable_write,
+                              .begin_ns = begin_ns};
+    struct err e = {.message = ""};
+    int rc = jw_set_tracking(vs->jw, &to, &e);
     if (rc)
+        vs_note_error(vs, VS_TRACK, "journal: %s", e.message);
+    else if ((rc = tracked_set_state(vs->tracked, &to)) != 0)
         vs_note_error(vs, VS_TRACK, "journal: the bitmap of changed blocks cannot be written: %s", strerror(-rc));
+    vs->state_told = rc == 0;
     return rc;
 }
 
@@ -90,7 +93,7 @@ static int begin(struct volume_set *vs, uint64_t since_ns)
         return rc;
     /* From the attempt on the file may say it, whatever becomes of it: nothing may go to the journal before heal() has written otherwise.
      * tracking_commit writes it again before anything else. */
-    set_state(vs, FMT_TRACKED_TRACKING, vs->mode == VS_HEALING && !vs->ended ? state_of(vs)->since_ns : since_ns, 0);
+    set_state(vs, FMT_TRACKED_TRACKING, vs->mode == VS_HEALING && !vs->ended ? tracked_state(vs->tracked).since_ns : since_ns, 0);
     return 0;
 }
 
@@ -122,10 +125,9 @@ static int note_bits(struct volume_set *vs)
 
 int tracking_commit(struct volume_set *vs, const struct fmt_record *records, uint32_t count, struct block *room)
 {
-    bool durable;
-    const struct fmt_tracked *state = tracked_state(vs->tracked, &durable);
-    if (state->state != FMT_TRACKED_TRACKING || !durable) { /* a try to heal that failed */
-        int rc = set_state(vs, FMT_TRACKED_TRACKING, state->since_ns, 0);
+    struct fmt_tracking state = tracked_state(vs->tracked);
+    if (state.state != FMT_TRACKED_TRACKING || !vs->state_told) { /* a try to heal that failed */
+        int rc = set_state(vs, FMT_TRACKED_TRACKING, state.since_ns, 0);
         if (rc)
             return rc;
     }
@@ -221,7 +223,7 @@ static int heal(struct volume_set *vs, char why[400])
     }
     /* Of one moment: a disk that is slow between the two would look like a clock that was set. */
     uint64_t now = clock_ns(CLOCK_REALTIME), boot = clock_ns(CLOCK_BOOTTIME);
-    int rc = set_state(vs, FMT_TRACKED_HEALING, state_of(vs)->since_ns, now);
+    int rc = set_state(vs, FMT_TRACKED_HEALING, tracked_state(vs->tracked).since_ns, now);
     if (rc == 0)
         rc = append_begin(vs, now, boot);
     if (rc) {
@@ -341,17 +343,17 @@ void tracking_status(struct volume_set *vs, struct volume_status *out)
     out->tracking = true;
     out->healing = vs->mode == VS_HEALING;
     out->tracked_blocks = tracked_marked(vs->tracked);
-    out->tracked_behind = state_of(vs)->behind;
-    out->tracked_since_ns = state_of(vs)->since_ns;
+    out->tracked_behind = tracked_state(vs->tracked).behind;
+    out->tracked_since_ns = tracked_state(vs->tracked).since_ns;
 }
 
 int tracking_resume(struct volume_set *vs, struct err *e)
 {
-    const struct fmt_tracked *state = state_of(vs);
-    if (state->state == FMT_TRACKED_IDLE)
+    struct fmt_tracking state = tracked_state(vs->tracked);
+    if (state.state == FMT_TRACKED_IDLE)
         return 0;
-    bool healing = state->state == FMT_TRACKED_HEALING;
-    int rc = tracked_set_state(vs->tracked, FMT_TRACKED_TRACKING, state->since_ns, vs->durable_write, 0);
+    bool healing = state.state == FMT_TRACKED_HEALING;
+    int rc = set_state(vs, FMT_TRACKED_TRACKING, state.since_ns, 0);
     if (rc)
         return err_sys(e, rc, "cannot write the journal's bitmap of changed blocks");
     log_warn("%lu blocks were changed while the journal could not grow: it goes on %s", tracked_marked(vs->tracked),

@@ -76,6 +76,7 @@ struct volume_set {
     bool stalled;
 
     struct tracked *tracked; /* NULL: writes wait when the journal cannot grow */
+    bool state_told;         /* the last change of its state is durable, here and in the applied mark; the committer's */
     bool track;              /* false: what is tracked is brought in, then they wait, too */
     enum vs_mode mode;
     uint64_t tracked_batches;        /* grows with each that was never in the journal, and with each try to heal */

@@ -243,6 +243,7 @@ class Agent:
             await self.questions.refresh_settings(busy=busy)
         if stages.baseline is not None:
             return await self._baseline_tick(stages, status)
+        await self._in_worker(self.rates.read_store)
         if status.state != "stalled":
             await self.questions.look(stages, busy=self.cutting.asking is not None)
         published = await self._in_worker(

@@ -63,13 +63,18 @@ def journal_disk(config: Config) -> int:
     return free_space(config.journal) + bytes_in(config.journal.glob("free-*"))
 
 
-def of_store(config: Config, intervals: Iterable[Interval]) -> Forecast | None:
-    """When its disk is full unless retention lets go of something. None when it cannot be looked at."""
+def of_store(config: Config, rates: Mapping[str, Any] | None, intervals: Iterable[Interval]) -> Forecast | None:
+    """When its disk is full unless retention lets go of something. None when it cannot be looked at.
+
+    At the rate of its intervals, or the one at which its disk filled while the agent saw it, which is of the last hour
+    and has the image in it: the faster one.
+    """
     try:
         free = free_space(config.store)
     except OSError:
         return None
-    return _forecast(free, present(_pieces(intervals, written=False), time.time(), (HOUR, DAY)))
+    kept, seen = present(_pieces(intervals, written=False), time.time(), (HOUR, DAY)), _rate((rates or {}).get("store"))
+    return _forecast(free, max((rate for rate in (kept, seen) if rate is not None), default=None))
 
 
 def of_volumes(config: Config, rates: Mapping[str, Any] | None) -> dict[str, Forecast]:
@@ -88,7 +93,7 @@ def as_json(
 ) -> dict[str, Any]:
     """The key "until_full" of `status`."""
     rates = agent.get("rates")
-    journal, store = of_journal(config, engine, rates, intervals), of_store(config, intervals)
+    journal, store = of_journal(config, engine, rates, intervals), of_store(config, rates, intervals)
     return {
         "journal": None if journal is None else journal.as_json(),
         "store": None if store is None else store.as_json(),

@@ -227,12 +227,12 @@ def done(hit: Hit, bit: int) -> Iterator[None]:
 
 
 def losses(damaged: Damaged, kind: str) -> Hit:
-    """A file that is missing, or cut short: the journal's segments keep their size, and are missing."""
+    """A file that is missing, or cut short: of the journal a segment, inside of what was acknowledged."""
     file = damaged.choose(kind)
     if kind == "journal":  # that of a segment whose writes the store has all, is used again or given away anyway
         writer = damaged.scene.world.writer
         held = {each.segment for each in writer.placed if each.last > damaged.newest - TAIL}
         file = writer.path(damaged.chooser.choice(sorted(held)))
-    if kind == "journal" or damaged.chooser.random() < 0.5:
+    if damaged.chooser.random() < 0.5:
         return Hit(kind, file, 0, "missing")
     return Hit(kind, file, damaged.chooser.randrange(file.stat().st_size), "cut short")

@@ -214,6 +214,8 @@ class PowerTruth:
             self.load.pause()  # so that what is read stays as it is, nearly
         with judged("image", *BROKEN):
             self.witness.assert_image()
+        with judged("catalog"):
+            wait_until(self._catalog_is_whole, timeout=PATIENCE, what="the catalog has every interval")
         if verify:
             with judged("check"):
                 self._check()
@@ -239,7 +241,6 @@ class PowerTruth:
     def _check(self) -> None:
         wrong = [each for each in api.check(self.found.name, full=True)["checks"] if not each["ok"]]
         assert not wrong, wrong
-        wait_until(self._catalog_is_whole, timeout=PATIENCE, what="the catalog has every interval")
 
     def _catalog_is_whole(self) -> bool:
         """It has what each manifest says. A cut that the period asked for may just be under way."""

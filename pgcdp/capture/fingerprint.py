@@ -188,6 +188,8 @@ def refuse_changed(config: Config) -> None:
     """
     before = known(config)
     if before is None:
+        if not (config.journal / FILE).exists():
+            _log.warning("no %s in %s: the volumes of %s are taken as they are", FILE, config.journal, config.name)
         return
     for volume in config.volumes:
         was = before.volumes.get(volume.name)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -34,16 +35,25 @@ FORMAT = 1
 """Format version of journals that this reader and the engine beside it know."""
 
 _MARK_MAGIC = b"PGCDPAPL"
-_MARK = struct.Struct("<8sII16sQQQQQQQQ")
+_MARK = struct.Struct("<8sII16sQQQQQQQQI4xQQQ")
 _CLEAN = 1
 """Flag of the applied mark."""
 _CHECKSUM_AT = 88
 _NO_DATA: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
 
+class Tracking(NamedTuple):
+    """What the applied mark has of the bitmap of changed blocks (FORMAT.md 1.8), should that be lost; never idle."""
+
+    state: int
+    since_ns: int
+    behind: int
+    begin_ns: int
+
+
 @dataclass(frozen=True, slots=True)
 class AppliedMark:
-    """The applied mark (FORMAT.md 1.4). `position` is where batch `durable_batch` ended."""
+    """The applied mark (FORMAT.md 1.4). `position` is where batch `durable_batch` ended; `tracking`: None when idle."""
 
     sequence: int
     clean: bool
@@ -52,6 +62,7 @@ class AppliedMark:
     durable_write: int
     durable_batch: int
     position: Position
+    tracking: Tracking | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,12 +216,13 @@ class Journal:
     def _slot(self, slot: bytes) -> AppliedMark | None:
         if len(slot) < MARK_BYTES:
             return None
-        magic, version, flags, owner, sequence, applied, released, durable, batch, segment, offset, checksum = (
-            _MARK.unpack_from(slot)
-        )
+        magic, version, flags, owner, sequence, *rest = _MARK.unpack_from(slot)
+        applied, released, durable, batch, segment, offset, checksum, *tracking = rest
         if magic != _MARK_MAGIC or version != FORMAT or owner != self.set_id or _checksum_of(slot) != checksum:
             return None
-        return AppliedMark(sequence, bool(flags & _CLEAN), applied, released, durable, batch, Position(segment, offset))
+        told = Tracking(*tracking) if tracking[0] else None
+        place = Position(segment, offset)
+        return AppliedMark(sequence, bool(flags & _CLEAN), applied, released, durable, batch, place, told)
 
     def batches(self, after_write: int, upto_write: int | None, start: Position | None = None) -> Iterator[BatchRun]:
         """Runs of batches with the writes behind `after_write`, up to and including `upto_write`.
@@ -467,7 +479,8 @@ def write_mark(directory: Path, set_id: bytes, mark: AppliedMark) -> None:
         place.offset,
     )
     flags = _CLEAN if mark.clean else 0
-    slot = _MARK.pack(_MARK_MAGIC, FORMAT, flags, set_id, mark.sequence, *told, 0).ljust(MARK_BYTES, b"\0")
+    tracking = mark.tracking or (0, 0, 0, 0)
+    slot = _MARK.pack(_MARK_MAGIC, FORMAT, flags, set_id, mark.sequence, *told, 0, *tracking).ljust(MARK_BYTES, b"\0")
     slot = slot[:_CHECKSUM_AT] + _checksum_of(slot).to_bytes(8, "little") + slot[_CHECKSUM_AT + 8 :]
     fsio.write_atomic(directory / "applied", slot + slot)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from pgcdp import fsio
 from pgcdp.capture import same_parts, tracked
 from pgcdp.capture.control import EngineStatus
-from pgcdp.capture.journal import AppliedMark, Journal, write_mark
+from pgcdp.capture.journal import AppliedMark, Journal, Tracking, write_mark
 from pgcdp.capture.segment import Segment
 from pgcdp.config import Config
 from pgcdp.errors import DamageError, PreconditionError
@@ -63,7 +63,9 @@ def mark_again(config: Config, stood: EngineStatus, synced: int) -> None:
     """
     if synced == stood.durable_write and not (config.journal / "applied").exists():
         same_parts.forget(config.paths)
-        mark = AppliedMark(0, True, synced, stood.released_write, synced, int(stood.raw["batch"]), stood.position)
+        was = stood.tracked
+        told = None if was is None else Tracking(tracked.TRACKING, was.since_ns, synced, 0)
+        mark = AppliedMark(0, True, synced, stood.released_write, synced, int(stood.raw["batch"]), stood.position, told)
         write_mark(config.journal, config.set_id_bytes, mark)
         same_parts.renew(config)  # older ones have marks of higher numbers
 
@@ -104,6 +106,7 @@ def begin_anew(config: Config, behind: int) -> Path | None:
     # What was tracked speaks of another order of writes; whoever begins anew compares all blocks.
     (config.journal / tracked.NAME).unlink(missing_ok=True)
     mark = replace(mark, sequence=mark.sequence + 1, applied_write=behind, released_write=behind, durable_write=behind)
+    mark = replace(mark, tracking=None)
     write_mark(config.journal, config.set_id_bytes, mark)
     same_parts.renew(config)
     return aside if aside.is_dir() else None

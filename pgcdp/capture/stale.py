@@ -112,12 +112,11 @@ def _way_on(config: Config, wrong: Sequence[tuple[VolumeConfig, Compared]]) -> s
     paths, name = config.paths, config.name
     if any(each.exists() for each in (paths.heal_state, paths.rewind_state)):  # what is to be finished needs it
         return f"if there is none: pgcdp restore {name} --to-directory DIR"
-    with suppress(DamageError):
-        if (gap := tracked.unrecorded_gap(config.journal)) is not None:
-            return (
-                f"what was changed behind write {gap.begin - 1} is on the volumes alone. If there is none: pgcdp "
-                f"restore {name} --to-directory DIR"
-            )
+    if (gap := tracked.unrecorded_gap(Journal(config.journal, config.set_id_bytes))) is not None:
+        return (
+            f"what was changed behind write {gap.begin - 1} is on the volumes alone. If there is none: pgcdp "
+            f"restore {name} --to-directory DIR"
+        )
     aside = [f"mv {each.backing} {each.backing}.old" for each, _ in wrong if not each.device]
     first = f"{', '.join(aside)}, and then " if aside else ""
     return f"if there is none: {first}{backings.remakes(config, *(each for each, _ in wrong))}"
@@ -129,8 +128,11 @@ def _compared(config: Config, begun: float) -> list[Compared]:
     mark, since = journal.applied_mark(), same_parts.taken_at(config)
     if mark is None or mark.clean or since is None:
         return []
+    marked = tracked.marked_blocks(journal)
+    if marked is None:
+        return []
     written = _Written([volume.bytes // BLOCK for volume in config.volumes])
-    written.add_tracked(tracked.marked_blocks(config.journal))
+    written.add_tracked(marked)
     for run in journal.batches(mark.applied_write, None):
         if time.monotonic() > begun + SECONDS_BEHIND:
             raise _Late(f"the journal has much behind write {mark.applied_write}")

@@ -9,11 +9,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pgcdp.capture.journal import Journal, Tracking
 from pgcdp.errors import DamageError
 from pgcdp.records import BLOCK, Gap
 
 NAME = "tracked"
-IDLE = 0
+IDLE, TRACKING = 0, 1
 _HEAD = struct.Struct("<8sII16sQQQQIIQ")
 _CHECKSUM_AT = 72
 _SIZES_AT = 80
@@ -22,30 +23,29 @@ _SECTOR, _SECTORS, _SECTOR_HEAD = 512, 8, 12
 _SECTOR_BLOCKS = 4000
 
 
-def unrecorded_gap(journal: Path) -> Gap | None:
+def unrecorded_gap(journal: Journal) -> Gap | None:
     """The gap that goes on while changes are tracked or brought in: it begins behind the journal's last write.
 
     None when nothing is tracked. While the set heals its begin record is in the journal, unless that could not be
-    written any more. Raises DamageError when both slots are not what was written.
+    written any more. Where the bitmap is lost, the applied mark tells.
     """
-    slot = _newest_slot(journal)
-    if slot is None:
-        return None
-    _, _, state, _, _, since, behind, *_ = _HEAD.unpack_from(slot)
-    return Gap(behind + 1, None, "untracked", since, None, 0) if state != IDLE else None
+    told = _told(journal)
+    return Gap(told.behind + 1, None, "untracked", told.since_ns, None, 0) if told is not None else None
 
 
-def marked_blocks(journal: Path) -> list[NDArray[np.bool_]]:
+def marked_blocks(journal: Journal) -> list[NDArray[np.bool_]] | None:
     """Of each volume, whether a block may hold what the journal lacks. Empty when nothing is tracked.
 
-    A sector of the bitmap that is not what was written counts as all set. Raises DamageError as `unrecorded_gap`.
+    A sector of the bitmap that is not what was written counts as all set. None: each block of each volume may.
     """
-    slot = _newest_slot(journal)
-    if slot is None or _HEAD.unpack_from(slot)[2] == IDLE:
+    if _told(journal) is None:
         return []
+    slot = _newest_slot(journal.directory)
+    if slot is None:
+        return None
     count = int(_HEAD.unpack_from(slot)[8])
     found, page = [], 0
-    with (journal / NAME).open("rb") as file:
+    with (journal.directory / NAME).open("rb") as file:
         for (blocks,) in struct.iter_unpack("<Q", slot[_SIZES_AT : _SIZES_AT + 8 * count]):
             sectors = -(-blocks // (_SECTORS * _SECTOR_BLOCKS)) * _SECTORS
             file.seek(2 * BLOCK + page * BLOCK)
@@ -64,20 +64,28 @@ def _bits(sector: bytes, number: int) -> bytes:
     return b"\xff" * (_SECTOR - _SECTOR_HEAD)
 
 
+def _told(journal: Journal) -> Tracking | None:
+    """What is said of a gap; None when nothing is tracked, or it is not known: the start of capture tells then."""
+    slot = _newest_slot(journal.directory)
+    if slot is not None:
+        _, _, state, _, _, *told = _HEAD.unpack_from(slot)
+        return Tracking(state, *told[:3]) if state != IDLE else None
+    try:
+        mark = journal.applied_mark()
+    except DamageError:
+        return None
+    return None if mark is None else mark.tracking
+
+
 def _newest_slot(journal: Path) -> bytes | None:
-    """The newer one of those that are what was written; None without a file. Raises DamageError."""
+    """The newer one of those that are what was written; None without any."""
     try:
         with (journal / NAME).open("rb") as file:
             content = file.read(2 * BLOCK)
     except FileNotFoundError:
         return None
     slots = [slot for slot in (content[:BLOCK], content[BLOCK:]) if _right(slot)]
-    if not slots:
-        raise DamageError(
-            f"{journal / NAME} is damaged: neither slot, at offset 0 and {BLOCK}, is what was written",
-            "it says which blocks the journal lacks; docs/operations.md tells how to go on without it",
-        )
-    return max(slots, key=lambda slot: int(_HEAD.unpack_from(slot)[4]))
+    return max(slots, key=lambda slot: int(_HEAD.unpack_from(slot)[4])) if slots else None
 
 
 def _right(slot: bytes) -> bool:

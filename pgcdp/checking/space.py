@@ -39,7 +39,7 @@ def examine(config: Config, engine: EngineStatus | None, opened: Opened) -> Iter
         with suppress(PreconditionError, DamageError):  # of it, the step about the store tells
             intervals = [each.interval for each in published(store).values()]
     yield from _journal(config, forecast.of_journal(config, engine, rates, intervals))
-    yield from _store(config, forecast.of_store(config, intervals))
+    yield from _store(config, forecast.of_store(config, rates, intervals))
     for name, each in forecast.of_volumes(config, rates).items():
         yield from _volume(name, each, config.name)
 

@@ -170,7 +170,7 @@ class Source(Writes):
     def _gaps(self) -> list[Gap]:
         intervals, finder = self.intervals(), GapFinder()
         stored = self._stored_gaps()
-        unrecorded = None if self.journal is None else unrecorded_gap(self.journal.directory)
+        unrecorded = None if self.journal is None else unrecorded_gap(self.journal)
         if not stored and unrecorded is None and not may_have_gaps(self.store):
             return []
         for records, data_of in self._tail(intervals):

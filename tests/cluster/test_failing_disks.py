@@ -5,7 +5,7 @@ the store's filesystem answers everything with EIO until it is unmounted and mou
 writes and syncs of the journal and of the volume, the fault points of the engine do (tests/faults/fault_points.h).
 
 While it lasts, `status`, `check` and the metrics name the disk, the error and what to type next. When it is over, all
-goes on by itself; after a failed sync of the volume by `up --upgrade`, as the error says.
+goes on by itself.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 from pgcdp.capture import same_parts, segment, stale, tracked
 from pgcdp.config import Config
 from pgcdp.errors import PreconditionError
-from tests.engine.test_tracking import SMALL, Keeper, fill, heal, load, state
+from tests.engine.test_tracking import SMALL, Keeper, fill, heal, healing, journal_of, load, state
 from tests.fix_engine import BLOCK, MIB, Capture, Direct, MakeCapture
 from tests.model import DISCARD, ZERO, read_mark, read_tracked
 from tests.raw_workload import Workload, erase
@@ -311,7 +311,9 @@ def test_blocks_tracked_past_the_journal_are_not_asked_for(
             fill(capture, work)
             capture.kill()
         found = read_tracked(capture.journal / tracked.NAME)
-        assert [set(each.nonzero()[0].tolist()) for each in tracked.marked_blocks(capture.journal)] == found.blocks
+        marked = tracked.marked_blocks(journal_of(capture))
+        assert marked is not None
+        assert [set(each.nonzero()[0].tolist()) for each in marked] == found.blocks
         seen += sum(compared(capture, caplog))
         for block in sorted(found.blocks[0])[:32]:
             put(capture, block, os.urandom(BLOCK))
@@ -325,19 +327,10 @@ def test_blocks_tracked_past_the_journal_are_not_asked_for(
         heal(capture, keeper)
         assert state(capture) == "capturing"
         capture.kill()
-        assert tracked.marked_blocks(capture.journal) == []
+        assert tracked.marked_blocks(journal_of(capture)) == []
         seen += sum(compared(capture, caplog))
         capture.start()
     assert seen > 1000
-
-
-def healing(capture: Capture, keeper: Keeper) -> bool:
-    """Makes room, and asks for it."""
-    keeper.take_some()
-    status = capture.status()
-    if status["state"] == "tracking" and not status["tracked"]["healing"]:
-        capture.request("heal")
-    return status["state"] != "tracking" or bool(status["tracked"]["healing"])
 
 
 def test_production_waits_no_longer_than_it_may(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from pgcdp.capture.journal import Journal
+from pgcdp.capture.tracked import unrecorded_gap
 from tests.faults.service import Faults
 from tests.fix_engine import BLOCK, MIB, Capture, Direct, MakeCapture
 from tests.model import MARK, Write, Wrong, read_journal, read_tracked, replay
@@ -111,6 +114,15 @@ def fill(capture: Capture, work: Workload) -> None:
     """Until changes are tracked, and then some more."""
     wait_until(lambda: state(capture) == "tracking", timeout=120, what="tracking")
     work.wait_answered(work.answered + 300)
+
+
+def healing(capture: Capture, keeper: Keeper) -> bool:
+    """Makes room, and asks for it."""
+    keeper.take_some()
+    status = capture.status()
+    if status["state"] == "tracking" and not status["tracked"]["healing"]:
+        capture.request("heal")
+    return status["state"] != "tracking" or bool(status["tracked"]["healing"])
 
 
 def heal(capture: Capture, keeper: Keeper) -> None:
@@ -291,12 +303,34 @@ def faulty_capture(faulty_engine: Path, scratch: Path) -> Iterator[Capture]:
     capture.kill()
 
 
+def journal_of(capture: Capture) -> Journal:
+    return Journal(capture.journal, bytes.fromhex(capture.set_id))
+
+
+def lose(capture: Capture, how: str) -> None:
+    """The bitmap, or a part of it."""
+    path = capture.journal / "tracked"
+    assert read_tracked(path).state != IDLE
+    if how == "missing":
+        path.unlink()
+    elif how == "cut off":
+        os.truncate(path, 2 * BLOCK)
+    else:
+        with path.open("r+b") as file:
+            file.write(bytes(2 * BLOCK))
+
+
+@pytest.mark.parametrize("lost", ["nothing", "missing", "damaged"])
 @pytest.mark.parametrize("before", [0, 1])
 def test_a_batch_that_may_be_durable_is_not_replayed_over_what_was_tracked(
-    faulty_capture: Capture, faults: Faults, before: int
+    faulty_capture: Capture, faults: Faults, before: int, lost: str
 ) -> None:
-    """Its write is in the segment, its sync failed: behind it lies newer data on the volume that the journal lacks."""
+    """Its write is in the segment, its sync failed: behind it lies newer data on the volume that the journal lacks.
+
+    Also without the bitmap: the applied mark says so, too.
+    """
     capture = faulty_capture
+    capture.allowed = [*SAID, "though changes are tracked"]
     capture.start()
     with Direct(capture.device("data")) as volume:
         for _ in range(before):
@@ -308,7 +342,10 @@ def test_a_batch_that_may_be_durable_is_not_replayed_over_what_was_tracked(
     capture.kill()
     faults.clear_all()
     assert read_tracked(capture.journal / "tracked").behind == before
+    if lost != "nothing":
+        lose(capture, lost)
     capture.start()
+    assert capture.status()["tracked"]["blocks"] == (1 if lost == "nothing" else 2048)
     with Direct(capture.device("data")) as volume:
         assert volume.read(0, BLOCK) == b"3" * BLOCK
     keeper = Keeper(capture)
@@ -471,6 +508,85 @@ def test_a_damaged_bitmap_says_more_blocks_never_fewer(make_capture: MakeCapture
     heal(capture, keeper)
     assert capture.stop() == 0
     assert_volumes_equal_writes(capture, keeper)
+
+
+@pytest.mark.parametrize("ended", ["killed", "stopped"])
+@pytest.mark.parametrize("how", ["missing", "damaged", "cut off"])
+def test_a_bitmap_that_is_lost_says_every_block(make_capture: MakeCapture, how: str, ended: str) -> None:
+    """Else what it told of would be on the volumes alone, and each later point would lack it."""
+    said = "tracked is damaged" if how == "cut off" else "though changes are tracked"
+    capture = make_capture({"data": 8 * MIB, "wal": 4 * MIB}, **{**SMALL, "allowed": [*SAID, said]})
+    capture.start()
+    keeper = Keeper(capture)
+    with load(capture, 1) as work:
+        fill(capture, work)
+        if ended == "killed while it heals":
+            wait_until(lambda: healing(capture, keeper), timeout=60, what="healing")
+        if ended != "stopped":
+            capture.kill()
+    if ended == "stopped":
+        assert capture.stop() == 0
+    lose(capture, how)
+    gap = unrecorded_gap(journal_of(capture))
+    assert gap is not None
+    assert gap.reason == "untracked"
+    capture.start()
+    assert capture.status()["tracked"]["blocks"] == 3072
+    assert abs(capture.status()["tracked"]["since_ns"] - gap.since_ns) == 0
+    heal(capture, keeper)
+    keeper.take()
+    assert capture.stop() == 0
+    assert_volumes_equal_writes(capture, keeper)
+    mark = journal_of(capture).applied_mark()
+    assert mark is not None
+    assert mark.tracking is None
+
+
+@pytest.mark.parametrize("mark", ["stays", "moves"])
+@pytest.mark.parametrize("how", ["missing", "damaged", "cut off"])
+def test_what_the_journal_took_while_the_set_heals_is_replayed_without_the_bitmap(
+    faulty_capture: Capture, faults: Faults, how: str, mark: str
+) -> None:
+    """Those writes were answered, and may be in the journal alone."""
+    capture = faulty_capture
+    capture.allowed = [*SAID, "tracked is damaged", "though changes are tracked"]
+    capture.start()
+    with load(capture, 1) as work:
+        faults.set("journal.batch.sync", "eio", times=0)
+        fill(capture, work)
+        if mark == "stays":
+            faults.set("volume.sync", "slow", times=0, milliseconds=20_000)
+        faults.set("tracked.bits.sync", "eio", times=0)  # so that it does not end
+        faults.clear("journal.batch.sync")
+        wait_until(lambda: "error" not in capture.request("heal"), what="room")
+        if mark == "moves":
+            behind = capture.status()["tracked"]["behind"]
+            wait_until(lambda: capture.status()["synced_write"] > behind, what="another applied mark")
+        work.wait_answered(work.answered + 20)
+        assert capture.status()["tracked"]["healing"]
+        capture.kill()
+    faults.clear_all()
+    lose(capture, how)
+    capture.start()
+    assert "as changed" in capture.log.read_text()
+    keeper = Keeper(capture)
+    heal(capture, keeper)
+    keeper.take_some()
+    assert capture.stop() == 0
+    assert_volumes_equal_writes(capture, keeper)
+
+
+def test_an_idle_bitmap_that_is_lost_is_made_anew(make_capture: MakeCapture) -> None:
+    capture = make_capture({"data": 8 * MIB}, **{**SMALL, "allowed": [*SAID, "nothing was tracked"]})
+    capture.start()
+    with Direct(capture.device("data")) as volume:
+        volume.write(0, b"1" * BLOCK)
+    capture.kill()
+    (capture.journal / "tracked").write_bytes(bytes(4 * BLOCK))
+    capture.start()
+    assert state(capture) == "capturing"
+    assert read_tracked(capture.journal / "tracked").state == IDLE
+    assert capture.stop() == 0
 
 
 def test_the_bitmap_grows_with_the_volume(make_capture: MakeCapture) -> None:

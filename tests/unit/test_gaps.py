@@ -159,9 +159,9 @@ def tracked(journal: Path, state: int, behind: int) -> None:
 def test_a_gap_without_its_record_is_told_of(tmp_path: Path, state: int) -> None:
     """Healing is said before the begin record, which may not have come to the journal."""
     tracked(tmp_path, state, 41)
-    assert unrecorded_gap(tmp_path) == Gap(42, None, "untracked", 1000, None, 0)
+    assert unrecorded_gap(Journal(tmp_path, SET_ID)) == Gap(42, None, "untracked", 1000, None, 0)
     tracked(tmp_path, 0, 41)
-    assert unrecorded_gap(tmp_path) is None
+    assert unrecorded_gap(Journal(tmp_path, SET_ID)) is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,9 @@ def test_the_gap_of_the_bitmap_is_there_once(
 ) -> None:
     found = found_in(tmp_path / "j", items)
     tracked(tmp_path, 2, 3)
-    assert [(gap.begin, gap.end) for gap in with_unrecorded(found, unrecorded_gap(tmp_path))] == expected
+    assert [
+        (gap.begin, gap.end) for gap in with_unrecorded(found, unrecorded_gap(Journal(tmp_path, SET_ID)))
+    ] == expected
 
 
 def test_no_time_inside_is_a_target() -> None:
