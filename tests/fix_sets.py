@@ -112,11 +112,13 @@ class ProtectedSet:
         own = {"unix_socket_directories": str(self.sockets), "port": str(PORT), "listen_addresses": ""}
         return own | dict(settings)
 
-    def protect(self, *, size: int | None, settings: dict[str, str], **options: Any) -> None:
+    def protect(
+        self, *, size: int | None, settings: dict[str, str], initdb: Sequence[str] = (), **options: Any
+    ) -> None:
         """A new cluster behind capture, with checksums and no TCP; returns when the first boundary is there."""
         if ENCRYPT_ALL:
             options.setdefault("encrypt_key_file", Path(os.environ[keys.FILE_VARIABLE]))
-        new_data_directory(self.binaries, self.pgdata)
+        new_data_directory(self.binaries, self.pgdata, *initdb)
         configure(self.pgdata, self.place(settings))
         api.protect(
             self.name, self.pgdata, self.store, size=size, fs=self.fs, yes=True, bindir=self.binaries.directory,

@@ -37,6 +37,8 @@ Settings = dict[str, Any]
 
 OPTIONS = {"search_path": "pg_catalog"}
 """Of every session that pgcdp has for itself: at its start, so that they beat what roles and databases have."""
+ENCODING = "UTF8"
+"""Of every session, whatever the database's is: else psycopg gives the text of one that is SQL_ASCII as bytes."""
 ROLE = "pgcdp"
 """The role of least privilege that a protected cluster gets (`postgres.role`)."""
 LEAST_SQL = f"""
@@ -188,7 +190,9 @@ def connect_to(conninfo: str) -> Connection:
     import psycopg
 
     try:
-        connection = psycopg.connect(conninfo, autocommit=True, connect_timeout=10, application_name="pgcdp")
+        connection = psycopg.connect(
+            conninfo, autocommit=True, connect_timeout=10, application_name="pgcdp", client_encoding=ENCODING
+        )
     except psycopg.Error as error:
         raise PreconditionError(
             f"cannot connect to that database: {first_line(error)}", 'it takes what psql takes, such as "dbname=shop"'
@@ -202,8 +206,9 @@ def _connected(dsn: Dsn, database: str, options: str, timeout: int, name: str) -
     try:
         with as_user(dsn.owner):
             return psycopg.connect(
-                dsn.text(database), autocommit=True, connect_timeout=timeout, options=options, application_name=name
-            )
+                dsn.text(database), autocommit=True, connect_timeout=timeout, options=options, application_name=name,
+                client_encoding=ENCODING,
+            )  # fmt: skip
     except psycopg.Error as error:
         raise unreachable(dsn, error) from None
 

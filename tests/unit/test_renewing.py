@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from pgcdp.capture import renewing
-from pgcdp.capture.control import EngineStatus
-from pgcdp.capture.journal import AppliedMark, Journal
+from pgcdp.capture.control import EngineStatus, Tracked
+from pgcdp.capture.journal import AppliedMark, Journal, Tracking
 from pgcdp.config import Config
 from pgcdp.errors import DamageError
 from pgcdp.records import Position
@@ -123,14 +123,21 @@ def test_each_step_on_a_failing_disk(tmp_path: Path, failing: Faults) -> None:
     assert {name.rpartition(".")[2] for name in came} >= {"pwrite", "fsync", "rename", "unlink", "mkdir"}
 
 
-@pytest.mark.parametrize(("synced", "there"), [(12, True), (12, False), (11, False)])
-def test_a_mark_that_was_removed_while_the_set_ran_is_written_again(tmp_path: Path, synced: int, there: bool) -> None:
-    """But only of what capture said to be on the volumes; and one that is there counts."""
+@pytest.mark.parametrize(
+    ("synced", "there", "tracks"), [(12, True, True), (12, False, False), (12, False, True), (11, False, True)]
+)
+def test_a_mark_that_was_removed_while_the_set_ran_is_written_again(
+    tmp_path: Path, synced: int, there: bool, tracks: bool
+) -> None:
+    """But only of what capture said to be on the volumes; and one that is there counts. What was tracked is in it."""
     config = stopped(tmp_path / "journal", clean=False)
     before = mark_of(config)
     if not there:
         (config.journal / "applied").unlink()
-    told: Any = SimpleNamespace(durable_write=12, released_write=7, position=Position(3, 12288), raw={"batch": 12})
+    told: Any = SimpleNamespace(
+        durable_write=12, released_write=7, position=Position(3, 12288), raw={"batch": 12},
+        tracked=Tracked(12, 1000, 3, False) if tracks else None,
+    )  # fmt: skip
     renewing.mark_again(config, cast(EngineStatus, told), synced)
     found = Journal(config.journal, SET_ID).applied_mark()
     if there:
@@ -138,4 +145,5 @@ def test_a_mark_that_was_removed_while_the_set_ran_is_written_again(tmp_path: Pa
     elif synced < 12:
         assert found is None
     else:
-        assert found == replace(before, sequence=0, clean=True, position=Position(3, 12288))
+        tracking = Tracking(1, 1000, 12, 0) if tracks else None
+        assert found == replace(before, sequence=0, clean=True, position=Position(3, 12288), tracking=tracking)
