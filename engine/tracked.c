@@ -181,7 +181,7 @@ struct fmt_tracking tracked_state(const struct tracked *t)
         .state = t->head.state, .since_ns = t->head.since_ns, .behind = t->head.behind, .begin_ns = t->head.begin_ns};
 }
 
-static void take_state(struct tracked *t, const struct fmt_tracking *from)
+void tracked_take_state(struct tracked *t, const struct fmt_tracking *from)
 {
     t->head.state = from->state;
     t->head.since_ns = from->since_ns;
@@ -192,7 +192,7 @@ static void take_state(struct tracked *t, const struct fmt_tracking *from)
 int tracked_set_state(struct tracked *t, const struct fmt_tracking *to)
 {
     struct fmt_tracked before = t->head;
-    take_state(t, to);
+    tracked_take_state(t, to);
     int rc = write_head(t);
     if (rc && to->state == FMT_TRACKED_IDLE) { /* the gap is told of until it is written */
         before.sequence = t->head.sequence;
@@ -247,7 +247,7 @@ static int write_all(struct tracked *t)
 /* Nothing of a bitmap that is lost is known: each block counts as changed. */
 static void mark_all(struct tracked *t, const struct fmt_tracking *state)
 {
-    take_state(t, state);
+    tracked_take_state(t, state);
     for (unsigned v = 0; v < t->head.volumes; v++) {
         tracked_mark(t, v, 0, t->head.blocks[v]);
         tracked_add_todo(t, v, 0, t->head.blocks[v]);

@@ -32,6 +32,9 @@ int tracked_grown(struct tracked **out, const struct tracked *t, unsigned volume
 /* What the file says, or was to say when the last change of it failed; idle without a bitmap (NULL). */
 struct fmt_tracking tracked_state(const struct tracked *t);
 
+/* In memory alone: what the next try to write it has to say. */
+void tracked_take_state(struct tracked *t, const struct fmt_tracking *from);
+
 /* Durable when it returns 0. */
 int tracked_set_state(struct tracked *t, const struct fmt_tracking *to);
 

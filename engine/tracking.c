@@ -56,6 +56,8 @@ static int set_state(struct volume_set *vs, enum fmt_tracked_state state, uint64
                               .behind = state == FMT_TRACKED_IDLE ? 0 : vs->durable_write,
                               .begin_ns = begin_ns};
     struct err e = {.message = ""};
+    if (state != FMT_TRACKED_IDLE) /* also when it cannot be written: the next try has to know since when */
+        tracked_take_state(vs->tracked, &to);
     int rc = jw_set_tracking(vs->jw, &to, &e);
     if (rc)
         vs_note_error(vs, VS_TRACK, "journal: %s", e.message);

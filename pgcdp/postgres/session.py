@@ -37,8 +37,6 @@ Settings = dict[str, Any]
 
 OPTIONS = {"search_path": "pg_catalog"}
 """Of every session that pgcdp has for itself: at its start, so that they beat what roles and databases have."""
-ENCODING = "UTF8"
-"""Of every session, whatever the database's is: else psycopg gives the text of one that is SQL_ASCII as bytes."""
 ROLE = "pgcdp"
 """The role of least privilege that a protected cluster gets (`postgres.role`)."""
 LEAST_SQL = f"""
@@ -190,13 +188,12 @@ def connect_to(conninfo: str) -> Connection:
     import psycopg
 
     try:
-        connection = psycopg.connect(
-            conninfo, autocommit=True, connect_timeout=10, application_name="pgcdp", client_encoding=ENCODING
-        )
+        connection = psycopg.connect(conninfo, autocommit=True, connect_timeout=10, application_name="pgcdp")
     except psycopg.Error as error:
         raise PreconditionError(
             f"cannot connect to that database: {first_line(error)}", 'it takes what psql takes, such as "dbname=shop"'
         ) from None
+    _speak_text(connection)
     return _with_catalog_first(connection)
 
 
@@ -205,12 +202,24 @@ def _connected(dsn: Dsn, database: str, options: str, timeout: int, name: str) -
 
     try:
         with as_user(dsn.owner):
-            return psycopg.connect(
-                dsn.text(database), autocommit=True, connect_timeout=timeout, options=options, application_name=name,
-                client_encoding=ENCODING,
-            )  # fmt: skip
+            connection = psycopg.connect(
+                dsn.text(database), autocommit=True, connect_timeout=timeout, options=options, application_name=name
+            )
     except psycopg.Error as error:
         raise unreachable(dsn, error) from None
+    _speak_text(connection)
+    return connection
+
+
+def _speak_text(connection: Connection) -> None:
+    """Read the text of a database of SQL_ASCII, whose bytes may be anything, as UTF-8: psycopg gives bytes else."""
+    if is_ascii(connection):
+        connection.execute("set client_encoding = 'UTF8'")
+
+
+def is_ascii(connection: Connection) -> bool:
+    """Whether its database has the encoding SQL_ASCII: none that anything is checked against."""
+    return connection.info.parameter_status("server_encoding") == "SQL_ASCII"
 
 
 def _with_catalog_first(connection: Connection) -> Connection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ import psycopg
 from psycopg import sql
 
 from pgcdp.errors import PgcdpError, PreconditionError, TargetError, UsageError
+from pgcdp.postgres.session import is_ascii
 
 if TYPE_CHECKING:
     from pgcdp.postgres.session import Connection
@@ -169,8 +170,8 @@ def select(shape: TableShape, where: str | None, columns: Sequence[str] | None =
 def copy_to_csv(source: Connection, shape: TableShape, where: str | None, file: Path) -> int:
     """Write rows as CSV with a head; returns their number."""
     statement = sql.SQL("copy ({}) to stdout (format csv, header)").format(select(shape, where))
-    with said_by_postgres(), source.cursor() as cursor, file.open("xb") as out:
-        with cursor.copy(statement) as copy:
+    with said_by_postgres(), source.cursor() as cursor, file.open("xb") as out, _as_it_is(source, statement) as text:
+        with cursor.copy(text) as copy:
             for part in copy:
                 out.write(part)
         return cursor.rowcount
@@ -239,11 +240,29 @@ def carry(source: Connection, query: sql.Composed, target: Connection, name: sql
     """The rows of a query into a table of another database; returns their number."""
     reading = sql.SQL("copy ({}) to stdout (format binary)").format(query)
     writing = sql.SQL("copy {} from stdin (format binary)").format(name)
-    with source.cursor() as one, target.cursor() as other:
-        with one.copy(reading) as out, other.copy(writing) as into:
+    with (
+        source.cursor() as one, target.cursor() as other,
+        _as_it_is(source, reading) as taking, _as_it_is(target, writing) as giving,
+    ):  # fmt: skip
+        with one.copy(taking) as out, other.copy(giving) as into:
             for part in out:
                 into.write(part)
         return other.rowcount
+
+
+@contextmanager
+def _as_it_is(connection: Connection, statement: sql.Composed) -> Iterator[bytes]:
+    """For a COPY, given as bytes: text of a SQL_ASCII database need not be UTF-8, and is not looked at inside."""
+    text = statement.as_bytes(connection)
+    if not is_ascii(connection):
+        yield text
+        return
+    connection.execute("set client_encoding = 'SQL_ASCII'")
+    try:
+        yield text
+    finally:
+        with suppress(psycopg.Error):  # a transaction that has failed takes it back by itself
+            connection.execute("set client_encoding = 'UTF8'")
 
 
 def same_columns(then: TableShape, now: Sequence[TableShape]) -> TableShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +58,25 @@ def has_ended(capture: Capture) -> bool:
     with suppress(FileNotFoundError, Wrong):  # it is being written to
         return any((w.number, w.flags) == (durable, GAP_END) for w in read_journal(capture.journal).writes)
     return False
+
+
+@pytest.mark.parametrize("point", ["journal.mark.write", "tracked.state.write"])
+def test_since_when_writes_are_missing_outlives_a_state_that_was_not_written(
+    capture: Capture, faults: Faults, point: str
+) -> None:
+    """Else no time before the gap's end could be a target any more."""
+    keeper = Keeper(capture)
+    before = time.time_ns()
+    faults.set(point, "eio")
+    track(capture, faults)
+    assert faults.fired(point)
+    since = capture.status()["tracked"]["since_ns"]
+    assert before <= since <= time.time_ns()
+    heal(capture, faults)
+    wait_until(lambda: state(capture) == "capturing", what="healing")
+    keeper.take()
+    assert [each.data.decode() for each in keeper.gaps()] == [f"untracked {since}"] * 2
+    assert capture.stop() == 0
 
 
 @pytest.mark.parametrize("point", ["tracked.bits.sync", "tracked.state.write"])
