@@ -161,7 +161,8 @@ static int bring_up(struct capture *c, struct err *e)
     jr_end(jr, &end); /* only the mark is known yet */
     uint64_t applied = end.applied_write;
     replayed.inside = end.inside;
-    rc = tracked_open(&c->tracked, c->journal, c->set_id, c->volumes, c->volume_count, c->track, end.marked ? &end.tracking : NULL, e);
+    rc = tracked_open(&c->tracked, c->journal, c->set_id, c->volumes, c->volume_count, c->track, c->put_back,
+                      end.marked ? &end.tracking : NULL, e);
     if (rc == 0)
         rc = end_where_tracked(c, jr, applied, e);
     if (rc == 0)

@@ -254,9 +254,29 @@ static void mark_all(struct tracked *t, const struct fmt_tracking *state)
     }
 }
 
-/* One in the place of any other, durably there with its next state at the latest. `lost`: as that was, else it is idle. */
+/* What another one says of the same volumes, as far as both go. */
+static void mark_as(struct tracked *t, const struct tracked *other)
+{
+    struct fmt_tracking state = tracked_state(other);
+    tracked_take_state(t, &state);
+    for (unsigned v = 0; v < t->head.volumes && v < other->head.volumes; v++) {
+        uint64_t blocks = min_u64(t->head.blocks[v], other->head.blocks[v]);
+        for (uint64_t block = 0; block < blocks; block++) {
+            const struct fmt_tracked_sector *s = sector_of(other->marked, first_sector(other, v) + block / FMT_TRACKED_BITS);
+            if (block % FMT_TRACKED_BITS == 0 && empty(s)) {
+                block += FMT_TRACKED_BITS - 1;
+            } else if (s->bits[block % FMT_TRACKED_BITS / 8] >> block % 8 & 1) {
+                tracked_mark(t, v, block, 1);
+                tracked_add_todo(t, v, block, 1);
+            }
+        }
+    }
+}
+
+/* One in the place of any other, durably there with its next state at the latest. `lost`: as that was, `other`: as that is, and
+ * with what it says; else it is idle. */
 static int make(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count,
-                const struct fmt_tracking *lost, struct err *e)
+                const struct fmt_tracking *lost, const struct tracked *other, struct err *e)
 {
     struct tracked *t = new_tracked(dir);
     if (!t)
@@ -267,6 +287,8 @@ static int make(struct tracked **out, int dir, const uint8_t set_id[16], const u
     int rc = set_up(t, blocks, count, e);
     if (rc == 0 && lost)
         mark_all(t, lost);
+    if (rc == 0 && other)
+        mark_as(t, other);
     if (rc == 0) {
         t->fd = openat(dir, NEW_NAME, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_DIRECT, 0600);
         rc = t->fd < 0 ? -errno : write_all(t);
@@ -334,7 +356,7 @@ static void take_sector(struct tracked *t, unsigned volume, uint64_t sector, con
     }
 }
 
-/* `blocks`: of each volume; one that was to grow, and did not, has fewer than the bitmap. */
+/* `blocks`: of each volume; one that was to grow, and did not, has fewer than the bitmap, or more. */
 static int load(struct tracked *t, const uint64_t *blocks, struct err *e)
 {
     uint8_t *page = io_alloc(BLOCK);
@@ -353,7 +375,8 @@ static int load(struct tracked *t, const uint64_t *blocks, struct err *e)
     if (rc)
         return err_sys(e, rc, "cannot read the journal's bitmap of changed blocks");
     for (unsigned v = 0; v < t->head.volumes; v++)
-        tracked_unmark(t, v, blocks[v], t->head.blocks[v] - blocks[v]);
+        if (blocks[v] < t->head.blocks[v])
+            tracked_unmark(t, v, blocks[v], t->head.blocks[v] - blocks[v]);
     for (uint64_t i = 0; i < pages_of(t); i++) /* pages without a bit stay untouched in memory */
         for (uint64_t k = 0; k < PAGE_SECTORS; k++) {
             struct fmt_tracked_sector *s = sector_of(t->marked, i * PAGE_SECTORS + k);
@@ -364,12 +387,19 @@ static int load(struct tracked *t, const uint64_t *blocks, struct err *e)
     return 0;
 }
 
-static bool fits(const struct fmt_tracked *h, const uint64_t *blocks, unsigned count)
+enum fit { NOT_AT_ALL, MADE_ANEW, AS_IT_IS };
+
+/* What a bitmap is to these volumes. A grow that was interrupted leaves either of both larger. */
+static enum fit fit_of(const struct fmt_tracked *h, const uint64_t *blocks, unsigned count)
 {
-    bool fitting = h->volumes == count;
-    for (unsigned v = 0; fitting && v < count; v++)
-        fitting = h->state == FMT_TRACKED_IDLE ? h->blocks[v] == blocks[v] : h->blocks[v] >= blocks[v];
-    return fitting;
+    bool idle = h->state == FMT_TRACKED_IDLE;
+    enum fit fit = AS_IT_IS;
+    if (h->volumes != count)
+        return NOT_AT_ALL;
+    for (unsigned v = 0; v < count; v++)
+        if (h->blocks[v] < blocks[v] || (idle && h->blocks[v] > blocks[v]))
+            fit = MADE_ANEW;
+    return fit;
 }
 
 static int refuse_head(const struct fmt_tracked *h, const uint8_t set_id[16], struct err *e)
@@ -385,7 +415,7 @@ static int refuse_head(const struct fmt_tracked *h, const uint8_t set_id[16], st
 static int make_or_warn(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count)
 {
     struct err e = {.message = ""};
-    if (make(out, dir, set_id, blocks, count, NULL, &e) != 0)
+    if (make(out, dir, set_id, blocks, count, NULL, NULL, &e) != 0)
         log_warn("%s; until the next start writes wait when the journal is full, as with on_full = stall", e.message);
     return 0;
 }
@@ -401,7 +431,7 @@ static int make_anew(struct tracked **out, int dir, const uint8_t set_id[16], co
         return ERR_DAMAGE;
     }
     if (marked && marked->state != FMT_TRACKED_IDLE) {
-        int rc = make(out, dir, set_id, blocks, count, marked, e);
+        int rc = make(out, dir, set_id, blocks, count, marked, NULL, e);
         if (rc == 0)
             log_error("the journal's bitmap of changed blocks is %s, though changes are tracked: each block counts as changed, and "
                       "comes into the journal", how);
@@ -412,8 +442,29 @@ static int make_anew(struct tracked **out, int dir, const uint8_t set_id[16], co
     return wanted ? make_or_warn(out, dir, set_id, blocks, count) : 0;
 }
 
+/* One that is not idle, from its file. The file is the bitmap's, also when this fails. */
+static int take_up(struct tracked **out, int dir, int fd, const struct fmt_tracked *head, const uint64_t *blocks, struct err *e)
+{
+    struct tracked *t = new_tracked(dir);
+    if (!t) {
+        close(fd);
+        return err_sys(e, -ENOMEM, "bitmap of changed blocks");
+    }
+    t->head = *head;
+    t->fd = fd;
+    int rc = set_up(t, head->blocks, head->volumes, e);
+    if (rc == 0) /* also when idle: a kill may have come between that and the last bit's clearing */
+        rc = load(t, blocks, e);
+    if (rc) {
+        tracked_close(t);
+        return rc;
+    }
+    *out = t;
+    return 0;
+}
+
 int tracked_open(struct tracked **out, const char *directory, const uint8_t set_id[16], const struct volume *volumes,
-                 unsigned count, bool wanted, const struct fmt_tracking *marked, struct err *e)
+                 unsigned count, bool wanted, bool put_back, const struct fmt_tracking *marked, struct err *e)
 {
     uint64_t blocks[MAX_VOLUMES];
     struct fmt_tracked head = {.volumes = 0};
@@ -431,31 +482,33 @@ int tracked_open(struct tracked **out, const char *directory, const uint8_t set_
         return make_anew(out, dir, set_id, blocks, count, wanted, fd >= 0, marked, e);
     if (rc < 0 || (rc = refuse_head(&head, set_id, e)) != 0)
         return rc;
-    bool idle = head.state == FMT_TRACKED_IDLE, same = fits(&head, blocks, count);
+    bool idle = head.state == FMT_TRACKED_IDLE, one_less = put_back && !idle && head.volumes == count + 1;
+    if (one_less) /* its pages are the last ones: the file need not be another for that, nor find room */
+        head.volumes = count;
+    enum fit fit = fit_of(&head, blocks, count);
     if (idle && !wanted)
         return 0;
-    if (idle && !same)
+    if (idle && fit != AS_IT_IS)
         return make_or_warn(out, dir, set_id, blocks, count);
-    if (!same) {
-        err_set(e, ERR_PRECONDITION, "the journal tracks changed blocks of other volumes than these %u", count);
+    if (fit == NOT_AT_ALL) {
+        err_set(e, ERR_PRECONDITION, "the journal tracks changed blocks of %u volumes, not of these %u", head.volumes, count);
         err_hint(e, "give the volumes as they were, and change them when the set has healed");
         return ERR_PRECONDITION;
     }
-    struct tracked *t = new_tracked(dir);
-    if (!t)
-        return err_sys(e, -ENOMEM, "bitmap of changed blocks");
-    t->head = head;
-    t->fd = fd;
+    struct tracked *found = NULL;
+    rc = take_up(&found, dir, fd, &head, blocks, e);
     fd = -1;
-    rc = set_up(t, head.blocks, head.volumes, e);
-    if (rc == 0) /* also when idle: a kill may have come between that and the last bit's clearing */
-        rc = load(t, blocks, e);
-    if (rc) {
-        tracked_close(t);
-        return rc;
+    if (rc == 0 && one_less && (rc = write_head(found)) != 0)
+        err_sys(e, rc, "cannot write the journal's bitmap of changed blocks");
+    if (rc == 0 && fit == MADE_ANEW) {
+        rc = make(out, dir, set_id, blocks, count, NULL, found, e);
+    } else if (rc == 0) {
+        *out = found;
+        found = NULL;
     }
-    *out = t;
-    return 0;
+    if (found)
+        tracked_close(found);
+    return rc;
 }
 
 int tracked_grown(struct tracked **out, const struct tracked *t, unsigned volume, uint64_t bytes, struct err *e)
@@ -463,7 +516,7 @@ int tracked_grown(struct tracked **out, const struct tracked *t, unsigned volume
     uint64_t blocks[MAX_VOLUMES];
     memcpy(blocks, t->head.blocks, sizeof blocks);
     blocks[volume] = bytes / BLOCK;
-    return make(out, t->dir, t->head.set_id, blocks, t->head.volumes, NULL, e);
+    return make(out, t->dir, t->head.set_id, blocks, t->head.volumes, NULL, NULL, e);
 }
 
 void tracked_close(struct tracked *t)

@@ -75,6 +75,7 @@ class Capture:
     on_full: str = "stall"
     set_id: str = field(default_factory=lambda: secrets.token_hex(16))
     allowed: list[str] = field(default_factory=list)
+    more: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
@@ -115,6 +116,7 @@ class Capture:
             f"--on-full={self.on_full}",
             f"--fuse={self.fuse}",
             f"--control={self.socket}",
+            *self.more,
             *(f"{name}={self.backing(name)}" for name in self.volumes),
         ]
 

@@ -580,6 +580,65 @@ def test_what_the_journal_took_while_the_set_heals_is_replayed_without_the_bitma
     assert_volumes_equal_writes(capture, keeper)
 
 
+def test_a_volume_that_is_put_back_in_the_gap(make_capture: MakeCapture) -> None:
+    """What the bitmap says of the others stays; until now no capture process started any more."""
+    allowed = [*SAID, "of 2 volumes, not of these 1"]
+    capture = make_capture({"data": 8 * MIB, "space": 64 * MIB}, **{**SMALL, "allowed": allowed})
+    capture.start()
+    with load(capture, 1) as work:
+        fill(capture, work)
+        capture.kill()
+    marked = read_tracked(capture.journal / "tracked").blocks
+    assert all(marked)
+    capture.volumes = {"data": 8 * MIB}
+    with pytest.raises(RuntimeError, match="of 2 volumes, not of these 1"):
+        capture.start()
+    capture.unmount()
+    for more in (["--put-back"], []):
+        capture.more = more
+        capture.start()
+        found = read_tracked(capture.journal / "tracked")
+        assert (found.state, found.blocks[0]) == (TRACKING, marked[0])
+        assert len(found.blocks) == 1
+        capture.kill()
+    capture.start()
+    keeper = Keeper(capture)
+    heal(capture, keeper)
+    assert capture.stop() == 0
+    keeper.take_stopped()
+    writes = [write for _, write in sorted(keeper.writes.items()) if write.volume != 1]
+    (expected,) = replay([capture.baseline("data").read_bytes()], writes, max(keeper.writes))
+    assert differing(bytes(expected), backings(capture)[0]) == set()
+
+
+def test_a_volume_that_was_to_grow_in_the_gap(make_capture: MakeCapture) -> None:
+    """The settings have the new size, the bitmap the old one: what it says stays, and what is new can be tracked."""
+    capture = make_capture({"data": 8 * MIB, "wal": 4 * MIB}, **SMALL)
+    capture.start()
+    keeper = Keeper(capture)
+    with load(capture, 1) as work:
+        fill(capture, work)
+        keeper.take_some()
+        capture.kill()
+    marked = read_tracked(capture.journal / "tracked").blocks
+    for path in (capture.backing("data"), capture.baseline("data")):
+        with path.open("r+b") as file:
+            file.truncate(256 * MIB)
+    capture.volumes["data"] = 256 * MIB
+    for _ in range(2):
+        capture.start()
+        assert read_tracked(capture.journal / "tracked").blocks == marked
+        capture.kill()
+    capture.start()
+    with Direct(capture.device("data")) as volume:
+        volume.write(255 * MIB, b"x" * BLOCK)
+    assert state(capture) == "tracking"
+    assert read_tracked(capture.journal / "tracked").blocks[0] == marked[0] | {255 * 256}
+    heal(capture, keeper)
+    assert capture.stop() == 0
+    assert_volumes_equal_writes(capture, keeper)
+
+
 def test_an_idle_bitmap_that_is_lost_is_made_anew(make_capture: MakeCapture) -> None:
     capture = make_capture({"data": 8 * MIB}, **{**SMALL, "allowed": [*SAID, "nothing was tracked"]})
     capture.start()
