@@ -61,8 +61,8 @@ def _refuse_older_journal(config: Config, store: Store) -> None:
     if ended is not None:
         hint = (
             f"bring its files back as they were last; what the store has: pgcdp restore --store {config.store} "
-            f"--to-directory DIR. If the volumes were set back with it: pgcdp unprotect {config.name}, then protect "
-            "with another --store"
+            f"--to-directory DIR. If the volumes were set back with it: pgcdp unprotect {config.name} --unstored, "
+            "then protect with another --store"
         )
         renewing.refuse_older(config, ended, held, hint)
 

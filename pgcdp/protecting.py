@@ -28,6 +28,8 @@ from pgcdp.store.bundle import Bundle
 from pgcdp.store.layout import Store
 
 Json = dict[str, Any]
+STORING_SECONDS = 10.0
+"""How long the store may fail before it counts as one that does not take the last writes."""
 
 
 def protect(
@@ -103,11 +105,19 @@ def wait_baseline(config: Config, progress: Report) -> None:
         time.sleep(0.2)
 
 
-def unprotect(set_name: str, progress: Report = silent) -> Json:
-    """Bring the cluster back to plain storage; the store stays."""
-    config = load_config(set_name)
+def unprotect(set_name: str, progress: Report = silent, *, unstored: bool = False) -> Json:
+    """Bring the cluster back to plain storage; the store stays.
+
+    Raises PreconditionError, with the cluster as it was, while the store does not take what only the journal has, which
+    goes with it; not when `unstored`.
+    """
+    config = protection.pending_config(set_name) or load_config(set_name)  # its settings may be gone already
+
+    def end_agent() -> None:
+        _end_agent(config, unstored, progress)
+
     try:
-        protection.unprotect(config, progress, lambda: service.start(config), lambda: _end_agent(config, progress))
+        protection.unprotect(config, progress, lambda: service.start(config), end_agent)
     except BaseException:
         if EngineClient(config.paths.control).alive():  # the cluster goes on behind capture: so must the agent
             service.start(config)
@@ -115,17 +125,40 @@ def unprotect(set_name: str, progress: Report = silent) -> Json:
     return {"set": set_name, "pgdata": str(config.pgdata), "store": str(config.store)}
 
 
-def _end_agent(config: Config, progress: Report) -> None:
+def _end_agent(config: Config, unstored: bool, progress: Report) -> None:
     """Stop the agent when the store has what the journal holds, which will be removed."""
     engine = engine_status(config)
-    progress(Progress("storing the last writes"))
-    with suppress(service.AgentGone):
-        while engine is not None:
-            state = service.ask(config.paths, "status")
-            if state["error"] or state["phase"] != "following" or state["taken_write"] >= engine.durable_write:
-                break
-            time.sleep(0.1)
+    if engine is not None and not unstored:
+        progress(Progress("storing the last writes"))
+        _await_stored(config, engine.durable_write)
     service.stop(config)
+
+
+def _await_stored(config: Config, durable: int) -> None:
+    """Until the store has write `durable`; at once while no point can be restored yet. Raises PreconditionError."""
+    failing: float | None = None
+    taken: int | None = None
+    while True:
+        try:
+            state = service.ask(config.paths, "status")
+            error = state["error"]
+        except service.AgentGone as gone:
+            state, error = {"phase": "starting"}, gone.message
+        if state["phase"] in ("baseline", "checkpoint"):
+            return
+        if state["phase"] == "following":
+            taken = state["taken_write"]
+            if state["taken_write"] >= durable:
+                return
+        failing = None if error is None else failing or time.monotonic()
+        if failing is not None and time.monotonic() - failing > STORING_SECONDS:
+            known = "" if taken is None else f" {taken + 1} to {durable}"
+            raise PreconditionError(
+                f"the store {config.store} does not take the last writes{known}, which only the journal has, and that "
+                f"is removed with the set: {error}",
+                f"mend that, then run pgcdp unprotect {config.name} again; to go without them, add --unstored",
+            )
+        time.sleep(0.1)
 
 
 def up(

@@ -169,6 +169,12 @@ def unprotect(
         _finish_unprotect(pending.at("switch"), progress)
 
 
+def pending_config(name: str) -> Config | None:
+    """The settings of the set that a protect or unprotect of was killed; None when nothing is pending."""
+    pending = _load_pending(set_paths(name))
+    return None if pending is None else pending.config
+
+
 def recover(name: str, progress: Report = silent) -> str | None:
     """Finish or put back a protect or unprotect that was killed.
 

@@ -247,8 +247,8 @@ def test_a_machine_that_was_set_back(make_set: MakeSet, binaries_of: BindirOf) -
     shutil.copytree(snapshot, found.config.paths.state)
     with pytest.raises(PreconditionError, match=r"ended with write .* it is an older copy") as told:
         api.up(found.name)
-    assert f"pgcdp unprotect {found.name}, then protect with another --store" in str(told.value.hint)
-    api.unprotect(found.name)
+    assert f"pgcdp unprotect {found.name} --unstored, then protect with another --store" in str(told.value.hint)
+    api.unprotect(found.name, unstored=True)
     again = found.root / "another store"
     api.protect(found.name, found.pgdata, again, size=384 << 20, yes=True, bindir=found.binaries.directory)
     assert rows(found) == 101
