@@ -25,7 +25,7 @@ from pgcdp.recovery.joining import join
 from pgcdp.recovery.sweeping import Quiet, Swept, clear_aside, sweep
 from pgcdp.store.base import publish_base
 from pgcdp.store.bundle import Bundle
-from pgcdp.store.kept import kept_marks
+from pgcdp.store.kept import kept_marks, verified_boundaries
 from pgcdp.store.layout import Store
 from pgcdp.store.let_go import AGENT, say_let_go
 from pgcdp.store.mirroring import Mirror
@@ -396,18 +396,28 @@ class Run:
     @contextmanager
     def _commit(self, begin: int, end: int) -> Iterator[None]:
         """Points between two writes go inside. A clone may have been opened there since the plan was made, or a mark
-        kept: both hold the image while they look, so that they are either seen here or find that it is gone.
+        kept: both hold the image while they look, so that they are either seen here or find that it is gone. Or a
+        boundary there is the newest verified one by now.
         """
         self._say()
         with self._quiet():
             try:
                 pinned = self._pinned(open_views(self.store))
+                verified = self._verified_write()
             except PgcdpError as error:
                 raise _NotNow(error.message) from None
-            needed = [point for point in pinned - self._points if begin < point < end]
+            needed = [point for point in pinned - self._points | verified if begin < point < end]
             if needed:
                 raise _NotNow(f"write {needed[0]} is needed since just now")
             yield
+
+    def _verified_write(self) -> frozenset[int]:
+        """Of the newest boundary that was verified; nothing when none is there."""
+        for number in sorted(verified_boundaries(self.store), reverse=True):
+            span = self.store.span_of(number)
+            if span is not None and self.store.place(span).is_dir():
+                return frozenset({Bundle.at(self.store, span).interval.to_write})
+        return frozenset()
 
     def _pinned(self, views: Sequence[OpenView]) -> frozenset[int]:
         return frozenset({view.write for view in views} | {each.write for each in kept_marks(self.store)})

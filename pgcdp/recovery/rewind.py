@@ -161,7 +161,12 @@ def compare(
             flags = os.O_DIRECT | (os.O_EXCL if stat.S_ISBLK(device.stat().st_mode) else 0)
             flags |= os.O_RDONLY if way == Way.NONE else os.O_RDWR
             pairs.append((_opened(stack, device, flags), _opened(stack, file, os.O_RDONLY)))
-        everything = [(each.number, 0, each.bytes // BLOCK) for each in source.store.in_use]
+        # Where `grow` was killed, only one of both may be larger: behind the end of the other there are zeros.
+        sizes = [os.lseek(device_fd, 0, os.SEEK_END) for device_fd, _ in pairs]
+        everything = [
+            (each.number, 0, min(each.bytes, size) // BLOCK)
+            for each, size in zip(source.store.in_use, sizes, strict=True)
+        ]
         found = _bring_all(pairs, pieces(everything), way, progress)
         if way != Way.NONE:
             for device_fd, _ in pairs:

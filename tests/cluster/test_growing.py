@@ -17,6 +17,7 @@ from pgcdp.errors import PgcdpError, UsageError
 from pgcdp.growing import may_resize_ext4
 from pgcdp.records import Target
 from pgcdp.recovery.scratch import mounted
+from tests.cluster.test_changed_volumes import mounted_plain
 from tests.fix_disks import MakeDisk
 from tests.fix_postgres import BindirOf, postgres_user
 from tests.fix_sets import KILLED, MakeSet, ProtectedSet
@@ -183,6 +184,26 @@ def test_killed_the_same_command_finishes_it(make_set: MakeSet, binaries_of: Bin
     assert_grown(found, 400 * MIB)
     api.cut(found.name)
     assert found.verify(found.durable())["ok"]
+    api.down(found.name)
+    found.assert_volume_is_newest()
+    api.up(found.name)
+
+
+def test_killed_between_store_and_settings_then_healed(make_set: MakeSet, binaries_of: BindirOf) -> None:
+    """The store knows of more than the volume has: behind its end there is nothing to compare, and nothing to read."""
+    found = make_set(binaries_of(15), fs="xfs", size=304 * MIB, allowed=[*KILLED, *NOISE])
+    found.sql("create table t as select generate_series(1, 1000)")
+    done = subprocess.run([sys.executable, "-c", RUNNER, "before the settings"], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    api.down(found.name)
+    (volume,) = found.config.volumes
+    assert found.source().store.volumes[0].bytes > volume.bytes
+    with mounted_plain(found, volume) as place:
+        (place / "foreign").write_bytes(b"x" * 100_000)
+    assert api.up(found.name, heal=lambda differences: None)["gap"]["blocks"] > 0
+    api.grow(found.name, 400 * MIB)
+    assert_grown(found, 400 * MIB)
+    api.cut(found.name)
     api.down(found.name)
     found.assert_volume_is_newest()
     api.up(found.name)

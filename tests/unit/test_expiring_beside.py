@@ -41,9 +41,13 @@ from tests.unit.test_blockmap import served
 
 @contextmanager
 def needed(years: Years, write: int, how: str) -> Any:
-    """A clone is opened at a write, or a mark there is kept."""
+    """A clone is opened at a write, or a mark there is kept, or a boundary is verified."""
     if how == "mark":
         add_history(years.store, "event", time.time_ns(), keep_event("late", write, True))
+        yield
+    elif how == "verification":
+        point = {"write": write, "boundary": 1, "lsn": None}
+        add_history(years.store, "verification", time.time_ns(), {"recovery_point": point, "ok": True})
         yield
     else:
         with open_views.registered(years.store, years.place / "control", write) as known:
@@ -51,20 +55,21 @@ def needed(years: Years, write: int, how: str) -> Any:
         known.forget()
 
 
-@pytest.mark.parametrize("how", ["mark", "view"])
 @pytest.mark.parametrize(
-    ("work", "policy", "minutes", "write"),
+    ("work", "policy", "minutes", "write", "how"),
     [
-        ("thin", Policy(0.0), AN_HOUR, 9),
-        ("join", HOURLY, AN_HOUR, 12),
-        ("publish_base", DROP_ALL, [1500] * 6, 9),
+        *(("thin", Policy(0.0), AN_HOUR, 9, how) for how in ("mark", "view")),
+        *(("join", HOURLY, AN_HOUR, 12, how) for how in ("mark", "view", "verification")),
+        *(("publish_base", DROP_ALL, [1500] * 6, 12, how) for how in ("mark", "view", "verification")),
     ],
 )
 def test_a_point_that_is_needed_since_the_plan_was_made_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, work: str, policy: Policy, minutes: list[int],
-    write: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str, policy: Policy, minutes: list[int], write: int,
+    how: str,
 ) -> None:  # fmt: skip
     years = Years(tmp_path, 54, [6] * 6, minutes)
+    if how == "verification":
+        write = Bundle.open(years.store, 1).interval.to_write
     plain: Callable[..., Any] = getattr(steps, work)
     begun = list[Any]()
 

@@ -48,7 +48,7 @@ def test_it_waits(monkeypatch: pytest.MonkeyPatch, before: dict[str, Any] | None
 @pytest.mark.parametrize("said", [following(7, "no room"), {**STARTING, "error": "no room"}])
 def test_a_store_that_does_not_take_them_is_said(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None:
     Agent(monkeypatch, said)
-    with pytest.raises(PreconditionError, match="does not take the last writes.*no room") as told:
+    with pytest.raises(PreconditionError, match=r"does not take the last writes.*no room") as told:
         protecting._await_stored(SETTINGS, 9)
     assert "pgcdp unprotect main again; to go without them, add --unstored" in str(told.value.hint)
 
