@@ -74,6 +74,7 @@ class Agent:
         self.stages: Stages | None = None
         self.catalog: Mirror | None = None
         self.store_lock: Lease | None = None
+        self.ousted = False
         self.status: EngineStatus | None = None
         self.questions = Questions(config, self._in_worker)
         self.cutting = Cutting(
@@ -97,7 +98,7 @@ class Agent:
         self.newest_write_ns: int | None = None
         self.newest_seen: Boundary | None = None
         self.metrics = MetricsService(config.metrics_listen, registry(config, self._numbers))
-        self.background = Background(config, self.stopping.is_set)
+        self.background = Background(config, self.stopping.is_set, self._is_ousted)
         self.keeping = Keeping(config)
         self.prover = Prover(config)
         self.healing = Healing(self.engine)
@@ -332,6 +333,13 @@ class Agent:
         self.stages.file_map = self.surroundings.file_map
         self.stages.outside = partial(self.surroundings.look_outside, self.stages)
 
+    def _is_ousted(self) -> bool:
+        """Whether another machine has the store now: nothing may be written there."""
+        lease = self.store_lock
+        if lease is not None:
+            self.ousted = lease.lost
+        return self.ousted
+
     def _wait_for_views(self, text: str) -> None:
         self.waiting = text
 
@@ -339,7 +347,7 @@ class Agent:
         """What was taken is made durable and given free: the next agent goes on from there, and what is written between
         this one's end and that of capture finds room in the journal."""
         with suppress(PgcdpError, OSError):
-            if self.stages is not None:
+            if self.stages is not None and not self._is_ousted():
                 self.stages.relieve()
 
     def _close_stages(self) -> None:

@@ -34,13 +34,15 @@ CLONES_SECONDS = 5.0
 
 
 class Background:
-    """One thread of its own, one thing at a time. `stopping` says whether the agent is about to end."""
+    """One thread of its own, one thing at a time. `stopping` says whether the agent is about to end, `ousted` whether
+    another machine has the store."""
 
-    def __init__(self, config: Config, stopping: Callable[[], bool]) -> None:
+    def __init__(self, config: Config, stopping: Callable[[], bool], ousted: Callable[[], bool]) -> None:
         self.not_expired = ""
         self._not_merged = ""
         self._config = config
         self._stopping = stopping
+        self._ousted = ousted
         self.scrubber = Scrubber(config, stopping)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="merging")
         self._running: asyncio.Future[None] | None = None
@@ -104,7 +106,7 @@ class Background:
             with expiring(store):
                 run = Run(
                     store, policy, level=config.compression_level, unreadable=self._unreadable,
-                    stop=lambda: self._stopping() or is_rewinding(config), reserve=reserve,
+                    stop=lambda: self._stopping() or self._ousted() or is_rewinding(config), reserve=reserve,
                 )  # fmt: skip
                 run.run()
         except AnotherRuns:
@@ -124,7 +126,7 @@ class Background:
 
     def _merge(self, store: Store) -> None:
         try:
-            done = merge_due(store, self._stopping)
+            done = merge_due(store, lambda: self._stopping() or self._ousted())
         except Exception as error:  # they are expendable
             problem = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
             if problem != self._not_merged:

@@ -3,7 +3,7 @@
 The agent's flock keeps out who shares this machine's kernel. On shared storage it may not reach another machine. So the
 store says whose it is, and the agent that has it renews that every few seconds. Nobody takes it from another by
 himself, however old it looks: clocks of two machines differ, and a machine that was stopped may go on. `take_over` is
-asked for by a person, and watches first whether it is still renewed. Who has lost it so finds that before it writes on.
+asked for by a person, and watches first whether it is still renewed. Who has lost it so finds that within a second.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Event, Thread
 from typing import Any
 
 from pgcdp import fsio
-from pgcdp.errors import DamageError, PreconditionError
+from pgcdp.errors import DamageError, PgcdpError, PreconditionError
 from pgcdp.fsio import FileLock
 from pgcdp.machine import Place
 from pgcdp.progress import Progress, Report, silent
@@ -100,17 +101,24 @@ def _refuse_renewed(store: Store, owner: Owner, progress: Report, look: Callable
 
 
 class Lease:
-    """A store that belongs to this machine and root, locked by this process; `keep` it, often.
+    """A store that belongs to this machine and root, locked by this process.
 
-    It is held until `release()`; what it says of itself outlives the process.
+    A thread renews it until `release()`, whatever else the process does or waits for; what it says of itself outlives
+    the process.
     """
 
     def __init__(self, store: Store, lock: FileLock, here: Place, renewals: int) -> None:
         self.store = store
         self.here = here
+        self.lost = False
+        """It was taken over: nothing may be written any more."""
         self._lock = lock
-        self._renewals = renewals
-        self._renewed = self._looked = time.monotonic()
+        self._renewals = self._tried = renewals
+        self._renewed = time.monotonic()
+        self._trouble: PgcdpError | OSError | None = None
+        self._ended = Event()
+        self._thread = Thread(target=self._renewing, name="lease", daemon=True)
+        self._thread.start()
 
     @classmethod
     def take(cls, store: Store, here: Place) -> Lease:
@@ -133,27 +141,44 @@ class Lease:
         return cls(store, lock, here, renewals)
 
     def keep(self) -> None:
-        """Renew it when it is time. Raises PreconditionError when it was taken over: nothing may be written then."""
-        now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
-            return
-        self._looked = now
+        """Raises what keeps it from being renewed; PreconditionError when it was taken over."""
+        if self._trouble is not None:
+            raise self._trouble.with_traceback(None)
+
+    def _renewing(self) -> None:
+        while not self.lost and not self._ended.wait(LOOK_SECONDS):
+            try:
+                self._look()
+                self._trouble = None
+            except (PgcdpError, OSError) as trouble:
+                self._trouble = trouble
+
+    def _look(self) -> None:
+        """Renew it when it is time."""
         owner = owner_of(self.store)
-        if owner is not None and (not owner.place.is_same(self.here) or owner.renewals != self._renewals):
+        if owner is not None and not self._is_ours(owner):
+            self.lost = True
             raise PreconditionError(
                 f"the store {self.store.path} was taken over by {owner}",
                 f"two machines must not capture into it: pgcdp down {self.store.set_name} on one of them",
             )
+        now = time.monotonic()
         if now - self._renewed >= RENEW_SECONDS:
-            self._renewals += 1
-            _write(self.store, self.here, self._renewals)
-            self._renewed = now
+            self._tried = self._renewals + 1
+            _write(self.store, self.here, self._tried)
+            self._renewals, self._renewed = self._tried, now
+
+    def _is_ours(self, owner: Owner) -> bool:
+        """A renewal that failed may have come there."""
+        return owner.place.is_same(self.here) and owner.renewals in (self._renewals, self._tried)
 
     def release(self) -> None:
         """Let go of it in order: who comes next need not watch. Harmless when done twice, or when it was lost."""
+        self._ended.set()
+        self._thread.join()
         try:
             owner = owner_of(self.store)
-            if owner is not None and owner.place.is_same(self.here) and owner.renewals == self._renewals:
+            if owner is not None and self._is_ours(owner):
                 with suppress(OSError):  # the store's disk may be what fails
                     _write(self.store, self.here, self._renewals, released=True)
         finally:

@@ -17,7 +17,7 @@ from pgcdp.records import Volume
 from pgcdp.store import lease
 from pgcdp.store.layout import Store
 from pgcdp.store.lease import Lease, owner_of, refuse_other, take_over
-from tests.waiting import wait_until
+from tests.waiting import pass_time, wait_until
 
 HERE = Place("/", "a" * 32, "uuid-1", "one", "boot-1")
 THERE = replace(HERE, machine="b" * 32, host="two", boot="boot-2")
@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same waits, shorter."""
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
     monkeypatch.setattr(lease, "WATCH_SECONDS", 1.0)
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -80,35 +80,36 @@ def test_two_agents_of_one_machine(store: Store) -> None:
 
 @pytest.mark.usefixtures("patient")
 def test_a_store_that_is_still_renewed_is_not_taken_over(store: Store) -> None:
+    """By a thread of its own: whatever else the agent waits for."""
     held = Lease.take(store, HERE)
-    ended = threading.Event()
-
-    def renew() -> None:
-        while not ended.wait(0.02):
-            held.keep()
-
-    renewing = threading.Thread(target=renew)
-    renewing.start()
-    try:
-        with pytest.raises(PreconditionError, match="is in use by one"):
-            take_over(store, THERE)
-        clone = replace(HERE, boot="boot-2")  # a copy of the machine that cannot tell that it is one
-        with pytest.raises(PreconditionError, match="is in use by one"):
-            lease._refuse_renewed(store, owner_of(store), lambda moment: None)  # type: ignore[arg-type]
-        assert clone.is_same(HERE)
-    finally:
-        ended.set()
-        renewing.join()
+    with pytest.raises(PreconditionError, match="is in use by one"):
+        take_over(store, THERE)
+    clone = replace(HERE, boot="boot-2")  # a copy of the machine that cannot tell that it is one
+    with pytest.raises(PreconditionError, match="is in use by one"):
+        lease._refuse_renewed(store, owner_of(store), lambda moment: None)  # type: ignore[arg-type]
+    assert clone.is_same(HERE)
     held.keep()
     held.release()
+    before = renewals(store)
+    pass_time(0.3)
+    assert renewals(store) == before
+
+
+def died(held: Lease) -> None:
+    """Its process did, as by a power cut."""
+    held._ended.set()
+    held._thread.join()
+    held._lock.release()
 
 
 @pytest.mark.usefixtures("quick")
-def test_who_was_taken_over_writes_no_more(store: Store) -> None:
+def test_who_was_taken_over_writes_no_more(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 1000.0)  # as of a machine that is stopped
     held = Lease.take(store, HERE)
     begun = time.monotonic()
     take_over(store, THERE)
     assert time.monotonic() - begun >= lease.WATCH_SECONDS, "it must be seen that nobody renews it"
+    wait_until(lambda: held.lost, what="its loss")
     with pytest.raises(PreconditionError, match="was taken over by two"):
         held.keep()
     held.release()
@@ -116,6 +117,34 @@ def test_who_was_taken_over_writes_no_more(store: Store) -> None:
     assert owner is not None
     assert owner.place == THERE, "what it lost is not its own to let go of"
     Lease.take(store, THERE).release()
+
+
+@pytest.mark.parametrize("point", ["rename", "fsync"])
+def test_a_renewal_that_fails_is_said_and_tried_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, quick: None, point: str
+) -> None:
+    """Whether it came there or not, it is no sign of another."""
+    held = Lease.take(store, HERE)
+    with monkeypatch.context() as failing:
+        plain = lease._write
+
+        def write(*arguments: object, **more: object) -> None:
+            if point == "fsync":
+                plain(*arguments, **more)  # type: ignore[arg-type]
+            raise OSError(5, "Input/output error", "owner.json")
+
+        failing.setattr(lease, "_write", write)
+        wait_until(lambda: held._trouble is not None, what="the failure")
+        with pytest.raises(OSError, match="Input/output error"):
+            held.keep()
+        pass_time(0.3)
+    wait_until(lambda: held._trouble is None, what="a renewal")
+    held.keep()
+    assert not held.lost
+    held.release()
+    owner = owner_of(store)
+    assert owner is not None
+    assert owner.released
 
 
 def renewals(store: Store) -> int:
@@ -128,7 +157,7 @@ def test_after_a_start_of_the_machine_a_copy_that_runs_is_noticed(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of a machine has its machine id: what gives it away is that somebody renews while it has just started."""
-    Lease.take(store, HERE)._lock.release()  # as a power cut leaves it
+    died(Lease.take(store, HERE))
     again = replace(HERE, boot="boot-2")
     ended = threading.Event()
     content = {"set": "s", "set_id": store.set_id.hex(), "place": HERE.as_json(), "released": False, "renewed_ns": 5}
