@@ -297,6 +297,34 @@ def test_interrupted_command_says_so(program: Program, number: int, code: int) -
     assert said.strip() == "interrupted"
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+)
+def test_a_signal_that_python_drops_comes_again(program: Program, number: int, code: int) -> None:
+    """Inside of a weak reference's callback, as those of an import: the command went on, deaf to any other."""
+    stuck = f"""
+import os, signal, sys, time, weakref
+from pgcdp.cli import main, options
+class Thing:
+    pass
+def here(_):
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(0.01)
+def wait(name):
+    thing = Thing()
+    known = weakref.ref(thing, here)
+    del thing
+    time.sleep(60)
+options.pick_set = wait
+sys.argv[1:] = ["status"]
+sys.exit(main.main())
+"""
+    command = [sys.executable, "-P", "-c", stuck]
+    done = subprocess.run(command, env=program.environment, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.strip() == "interrupted"
+
+
 # --- 1: what nobody foresaw
 
 

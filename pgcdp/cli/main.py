@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from threading import Timer
 from types import FrameType
 from typing import NoReturn
 
@@ -98,6 +99,23 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
+def _not_raised(told: sys.UnraisableHookArgs) -> None:
+    """An interrupt that came in a callback or a destructor, where Python drops it, comes again a moment later."""
+    error = told.exc_value
+    if isinstance(error, Terminated):
+        signal.signal(error.number, _terminate)
+        number = error.number
+    elif isinstance(error, KeyboardInterrupt):
+        number = int(signal.SIGINT)
+    else:
+        sys.__unraisablehook__(told)
+        return
+    again = Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
+AGAIN_SECONDS = 0.05
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO)
 """What a disk that is full, fails or is gone answers."""
 
@@ -117,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = _wants_json(words)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
+    if arguments is None:
+        sys.unraisablehook = _not_raised
     try:
         _start_log()
         code = pgcdp.main(words, prog_name="pgcdp", standalone_mode=False)
