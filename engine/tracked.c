@@ -245,38 +245,33 @@ static int write_all(struct tracked *t)
 }
 
 /* Nothing of a bitmap that is lost is known: each block counts as changed. */
-static void mark_all(struct tracked *t, const struct fmt_tracking *state)
+static void mark_all(struct tracked *t)
 {
-    tracked_take_state(t, state);
-    for (unsigned v = 0; v < t->head.volumes; v++) {
+    for (unsigned v = 0; v < t->head.volumes; v++)
         tracked_mark(t, v, 0, t->head.blocks[v]);
-        tracked_add_todo(t, v, 0, t->head.blocks[v]);
-    }
 }
 
-/* What another one says of the same volumes, as far as both go. */
+/* What another one has to do, of which all is marked, and nothing behind the end of these volumes. */
 static void mark_as(struct tracked *t, const struct tracked *other)
 {
-    struct fmt_tracking state = tracked_state(other);
-    tracked_take_state(t, &state);
-    for (unsigned v = 0; v < t->head.volumes && v < other->head.volumes; v++) {
-        uint64_t blocks = min_u64(t->head.blocks[v], other->head.blocks[v]);
-        for (uint64_t block = 0; block < blocks; block++) {
-            const struct fmt_tracked_sector *s = sector_of(other->marked, first_sector(other, v) + block / FMT_TRACKED_BITS);
-            if (block % FMT_TRACKED_BITS == 0 && empty(s)) {
-                block += FMT_TRACKED_BITS - 1;
-            } else if (s->bits[block % FMT_TRACKED_BITS / 8] >> block % 8 & 1) {
-                tracked_mark(t, v, block, 1);
-                tracked_add_todo(t, v, block, 1);
-            }
-        }
-    }
+    struct tracked_run run = {.count = 0};
+    while (tracked_next(other, (struct tracked_run){run.volume, run.first + run.count, 0}, UINT64_MAX, &run))
+        tracked_mark(t, run.volume, run.first, run.count);
 }
 
-/* One in the place of any other, durably there with its next state at the latest. `lost`: as that was, `other`: as that is, and
- * with what it says; else it is idle. */
+/* All that is marked is to do. */
+static void do_marked(struct tracked *t)
+{
+    for (uint64_t sector = 0; sector < pages_of(t) * PAGE_SECTORS; sector++) /* pages without a bit stay untouched in memory */
+        if (!empty(sector_of(t->marked, sector)))
+            memcpy(sector_of(t->todo, sector), sector_of(t->marked, sector), FMT_TRACKED_SECTOR);
+    t->todo_count = t->marked_count;
+}
+
+/* One in the place of any other, durably there with its next state at the latest. It is idle, or in that `state`, with
+ * what the `other` one says, or, if that is lost (NULL), with each block marked. */
 static int make(struct tracked **out, int dir, const uint8_t set_id[16], const uint64_t *blocks, unsigned count,
-                const struct fmt_tracking *lost, const struct tracked *other, struct err *e)
+                const struct fmt_tracking *state, const struct tracked *other, struct err *e)
 {
     struct tracked *t = new_tracked(dir);
     if (!t)
@@ -285,10 +280,14 @@ static int make(struct tracked **out, int dir, const uint8_t set_id[16], const u
     t->head.version = FORMAT_VERSION;
     memcpy(t->head.set_id, set_id, 16);
     int rc = set_up(t, blocks, count, e);
-    if (rc == 0 && lost)
-        mark_all(t, lost);
-    if (rc == 0 && other)
-        mark_as(t, other);
+    if (rc == 0 && state) {
+        tracked_take_state(t, state);
+        if (other)
+            mark_as(t, other);
+        else
+            mark_all(t);
+        do_marked(t);
+    }
     if (rc == 0) {
         t->fd = openat(dir, NEW_NAME, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_DIRECT, 0600);
         rc = t->fd < 0 ? -errno : write_all(t);
@@ -377,13 +376,7 @@ static int load(struct tracked *t, const uint64_t *blocks, struct err *e)
     for (unsigned v = 0; v < t->head.volumes; v++)
         if (blocks[v] < t->head.blocks[v])
             tracked_unmark(t, v, blocks[v], t->head.blocks[v] - blocks[v]);
-    for (uint64_t i = 0; i < pages_of(t); i++) /* pages without a bit stay untouched in memory */
-        for (uint64_t k = 0; k < PAGE_SECTORS; k++) {
-            struct fmt_tracked_sector *s = sector_of(t->marked, i * PAGE_SECTORS + k);
-            if (!empty(s))
-                memcpy(sector_of(t->todo, i * PAGE_SECTORS + k), s, FMT_TRACKED_SECTOR);
-        }
-    t->todo_count = t->marked_count;
+    do_marked(t);
     return 0;
 }
 
@@ -501,7 +494,8 @@ int tracked_open(struct tracked **out, const char *directory, const uint8_t set_
     if (rc == 0 && one_less && (rc = write_head(found)) != 0)
         err_sys(e, rc, "cannot write the journal's bitmap of changed blocks");
     if (rc == 0 && fit == MADE_ANEW) {
-        rc = make(out, dir, set_id, blocks, count, NULL, found, e);
+        struct fmt_tracking state = tracked_state(found);
+        rc = make(out, dir, set_id, blocks, count, &state, found, e);
     } else if (rc == 0) {
         *out = found;
         found = NULL;

@@ -19,10 +19,10 @@ struct tracked;
 
 /* Opens the bitmap in the journal `directory`. Makes it, for these volumes, when it is `wanted` and is not there, or is of other
  * volumes and idle. Where it is lost, and `marked`, what the applied mark says (NULL: there is none), is not idle, it is made
- * with that state, and each block counts as changed. `put_back`: it may be of one volume more, which is given up. Where a volume is
- * larger than it knows, since it was to grow, it is made anew with what it says. `*out` is NULL when there is none and none is wanted, or it is idle and not
- * wanted, or there is no room, which is logged. ERR_PRECONDITION when it is not idle and of other volumes, or is lost and there
- * is no room; ERR_DAMAGE when it is not known whether it is idle. */
+ * with that state, and each block counts as changed. `put_back`: it may be of one volume more, which is given up. Where a
+ * volume is larger than it knows, since it was to grow, it is made anew with what it says. `*out` is NULL when there is none and
+ * none is wanted, or it is idle and not wanted, or there is no room, which is logged. ERR_PRECONDITION when it is not idle and
+ * of other volumes, or is lost and there is no room; ERR_DAMAGE when it is not known whether it is idle. */
 int tracked_open(struct tracked **out, const char *directory, const uint8_t set_id[16], const struct volume *volumes,
                  unsigned count, bool wanted, bool put_back, const struct fmt_tracking *marked, struct err *e);
 void tracked_close(struct tracked *t);

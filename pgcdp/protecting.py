@@ -147,8 +147,8 @@ def _await_stored(config: Config, durable: int) -> None:
         if state["phase"] in ("baseline", "checkpoint"):
             return
         if state["phase"] == "following":
-            taken = state["taken_write"]
-            if state["taken_write"] >= durable:
+            taken = int(state["taken_write"])
+            if taken >= durable:
                 return
         failing = None if error is None else failing or time.monotonic()
         if failing is not None and time.monotonic() - failing > STORING_SECONDS:

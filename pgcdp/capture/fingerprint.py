@@ -140,6 +140,8 @@ def known(config: Config) -> Fingerprint | None:
     if mark is None or not mark.clean:
         return None
     found = _read(config)
+    if found is None:
+        _log.warning("no %s in %s: the volumes of %s are taken as they are", FILE, config.journal, config.name)
     return found if found is not None and found.write == mark.durable_write else None
 
 
@@ -188,8 +190,6 @@ def refuse_changed(config: Config) -> None:
     """
     before = known(config)
     if before is None:
-        if not (config.journal / FILE).exists():
-            _log.warning("no %s in %s: the volumes of %s are taken as they are", FILE, config.journal, config.name)
         return
     for volume in config.volumes:
         was = before.volumes.get(volume.name)

@@ -105,8 +105,10 @@ def begin_anew(config: Config, behind: int) -> Path | None:
         fsio.sync_directory(config.journal)
     # What was tracked speaks of another order of writes; whoever begins anew compares all blocks.
     (config.journal / tracked.NAME).unlink(missing_ok=True)
-    mark = replace(mark, sequence=mark.sequence + 1, applied_write=behind, released_write=behind, durable_write=behind)
-    mark = replace(mark, tracking=None)
+    mark = replace(
+        mark, sequence=mark.sequence + 1, applied_write=behind, released_write=behind, durable_write=behind,
+        tracking=None,
+    )  # fmt: skip
     write_mark(config.journal, config.set_id_bytes, mark)
     same_parts.renew(config)
     return aside if aside.is_dir() else None

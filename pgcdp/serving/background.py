@@ -93,6 +93,9 @@ class Background:
         self._thread.shutdown()
         self.scrubber.close()
 
+    def _must_end(self) -> bool:
+        return self._stopping() or self._ousted()
+
     def _expire(self, store: Store) -> None:
         """Let go of what the settings say, as they are now."""
         run: Run | None = None
@@ -106,7 +109,7 @@ class Background:
             with expiring(store):
                 run = Run(
                     store, policy, level=config.compression_level, unreadable=self._unreadable,
-                    stop=lambda: self._stopping() or self._ousted() or is_rewinding(config), reserve=reserve,
+                    stop=lambda: self._must_end() or is_rewinding(config), reserve=reserve,
                 )  # fmt: skip
                 run.run()
         except AnotherRuns:
@@ -126,7 +129,7 @@ class Background:
 
     def _merge(self, store: Store) -> None:
         try:
-            done = merge_due(store, lambda: self._stopping() or self._ousted())
+            done = merge_due(store, self._must_end)
         except Exception as error:  # they are expendable
             problem = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
             if problem != self._not_merged:

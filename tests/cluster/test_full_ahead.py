@@ -127,11 +127,8 @@ def test_store_and_volume_fill_as_it_was_said(
         wait_until(gone, timeout=2 * longest + 60, interval=1.0, what="most of the room is gone")
     keep_result("full-ahead", {"told": told, "four fifths gone after": took})
     for name, seconds in took.items():
-        assert told[name]["seconds"] * 0.8 / 1.5 < seconds < told[name]["seconds"] * 0.8 * 1.5, (
-            name,
-            told[name],
-            seconds,
-        )
+        expected = told[name]["seconds"] * 0.8
+        assert expected / 1.5 < seconds < expected * 1.5, (name, told[name], seconds)
 
 
 def test_status_says_it_in_words_and_check_warns(make_set: MakeSet, binaries_of: BindirOf) -> None:

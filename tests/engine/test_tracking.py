@@ -520,9 +520,7 @@ def test_a_bitmap_that_is_lost_says_every_block(make_capture: MakeCapture, how: 
     keeper = Keeper(capture)
     with load(capture, 1) as work:
         fill(capture, work)
-        if ended == "killed while it heals":
-            wait_until(lambda: healing(capture, keeper), timeout=60, what="healing")
-        if ended != "stopped":
+        if ended == "killed":
             capture.kill()
     if ended == "stopped":
         assert capture.stop() == 0
@@ -536,7 +534,7 @@ def test_a_bitmap_that_is_lost_says_every_block(make_capture: MakeCapture, how: 
         assert [len(each) for each in read_tracked(capture.journal / "tracked").blocks] == [2048, 1024]
     capture.start()
     assert capture.status()["tracked"]["blocks"] == 3072
-    assert abs(capture.status()["tracked"]["since_ns"] - gap.since_ns) == 0
+    assert capture.status()["tracked"]["since_ns"] == gap.since_ns
     heal(capture, keeper)
     keeper.take()
     assert capture.stop() == 0

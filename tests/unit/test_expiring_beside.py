@@ -60,7 +60,7 @@ def needed(years: Years, write: int, how: str) -> Any:
     [
         *(("thin", Policy(0.0), AN_HOUR, 9, how) for how in ("mark", "view")),
         *(("join", HOURLY, AN_HOUR, 12, how) for how in ("mark", "view", "verification")),
-        *(("publish_base", DROP_ALL, [1500] * 6, 12, how) for how in ("mark", "view", "verification")),
+        *(("publish_base", DROP_ALL, [1500] * 6, 9, how) for how in ("mark", "view", "verification")),
     ],
 )
 def test_a_point_that_is_needed_since_the_plan_was_made_stays(
