@@ -150,14 +150,18 @@ class Truth:
         return said
 
     def failed_sync(self) -> str:
-        """What the disk lost is written again from the journal, which fails for a while as well."""
+        """What the disk lost is written again from the journal, which fails for a while as well.
+
+        Each sync fails until one had something to lose: one that comes for the mark alone may have had nothing.
+        """
         self.faults.set("volume.replay.sync", "lost", times=0)
-        self.faults.set("volume.sync", "lost")
+        self.faults.set("volume.sync", "lost", times=0)
         said = self._said("sync failed", agent=False)
         synced = self.found.engine.status().synced_write
         said = self._stalls("sync failed", "cannot be written again", answered=True)
         assert "dmesg" in self._hint("capture")
         assert self.found.engine.status().synced_write == synced, "nothing is taken for applied"
+        self.faults.clear("volume.sync")
         self.faults.clear("volume.replay.sync")
         self._writes_go_on()
         return said
