@@ -168,7 +168,11 @@ def test_a_failed_step_is_told_and_nothing_runs_on(private_tmp: PrivateTmp, what
         seen.append(line)
         for moment in [moment for moment in left if line.startswith(moment)]:
             (place,) = private_tmp.place.glob("pgcdp-demo-*")
-            left.pop(moment)(place)
+            process.send_signal(signal.SIGSTOP)  # else it is steps ahead by the time that its agent is found
+            try:
+                left.pop(moment)(place)
+            finally:
+                process.send_signal(signal.SIGCONT)
     told, rest = process.communicate(timeout=400)
     text = "".join(seen) + rest
     assert process.returncode not in (0, 130), text
