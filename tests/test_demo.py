@@ -22,7 +22,8 @@ from tests.namespaces import LET_GO
 from tests.scratch import keep_apart
 from tests.waiting import wait_until
 
-PROGRAM = [sys.executable, "-P", "-m", "pgcdp"]
+PROGRAM = [str(Path(sys.executable).with_name("pgcdp"))]
+"""Not `python -m pgcdp`, where Python itself dies of a Ctrl-C that came in an exec() of an import, handled as it is."""
 pytestmark = pytest.mark.timeout(600)
 
 

@@ -97,13 +97,13 @@ def wait_for_slice(found: ProtectedSet, pid: int, released: int) -> bool:
 
 
 def slow_copy(found: ProtectedSet, pid: int, bytes_wanted: int, kills: int, rng: random.Random) -> dict[str, int]:
-    """Let the stopped agent copy in short slices only, until so much was written meanwhile; kill some of the agents.
+    """Let the stopped agent copy in short slices only, until so much was written and some of the agents were killed.
 
     While it stands still the journal fills up to its limit, and writes wait for the agent.
     """
     seen, begun, during = {"slices": 0, "stalls": 0, "kills": 0}, written(found), 0
     freed = False
-    while during < bytes_wanted:
+    while during < bytes_wanted or seen["kills"] < kills:
         os.kill(pid, signal.SIGSTOP)
         try:
             if freed:
